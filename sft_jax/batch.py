@@ -1,0 +1,39 @@
+"""Batch: the one thing the data wing hands to the training wing."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float32, Int32
+
+AnyArray = jax.Array | np.ndarray
+
+
+class Batch(NamedTuple):
+  """Packed rows of tokens, ready for one optimiser step.
+
+  One row of T = 8 slots holding two documents, `[10 11 12]` whose token 12
+  is trained and `[20 21 22]` whose tokens 21 and 22 are trained:
+
+      tokens       = [10, 11, 12, 20, 21, 22, 0, 0]
+      targets      = [11, 12,  0, 21, 22,  0, 0, 0]
+      loss_weights = [ 0,  1,  0,  1,  1,  0, 0, 0]
+      segment_ids  = [ 1,  1,  1,  2,  2,  2, 0, 0]
+      positions    = [ 0,  1,  2,  0,  1,  2, 0, 0]
+
+  A slot's target is the next token *of the same document*; the last slot of
+  a document has none (target 0, weight 0). Segment 0 is padding.
+
+  Attributes:
+    tokens: what the model reads.
+    targets: what it must predict from each slot; always a valid id.
+    loss_weights: weight of predicting `targets`; 0 means not trained.
+    segment_ids: 1, 2, ... per document of a row; 0 for padding.
+    positions: index of a slot within its document, from 0.
+  """
+
+  tokens: Int32[AnyArray, "B T"]
+  targets: Int32[AnyArray, "B T"]
+  loss_weights: Float32[AnyArray, "B T"]
+  segment_ids: Int32[AnyArray, "B T"]
+  positions: Int32[AnyArray, "B T"]

@@ -1,0 +1,13 @@
+"""Every test sees eight fake CPU devices and full float32 products."""
+
+import os
+
+# Must be set before JAX is imported: the device count is fixed at start-up.
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+
+jax.config.update("jax_default_matmul_precision", "highest")
