@@ -213,7 +213,7 @@ def test_parameters_land_where_the_shardings_say():
       shapes,
     )
 
-  adapters = lora.LoraConfig(rank=2, alpha=4)
+  adapters = lora.LoraConfig(rank=2, alpha=4.0)
   _, params = hf.load_pretrained(
     GOLDENS / "qwen3", shardings=shardings, lora=adapters
   )
@@ -231,7 +231,7 @@ def test_parameters_land_where_the_shardings_say():
 @functools.cache
 def load_adapted():
   """qwen3 with wide adapters, so that they matter."""
-  adapters = lora.LoraConfig(rank=3, alpha=5)
+  adapters = lora.LoraConfig(rank=3, alpha=5.0)
   model, params = hf.load_pretrained(GOLDENS / "qwen3", lora=adapters)
   keys = iter(jax.random.split(jax.random.key(1), 99))
   params = trees.map_paths(
