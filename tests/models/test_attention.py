@@ -42,7 +42,7 @@ def lay_out(lengths, T):
 
 
 @given(st.lists(st.integers(1, 5), max_size=4), st.sampled_from([1, 2, 4]))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_packed_rows_equal_the_plain_loop(lengths, num_kv_heads):
   while sum(lengths) > 12:
     lengths.pop()
@@ -54,14 +54,14 @@ def test_packed_rows_equal_the_plain_loop(lengths, num_kv_heads):
     "q_segment_ids": jnp.asarray(segments),
     "kv_segment_ids": jnp.asarray(segments),
   }
-  got = attention(q, k, v, **who)
+  got = jax.jit(attention)(q, k, v, **who)
   want = by_hand(q, k, v, positions, positions, segments, segments)
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("T", [256, 300, 600])
+@pytest.mark.parametrize("T", [300, 520])
 def test_skipping_blocks_above_the_diagonal_changes_nothing(T):
-  """2, 2 and 4 blocks of queries; 300 does not divide evenly by 128."""
+  """2 and 4 blocks of queries; 300 is not a multiple of 128."""
   q, k, v = draw(B=1, T=T, S=T, N=2, K=1, H=4)
   positions, segments = lay_out([100, 57, T - 170], T)
   who = {
@@ -98,7 +98,7 @@ def test_a_query_that_sees_nothing_is_finite_with_finite_gradients():
     )
     return jnp.sum(out**2)
 
-  value, gradient = jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
+  value, gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v)
   assert np.isfinite(value)
   assert all(np.all(np.isfinite(g)) for g in gradient)
 

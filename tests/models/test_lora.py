@@ -30,7 +30,8 @@ def build(adapters=None):
     init_std=0.3,
   )
   model = transformer.build(config, lora=adapters)
-  return model, jax.jit(model.init)(jax.random.key(0))
+  params = jax.jit(model.init)(jax.random.key(0))
+  return model._replace(hidden=jax.jit(model.hidden)), params
 
 
 ALL = lora.LoraConfig(rank=2, alpha=6.0)
@@ -70,7 +71,7 @@ def test_an_adapter_that_nobody_asked_for_is_refused():
 
 def test_the_first_step_is_the_base_model_to_the_bit():
   model, params = build(ALL)
-  hidden = jax.jit(model.hidden)
+  hidden = model.hidden
   base, _ = trees.partition(params, lambda path: not lora.is_adapter(path))
   np.testing.assert_array_equal(hidden(params, TOKENS), hidden(base, TOKENS))
   assert not np.array_equal(hidden(widen(params), TOKENS), hidden(base, TOKENS))
