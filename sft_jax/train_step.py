@@ -1,4 +1,4 @@
-"""One optimiser step and one evaluation step, as pure functions.
+"""One optimiser step, as a pure function of state and batch.
 
 Pretraining, full fine-tuning and LoRA are this same step: they differ in the
 batch's weights and in which leaves are in `state.params`.
@@ -127,13 +127,6 @@ def make_train_step(
     }
 
   return train_step
-
-
-def make_eval_step(
-  loss_fn: LossFn,
-) -> Callable[[trees.Tree, Batch], LossSums]:
-  """Returns `eval_step(params, batch [B, T]) -> LossSums`, no gradients."""
-  return loss_fn
 
 
 def split_micro_batches(batch: Batch, accum_steps: int) -> Batch:
