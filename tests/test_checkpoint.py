@@ -8,7 +8,6 @@ import pytest
 from sft_jax import sharding
 from sft_jax.checkpoint import Checkpoints, digest, digests
 
-
 # A read that fails half-way leaves Orbax coroutines unawaited.
 pytestmark = pytest.mark.filterwarnings(
   "ignore::pytest.PytestUnraisableExceptionWarning"
