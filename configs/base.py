@@ -34,9 +34,10 @@ def get_config() -> ml_collections.ConfigDict:
   lora.alpha = 16.0  # Scale is alpha / rank.
   lora.targets = "all-linear"  # all-linear | attention | a regex of paths.
 
-  config.data = data = ml_collections.ConfigDict()
-  data.train = "sft_jax/assets/demo/train_*.jsonl"  # Path, glob, or tuple.
-  data.weights = ()  # Copies of each source per epoch; () = 1 each.
+  # Not type-safe, for data.train's sake: a path, a glob, or a tuple of them,
+  # each alone or as (path, copies of it per epoch).
+  config.data = data = ml_collections.ConfigDict(type_safe=False)
+  data.train = "sft_jax/assets/demo/train_*.jsonl"
   data.eval = ""  # Held-out rows; '' = hold out a share of train.
   data.holdout = 0.02  # That share, chosen by content; 0 = none.
   data.format = "auto"  # By shape, or the name of a format.
