@@ -224,10 +224,10 @@ def _spoken(role: str, content: str, **fields: Any) -> Message:
 
   '<think>\\nTwo twos.\\n</think>\\n\\n4' is reasoning 'Two twos.', content '4'.
   """
-  if role == "assistant" and fields.get("reasoning") is None:
-    if thought := _THINK.fullmatch(content):
-      fields["reasoning"] = thought[1].strip("\n")
-      content = thought[2]
+  thinks = role == "assistant" and fields.get("reasoning") is None
+  if thinks and (thought := _THINK.fullmatch(content)):
+    fields["reasoning"] = thought[1].strip("\n")
+    content = thought[2]
   return Message(role, content, **fields)
 
 

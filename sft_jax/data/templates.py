@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +16,9 @@ RowError = conversation_lib.RowError
 
 # Names under which templates read the thinking of a turn. `reasoning_content`
 # and `thinking` are filled in both, as transformers does.
-_READS_REASONING = re.compile(r"reasoning_content|\bthinking\b|\breasoning\b")
+_READS_REASONING = re.compile(
+  r"reasoning_content|[.'\"](?:thinking|reasoning)\b"
+)
 HISTORIES = ("auto", "split", "keep")
 
 
@@ -362,7 +363,9 @@ def _render(
 
 def _divergence(one: str, other: str) -> str:
   """Both texts around the first character in which they differ."""
-  at = len(os.path.commonprefix([one, other]))
+  pairs = enumerate(zip(one, other, strict=False))
+  shorter = min(len(one), len(other))
+  at = next((at for at, (a, b) in pairs if a != b), shorter)
   start = max(0, at - 20)
   return f"{one[start : at + 30]!r} against {other[start : at + 30]!r}"
 
