@@ -15,15 +15,15 @@ import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from sft_jax.data import encode, formats, rows
-from sft_jax.data.audit import Ledger
 from sft_jax.data.conversation import NothingToTrain, RowError
-from sft_jax.data.encode import Example
+from sft_jax.data.ledger import Ledger
 from sft_jax.data.store import (
+  FILES,
   INDEX,
   Source,
   Sources,
@@ -37,7 +37,13 @@ from sft_jax.data.tokenizers import Tokenizer
 
 # Rooms of the data wing that come after encoding: changing them leaves every
 # example as it is.
-_DOWNSTREAM = {"audit.py", "packing.py", "pipeline.py", "__init__.py"}
+_DOWNSTREAM = {
+  "audit.py",
+  "ledger.py",
+  "packing.py",
+  "pipeline.py",
+  "__init__.py",
+}
 _LIBRARIES = ("jinja2", "sentencepiece", "tokenizers")
 _FLUSH = 4096  # examples
 
@@ -111,165 +117,132 @@ def build(
       announce(f"{damage} Making it again now.")
       shutil.rmtree(folder)
 
-  def encode_row(row: Any, place: str) -> tuple[encode.EncodedRow, bool]:
+  def encode_row(row: Any, place: str) -> _Encoded:
     conversation = formats.to_conversation(row, format=format, source=place)
     encoded = encode.encode_row(conversation, tokenizer, **policy)
-    return encoded, conversation.text is not None
+    return _Encoded(*encoded, text=conversation.text is not None)
 
   announce(f"data: encoding {', '.join(s.path for s in parts)} into {folder}")
   building = folder.parent / f".building-{uuid.uuid4().hex}"
   building.mkdir(parents=True)
   try:
-    with _Writer(building) as writer:
-      truncates = over_long.startswith("truncate")
+    with _Writer(
+      building,
+      skip_bad_rows=on_bad_row == "skip",
+      cut_at=max_length if over_long == "truncate" else None,
+    ) as writer:
       for number, source in enumerate(parts):
-        _write_source(
-          writer,
-          number,
-          source,
-          encode_row,
-          run_on=max_length if truncates else None,
-          skip_bad_rows=on_bad_row == "skip",
-        )
-    _finish(building, parts, writer.ledger)
+        writer.encode(number, source, encode_row)
+    _seal(building, parts, writer.ledger)
     _move(building, folder)
   finally:
     shutil.rmtree(building, ignore_errors=True)
   store = open_store(folder, parts)
   if bad := store.ledger.dropped("malformed"):
-    announce(
-      f"data: {bad:,} malformed rows skipped: {folder / 'bad_rows.jsonl'}"
-    )
+    where = folder / "bad_rows.jsonl"
+    announce(f"data: {bad:,} malformed rows skipped; see {where}")
   return store
 
 
-class _Writer:
-  """Appends examples to the files of a store."""
+class _Encoded(NamedTuple):
+  """`encode.EncodedRow`, and whether the row was raw text."""
 
-  def __init__(self, folder: Path):
+  examples: list[encode.Example]
+  dropped: dict[str, int]
+  text: bool
+
+
+class _Writer:
+  """Reads rows and appends their examples to the files of a store."""
+
+  def __init__(self, folder: Path, *, skip_bad_rows: bool, cut_at: int | None):
     self.ledger = Ledger()
-    self.rows = 0
-    self._tokens = (folder / "tokens.bin").open("wb")
-    self._weights = (folder / "weights.bin").open("wb")
-    self._places = (folder / "places.txt").open("wb")
-    self._index = (folder / "index.bin").open("wb")
-    self._bad = (folder / "bad_rows.jsonl").open("w")
+    self._skip_bad_rows = skip_bad_rows
+    self._cut_at = cut_at
+    names = (*FILES, "bad_rows.jsonl")
+    self._files = {name: (folder / name).open("wb") for name in names}
     self._records: list[tuple] = []
-    self._start = 0
+    self._rows = 0
+    self._tokens = 0
 
   def __enter__(self) -> "_Writer":
     return self
 
   def __exit__(self, *_: Any) -> None:
     self._flush()
-    for file in (
-      self._tokens, self._weights, self._places, self._index, self._bad
-    ):  # fmt: skip
+    for file in self._files.values():
       file.flush()
       os.fsync(file.fileno())
       file.close()
 
-  def row(
+  def encode(
     self,
-    examples: Sequence[Example],
-    *,
-    source: int,
-    content: int,
-    place: str,
-    text: bool,
-    run_on: int | None,
+    number: int,
+    source: Source,
+    encode_row: Callable[[Any, str], _Encoded],
   ) -> None:
-    """Writes the examples of one row."""
-    for tokens, weights in examples:
-      trained = np.flatnonzero(weights)
-      at = self._places.tell()
-      written = self._places.write(place.encode())
-      self._tokens.write(tokens.astype("<i4").tobytes())
-      self._weights.write(weights.astype("<f4").tobytes())
+    """Writes one source and counts what becomes of each of its rows."""
+    entry = self.ledger.source(source.path)
+
+    def malformed(error: RowError) -> None:
+      if not self._skip_bad_rows:
+        raise error
+      entry.drop("malformed", error.where)
+      line = {"where": error.where, "error": str(error)}
+      self._write("bad_rows.jsonl", json.dumps(line).encode() + b"\n")
+
+    def unreadable(error: RowError) -> None:
+      entry.rows_in += 1
+      malformed(error)
+
+    for place, row in rows.read_rows(source.path, on_bad_row=unreadable):
+      entry.rows_in += 1
+      try:
+        encoded = encode_row(row, place)
+      except NothingToTrain as nothing:
+        entry.drop(nothing.reason, place)
+      except RowError as error:
+        malformed(error)
+      else:
+        if encoded.examples:
+          self._append(encoded, number, _content(row), place)
+          for reason, turns in encoded.dropped.items():
+            entry.drop_turns(reason, turns, place)
+        else:
+          entry.drop(next(iter(encoded.dropped), "empty text"), place)
+
+  def _append(
+    self, encoded: _Encoded, source: int, content: int, place: str
+  ) -> None:
+    at = self._files["places.txt"].tell()
+    width = self._write("places.txt", place.encode())
+    for example in encoded.examples:
+      length = len(example.tokens)
+      trained = np.flatnonzero(example.loss_weights)
+      may_run_on = encoded.text or length == self._cut_at
       self._records.append(
-        (
-          self._start,
-          self.rows,
-          content,
-          at,
-          written,
-          len(tokens),
-          len(trained),
-          trained[-1],
-          source,
-          text,
-          text or len(tokens) == run_on,
-        )
-      )
-      self._start += len(tokens)
+        (self._tokens, self._rows, content, at, width, length, len(trained),
+         trained[-1], source, encoded.text, may_run_on)
+      )  # fmt: skip
+      self._write("tokens.bin", example.tokens.astype("<i4").tobytes())
+      self._write("weights.bin", example.loss_weights.astype("<f4").tobytes())
+      self._tokens += length
+    self._rows += 1
     if len(self._records) >= _FLUSH:
       self._flush()
 
-  def bad_row(self, error: RowError) -> None:
-    """Writes down a malformed row that is skipped."""
-    line = {"where": error.where, "error": str(error)}
-    self._bad.write(json.dumps(line, ensure_ascii=False) + "\n")
-
   def _flush(self) -> None:
-    self._index.write(np.array(self._records, INDEX).tobytes())
+    self._write("index.bin", np.array(self._records, INDEX).tobytes())
     self._records.clear()
 
-
-def _write_source(
-  writer: _Writer,
-  number: int,
-  source: Source,
-  encode_row: Callable[[Any, str], tuple[encode.EncodedRow, bool]],
-  *,
-  run_on: int | None,
-  skip_bad_rows: bool,
-) -> None:
-  """Reads one source, encodes its rows and counts what becomes of each."""
-  ledger = writer.ledger.source(source.path)
-
-  def bad_row(error: RowError) -> None:
-    if not skip_bad_rows:
-      raise error
-    writer.bad_row(error)
-    ledger.drop("malformed", error.where)
-
-  def unreadable(error: RowError) -> None:
-    ledger.rows_in += 1
-    bad_row(error)
-
-  for place, row in rows.read_rows(source.path, on_bad_row=unreadable):
-    ledger.rows_in += 1
-    writer.rows += 1
-    try:
-      encoded, text = encode_row(row, place)
-    except NothingToTrain as nothing:
-      ledger.drop(nothing.reason, place)
-    except RowError as error:
-      bad_row(error)
-    else:
-      writer.row(
-        encoded.examples,
-        source=number,
-        content=_content(row),
-        place=place,
-        text=text,
-        run_on=run_on,
-      )
-      for reason, turns in encoded.dropped.items():
-        ledger.drop_turns(reason, turns, place)
+  def _write(self, name: str, data: bytes) -> int:
+    return self._files[name].write(data)
 
 
-def _finish(
-  folder: Path, sources: Sequence[Source], ledger: Ledger
-) -> None:
-  """Counts what was written and seals it with digests."""
+def _seal(folder: Path, sources: Sequence[Source], ledger: Ledger) -> None:
+  """Counts what was written and puts it under digests."""
   index = np.fromfile(folder / "index.bin", INDEX)
-  for name, written in count(index, sources).items():
-    read = ledger.source(name)
-    for field in ("rows_trained", "rows_text", "examples", "tokens_prompt",
-                  "tokens_trained"):  # fmt: skip
-      setattr(read, field, getattr(written, field))
-  ledger.check()
+  count(index, sources, ledger).check()
   files = {file.name: digest(file) for file in sorted(folder.iterdir())}
   examples = hashlib.sha256()
   examples.update((files["tokens.bin"] + files["weights.bin"]).encode())

@@ -24,9 +24,9 @@ from jaxtyping import Int64
 
 from sft_jax.batch import Batch
 from sft_jax.data import packing as packer
-from sft_jax.data.audit import EpochLedger, Ledger
-from sft_jax.data.cache import Store
 from sft_jax.data.encode import Example
+from sft_jax.data.ledger import EpochLedger, Ledger
+from sft_jax.data.store import Store
 
 # Part of the fingerprint; a test pins the order of a small stream. Raise it
 # when that order changes, so that an old run is not resumed on other data.
@@ -35,6 +35,8 @@ ORDER_VERSION = 1
 # Steps of a stream without end: more than can be trained, less than the
 # number of packs that overflows a 64-bit index.
 _ENDLESS = 1 << 40
+
+Normalize = Literal["token", "example"]
 
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
@@ -61,7 +63,7 @@ class Stream:
     seed: int = 0,
     packing: bool = True,
     epochs: int | None = None,
-    normalize: Literal["token", "example"] = "token",
+    normalize: Normalize = "token",
   ):
     """Plans the first epoch; reads lengths, not tokens.
 
@@ -97,7 +99,7 @@ class Stream:
     self.batch_size = batch_size
     self._seed = seed
     self._packing = packing
-    self._normalize = normalize
+    self._normalize: Normalize = normalize
     self._lock = threading.RLock()
     self._plan = functools.lru_cache(maxsize=2)(self._make_plan)
     self._patterns = functools.lru_cache(maxsize=1)(self._find_patterns)
@@ -248,7 +250,7 @@ def lay_out(
   examples: Sequence[Example],
   seq_len: int,
   *,
-  normalize: Literal["token", "example"] = "token",
+  normalize: Normalize = "token",
 ) -> Batch:
   """Lays documents into one row, B = 1; see `Batch` for the picture.
 
@@ -256,13 +258,17 @@ def lay_out(
   token of its own document, so a document's last slot predicts nothing and
   no document is predicted from the one before it.
   """
+  zeros = np.zeros((1, seq_len), np.int32)
   row = Batch(
-    *(np.zeros((1, seq_len), np.int32) for _ in range(2)),
-    np.zeros((1, seq_len), np.float32),
-    *(np.zeros((1, seq_len), np.int32) for _ in range(2)),
+    tokens=zeros,
+    targets=zeros.copy(),
+    loss_weights=zeros.astype(np.float32),
+    segment_ids=zeros.copy(),
+    positions=zeros.copy(),
   )
   start = 0
-  for segment, (tokens, weights) in enumerate(examples, 1):
+  for segment, example in enumerate(examples, 1):
+    tokens, weights = example.tokens, example.loss_weights
     end = start + len(tokens)
     if normalize == "example":
       weights = weights / weights.sum()
@@ -276,7 +282,7 @@ def lay_out(
 
 
 def _stack(rows: Sequence[Batch]) -> Batch:
-  return Batch(*map(np.concatenate, zip(*rows, strict=True)))
+  return Batch._make(map(np.concatenate, zip(*rows, strict=True)))
 
 
 def _closing(batches: grain.DatasetIterator) -> Iterator[Batch]:

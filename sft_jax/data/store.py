@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Int32, Shaped, UInt8
 
-from sft_jax.data.audit import Ledger, SourceLedger
 from sft_jax.data.encode import Example
+from sft_jax.data.ledger import Ledger
 
 INDEX = np.dtype(
   [
@@ -38,6 +38,7 @@ INDEX = np.dtype(
     ("may_run_on", "?"),  # raw or truncated: need not end in a stop token
   ]
 )
+FILES = ("tokens.bin", "weights.bin", "index.bin", "places.txt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,14 +160,15 @@ class Store:
     held = np.isin(self.index["content"], chosen)
 
     def part(keep: np.ndarray, sources: tuple[Source, ...]) -> Store:
-      print_ = hashlib.sha256(self.fingerprint.encode())
-      print_.update(np.packbits(keep).tobytes())
+      kept = np.packbits(keep).tobytes()
       return dataclasses.replace(
         self,
         index=self.index[keep],
         sources=sources,
-        fingerprint=print_.hexdigest(),
-        ledger=Ledger(count(self.index[keep], sources)),
+        fingerprint=hashlib.sha256(
+          self.fingerprint.encode() + kept
+        ).hexdigest(),
+        ledger=count(self.index[keep], sources, Ledger()),
       )
 
     train = part(~held, self.sources)
@@ -183,21 +185,19 @@ class Store:
 
 
 def count(
-  index: Shaped[np.ndarray, " rows"], sources: Sequence[Source]
-) -> dict[str, SourceLedger]:
-  """What is trained on, by source; rows read and dropped are left at 0."""
-  ledgers = {}
+  index: Shaped[np.ndarray, " rows"], sources: Sequence[Source], ledger: Ledger
+) -> Ledger:
+  """Enters into a ledger what is trained on; rows read and dropped stay."""
   for number, source in enumerate(sources):
     mine = index[index["source"] == number]
-    trained = int(mine["trained"].sum(dtype=np.int64))
-    ledgers[source.path] = SourceLedger(
-      rows_trained=len(np.unique(mine["row"])),
-      rows_text=len(np.unique(mine["row"][mine["text"]])),
-      examples=len(mine),
-      tokens_prompt=int(mine["length"].sum(dtype=np.int64)) - trained,
-      tokens_trained=trained,
-    )
-  return ledgers
+    entry = ledger.source(source.path)
+    entry.rows_trained = len(np.unique(mine["row"]))
+    entry.rows_text = len(np.unique(mine["row"][mine["text"]]))
+    entry.examples = len(mine)
+    entry.tokens_trained = int(mine["trained"].sum(dtype=np.int64))
+    tokens = int(mine["length"].sum(dtype=np.int64))
+    entry.tokens_prompt = tokens - entry.tokens_trained
+  return ledger
 
 
 def open_store(folder: Path, sources: Sequence[Source]) -> Store:
@@ -222,7 +222,10 @@ def open_store(folder: Path, sources: Sequence[Source]) -> Store:
       "digests; expected the bytes that were written. Delete the folder, and "
       "it is made again."
     )
-  ledger = Ledger.from_json(meta["ledger"])
+  # A ledger names sources as they were named then; files may have moved.
+  written = Ledger.from_json(meta["ledger"]).sources.values()
+  names = [source.path for source in sources]
+  ledger = Ledger(dict(zip(names, written, strict=True)))
   ledger.check()
   return Store(
     tokens=_map(folder / "tokens.bin", np.dtype("<i4")),
