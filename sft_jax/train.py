@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
+import optax
 from jax.sharding import Mesh
 
-from sft_jax import fit, metrics, optim, sharding, terminal, trees
+from sft_jax import fit, metrics, optim, report, sharding, terminal, trees
 from sft_jax.batch import Batch
 from sft_jax.checkpoint import Checkpoints
-from sft_jax.data import audit, cache, tokenizers
+from sft_jax.data import audit, cache, rows, tokenizers
 from sft_jax.data.pipeline import Stream
-from sft_jax.evals import behaviours, forgetting, replies
+from sft_jax.data.store import Store, to_sources
+from sft_jax.evals import behaviours, measure, replies
 from sft_jax.losses import LossSums, linear_cross_entropy
-from sft_jax.models import hf, lora
+from sft_jax.models import hf, lora, transformer
+from sft_jax.models.config import read_config
 from sft_jax.models.transformer import Model
 from sft_jax.train_step import (
   TrainState,
@@ -59,12 +61,12 @@ class Setup(NamedTuple):
   state: TrainState
   loss_fn: Callable[[trees.Tree, Batch], LossSums]
   train_step: Callable
-  stream: Stream
   num_steps: int
+  flops_per_token: float
+  stream: Stream
   held_out: Stream | None
   general_text: Stream | None
   items: list[behaviours.Item]
-  ledger: audit.Ledger
 
 
 def run(config: ml_collections.ConfigDict) -> Result:
@@ -89,43 +91,35 @@ def run(config: ml_collections.ConfigDict) -> Result:
   state = _restore(checkpoints, run_, say)
   start_step = int(state.step)
   _write_json(workdir / "config.json", config.to_dict())
-  _write_json(workdir / "ledger.json", run_.ledger.to_json())
+  _write_json(workdir / "ledger.json", run_.stream.ledger.to_json())
   start_page(config, run_, start_step, out)
   result_path = workdir / "result.json"
   if result_path.exists() and start_step == run_.num_steps:
     say(f"{workdir} is finished. To train again, choose another workdir.")
     result = json.loads(result_path.read_text())
-    measure.print_comparison(out, result)
+    show_result(out, result, config.eval.samples)
     return Result(result, trees.merge(state.params, state.frozen), workdir)
 
   # -- Before ---------------------------------------------------------------
-  measured = measure.Suite(
-    loss_fn=run_.loss_fn,
-    model=run_.model,
-    tokenizer=run_.tokenizer,
-    held_out=run_.held_out,
-    general_text=run_.general_text,
-    items=run_.items,
-    put_rows=lambda b: sharding.put_rows(b, sharding.rows(run_.mesh)),
-    template_kwargs=config.data.template_kwargs.to_dict(),
-    max_new_tokens=config.eval.max_new_tokens,
-    batch_size=config.eval.batch_size,
-    folder=workdir / "evals",
-  )
-  before = measured.load("before")
-  if before is None:
+  suite = _make_suite(config, run_)
+  before_path = workdir / "evals" / "before.json"
+  if before_path.exists():
+    before = json.loads(before_path.read_text())
+  else:
     say("Measuring the model before training ...")
-    before = measured(trees.merge(state.params, state.frozen), "before")
+    before = suite(trees.merge(state.params, state.frozen))
+    _write_json(before_path, before)
 
   # -- Train ----------------------------------------------------------------
-  state = _loop(config, run_, state, checkpoints, measured, out)
+  state = _loop(config, run_, state, checkpoints, suite, out)
 
   # -- After ----------------------------------------------------------------
   params = trees.merge(state.params, state.frozen)
   say("Measuring the model after training ...")
-  after = measured(params, "after")
-  result = measure.compare(before, after, samples=config.eval.samples)
-  measure.print_comparison(out, result)
+  after = suite(params)
+  _write_json(workdir / "evals" / "after.json", after)
+  result = measure.compare(before, after)
+  show_result(out, result, config.eval.samples)
   if config.export:
     say(f"Writing {workdir / 'export'} ...")
     hf.save_pretrained(workdir / "export", run_.model, params, run_.tokenizer)
@@ -133,7 +127,7 @@ def run(config: ml_collections.ConfigDict) -> Result:
     workdir / "report.html",
     records=metrics.read_jsonl(workdir / "metrics.jsonl"),
     result=result,
-    ledger=run_.ledger.to_json(),
+    ledger=run_.stream.ledger.to_json(),
     config=config.to_dict(),
   )
   checkpoints.close()
@@ -157,8 +151,9 @@ def setup(config: ml_collections.ConfigDict, say: Say) -> Setup:
       "batch_size or accum_steps."
     )
   tokenizer = tokenizers.load_tokenizer(config.model.path)
+  say(f"Reading {config.data.train} ...")
   data = _load_data(config, tokenizer, say)
-  num_steps = config.steps or data.train.num_steps
+  num_steps = config.steps or data.stream.num_steps
   model, params = _load_model(config, mesh, say)
   if tokenizer.vocab_size > model.config.vocab_size:
     raise ValueError(
@@ -202,6 +197,9 @@ def setup(config: ml_collections.ConfigDict, say: Say) -> Setup:
     out_shardings=_state_shardings(params, trained, tx, mesh),
     donate_argnums=0,
   )(params)
+  num_trained, num_frozen = fit.matmul_params(
+    trees.merge(state.params, state.frozen), trained
+  )
   return Setup(
     mesh=mesh,
     tokenizer=tokenizer,
@@ -210,12 +208,19 @@ def setup(config: ml_collections.ConfigDict, say: Say) -> Setup:
     loss_fn=loss_fn,
     train_step=make_train_step(loss_fn, tx, learning_rate),
     num_steps=num_steps,
+    flops_per_token=fit.model_flops_per_token(
+      trained_matmul_params=num_trained,
+      frozen_matmul_params=num_frozen,
+      num_layers=model.config.num_layers,
+      num_heads=model.config.num_heads,
+      head_dim=model.config.head_dim,
+      context=fit.mean_context(data.stream.store.lengths),
+    ),
     **data._asdict(),
   )
 
 
 class _Data(NamedTuple):
-  tokenizer: tokenizers.Tokenizer
   stream: Stream
   held_out: Stream | None
   general_text: Stream | None
@@ -228,9 +233,16 @@ def _load_data(
   say: Say,
 ) -> _Data:
   """Encodes (or re-uses) every source, and plans its batches."""
+  template_kwargs = config.data.template_kwargs.to_dict()
 
-  def store(sources) -> cache.Store:
-    return cache.build(
+  def store(source: Any) -> Store:
+    # A glob is one source per file, so that the ledger tells them apart.
+    sources = [
+      (str(file), one.weight)
+      for one in to_sources(source)
+      for file in rows.find_files(one.path)
+    ]
+    found = cache.build(
       sources,
       tokenizer,
       directory=config.data.cache_dir or Path(config.workdir) / "cache",
@@ -239,46 +251,43 @@ def _load_data(
       history=config.data.history,
       over_long=config.data.over_long,
       on_bad_row=config.data.on_bad_row,
-      template_kwargs=config.data.template_kwargs.to_dict(),
+      template_kwargs=template_kwargs,
       announce=say,
     )
+    audit.verify(
+      found,
+      vocab_size=tokenizer.vocab_size,
+      stop_ids=tokenizer.stop_ids,
+      bos_id=tokenizer.bos_id,
+    )
+    return found
 
-  def one_pass(rows: cache.Store | None) -> Stream | None:
-    if rows is None or not len(rows):
-      return None
+  def stream(store: Store, *, epochs: int, normalize: Any = "token") -> Stream:
     return Stream(
-      rows,
+      store,
       seq_len=config.data.seq_len,
       batch_size=config.batch_size,
-      epochs=1,
-      seed=0,
+      seed=config.seed,
       packing=config.data.packing,
-      shuffle=False,
+      epochs=epochs,
+      normalize=normalize,
     )
 
-  rows = store(config.data.train)
+  examples, held_out = store(config.data.train), None
   if config.data.eval:
     held_out = store(config.data.eval)
   elif config.data.holdout:
-    rows, held_out = rows.split(config.data.holdout, seed=config.seed)
-  else:
-    held_out = None
+    examples, held_out = examples.split(config.data.holdout, seed=config.seed)
   general_text = _beside(config, "general_text", say)
   items = _beside(config, "behaviours", say)
-  stream = Stream(
-    rows,
-    seq_len=config.data.seq_len,
-    batch_size=config.batch_size,
-    epochs=config.epochs,
-    seed=config.seed,
-    packing=config.data.packing,
-    normalize=config.loss.normalize,
-  )
   return _Data(
-    tokenizer,
-    stream,
-    one_pass(held_out),
-    one_pass(store(general_text) if general_text else None),
+    stream(
+      examples,
+      epochs=None if config.steps else config.epochs,
+      normalize=config.loss.normalize,
+    ),
+    stream(held_out, epochs=1) if held_out else None,
+    stream(store(general_text), epochs=1) if general_text else None,
     behaviours.load(items) if items else [],
   )
 
@@ -359,18 +368,40 @@ def _state_shardings(
   )
 
 
+def _make_suite(
+  config: ml_collections.ConfigDict, run_: Setup
+) -> measure.Suite:
+  """What is measured before and after training."""
+  return measure.Suite(
+    loss_fn=run_.loss_fn,
+    put_rows=lambda batch: sharding.put_rows(batch, sharding.rows(run_.mesh)),
+    held_out=run_.held_out,
+    general_text=run_.general_text,
+    items=run_.items,
+    generate=lambda params, conversations: replies.generate(
+      run_.model,
+      params,
+      run_.tokenizer,
+      conversations,
+      max_new_tokens=config.eval.max_new_tokens,
+      template_kwargs=config.data.template_kwargs.to_dict(),
+      batch_size=config.eval.batch_size,
+    ),
+  )
+
+
 # -- The loop ---------------------------------------------------------------
 
 
 def _loop(
   config: ml_collections.ConfigDict,
   run_: Setup,
+  state: TrainState,
   checkpoints: Checkpoints,
   suite: measure.Suite,
   out: terminal.Console,
 ) -> TrainState:
   """Takes the steps that are left; returns the last state."""
-  state = run_.state
   step = start = int(state.step)
   if start == run_.num_steps:
     return state
@@ -389,7 +420,8 @@ def _loop(
     return sharding.put_rows(cut, rows), tokens
 
   def save(step: int) -> None:
-    checkpoints.save(step, state, _checkpoint_meta(config, run_))
+    meta = {"data": run_.stream.fingerprint, "config": config.to_json()}
+    checkpoints.save(step, state, meta)
 
   batch, tokens = next_batch()
   out.print("Compiling the training step ...")
@@ -415,7 +447,13 @@ def _loop(
       if step % config.log.every == 0 or last or stop.requested:
         values = window.take()
         seconds = time.perf_counter() - clock
-        values |= _speed(run_, values, window_tokens, window_steps, seconds)
+        values |= _speed(
+          run_,
+          values["loss/trained_tokens"],
+          window_tokens,
+          window_steps,
+          seconds,
+        )
         writer.write(step, values)
         progress.update(
           step,
@@ -511,7 +549,7 @@ def start_page(
   out: terminal.Console,
 ) -> None:
   """Prints what is about to happen."""
-  c, state, epoch = run_.model.config, run_.state, run_.ledger.epoch
+  c, state, epoch = run_.model.config, run_.state, run_.stream.ledger.epoch
   device = jax.devices()[0]
   num_trained, num_frozen = trees.count(state.params), trees.count(state.frozen)
   tokens = run_.num_steps * config.batch_size * config.data.seq_len
@@ -535,7 +573,7 @@ def start_page(
       + " x ".join(f"{a}={n}" for a, n in run_.mesh.shape.items()),
     },
   )
-  terminal.lines(out, "Data", run_.ledger.lines())
+  terminal.lines(out, "Data", run_.stream.ledger.lines())
   terminal.facts(
     out,
     "Plan",
@@ -547,8 +585,8 @@ def start_page(
       "epochs": f"{run_.num_steps * config.batch_size / epoch.packs:.2f} of "
       f"{epoch.packs} packed rows",
       "fill": f"{epoch.fill:.1%} of the slots hold a token",
-      "held out": _describe(run_.held_out, "examples"),
-      "general text": _describe(run_.general_text, "documents"),
+      "held out": _describe(run_.held_out),
+      "general text": _describe(run_.general_text),
       "behaviours": f"{len(run_.items)} prompts",
       "expected time": f"about {terminal.duration(seconds)} of training",
       "workdir": config.workdir,
@@ -563,8 +601,10 @@ def start_page(
 _USUAL_SHARE = 0.4
 
 
-def _describe(stream: Stream | None, noun: str) -> str:
-  return "none" if stream is None else f"{stream.num_examples:,} {noun}"
+def _describe(stream: Stream | None) -> str:
+  if stream is None:
+    return "none"
+  return f"{len(stream.store.index):,} examples"
 
 
 def _restore(checkpoints: Checkpoints, run_: Setup, say: Say) -> TrainState:
