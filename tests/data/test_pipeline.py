@@ -42,8 +42,7 @@ def _documents(batch):
 def _stored(store, ids):
   examples = [store.example(i) for i in ids]
   return [
-    (tuple(e.tokens.tolist()), tuple(e.loss_weights.tolist()))
-    for e in examples
+    (tuple(e.tokens.tolist()), tuple(e.loss_weights.tolist())) for e in examples
   ]
 
 
@@ -143,7 +142,9 @@ def test_same_global_batches_on_any_processes_from_any_step(processes, epochs):
   whole = list(itertools.islice(stream().batches(), 9))
   for start in (0, 1, 7):
     parts = [
-      itertools.islice(stream().batches(start, p, processes), len(whole) - start)
+      itertools.islice(
+        stream().batches(start, p, processes), len(whole) - start
+      )
       for p in range(processes)
     ]
     joined = [
