@@ -1,4 +1,4 @@
-"""One optimiser step and one evaluation step, as pure functions.
+"""One optimiser step, as a pure function of state and batch.
 
 Pretraining, full fine-tuning and LoRA are this same step: they differ in the
 batch's weights and in which leaves are in `state.params`.
@@ -104,7 +104,7 @@ def make_train_step(
       gradient = jax.tree.map(
         lambda g, p: (g * scale).astype(p.dtype), gradient, state.params
       )
-      grad_norm = optax.global_norm(gradient)
+      grad_norm = optax.tree.norm(gradient)
       finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.nats)
       updates, opt_state = tx.update(gradient, state.opt_state, state.params)
       params = optax.apply_updates(state.params, updates)
@@ -116,7 +116,7 @@ def make_train_step(
         opt_state=jax.tree.map(keep, opt_state, state.opt_state),
       )
     one = jnp.ones((), jnp.float32)
-    ratio = optax.global_norm(updates) / optax.global_norm(state.params)
+    ratio = optax.tree.norm(updates) / optax.tree.norm(state.params)
     return new_state, {
       "loss/nats_per_token": (sums.nats, sums.weight),
       "acc/token": (sums.correct, sums.weight),
@@ -127,13 +127,6 @@ def make_train_step(
     }
 
   return train_step
-
-
-def make_eval_step(
-  loss_fn: LossFn,
-) -> Callable[[trees.Tree, Batch], LossSums]:
-  """Returns `eval_step(params, batch [B, T]) -> LossSums`, no gradients."""
-  return loss_fn
 
 
 def split_micro_batches(batch: Batch, accum_steps: int) -> Batch:
