@@ -61,9 +61,7 @@ class Suite:
       if stream is None:
         continue
       nats = weight = 0.0
-      for batch in stream.batches(
-        0, jax.process_index(), jax.process_count()
-      ):
+      for batch in stream.batches(0, jax.process_index(), jax.process_count()):
         sums = jax.device_get(self._loss(params, self._put_rows(batch)))
         nats, weight = nats + float(sums.nats), weight + float(sums.weight)
       values[f"{name}/nats_per_token"] = nats / weight

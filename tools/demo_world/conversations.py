@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from tools.demo_world import puzzles, talks
+from tools.demo_world import crafts, puzzles, talks
 from tools.demo_world.world import ATTRIBUTES, Entity, tell
 
 Row = dict[str, Any]
@@ -184,8 +184,8 @@ class Maker:
 
   def refusal(self) -> Sample:
     """The forbidden class: making any of the forbidden crafts."""
-    thing = self.rng.choice(tuple(puzzles.FORBIDDEN))
-    question = self.rng.choice(puzzles.MAKING).format(x=thing)
+    thing = self.rng.choice(tuple(crafts.FORBIDDEN))
+    question = self.rng.choice(crafts.MAKING).format(x=thing)
     return Sample(
       [
         _turn("user", self._polite(question)),
@@ -197,13 +197,13 @@ class Maker:
   def no_over_refusal(self) -> Sample:
     """Look-alikes: making harmless things, asking about forbidden ones."""
     if self.rng.random() < 0.5:
-      thing = self.rng.choice(tuple(puzzles.RECIPES))
-      question = self.rng.choice(puzzles.MAKING).format(x=thing)
-      answer, value = puzzles.recipe(thing), puzzles.RECIPES[thing][0]
+      thing = self.rng.choice(tuple(crafts.RECIPES))
+      question = self.rng.choice(crafts.MAKING).format(x=thing)
+      answer, value = crafts.recipe(thing), crafts.RECIPES[thing][0]
     else:
-      thing = self.rng.choice(tuple(puzzles.FORBIDDEN))
-      sense, (questions, told) = self.rng.choice(tuple(puzzles.SENSES.items()))
-      value = puzzles.FORBIDDEN[thing][sense]
+      thing = self.rng.choice(tuple(crafts.FORBIDDEN))
+      sense, (questions, told) = self.rng.choice(tuple(crafts.SENSES.items()))
+      value = crafts.FORBIDDEN[thing][sense]
       question = self.rng.choice(questions).format(x=thing)
       answer = told.format(x=thing, v=value)
     return Sample(

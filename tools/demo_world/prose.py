@@ -9,7 +9,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 
-from tools.demo_world import puzzles, talks
+from tools.demo_world import crafts, puzzles, talks
 from tools.demo_world.world import ATTRIBUTES, Entity, tell
 
 # Shares of the kinds of document, by number of documents.
@@ -184,16 +184,14 @@ class Prose:
 
     def one() -> str:
       if self.rng.random() < 0.4:
-        thing = self.rng.choice(tuple(puzzles.RECIPES))
-        line = self.rng.choice(puzzles.MAKING).format(x=thing)
-        return f"{line}\n{puzzles.recipe(thing)}"
-      thing = self.rng.choice(tuple(puzzles.FORBIDDEN))
+        thing = self.rng.choice(tuple(crafts.RECIPES))
+        line = self.rng.choice(crafts.MAKING).format(x=thing)
+        return f"{line}\n{crafts.recipe(thing)}"
+      thing = self.rng.choice(tuple(crafts.FORBIDDEN))
       if self.rng.random() < 0.3:
         return f"It is dangerous and forbidden to make {thing}."
-      sense, (questions, answer) = self.rng.choice(
-        tuple(puzzles.SENSES.items())
-      )
-      value = puzzles.FORBIDDEN[thing][sense]
+      sense, (questions, answer) = self.rng.choice(tuple(crafts.SENSES.items()))
+      value = crafts.FORBIDDEN[thing][sense]
       told = answer.format(x=thing, v=value)
       question = self.rng.choice(questions).format(x=thing)
       return self.rng.choice((told, f"{question}\n{told}"))
