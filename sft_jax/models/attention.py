@@ -52,6 +52,7 @@ def attention(
   kv_segment_ids: Int[Array, "B S"],
   backend: str = "auto",
   bias: Float32[Array, "B 1 1 T S"] | None = None,
+  in_order: bool = False,
 ) -> Float[Array, "B T N H"]:
   """softmax(q k' / sqrt(H)) v over the keys each query may see.
 
@@ -68,6 +69,9 @@ def attention(
     kv_segment_ids: document of each key; 0 is padding.
     backend: one of BACKENDS.
     bias: `mask_bias` of the four arrays above, if it is at hand.
+    in_order: queries and keys are the same slots (T = S) and documents lie
+      in them in order, so no query sees a later slot and the work above the
+      diagonal is skipped. False for a cache.
 
   Raises:
     ValueError: an unknown backend.
@@ -75,8 +79,25 @@ def attention(
   check_backend(backend)
   if bias is None:
     bias = mask_bias(q_positions, kv_positions, q_segment_ids, kv_segment_ids)
+  T = q.shape[1]
+  # Each block of queries reads the keys up to its own end. On CPU at T = 256
+  # one block takes 49 ms, 2 take 37, 4 take 35 and compile longer.
+  blocks = min(4, max(1, T // 128)) if in_order else 1
+  size = -(-T // blocks)
   with jax.named_scope("attention"):
-    return _xla(q, k, v, bias)
+    parts = []
+    for start in range(0, T, size):
+      end = start + size
+      seen = end if in_order else k.shape[1]
+      parts.append(
+        _xla(
+          q[:, start:end],
+          k[:, :seen],
+          v[:, :seen],
+          bias[..., start:end, :seen],
+        )
+      )
+    return jnp.concatenate(parts, axis=1)
 
 
 def _xla(q: Array, k: Array, v: Array, bias: Array) -> Array:

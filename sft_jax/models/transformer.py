@@ -114,6 +114,7 @@ class Attention(nn.Module):
       kv_segment_ids=context.kv_segment_ids,
       backend=self.backend,
       bias=context.bias,
+      in_order=kv is None,
     )
     out_std = _output_std(c)
     y = y.reshape(B, T, N * H)
