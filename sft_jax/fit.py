@@ -7,7 +7,7 @@ layers, chunks of the loss) once, however often it runs.
 
 import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -64,7 +64,7 @@ def chip(device_kind: str) -> Chip | None:
   return next((c for kind, c in CHIPS.items() if kind in device_kind), None)
 
 
-def flops_per_second(device: jax.Device) -> float:
+def flops_per_second(device: Any) -> float:
   """The chip's published peak; where none is known, what it does just now.
 
   That is the best of five float32 products of 1024 x 1024 matrices, a tenth
