@@ -141,7 +141,8 @@ class HuggingFaceTokenizer(_Base):
           f"{path}: got id {got} for {text!r}; expected {number} as in "
           "tokenizer_config.json. Use the two files of one model."
         )
-    self._promote(*read.special, *map(self._model.id_to_token, read.stop_ids))
+    stops = map(self._model.id_to_token, read.stop_ids)
+    self._promote(*read.special, *filter(None, stops))
     ids = self._model.get_vocab(with_added_tokens=True)
     super().__init__(read, ids, max(ids.values()) + 1)
     self.special_tokens = {
@@ -150,10 +151,10 @@ class HuggingFaceTokenizer(_Base):
       if one.special or one.content in read.special or number in self.stop_ids
     }
 
-  def _promote(self, *texts: str | None) -> None:
+  def _promote(self, *texts: str) -> None:
     """Has ordinary tokens of these texts read whole, as transformers does."""
     added = self._model.get_added_tokens_decoder().values()
-    known = {None, *(one.content for one in added)}
+    known = {one.content for one in added}
     for text in texts:
       if text not in known and self._model.token_to_id(text) is not None:
         self._model.add_special_tokens([text])

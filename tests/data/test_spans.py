@@ -77,9 +77,8 @@ def test_only_the_turns_with_weight_are_trained():
   assert (made.text[start:end], weight) == ("Goodbye.<|im_end|>", 0.5)
   assert "Still there?" not in made.text
   # An untrained turn that is rewritten later is no reason to split.
-  row = chat(
-    "u:2?", Message("assistant", "2", "Hm.", weight=0.0), "u:3?", "a:3"
-  )
+  unweighted = Message("assistant", "2", "Hm.", weight=0.0)
+  row = chat("u:2?", unweighted, "u:3?", "a:3")
   assert trained(row, FORGETFUL) == [["3<|im_end|>"]]
 
 
