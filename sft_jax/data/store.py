@@ -64,7 +64,7 @@ def to_sources(sources: Sources) -> tuple[Source, ...]:
   Raises:
     ValueError: no source, one given twice, or a weight not above zero.
   """
-
+  # Beside sequences, single sources have a length too: told apart by type.
   many: Any = sources
   if isinstance(many, str | Source) or (
     len(many) == 2 and isinstance(many[1], int | float)
