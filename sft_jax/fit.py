@@ -5,8 +5,9 @@ counted by formula, since XLA's own count takes the body of a loop (scanned
 layers, chunks of the loss) once, however often it runs.
 """
 
+import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -61,6 +62,25 @@ def chip(device_kind: str) -> Chip | None:
   True
   """
   return next((c for kind, c in CHIPS.items() if kind in device_kind), None)
+
+
+def flops_per_second(device: Any) -> float:
+  """The published peak of a device; what a matmul reaches where none is known.
+
+  That second figure (a CPU's) is measured, float32, in a fraction of a second,
+  and is only good for rough forecasts: other work on the machine lowers it.
+  """
+  if known := chip(device.device_kind):
+    return known.flops
+  n = 1024
+  x = jax.device_put(np.ones((n, n), np.float32), device)
+  product = jax.jit(lambda x: x @ x).lower(x).compile()
+  seconds = []
+  for _ in range(4):
+    start = time.perf_counter()
+    product(x).block_until_ready()
+    seconds.append(time.perf_counter() - start)
+  return 2 * n**3 / min(seconds)
 
 
 class Program(NamedTuple):
