@@ -24,7 +24,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.model = model = ml_collections.ConfigDict()
   model.path = "sft_jax/assets/demo/base"  # A Hugging Face folder.
   model.from_scratch = False  # True: config.json's shapes, new weights.
-  model.dtype = "float32"  # Of activations; parameters stay float32.
+  model.dtype = "float32"  # Of activations: float32 or bfloat16.
+  model.param_dtype = "float32"  # Of parameters, while they train.
   model.attention = "auto"  # Backend; 'auto' picks a segment-aware one.
   model.remat = "none"  # Rematerialisation: none | dots | full.
   model.scan = True  # Scan over layers; False = unrolled.

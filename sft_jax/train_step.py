@@ -104,7 +104,7 @@ def make_train_step(
       gradient = jax.tree.map(
         lambda g, p: (g * scale).astype(p.dtype), gradient, state.params
       )
-      grad_norm = optax.global_norm(gradient)
+      grad_norm = optax.tree.norm(gradient)
       finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.nats)
       updates, opt_state = tx.update(gradient, state.opt_state, state.params)
       params = optax.apply_updates(state.params, updates)
@@ -116,7 +116,7 @@ def make_train_step(
         opt_state=jax.tree.map(keep, opt_state, state.opt_state),
       )
     one = jnp.ones((), jnp.float32)
-    ratio = optax.global_norm(updates) / optax.global_norm(state.params)
+    ratio = optax.tree.norm(updates) / optax.tree.norm(state.params)
     return new_state, {
       "loss/nats_per_token": (sums.nats, sums.weight),
       "acc/token": (sums.correct, sums.weight),

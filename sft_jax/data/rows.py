@@ -3,7 +3,7 @@
 import glob as glob_lib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,16 @@ from sft_jax.data.conversation import RowError
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+Rows = Iterator[tuple[str, dict[str, Any]]]
+OnBadRow = Callable[[RowError], None]
+
+
+def stop(error: RowError) -> None:
+  """What to do about a bad row by default: raise it."""
+  raise error
+
+
+def read_rows(path: str | Path, *, on_bad_row: OnBadRow = stop) -> Rows:
   """Yields (place, row) of every row of the files that `path` names.
 
   Formats, by suffix: .jsonl (streamed), .json (one array), .parquet
@@ -24,6 +33,8 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
   Args:
     path: a file, or a glob, whose files are read in sorted order.
+    on_bad_row: called with the fault of a row that cannot be read; where it
+      returns, reading goes on after that row.
 
   Raises:
     ValueError: no such file, or a suffix that is not known.
@@ -31,8 +42,8 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
       column; a key given twice; NaN or infinity; half a surrogate pair; a row
       that is not an object.
   """
-  for file in _files(str(path)):
-    yield from READERS[file.suffix](file)
+  for file in find_files(path):
+    yield from READERS[file.suffix](file, on_bad_row)
 
 
 def loads(text: str, where: str) -> Any:
@@ -83,7 +94,9 @@ def loads(text: str, where: str) -> Any:
   return value
 
 
-def _files(path: str) -> list[Path]:
+def find_files(path: str | Path) -> list[Path]:
+  """The files that a path or glob names, sorted; see `read_rows`."""
+  path = str(path)
   if Path(path).is_file():
     found = [Path(path)]
   else:
@@ -103,17 +116,22 @@ def _files(path: str) -> list[Path]:
   return found
 
 
-def _read_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_jsonl(file: Path, on_bad_row: OnBadRow) -> Rows:
   # Bytes, so that a line ends at \n alone and faults have a line number.
   with file.open("rb") as lines:
     for number, line in enumerate(lines, start=1):
       if line.strip():
         where = f"{file.name}:{number}"
-        text = _decoded(line, where).removeprefix("\ufeff")
-        yield where, _object(loads(text.rstrip(), where), where)
+        try:
+          text = _decoded(line, where).removeprefix("\ufeff")
+          row = _object(loads(text.rstrip(), where), where)
+        except RowError as error:
+          on_bad_row(error)
+        else:
+          yield where, row
 
 
-def _read_json(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_json(file: Path, on_bad_row: OnBadRow) -> Rows:
   text = _decoded(file.read_bytes(), file.name).removeprefix("\ufeff")
   array = loads(text, file.name)
   if not isinstance(array, list):
@@ -125,10 +143,16 @@ def _read_json(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     )
   for index, row in enumerate(array):
     where = f"{file.name}[{index}]"
-    yield where, _object(row, where)
+    try:
+      made = _object(row, where)
+    except RowError as error:
+      on_bad_row(error)
+    else:
+      yield where, made
 
 
-def _read_parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_parquet(file: Path, on_bad_row: OnBadRow) -> Rows:
+  del on_bad_row  # The file's schema makes every row an object.
   with pyarrow.parquet.ParquetFile(file) as table:
     index = 0
     for batch in table.iter_batches():
@@ -137,8 +161,13 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         index += 1
 
 
-def _read_txt(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-  yield file.name, {"text": _decoded(file.read_bytes(), file.name)}
+def _read_txt(file: Path, on_bad_row: OnBadRow) -> Rows:
+  try:
+    text = _decoded(file.read_bytes(), file.name)
+  except RowError as error:
+    on_bad_row(error)
+  else:
+    yield file.name, {"text": text}
 
 
 READERS = {

@@ -1,31 +1,21 @@
 """Text to token ids and back: one protocol, two kinds of tokenizer file."""
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol, runtime_checkable
 
 import sentencepiece
 import tokenizers
 
-# What an export copies beside the weights, where the folder has it.
-FILES = (
-  "tokenizer.json",
-  "tokenizer.model",
-  "tokenizer_config.json",
-  "special_tokens_map.json",
-  "added_tokens.json",
-  "chat_template.jinja",
-  "generation_config.json",
-)
-_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+from sft_jax.data import tokenizer_folder
+
 # Appended to a SentencePiece model, this overrides one field of it (protocol
 # buffers merge when concatenated): normalizer_spec { add_dummy_prefix: false }.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
   """What the rest of the program knows of a tokenizer.
 
@@ -68,20 +58,6 @@ class Tokenizer(Protocol):
     ...
 
 
-class _Folder(NamedTuple):
-  """What a tokenizer folder says beside the vocabulary."""
-
-  path: Path
-  files: tuple[Path, ...]
-  fingerprint: str
-  config: dict[str, Any]
-  named_tokens: dict[str, str]
-  special: tuple[str, ...]
-  added: dict[str, tuple[int, dict[str, Any]]]
-  stop_ids: tuple[int, ...]
-  chat_template: str | None
-
-
 def load_tokenizer(folder: str | Path) -> Tokenizer:
   """The tokenizer of a model folder, with its chat template and stop ids.
 
@@ -99,7 +75,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
       f"{folder}: got no such folder; expected a model folder. "
       "Check model.path."
     )
-  read = _read_folder(folder)
+  read = tokenizer_folder.read(folder)
   if (folder / "tokenizer.json").is_file():
     return HuggingFaceTokenizer(read)
   if (folder / "tokenizer.model").is_file():
@@ -113,7 +89,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 class _Base:
   """The attributes of `Tokenizer`, resolved from a folder and {text: id}."""
 
-  def __init__(self, read: _Folder, ids: Mapping[str, int], size: int):
+  def __init__(
+    self, read: tokenizer_folder.Folder, ids: Mapping[str, int], size: int
+  ):
     self.folder, self.files = read.path, read.files
     self.fingerprint = read.fingerprint
     self.chat_template = read.chat_template
@@ -142,7 +120,7 @@ class _Base:
 class HuggingFaceTokenizer(_Base):
   """A tokenizer.json, run by the `tokenizers` library. See `Tokenizer`."""
 
-  def __init__(self, read: _Folder):
+  def __init__(self, read: tokenizer_folder.Folder):
     path = read.path / "tokenizer.json"
     try:
       self._model = tokenizers.Tokenizer.from_file(str(path))
@@ -192,7 +170,7 @@ class SentencePieceTokenizer(_Base):
   says `legacy`: then after each special token too).
   """
 
-  def __init__(self, read: _Folder):
+  def __init__(self, read: tokenizer_folder.Folder):
     path = read.path / "tokenizer.model"
     proto = path.read_bytes()
     try:
@@ -281,88 +259,3 @@ class SentencePieceTokenizer(_Base):
         run.append(number)
     flush()
     return "".join(texts)
-
-
-def _read_folder(folder: Path) -> _Folder:
-  config = _json(folder / "tokenizer_config.json")
-  tokens = _json(folder / "special_tokens_map.json") | config
-  # {'content': '</s>', ...} and '</s>' are the same token.
-  named = {
-    key: text
-    for key, value in tokens.items()
-    if key.endswith("_token") and (text := _content(value)) is not None
-  }
-  more = tokens.get("additional_special_tokens") or []
-  extra = config.get("extra_special_tokens") or []
-  more = [*more, *(extra.values() if isinstance(extra, dict) else extra)]
-  special = [*named.values(), *filter(None, map(_content, more))]
-  added = {
-    text: (number, {"special": False})
-    for text, number in _json(folder / "added_tokens.json").items()
-  }
-  for number, token in config.get("added_tokens_decoder", {}).items():
-    flags = {key: value for key, value in token.items() if key in _FLAGS}
-    added[token["content"]] = (int(number), flags)
-  generation = _json(folder / "generation_config.json")
-  if "eos_token_id" not in generation:
-    generation = _json(folder / "config.json")
-  stops = generation.get("eos_token_id")
-  stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
-  files = tuple(folder / name for name in FILES if (folder / name).is_file())
-  digest = hashlib.sha256(repr(sorted(stops)).encode())
-  for file in files:
-    # How a model likes to be sampled does not change what text becomes.
-    if file.name != "generation_config.json":
-      data = file.read_bytes()
-      digest.update(f"{file.name} {len(data)} ".encode() + data)
-  return _Folder(
-    path=folder,
-    files=files,
-    fingerprint=digest.hexdigest(),
-    config=config,
-    named_tokens=named,
-    special=tuple(dict.fromkeys(special)),
-    added=added,
-    stop_ids=tuple(stops),
-    chat_template=_chat_template(folder, config),
-  )
-
-
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-  if (path := folder / "chat_template.jinja").is_file():
-    return path.read_text(encoding="utf-8")
-  template = config.get("chat_template")
-  if isinstance(template, list):
-    named = {one["name"]: one["template"] for one in template}
-    if "default" not in named:
-      raise ValueError(
-        f"{folder}/tokenizer_config.json: got chat templates {sorted(named)}; "
-        "expected one named default. Write the one to use to "
-        "chat_template.jinja."
-      )
-    return named["default"]
-  return template
-
-
-def _content(token: Any) -> str | None:
-  if isinstance(token, dict):
-    token = token.get("content")
-  return token if isinstance(token, str) else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-  """The object in a file; {} where there is no such file."""
-  if not path.is_file():
-    return {}
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(
-      f"{path}: got {error}; expected JSON. Copy it again."
-    ) from error
-  if not isinstance(value, dict):
-    raise ValueError(
-      f"{path}: got a {type(value).__name__}; expected an object. "
-      "Copy it again."
-    )
-  return value
