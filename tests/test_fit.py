@@ -37,6 +37,15 @@ def test_no_peak_no_mfu():
   assert fit.mfu(1e6, 1e9, num_devices=1, chip=None) is None
 
 
+def test_flops_per_second():
+  class H200:
+    device_kind = "NVIDIA H200"
+
+  assert fit.flops_per_second(H200()) == 989.4e12
+  # Any machine of these decades lies between.
+  assert 1e8 < fit.flops_per_second(jax.devices()[0]) < 1e14
+
+
 def test_no_kind_hides_behind_a_shorter_one():
   for kind, chip in fit.CHIPS.items():
     assert fit.chip(kind) == chip
