@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -42,6 +42,7 @@ def main(argv: Sequence[str]) -> None:
       "error: command line: --config is missing, expected a file such "
       "as --config=configs/base.py"
     )
+  logging.set_verbosity(logging.WARNING)  # Orbax and JAX narrate at INFO.
   from sft_jax import train  # JAX starts only once the flags are good.
 
   try:

@@ -33,6 +33,13 @@ def facts(out: Console, title: str, rows: Mapping[str, Any]) -> None:
       out.print(Text(f"  {'':<{width}}  {line}"))
 
 
+def lines(out: Console, title: str, body: Iterable[str]) -> None:
+  """Prints a titled block of lines."""
+  out.print(Text(title, style="bold"))
+  for line in body:
+    out.print(Text(f"  {line}"))
+
+
 def table(
   out: Console, title: str, header: Sequence[str], rows: Iterable[Sequence]
 ) -> None:

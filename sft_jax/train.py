@@ -16,6 +16,8 @@ import jax
 import ml_collections
 import optax
 from jax.sharding import Mesh
+from rich.console import Console
+from rich.text import Text
 
 from sft_jax import fit, metrics, optim, report, sharding, terminal, trees
 from sft_jax.batch import Batch
@@ -80,7 +82,7 @@ def run(config: ml_collections.ConfigDict) -> Result:
     FloatingPointError: the loss stopped being finite; names the step.
   """
   out = terminal.console()
-  say = lambda line: out.print(terminal.Text(line))
+  say = lambda line: out.print(Text(line))
   workdir = Path(config.workdir)
   _check_same_config(config, workdir)
 
@@ -399,7 +401,7 @@ def _loop(
   state: TrainState,
   checkpoints: Checkpoints,
   suite: measure.Suite,
-  out: terminal.Console,
+  out: Console,
 ) -> TrainState:
   """Takes the steps that are left; returns the last state."""
   step = start = int(state.step)
@@ -546,7 +548,7 @@ def start_page(
   config: ml_collections.ConfigDict,
   run_: Setup,
   start_step: int,
-  out: terminal.Console,
+  out: Console,
 ) -> None:
   """Prints what is about to happen."""
   c, state, epoch = run_.model.config, run_.state, run_.stream.ledger.epoch
@@ -594,7 +596,7 @@ def start_page(
   )
   for placement in sharding.table(state.params, run_.mesh):
     if placement.note:
-      out.print(terminal.Text(f"{placement.path}: {placement.note}"))
+      out.print(Text(f"{placement.path}: {placement.note}"))
 
 
 # Of a device's matmul rate, what a training step usually reaches.

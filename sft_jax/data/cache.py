@@ -15,7 +15,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,7 +57,7 @@ def build(
   format: str = "auto",
   history: str = "auto",
   over_long: str = "drop",
-  on_bad_row: Literal["error", "skip"] = "error",
+  on_bad_row: str = "error",
   template_kwargs: dict[str, Any] | None = None,
   announce: Callable[[str], None] = print,
 ) -> Store:

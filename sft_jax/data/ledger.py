@@ -45,13 +45,19 @@ class SourceLedger:
   def drop_turns(self, reason: str, number: int, place: str) -> None:
     """Counts turns lost from a row that is still trained on."""
     self.dropped_turns[reason] = self.dropped_turns.get(reason, 0) + number
-    self.remember(reason, place)
+    self.remember(f"{reason} (turns)", place)
 
   def remember(self, reason: str, place: str) -> None:
     """Keeps the first few places of a reason, to name them."""
     places = self.places.setdefault(reason, [])
     if len(places) < _EXAMPLES_KEPT:
       places.append(place)
+
+  def places_of(self, reason: str, number: int) -> str:
+    """': a.jsonl:1, a.jsonl:2', for a line of the table; may be ''."""
+    places = self.places.get(reason, [])
+    more = ", ..." if number > len(places) == _EXAMPLES_KEPT else ""
+    return f": {', '.join(places)}{more}" if places else ""
 
 
 @dataclasses.dataclass
@@ -150,10 +156,12 @@ class Ledger:
     for name, s in self.sources.items():
       if s.rows_text:
         lines.append(f"{name}: {s.rows_text:,} rows are raw text")
-      for what, losses in (("rows", s.dropped), ("turns", s.dropped_turns)):
-        for reason, number in losses.items():
-          places = ", ".join(s.places.get(reason, []))
-          lines.append(f"{name}: {number:,} {what} dropped, {reason}: {places}")
+      for reason, number in s.dropped.items():
+        places = s.places_of(reason, number)
+        lines.append(f"{name}: {number:,} rows dropped, {reason}{places}")
+      for reason, number in s.dropped_turns.items():
+        places = s.places_of(f"{reason} (turns)", number)
+        lines.append(f"{name}: {number:,} turns dropped, {reason}{places}")
     if e := self.epoch:
       lines.append(
         f"one epoch: {e.packs:,} packs of {e.slots // e.packs:,} slots, "

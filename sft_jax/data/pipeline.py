@@ -15,8 +15,8 @@ import functools
 import hashlib
 import json
 import threading
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import grain
 import numpy as np
@@ -35,8 +35,6 @@ ORDER_VERSION = 1
 # Steps of a stream without end: more than can be trained, less than the
 # number of packs that overflows a 64-bit index.
 _ENDLESS = 1 << 40
-
-Normalize = Literal["token", "example"]
 
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
@@ -63,7 +61,7 @@ class Stream:
     seed: int = 0,
     packing: bool = True,
     epochs: int | None = None,
-    normalize: Normalize = "token",
+    normalize: str = "token",
   ):
     """Plans the first epoch; reads lengths, not tokens.
 
@@ -92,26 +90,25 @@ class Stream:
       )
     if normalize not in ("token", "example"):
       raise ValueError(
-        f"loss.normalize: got {normalize!r}, expected 'token' or 'example'."
+        f"loss.normalize: got {normalize!r}, expected 'token' or 'example'. "
+        "Set it to one of these."
       )
     self.store = store
     self.seq_len = seq_len
     self.batch_size = batch_size
     self._seed = seed
     self._packing = packing
-    self._normalize: Normalize = normalize
+    self._normalize = normalize
     self._lock = threading.RLock()
     self._plan = functools.lru_cache(maxsize=2)(self._make_plan)
     self._patterns = functools.lru_cache(maxsize=1)(self._find_patterns)
-    self._ends: list[int] = []  # packs up to and including each epoch
-    self._locate(0)
+    # With whole weights all epochs have the same rows, dealt differently.
+    self._whole = not any(weight % 1 for weight in store.weights)
+    self._first_packs = [0]  # of each epoch, counted from the run's start
     self.ledger = self._account()
+    self._num_packs = None if epochs is None else self._first_pack(epochs)
     self.num_steps = None
-    self._num_packs = None
-    if epochs is not None:
-      while len(self._ends) < epochs:
-        self._locate(self._ends[-1])
-      self._num_packs = self._ends[epochs - 1]
+    if self._num_packs is not None:
       self.num_steps = -(-self._num_packs // batch_size)
     self.fingerprint = hashlib.sha256(
       json.dumps(
@@ -138,7 +135,7 @@ class Stream:
   @property
   def steps_per_epoch(self) -> float:
     """Length of the first epoch; others differ with fractional weights."""
-    return self._ends[0] / self.batch_size
+    return self._first_pack(1) / self.batch_size
 
   def batches(
     self, start_step: int = 0, process_index: int = 0, process_count: int = 1
@@ -176,15 +173,15 @@ class Stream:
 
     dataset = grain.MapDataset.range(steps * block).map(row)
     dataset = dataset.batch(block, batch_fn=_stack)[start_step:]
-    return _closing(iter(dataset.to_iter_dataset(_READ)))
+    return iter(dataset.to_iter_dataset(_READ))
 
-  def rows_of(self, step: int) -> list[Int64[np.ndarray, " documents"]]:
-    """Ids of the store's rows in each row of the global batch of a step.
+  def rows_of(self, step: int) -> list[list[int]]:
+    """Ids of the store's examples in each row of the global batch of a step.
 
-    `store.place(id)` says where a row stands in its file.
+    `store.place(id)` says where in its file an example comes from.
     """
     first = step * self.batch_size
-    return [self._pack(first + i) for i in range(self.batch_size)]
+    return [self._pack(first + i).tolist() for i in range(self.batch_size)]
 
   def _pack(self, number: int) -> Int64[np.ndarray, " documents"]:
     """Row ids of a pack, counted from the start of the run; none past it."""
@@ -195,47 +192,56 @@ class Stream:
       plan = self._plan(epoch)
     return plan.pack(index)
 
+  def _first_pack(self, epoch: int) -> int:
+    """Number of packs in the epochs before this one."""
+    if self._whole:
+      return epoch * int(self._patterns(0).packs.sum())
+    firsts = self._first_packs
+    while len(firsts) <= epoch:
+      packs = self._patterns(len(firsts) - 1).packs
+      firsts.append(firsts[-1] + int(packs.sum()))
+    return firsts[epoch]
+
   def _locate(self, number: int) -> tuple[int, int]:
     """The epoch of a pack, and its number within it."""
-    while not self._ends or self._ends[-1] <= number:
-      patterns = self._patterns(self._mix(len(self._ends)))
-      before = self._ends[-1] if self._ends else 0
-      self._ends.append(before + int(patterns.packs.sum()))
-    epoch = int(np.searchsorted(self._ends, number, side="right"))
-    return epoch, number - (self._ends[epoch - 1] if epoch else 0)
+    if self._whole:
+      return divmod(number, self._first_pack(1))
+    while self._first_packs[-1] <= number:
+      self._first_pack(len(self._first_packs))
+    epoch = bisect_right(self._first_packs, number) - 1
+    return epoch, number - self._first_packs[epoch]
 
-  def _mix(self, epoch: int) -> int:
-    """Which mixture an epoch has: all the same one when weights are whole."""
-    return epoch if any(w % 1 for w in self.store.weights) else 0
-
-  def _ids(self, mix: int) -> Int64[np.ndarray, " rows"]:
+  def _ids(self, epoch: int) -> Int64[np.ndarray, " rows"]:
     """Row ids of an epoch, by source: whole copies, then a random share."""
-    rng = np.random.default_rng((self._seed, mix, 0))
+    rng = np.random.default_rng((self._seed, epoch, 0))
     parts = []
     for source, weight in enumerate(self.store.weights):
       rows = np.flatnonzero(self.store.source == source)
-      share = round(weight % 1 * len(rows))
       parts.append(np.tile(rows, int(weight)))
-      parts.append(rng.permutation(rows)[:share])
+      if fraction := weight % 1:
+        share = max(1, round(fraction * len(rows)))
+        parts.append(rng.permutation(rows)[:share])
     return np.concatenate(parts)
 
-  def _find_patterns(self, mix: int) -> packer.Patterns:
+  def _find_patterns(self, epoch: int) -> packer.Patterns:
     return packer.find_patterns(
-      self.store.lengths[self._ids(mix)], self.seq_len, packing=self._packing
+      self.store.lengths[self._ids(epoch)],
+      self.seq_len,
+      packing=self._packing,
     )
 
   def _make_plan(self, epoch: int) -> packer.Plan:
-    ids = self._ids(self._mix(epoch))
-    patterns = self._patterns(self._mix(epoch))
+    ids = self._ids(epoch)
+    patterns = self._patterns(0 if self._whole else epoch)
     seed = (self._seed, epoch, 1)
     plan = packer.deal(self.store.lengths[ids], patterns, seed=seed)
     return plan._replace(rows=ids[plan.rows])
 
   def _account(self) -> Ledger:
-    ids = self._ids(self._mix(0))
+    ids = self._ids(0)
     tokens = int(self.store.lengths[ids].sum(dtype=np.int64))
     trained = int(self.store.trained[ids].sum(dtype=np.int64))
-    packs = self._ends[0]
+    packs = self._first_pack(1)
     epoch = EpochLedger(
       packs=packs,
       slots=packs * self.seq_len,
@@ -250,7 +256,7 @@ def lay_out(
   examples: Sequence[Example],
   seq_len: int,
   *,
-  normalize: Normalize = "token",
+  normalize: str = "token",
 ) -> Batch:
   """Lays documents into one row, B = 1; see `Batch` for the picture.
 
@@ -283,11 +289,3 @@ def lay_out(
 
 def _stack(rows: Sequence[Batch]) -> Batch:
   return Batch._make(map(np.concatenate, zip(*rows, strict=True)))
-
-
-def _closing(batches: grain.DatasetIterator) -> Iterator[Batch]:
-  """Stops the reading threads when the consumer stops."""
-  try:
-    yield from batches
-  finally:
-    batches.close()

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import sentencepiece
 import tokenizers
@@ -15,6 +15,7 @@ from sft_jax.data import tokenizer_folder
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
   """What the rest of the program knows of a tokenizer.
 
