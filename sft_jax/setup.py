@@ -246,12 +246,33 @@ def _load_model(
     shardings = sharding.param_shardings(shapes, mesh)
     return model, jax.jit(model.init, out_shardings=shardings)(key)
   say(f"Loading {config.model.path} ...")
-  return hf.load_pretrained(
-    config.model.path,
-    shardings=lambda shapes: sharding.param_shardings(shapes, mesh),
-    key=key,
-    **choices,
-  )
+  return load_pretrained(config.model.path, mesh=mesh, key=key, **choices)
+
+
+def load_pretrained(
+  path: str | Path,
+  *,
+  dtype: str = "float32",
+  mesh: Mesh | None = None,
+  **choices: Any,
+) -> tuple[Model, trees.Tree]:
+  """A Hugging Face folder as (model, parameters), ready to run.
+
+  Args:
+    path: the folder: config.json and safetensors.
+    dtype: of activations; parameters are float32 unless `param_dtype` says
+      otherwise.
+    mesh: where the parameters shall lie, see `sharding.make_mesh`; None is
+      the first device.
+    choices: further arguments of `models.hf.load_pretrained`.
+
+  Raises:
+    ValueError: a folder that is not there, not whole or not supported.
+  """
+  shardings = None
+  if mesh is not None:
+    shardings = lambda shapes: sharding.param_shardings(shapes, mesh)
+  return hf.load_pretrained(path, dtype=dtype, shardings=shardings, **choices)
 
 
 def _state_shardings(
