@@ -376,7 +376,10 @@ def test_ids_equal_transformers(name, tmp_path, monkeypatch):
     )
 
   rows = [chat("u:Hi ü", "a:Hello, <b>you</b>.", "u:Bye", "a:Good\n\nbye!")]
-  rows += [_trace()] if name in TOOLS else []
+  if name in TOOLS:
+    # DeepSeek's template shows calls, but no tools: those are refused.
+    shows = "tools" in template
+    rows += [_trace() if shows else Conversation(_trace().messages)]
   if "Qwen3" in name:
     rows += [
       chat(

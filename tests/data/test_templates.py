@@ -74,8 +74,16 @@ def test_render_gives_tools_and_special_tokens():
 
 
 def test_a_template_speaks_for_itself():
-  template = templates.ChatTemplate("{{ raise_exception('No tools.') }}")
-  with pytest.raises(RowError, match=r"rows.jsonl:3 messages\[2\].*No tools"):
+  template = templates.ChatTemplate(
+    "{{ raise_exception('Not these ' ~ tools) }}"
+  )
+  with pytest.raises(RowError, match=r"rows.jsonl:3 messages\[2\].*Not these"):
+    templates.render_prompt(TRACE, template)
+
+
+def test_tools_are_not_dropped_in_silence():
+  template = templates.ChatTemplate(GLUED, {"bos_token": "<s>"})
+  with pytest.raises(RowError, match=r"rows.jsonl:3 tools: got 1 tools"):
     templates.render_prompt(TRACE, template)
 
 
