@@ -61,6 +61,7 @@ class Setup(NamedTuple):
   tokenizer: tokenizers.Tokenizer
   model: Model
   state: TrainState
+  state_shardings: TrainState
   loss_fn: Callable[[trees.Tree, Batch], LossSums]
   train_step: Callable
   num_steps: int
@@ -90,7 +91,7 @@ def run(config: ml_collections.ConfigDict) -> Result:
   checkpoints = Checkpoints(
     workdir / "checkpoints", keep=config.checkpoint.keep
   )
-  state = _restore(checkpoints, run_, say)
+  state = restore(checkpoints, run_, say)
   start_step = int(state.step)
   _write_json(workdir / "config.json", config.to_dict())
   _write_json(workdir / "ledger.json", run_.stream.ledger.to_json())
@@ -154,7 +155,7 @@ def setup(config: ml_collections.ConfigDict, say: Say) -> Setup:
     )
   tokenizer = tokenizers.load_tokenizer(config.model.path)
   say(f"Reading {config.data.train} ...")
-  data = _load_data(config, tokenizer, say)
+  data = load_data(config, tokenizer, say)
   num_steps = config.steps or data.stream.num_steps
   model, params = _load_model(config, mesh, say)
   if tokenizer.vocab_size > model.config.vocab_size:
@@ -194,9 +195,10 @@ def setup(config: ml_collections.ConfigDict, say: Say) -> Setup:
       chunk_tokens=config.loss.chunk_tokens,
     )
 
+  state_shardings = _state_shardings(params, trained, tx, mesh)
   state = jax.jit(
     lambda params: init_state(params, trained, tx),
-    out_shardings=_state_shardings(params, trained, tx, mesh),
+    out_shardings=state_shardings,
     donate_argnums=0,
   )(params)
   num_trained, num_frozen = fit.matmul_params(
@@ -207,6 +209,7 @@ def setup(config: ml_collections.ConfigDict, say: Say) -> Setup:
     tokenizer=tokenizer,
     model=model,
     state=state,
+    state_shardings=state_shardings,
     loss_fn=loss_fn,
     train_step=make_train_step(loss_fn, tx, learning_rate),
     num_steps=num_steps,
@@ -222,18 +225,20 @@ def setup(config: ml_collections.ConfigDict, say: Say) -> Setup:
   )
 
 
-class _Data(NamedTuple):
+class Data(NamedTuple):
+  """What is trained on, and what is measured before and after."""
+
   stream: Stream
   held_out: Stream | None
   general_text: Stream | None
   items: list[behaviours.Item]
 
 
-def _load_data(
+def load_data(
   config: ml_collections.ConfigDict,
   tokenizer: tokenizers.Tokenizer,
   say: Say,
-) -> _Data:
+) -> Data:
   """Encodes (or re-uses) every source, and plans its batches."""
   template_kwargs = config.data.template_kwargs.to_dict()
 
@@ -282,7 +287,7 @@ def _load_data(
     examples, held_out = examples.split(config.data.holdout, seed=config.seed)
   general_text = _beside(config, "general_text", say)
   items = _beside(config, "behaviours", say)
-  return _Data(
+  return Data(
     stream(
       examples,
       epochs=None if config.steps else config.epochs,
@@ -609,7 +614,7 @@ def _describe(stream: Stream | None) -> str:
   return f"{len(stream.store.index):,} examples"
 
 
-def _restore(checkpoints: Checkpoints, run_: Setup, say: Say) -> TrainState:
+def restore(checkpoints: Checkpoints, run_: Setup, say: Say) -> TrainState:
   """The newest state that verifies; the fresh one if there is none.
 
   Raises:
