@@ -85,13 +85,13 @@ class Checkpoints:
 
   def _open(self) -> None:
     self._directory.mkdir(parents=True, exist_ok=True)
-    training = ocp.training
-    self._orbax = training.Checkpointer(
+    # Orbax's policies do not match its own protocol in a type checker's eyes.
+    every_save: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
+    newest: Any = ocp.training.preservation_policies.LatestN(self._keep)
+    self._orbax = ocp.training.Checkpointer(
       self._directory.absolute(),
-      save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(
-        1
-      ),
-      preservation_policy=training.preservation_policies.LatestN(self._keep),
+      save_decision_policy=every_save,
+      preservation_policy=newest,
     )
 
   def steps(self) -> list[int]:
@@ -104,10 +104,9 @@ class Checkpoints:
     The arrays are copied before this returns; writing goes on behind. The
     failure of an earlier save surfaces here, or in `wait`.
     """
+    metadata: dict[str, Any] = {"meta": meta, "digests": digests(state)}
     self._orbax.save_checkpointables_async(
-      step,
-      {"state": state},
-      custom_metadata={"meta": meta, "digests": digests(state)},
+      step, {"state": state}, custom_metadata=metadata
     )
 
   def restore(
@@ -145,7 +144,7 @@ class Checkpoints:
 
   def _load(self, step: int, abstract: Any) -> Restored:
     metadata = self._orbax.checkpointables_metadata(step)
-    custom = metadata.custom_metadata
+    custom: Any = metadata.custom_metadata
     if not isinstance(custom, dict) or "digests" not in custom:
       raise ValueError("its digests are missing")
     loaded = self._orbax.load_checkpointables(step, {"state": abstract})

@@ -158,7 +158,9 @@ def matmul_params(
   return counts[True], counts[False]
 
 
-def mean_context(lengths: Iterable[int], window: int | None = None) -> float:
+def mean_context(
+  lengths: Iterable[int] | np.ndarray, window: int | None = None
+) -> float:
   """Average number of tokens a token attends to, itself included.
 
   Attention is causal and stays within a document, so a document of n tokens

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from sft_jax.batch import AnyArray
+
 
 class LossSums(NamedTuple):
   """Sums over the trained tokens of a batch; dividing is the caller's.
@@ -26,10 +28,10 @@ class LossSums(NamedTuple):
 
 
 def linear_cross_entropy(
-  hidden: Float[Array, "B T D"],
-  head: Float[Array, "V D"],
-  targets: Int32[Array, "B T"],
-  weights: Float32[Array, "B T"],
+  hidden: Float[AnyArray, "B T D"],
+  head: Float[AnyArray, "V D"],
+  targets: Int32[AnyArray, "B T"],
+  weights: Float32[AnyArray, "B T"],
   *,
   chunk_tokens: int = 1024,
 ) -> LossSums:

@@ -14,10 +14,8 @@ DEBUG = flags.DEFINE_bool("debug", False, "Show the trace of an error.")
 # What a user or a file can cause; anything else is our mistake and keeps its
 # trace.
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
-
-
-def _one_line(error: BaseException) -> str:
-  return f"error: {error}"
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again.
+STOPPED_EXIT = 75
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -47,10 +45,13 @@ def main(argv: Sequence[str]) -> None:
 
   try:
     train.run(CONFIG.value)
+  except train.Stopped as stopped:
+    print(stopped, file=sys.stderr)
+    sys.exit(STOPPED_EXIT)
   except USER_ERRORS as error:
     if DEBUG.value:
       raise
-    print(_one_line(error), file=sys.stderr)
+    print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -1,43 +1,26 @@
-"""The story of a run: data and model meet, train, are measured and exported.
+"""The story of a run: measured, trained, measured again, exported.
 
-`setup(config)` builds everything and touches nothing on disk but the cache;
-`run(config)` is what `main` calls. This file is the only reader of `config`.
+`run(config)` is what `main` calls; `setup.py` builds what it works with.
 """
 
 import json
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import ml_collections
-import optax
-from jax.sharding import Mesh
 from rich.console import Console
 from rich.text import Text
 
-from sft_jax import fit, metrics, optim, report, sharding, terminal, trees
+from sft_jax import fit, metrics, present, sharding, terminal, trees
 from sft_jax.batch import Batch
 from sft_jax.checkpoint import Checkpoints
-from sft_jax.data import audit, cache, rows, tokenizers
-from sft_jax.data.pipeline import Stream
-from sft_jax.data.store import Store, to_sources
-from sft_jax.evals import behaviours, measure, replies
-from sft_jax.losses import LossSums, linear_cross_entropy
-from sft_jax.models import hf, lora, transformer
-from sft_jax.models.config import read_config
-from sft_jax.models.transformer import Model
-from sft_jax.train_step import (
-  TrainState,
-  init_state,
-  make_train_step,
-  split_micro_batches,
-)
-
-Say = Callable[[str], None]
+from sft_jax.evals import measure
+from sft_jax.models import hf
+from sft_jax.setup import Config, Say, Setup, make_suite, setup
+from sft_jax.train_step import TrainState, split_micro_batches
 
 
 class Result(NamedTuple):
@@ -54,25 +37,7 @@ class Result(NamedTuple):
   workdir: Path
 
 
-class Setup(NamedTuple):
-  """All that a run needs, built from a config; see `setup`."""
-
-  mesh: Mesh
-  tokenizer: tokenizers.Tokenizer
-  model: Model
-  state: TrainState
-  state_shardings: TrainState
-  loss_fn: Callable[[trees.Tree, Batch], LossSums]
-  train_step: Callable
-  num_steps: int
-  flops_per_token: float
-  stream: Stream
-  held_out: Stream | None
-  general_text: Stream | None
-  items: list[behaviours.Item]
-
-
-def run(config: ml_collections.ConfigDict) -> Result:
+def run(config: Config) -> Result:
   """Trains as the config says, in `config.workdir`; resumes what is there.
 
   Before and after training the model is measured (behaviours, held-out loss,
@@ -95,16 +60,16 @@ def run(config: ml_collections.ConfigDict) -> Result:
   start_step = int(state.step)
   _write_json(workdir / "config.json", config.to_dict())
   _write_json(workdir / "ledger.json", run_.stream.ledger.to_json())
-  start_page(config, run_, start_step, out)
+  present.start_page(config, run_, start_step, out)
   result_path = workdir / "result.json"
   if result_path.exists() and start_step == run_.num_steps:
     say(f"{workdir} is finished. To train again, choose another workdir.")
     result = json.loads(result_path.read_text())
-    show_result(out, result, config.eval.samples)
+    present.show_result(out, result, config.eval.samples)
     return Result(result, trees.merge(state.params, state.frozen), workdir)
 
   # -- Before ---------------------------------------------------------------
-  suite = _make_suite(config, run_)
+  suite = make_suite(config, run_)
   before_path = workdir / "evals" / "before.json"
   if before_path.exists():
     before = json.loads(before_path.read_text())
@@ -122,7 +87,7 @@ def run(config: ml_collections.ConfigDict) -> Result:
   after = suite(params)
   _write_json(workdir / "evals" / "after.json", after)
   result = measure.compare(before, after)
-  show_result(out, result, config.eval.samples)
+  present.show_result(out, result, config.eval.samples)
   if config.export:
     say(f"Writing {workdir / 'export'} ...")
     hf.save_pretrained(workdir / "export", run_.model, params, run_.tokenizer)
@@ -138,270 +103,11 @@ def run(config: ml_collections.ConfigDict) -> Result:
   return Result(result, params, workdir)
 
 
-# -- Setup ------------------------------------------------------------------
-
-
-def setup(config: ml_collections.ConfigDict, say: Say) -> Setup:
-  """Builds mesh, data, model, state and step; announces what takes time."""
-  mesh = sharding.make_mesh(**config.mesh)
-  if config.batch_size % (
-    config.accum_steps * mesh.shape["data"] * mesh.shape["fsdp"]
-  ):
-    raise ValueError(
-      f"batch_size: got {config.batch_size} for accum_steps="
-      f"{config.accum_steps}, mesh.data={mesh.shape['data']}, mesh.fsdp="
-      f"{mesh.shape['fsdp']}, expected a multiple of their product. Change "
-      "batch_size or accum_steps."
-    )
-  tokenizer = tokenizers.load_tokenizer(config.model.path)
-  say(f"Reading {config.data.train} ...")
-  data = load_data(config, tokenizer, say)
-  num_steps = config.steps or data.stream.num_steps
-  model, params = _load_model(config, mesh, say)
-  if tokenizer.vocab_size > model.config.vocab_size:
-    raise ValueError(
-      f"{config.model.path}: the tokenizer has {tokenizer.vocab_size} ids for "
-      f"{model.config.vocab_size} rows of the embedding, expected at most as "
-      "many. The tokenizer belongs to another model."
-    )
-
-  learning_rate = optim.schedule(
-    config.optim.schedule,
-    peak=config.optim.learning_rate,
-    warmup_steps=config.optim.warmup_steps,
-    num_steps=num_steps,
-    final_fraction=config.optim.final_fraction,
-  )
-  tx = optim.adamw(
-    learning_rate,
-    b1=config.optim.b1,
-    b2=config.optim.b2,
-    eps=config.optim.eps,
-    weight_decay=config.optim.weight_decay,
-    decay_patterns=config.optim.decay,
-    clip_norm=config.optim.clip_norm,
-  )
-  trained = lora.is_adapter if config.lora.rank else lambda path: True
-
-  def loss_fn(params: trees.Tree, batch: Batch) -> LossSums:
-    hidden = model.hidden(
-      params, batch.tokens, batch.positions, batch.segment_ids
-    )
-    return linear_cross_entropy(
-      hidden,
-      model.head(params).astype(hidden.dtype),
-      batch.targets,
-      batch.loss_weights,
-      chunk_tokens=config.loss.chunk_tokens,
-    )
-
-  state_shardings = _state_shardings(params, trained, tx, mesh)
-  state = jax.jit(
-    lambda params: init_state(params, trained, tx),
-    out_shardings=state_shardings,
-    donate_argnums=0,
-  )(params)
-  num_trained, num_frozen = fit.matmul_params(
-    trees.merge(state.params, state.frozen), trained
-  )
-  return Setup(
-    mesh=mesh,
-    tokenizer=tokenizer,
-    model=model,
-    state=state,
-    state_shardings=state_shardings,
-    loss_fn=loss_fn,
-    train_step=make_train_step(loss_fn, tx, learning_rate),
-    num_steps=num_steps,
-    flops_per_token=fit.model_flops_per_token(
-      trained_matmul_params=num_trained,
-      frozen_matmul_params=num_frozen,
-      num_layers=model.config.num_layers,
-      num_heads=model.config.num_heads,
-      head_dim=model.config.head_dim,
-      context=fit.mean_context(data.stream.store.lengths),
-    ),
-    **data._asdict(),
-  )
-
-
-class Data(NamedTuple):
-  """What is trained on, and what is measured before and after."""
-
-  stream: Stream
-  held_out: Stream | None
-  general_text: Stream | None
-  items: list[behaviours.Item]
-
-
-def load_data(
-  config: ml_collections.ConfigDict,
-  tokenizer: tokenizers.Tokenizer,
-  say: Say,
-) -> Data:
-  """Encodes (or re-uses) every source, and plans its batches."""
-  template_kwargs = config.data.template_kwargs.to_dict()
-
-  def store(source: Any) -> Store:
-    # A glob is one source per file, so that the ledger tells them apart.
-    sources = [
-      (str(file), one.weight)
-      for one in to_sources(source)
-      for file in rows.find_files(one.path)
-    ]
-    found = cache.build(
-      sources,
-      tokenizer,
-      directory=config.data.cache_dir or Path(config.workdir) / "cache",
-      format=config.data.format,
-      max_length=config.data.seq_len,
-      history=config.data.history,
-      over_long=config.data.over_long,
-      on_bad_row=config.data.on_bad_row,
-      template_kwargs=template_kwargs,
-      announce=say,
-    )
-    audit.verify(
-      found,
-      vocab_size=tokenizer.vocab_size,
-      stop_ids=tokenizer.stop_ids,
-      bos_id=tokenizer.bos_id,
-    )
-    return found
-
-  def stream(store: Store, *, epochs: int, normalize: Any = "token") -> Stream:
-    return Stream(
-      store,
-      seq_len=config.data.seq_len,
-      batch_size=config.batch_size,
-      seed=config.seed,
-      packing=config.data.packing,
-      epochs=epochs,
-      normalize=normalize,
-    )
-
-  examples, held_out = store(config.data.train), None
-  if config.data.eval:
-    held_out = store(config.data.eval)
-  elif config.data.holdout:
-    examples, held_out = examples.split(config.data.holdout, seed=config.seed)
-  general_text = _beside(config, "general_text", say)
-  items = _beside(config, "behaviours", say)
-  return Data(
-    stream(
-      examples,
-      epochs=None if config.steps else config.epochs,
-      normalize=config.loss.normalize,
-    ),
-    stream(held_out, epochs=1) if held_out else None,
-    stream(store(general_text), epochs=1) if general_text else None,
-    behaviours.load(items) if items else [],
-  )
-
-
-def _beside(
-  config: ml_collections.ConfigDict, name: str, say: Say
-) -> str | None:
-  """The file of `eval.<name>`; 'auto' looks beside the training data."""
-  value = config.eval[name]
-  if value != "auto":
-    return value or None
-  source = config.data.train
-  first = source if isinstance(source, str) else source[0]
-  first = first if isinstance(first, str) else first[0]
-  path = Path(first).parent / f"{name}.jsonl"
-  if path.is_file():
-    return str(path)
-  say(f"eval.{name}: none, as there is no {path}")
-  return None
-
-
-def _load_model(
-  config: ml_collections.ConfigDict, mesh: Mesh, say: Say
-) -> tuple[Model, trees.Tree]:
-  """The model and its parameters, on their devices."""
-  adapters = None
-  if config.lora.rank:
-    adapters = lora.LoraConfig(
-      rank=config.lora.rank,
-      alpha=config.lora.alpha,
-      targets=config.lora.targets,
-    )
-  choices = {
-    "dtype": config.model.dtype,
-    "param_dtype": config.model.param_dtype,
-    "attention": config.model.attention,
-    "remat": config.model.remat,
-    "scan": config.model.scan,
-    "lora": adapters,
-  }
-  key = jax.random.key(config.seed)
-  if config.model.from_scratch:
-    say(f"New parameters in the shapes of {config.model.path} ...")
-    model = transformer.build(read_config(config.model.path), **choices)
-    shapes = jax.eval_shape(model.init, key)
-    shardings = sharding.param_shardings(shapes, mesh)
-    return model, jax.jit(model.init, out_shardings=shardings)(key)
-  say(f"Loading {config.model.path} ...")
-  return hf.load_pretrained(
-    config.model.path,
-    shardings=lambda shapes: sharding.param_shardings(shapes, mesh),
-    key=key,
-    **choices,
-  )
-
-
-def _state_shardings(
-  params: trees.Tree,
-  trained: Callable[[str], bool],
-  tx: optax.GradientTransformation,
-  mesh: Mesh,
-) -> TrainState:
-  """Moments lie where their parameters lie; counters everywhere."""
-  shapes = jax.eval_shape(lambda p: init_state(p, trained, tx), params)
-  whole = sharding.replicated(mesh)
-  of_params = sharding.param_shardings(shapes.params, mesh)
-  return TrainState(
-    step=whole,
-    params=of_params,
-    frozen=sharding.param_shardings(shapes.frozen, mesh),
-    opt_state=optax.tree_map_params(
-      tx,
-      lambda _, s: s,
-      shapes.opt_state,
-      of_params,
-      transform_non_params=lambda _: whole,
-    ),
-  )
-
-
-def _make_suite(
-  config: ml_collections.ConfigDict, run_: Setup
-) -> measure.Suite:
-  """What is measured before and after training."""
-  return measure.Suite(
-    loss_fn=run_.loss_fn,
-    put_rows=lambda batch: sharding.put_rows(batch, sharding.rows(run_.mesh)),
-    held_out=run_.held_out,
-    general_text=run_.general_text,
-    items=run_.items,
-    generate=lambda params, conversations: replies.generate(
-      run_.model,
-      params,
-      run_.tokenizer,
-      conversations,
-      max_new_tokens=config.eval.max_new_tokens,
-      template_kwargs=config.data.template_kwargs.to_dict(),
-      batch_size=config.eval.batch_size,
-    ),
-  )
-
-
 # -- The loop ---------------------------------------------------------------
 
 
 def _loop(
-  config: ml_collections.ConfigDict,
+  config: Config,
   run_: Setup,
   state: TrainState,
   checkpoints: Checkpoints,
@@ -451,7 +157,10 @@ def _loop(
       last = step == run_.num_steps
       if not last:  # Read ahead while the device works.
         batch, tokens = next_batch()
-      if step % config.log.every == 0 or last or stop.requested:
+      saves = last or stop.requested or _divides(config.checkpoint.every, step)
+      # A record ends where a checkpoint is made: a resumed run then writes
+      # the very records that the run would have written.
+      if saves or _divides(config.log.every, step):
         values = window.take()
         seconds = time.perf_counter() - clock
         values |= _speed(
@@ -474,15 +183,11 @@ def _loop(
         )
         window_tokens, window_steps = 0, 0
         clock = time.perf_counter()
-      if config.eval.every and step % config.eval.every == 0 and not last:
+      if _divides(config.eval.every, step) and not last:
         values = suite.losses(trees.merge(state.params, state.frozen))
         writer.write(step, values)
         clock = time.perf_counter()
-      if (
-        last
-        or stop.requested
-        or (config.checkpoint.every and step % config.checkpoint.every == 0)
-      ):
+      if saves:
         save(step)
   progress.close()
   writer.close()
@@ -493,6 +198,11 @@ def _loop(
       "command again to go on from there."
     )
   return state
+
+
+def _divides(every: int, step: int) -> bool:
+  """True at each `every`-th step; never for 0."""
+  return every > 0 and step % every == 0
 
 
 class Stopped(Exception):
@@ -546,72 +256,7 @@ def _speed(
   return values if share is None else {**values, "speed/mfu": share}
 
 
-# -- Start and resume -------------------------------------------------------
-
-
-def start_page(
-  config: ml_collections.ConfigDict,
-  run_: Setup,
-  start_step: int,
-  out: Console,
-) -> None:
-  """Prints what is about to happen."""
-  c, state, epoch = run_.model.config, run_.state, run_.stream.ledger.epoch
-  device = jax.devices()[0]
-  num_trained, num_frozen = trees.count(state.params), trees.count(state.frozen)
-  tokens = run_.num_steps * config.batch_size * config.data.seq_len
-  seconds = (
-    tokens
-    * run_.flops_per_token
-    / (_USUAL_SHARE * fit.flops_per_second(device) * run_.mesh.size)
-  )
-  terminal.facts(
-    out,
-    "Model",
-    {
-      "from": config.model.path
-      + (" (new parameters)" if config.model.from_scratch else ""),
-      "shape": f"{c.family}: {c.num_layers} layers, width {c.d_model}, "
-      f"{c.num_heads} heads ({c.num_kv_heads} key/value), "
-      f"vocabulary {c.vocab_size}, {config.model.dtype}",
-      "parameters": f"{terminal.number(num_trained)} trained, "
-      f"{terminal.number(num_frozen)} frozen",
-      "devices": f"{run_.mesh.size} x {device.device_kind}, mesh "
-      + " x ".join(f"{a}={n}" for a, n in run_.mesh.shape.items()),
-    },
-  )
-  terminal.lines(out, "Data", run_.stream.ledger.lines())
-  terminal.facts(
-    out,
-    "Plan",
-    {
-      "steps": f"{run_.num_steps} of {config.batch_size} rows x "
-      f"{config.data.seq_len} tokens"
-      + (f" in {config.accum_steps} parts" if config.accum_steps > 1 else "")
-      + (f", from step {start_step}" if start_step else ""),
-      "epochs": f"{run_.num_steps * config.batch_size / epoch.packs:.2f} of "
-      f"{epoch.packs} packed rows",
-      "fill": f"{epoch.fill:.1%} of the slots hold a token",
-      "held out": _describe(run_.held_out),
-      "general text": _describe(run_.general_text),
-      "behaviours": f"{len(run_.items)} prompts",
-      "expected time": f"about {terminal.duration(seconds)} of training",
-      "workdir": config.workdir,
-    },
-  )
-  for placement in sharding.table(state.params, run_.mesh):
-    if placement.note:
-      out.print(Text(f"{placement.path}: {placement.note}"))
-
-
-# Of a device's matmul rate, what a training step usually reaches.
-_USUAL_SHARE = 0.4
-
-
-def _describe(stream: Stream | None) -> str:
-  if stream is None:
-    return "none"
-  return f"{len(stream.store.index):,} examples"
+# -- Resume ---------------------------------------------------------------
 
 
 def restore(checkpoints: Checkpoints, run_: Setup, say: Say) -> TrainState:
@@ -638,9 +283,7 @@ def restore(checkpoints: Checkpoints, run_: Setup, say: Say) -> TrainState:
   return restored.state
 
 
-def _check_same_config(
-  config: ml_collections.ConfigDict, workdir: Path
-) -> None:
+def _check_same_config(config: Config, workdir: Path) -> None:
   """Raises ValueError with the difference if the workdir has another config."""
   path = workdir / "config.json"
   if not path.exists():

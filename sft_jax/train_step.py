@@ -24,13 +24,13 @@ class TrainState(NamedTuple):
   """Everything a step reads and writes besides the batch.
 
   Attributes:
-    step: int32 scalar, the number of steps taken.
+    step: int32 scalar array, the number of steps taken.
     params: the trained leaves; gradients and moments exist for these only.
     frozen: the other leaves, returned untouched.
     opt_state: the optimiser's state over `params`.
   """
 
-  step: jax.Array
+  step: Any
   params: trees.Tree
   frozen: trees.Tree
   opt_state: Any

@@ -21,6 +21,8 @@ FLOORS = [
     "train_step",
     "fit",
   },
+  {"setup"},
+  {"present"},
   {"train"},
   {"main"},
 ]

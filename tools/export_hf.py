@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 from rich.text import Text
 
-from sft_jax import terminal, train, trees
+from sft_jax import setup, terminal, train, trees
 from sft_jax.checkpoint import Checkpoints
 from sft_jax.models import hf
 from tools import command
@@ -28,7 +28,7 @@ def main() -> None:
   workdir = Path(args.workdir)
   read = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
   config: Any = ml_collections.ConfigDict(read, type_safe=False)
-  run = train.setup(config, say)
+  run = setup.setup(config, say)
   checkpoints = Checkpoints(
     workdir / "checkpoints", keep=config.checkpoint.keep
   )

@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 from rich.text import Text
 
-from sft_jax import terminal, train
+from sft_jax import setup, terminal
 from sft_jax.data import tokenizers
 from tools import command
 
@@ -48,7 +48,7 @@ def main() -> None:
   out, quiet, config = terminal.console(), JSON.value, CONFIG.value
   tokenizer = tokenizers.load_tokenizer(config.model.path)
   say = lambda line: None if quiet else out.print(Text(line))
-  stream = train.load_data(config, tokenizer, say).stream
+  stream = setup.load_data(config, tokenizer, say).stream
   store = stream.store
   number = min(SAMPLES.value, len(store.lengths))
   rng = np.random.default_rng(SEED.value)

@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 from rich.text import Text
 
-from sft_jax import fit, sharding, terminal, train
+from sft_jax import fit, setup, sharding, terminal
 from sft_jax.train_step import split_micro_batches
 from tools import command
 
@@ -26,7 +26,7 @@ def main() -> None:
   built = []
 
   def build():
-    built.append(train.setup(config, lambda line: out.print(Text(line))))
+    built.append(setup.setup(config, lambda line: out.print(Text(line))))
     return built[0].state
 
   # Traced and not run, so no array of the state ever exists.

@@ -32,6 +32,7 @@ from sft_jax.data.store import (
   digest,
   open_store,
   to_sources,
+  write_meta,
 )
 from sft_jax.data.tokenizers import Tokenizer
 
@@ -252,10 +253,7 @@ def _seal(folder: Path, sources: Sequence[Source], ledger: Ledger) -> None:
     "fingerprint": examples.hexdigest(),
     "ledger": ledger.to_json(),
   }
-  with (folder / "meta.json").open("w") as file:
-    json.dump(meta, file, indent=1)
-    file.flush()
-    os.fsync(file.fileno())
+  write_meta(folder, meta)
 
 
 def _move(building: Path, folder: Path) -> None:

@@ -197,8 +197,9 @@ def chat_template(tokenizer: Tokenizer) -> templates.ChatTemplate:
     tokenizer.chat_template,
     tokenizer.named_tokens,
     stop_tokens=[
-      tokenizer.decode([stop], skip_special=False)
-      for stop in tokenizer.stop_ids
+      text
+      for text, number in tokenizer.special_tokens.items()
+      if number in tokenizer.stop_ids
     ],
     control_tokens=[
       text for text in tokenizer.special_tokens if text != unknown

@@ -47,7 +47,7 @@ def encode_rendered(
   pieces = []
   for prompt, (start, end, weight) in zip(prompts, spans, strict=True):
     reply, offsets = _continuation(
-      prompt, text[start:end], text[:end], tokenizer
+      prompt, text[start:end], text[:end], tokenizer, conversation
     )
     _stop_index(reply, offsets, 0, end - start, tokenizer, conversation)
     weights = [0.0] * len(prompt) + [weight] * len(reply)
@@ -56,7 +56,11 @@ def encode_rendered(
 
 
 def _continuation(
-  prompt: list[int], reply: str, whole: str, tokenizer: Tokenizer
+  prompt: list[int],
+  reply: str,
+  whole: str,
+  tokenizer: Tokenizer,
+  conversation: Conversation,
 ) -> tuple[list[int], list[tuple[int, int]]]:
   """Ids of a reply as they follow ids of a prompt, and their offsets.
 
@@ -73,7 +77,7 @@ def _continuation(
     if tokenizer.decode(prompt + ids, skip_special=False) == wanted:
       return ids, [(a - width, b - width) for a, b in offsets[begin:]]
   raise RowError(
-    "chat template",
+    conversation.source or "row",
     f"a reply {reply[:30]!r} that cannot be encoded apart from its prompt",
     "a prompt whose last token ends where the reply begins",
     "End the generation prompt with a special token or a line break.",

@@ -14,8 +14,10 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32, Shaped, UInt8
@@ -46,14 +48,15 @@ class Source:
   """A file or glob, and how many times each of its rows is seen per epoch."""
 
   path: str
-  weight: float = 1.0
+  weight: int | float = 1.0
 
 
-Sources = str | Source | Sequence[str | Source | tuple[str, float]]
+OneSource = str | Source | tuple[str, int | float]
+Sources = OneSource | Sequence[OneSource]
 
 
 def to_sources(sources: Sources) -> tuple[Source, ...]:
-  """'a.jsonl', or a sequence of paths and (path, weight) pairs, as Sources.
+  """A path, a (path, weight) pair or a sequence of these, as Sources.
 
   >>> to_sources(("a.jsonl", ("b/*.jsonl", 0.5)))
   (Source(path='a.jsonl', weight=1.0), Source(path='b/*.jsonl', weight=0.5))
@@ -61,14 +64,14 @@ def to_sources(sources: Sources) -> tuple[Source, ...]:
   Raises:
     ValueError: no source, one given twice, or a weight not above zero.
   """
-
-  def one(source: str | Source | tuple[str, float]) -> Source:
-    if isinstance(source, Source):
-      return source
-    return Source(source) if isinstance(source, str) else Source(*source)
-
-  many = [sources] if isinstance(sources, str | Source) else sources
-  made = tuple(map(one, many))
+  # Beside sequences, single sources have a length too: told apart by type.
+  many: Any = sources
+  if isinstance(many, str | Source) or (
+    len(many) == 2 and isinstance(many[1], int | float)
+  ):
+    many = [many]
+  given: list[Any] = [(s,) if isinstance(s, str) else s for s in many]
+  made = tuple(s if isinstance(s, Source) else Source(*s) for s in given)
   paths = {source.path for source in made}
   if not made or len(paths) < len(made) or min(s.weight for s in made) <= 0:
     raise ValueError(
@@ -117,7 +120,7 @@ class Store:
     return np.ascontiguousarray(self.index["source"])
 
   @property
-  def weights(self) -> tuple[float, ...]:
+  def weights(self) -> tuple[int | float, ...]:
     """Mixture weight of each source: times each row is seen per epoch."""
     return tuple(source.weight for source in self.sources)
 
@@ -206,11 +209,10 @@ def open_store(folder: Path, sources: Sequence[Source]) -> Store:
   Raises:
     ValueError: a file is missing, or differs from its digest.
   """
-  meta_file = folder / "meta.json"
   try:
-    meta = json.loads(meta_file.read_text())
+    meta = read_meta(folder)
     found = {name: digest(folder / name) for name in meta["files"]}
-  except (OSError, json.JSONDecodeError, KeyError) as error:
+  except (OSError, ValueError, KeyError, TypeError) as error:
     raise ValueError(
       f"cache {folder}: got {error!r}; expected a whole store. Delete the "
       "folder, and it is made again."
@@ -236,6 +238,27 @@ def open_store(folder: Path, sources: Sequence[Source]) -> Store:
     fingerprint=meta["fingerprint"],
     ledger=ledger,
   )
+
+
+def write_meta(folder: Path, meta: dict[str, Any]) -> None:
+  """Writes meta.json with a digest of itself, down to the disk."""
+  text = json.dumps(meta, sort_keys=True)
+  with (folder / "meta.json").open("w") as file:
+    json.dump({"meta": meta, "digest": _hash(text)}, file, indent=1)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+  """What `write_meta` wrote; a ValueError if it is not that."""
+  sealed = json.loads((folder / "meta.json").read_text())
+  if _hash(json.dumps(sealed["meta"], sort_keys=True)) != sealed["digest"]:
+    raise ValueError("meta.json differs from its digest")
+  return sealed["meta"]
+
+
+def _hash(text: str) -> str:
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest(path: Path) -> str:

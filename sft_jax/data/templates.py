@@ -44,6 +44,7 @@ class ChatTemplate:
     self.stop_tokens = tuple(stop_tokens)
     self.control_tokens = tuple(control_tokens)
     self.reads_reasoning = bool(_READS_REASONING.search(source))
+    self.reads_tools = bool(re.search(r"\btools\b", source))
     self._template = jinja.compile(source)
 
   @functools.cached_property
@@ -203,6 +204,13 @@ def render_turns(
   template_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
   """The text of the first `count` turns; a refusal is a RowError."""
+  if conversation.tools and not template.reads_tools:
+    raise RowError(
+      f"{conversation.source or 'row'} tools",
+      f"{len(conversation.tools)} tools and a chat template that reads none",
+      "a template that shows the model its tools",
+      "Use a template with tools, or drop them from the row.",
+    )
   messages = to_template_messages(
     conversation, reasoning_field=template.reads_reasoning
   )[:count]

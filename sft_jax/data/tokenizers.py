@@ -25,7 +25,8 @@ class Tokenizer(Protocol):
     stop_ids: ids at which generation stops, ascending.
     chat_template: the Jinja source; None where the folder has none.
     named_tokens: {'bos_token': '<s>', ...}, the variables templates read.
-    special_tokens: {text: id} of tokens that are structure, not text.
+    special_tokens: {text: id} of tokens that are structure, not text; the
+      stop tokens are among them.
     folder: where it was loaded from.
     files: the files of the folder that belong to it.
     fingerprint: a digest of those files.
@@ -140,13 +141,23 @@ class HuggingFaceTokenizer(_Base):
           f"{path}: got id {got} for {text!r}; expected {number} as in "
           "tokenizer_config.json. Use the two files of one model."
         )
+    stops = map(self._model.id_to_token, read.stop_ids)
+    self._promote(*read.special, *filter(None, stops))
     ids = self._model.get_vocab(with_added_tokens=True)
     super().__init__(read, ids, max(ids.values()) + 1)
-    added = self._model.get_added_tokens_decoder()
-    special = {
-      one.content: number for number, one in added.items() if one.special
+    self.special_tokens = {
+      one.content: number
+      for number, one in self._model.get_added_tokens_decoder().items()
+      if one.special or one.content in read.special or number in self.stop_ids
     }
-    self.special_tokens = special | {text: ids[text] for text in read.special}
+
+  def _promote(self, *texts: str) -> None:
+    """Has ordinary tokens of these texts read whole, as transformers does."""
+    added = self._model.get_added_tokens_decoder().values()
+    known = {one.content for one in added}
+    for text in texts:
+      if text not in known and self._model.token_to_id(text) is not None:
+        self._model.add_special_tokens([text])
 
   def encode(self, text: str) -> list[int]:
     return self._model.encode(text, add_special_tokens=False).ids
@@ -204,7 +215,11 @@ class SentencePieceTokenizer(_Base):
     read = read._replace(named_tokens=named | read.named_tokens)
     super().__init__(read, ids, max(ids.values()) + 1)
     control = {text: i for text, i in pieces.items() if model.is_control(i)}
-    structure = {text: ids[text] for text in read.special}
+    structure = {
+      text: number
+      for text, number in ids.items()
+      if text in read.special or number in self.stop_ids
+    }
     self.special_tokens = (
       control
       | structure

@@ -30,19 +30,6 @@ class Item(NamedTuple):
   where: str
 
 
-class Outcome(NamedTuple):
-  """A reply and which of the item's checks it failed, by name."""
-
-  item: Item
-  reply: Reply
-  failed: tuple[str, ...]
-
-  @property
-  def passed(self) -> bool:
-    """Every check passed and the model stopped by itself."""
-    return self.reply.stopped and not self.failed
-
-
 class Score(NamedTuple):
   """Counts of one group."""
 
@@ -60,24 +47,43 @@ class Score(NamedTuple):
 
 
 class Scores(NamedTuple):
-  """What came of running a behaviour set, reply by reply."""
+  """What came of running a behaviour set.
 
-  outcomes: list[Outcome]
+  Attributes:
+    replies: one JSON-able record per item, in order: where, group, prompt,
+      reply, reasoning, tool_calls, stopped, failed (names of checks), and
+      passed, which is: stopped by itself and nothing failed.
+  """
+
+  replies: list[dict[str, Any]]
 
   @property
   def groups(self) -> dict[str, Score]:
     """Scores by group, in the order of the file."""
     counts: dict[str, list[int]] = {}
-    for outcome in self.outcomes:
-      count = counts.setdefault(outcome.item.group, [0, 0, 0])
+    for reply in self.replies:
+      count = counts.setdefault(reply["group"], [0, 0, 0])
       count[0] += 1
-      count[1] += outcome.passed
-      count[2] += outcome.reply.stopped
+      count[1] += reply["passed"]
+      count[2] += reply["stopped"]
     return {group: Score(*count) for group, count in counts.items()}
 
-  def rows(self) -> list[dict[str, Any]]:
-    """One JSON-able record per reply: what was asked, said and found."""
-    return [_record(outcome) for outcome in self.outcomes]
+  def to_json(self) -> dict[str, Any]:
+    """Groups with their rates and intervals, and every reply."""
+    groups = {
+      group: {
+        **score._asdict(),
+        "rate": score.rate,
+        "interval": list(score.interval),
+      }
+      for group, score in self.groups.items()
+    }
+    return {"groups": groups, "replies": self.replies}
+
+  @classmethod
+  def from_json(cls, value: dict[str, Any]) -> "Scores":
+    """The scores that `to_json` wrote; counts are made anew of the replies."""
+    return cls(value["replies"])
 
 
 class Comparison(NamedTuple):
@@ -122,10 +128,7 @@ def run(items: Sequence[Item], generate: Generate) -> Scores:
   """Generates a reply to each item and checks it."""
   replies = generate([item.prompt for item in items])
   return Scores(
-    [
-      Outcome(item, reply, _failed(item, reply))
-      for item, reply in zip(items, replies, strict=True)
-    ]
+    [_record(item, reply) for item, reply in zip(items, replies, strict=True)]
   )
 
 
@@ -135,23 +138,23 @@ def compare(before: Scores, after: Scores) -> list[Comparison]:
   Raises:
     ValueError: the scores are of different items.
   """
-  places = [[o.item.where for o in s.outcomes] for s in (before, after)]
+  places = [[r["where"] for r in s.replies] for s in (before, after)]
   if places[0] != places[1]:
     raise ValueError(
       f"compare: got scores of {len(places[0])} and {len(places[1])} items "
       "that differ; expected the same items in the same order. "
       "Run both on one behaviour set."
     )
-  pairs = list(zip(before.outcomes, after.outcomes, strict=True))
+  pairs = list(zip(before.replies, after.replies, strict=True))
   result = []
   for group, score in before.groups.items():
-    changes = [(a.passed, b.passed) for a, b in pairs if a.item.group == group]
+    changes = [
+      (a["passed"], b["passed"]) for a, b in pairs if a["group"] == group
+    ]
     gained, lost = changes.count((False, True)), changes.count((True, False))
-    result.append(
-      Comparison(
-        group, score, after.groups[group], gained, lost, mcnemar(gained, lost)
-      )
-    )
+    p = mcnemar(gained, lost)
+    now = after.groups[group]
+    result.append(Comparison(group, score, now, gained, lost, p))
   return result
 
 
@@ -227,15 +230,8 @@ def _item(row: Any, where: str) -> Item:
   return Item(row["group"], prompt, tuple(row["checks"]), where)
 
 
-def _failed(item: Item, reply: Reply) -> tuple[str, ...]:
-  return tuple(
-    check["check"] for check in item.checks if not checks.passes(reply, check)
-  )
-
-
-def _record(outcome: Outcome) -> dict[str, Any]:
-  item, reply, failed = outcome
-  message = reply.message
+def _record(item: Item, reply: Reply) -> dict[str, Any]:
+  failed = [c["check"] for c in item.checks if not checks.passes(reply, c)]
   return {
     "where": item.where,
     "group": item.group,
@@ -244,14 +240,14 @@ def _record(outcome: Outcome) -> dict[str, Any]:
       for turn in item.prompt.messages
     ],
     "reply": reply.text,
-    "reasoning": message.reasoning,
+    "reasoning": reply.message.reasoning,
     "tool_calls": [
       {"name": call.name, "arguments": call.arguments}
-      for call in message.tool_calls
+      for call in reply.message.tool_calls
     ],
     "stopped": reply.stopped,
-    "passed": outcome.passed,
-    "failed": list(failed),
+    "failed": failed,
+    "passed": reply.stopped and not failed,
   }
 
 

@@ -8,30 +8,14 @@ import inspect
 import re
 import string
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from sft_jax.data.conversation import Message
 from sft_jax.evals import json_subset
+from sft_jax.evals.replies import Reply
 
-
-class Reply(Protocol):
-  """What a check sees of `evals.replies.Reply`."""
-
-  @property
-  def text(self) -> str: ...
-  @property
-  def stopped(self) -> bool: ...
-  @property
-  def message(self) -> Message: ...
-
-
-class _Blank(NamedTuple):
-  """A reply that says nothing, to try a check's arguments on."""
-
-  text: str = ""
-  stopped: bool = False
-  message: Message = Message("assistant", "")
-
+# Says nothing: to try a check's arguments on.
+BLANK = Reply("", [], False, Message("assistant", ""))
 
 Check = Callable[..., bool]
 
@@ -188,7 +172,7 @@ def validate(check: Any, where: str) -> None:
       "Correct the arguments."
     )
   try:
-    CHECKS[name](_Blank(), **arguments)
+    CHECKS[name](BLANK, **arguments)
   except ValueError as error:
     raise ValueError(f"{where}: {name}: {error}") from error
 

@@ -77,3 +77,74 @@ class Suite:
       )
       values["behaviours"] = scores.to_json()
     return values
+
+
+def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
+  """The two measurements side by side, as plain values.
+
+  Returns:
+    losses: [{name, before, after, change}], change relative;
+    behaviours: [{group, n, before, after, stopped, gained, lost, p}], where
+    before and after are (rate, low, high) with 95 % intervals, gained and
+    lost count items that passed only after or only before, and p is the
+    exact McNemar test of the two being equal; samples: one reply per group.
+  """
+  result: dict[str, Any] = {
+    "losses": [
+      {
+        "name": name,
+        "before": value,
+        "after": after[name],
+        "change": after[name] / value - 1,
+      }
+      for name, value in before.items()
+      if name != "behaviours"
+    ],
+    "behaviours": [],
+    "samples": [],
+  }
+  if "behaviours" not in before:
+    return result
+  scores = [
+    behaviours.Scores.from_json(m["behaviours"]) for m in (before, after)
+  ]
+  for row in behaviours.compare(*scores):
+    result["behaviours"].append(
+      {
+        "group": row.group,
+        "n": row.after.n,
+        "before": (row.before.rate, *row.before.interval),
+        "after": (row.after.rate, *row.after.interval),
+        "stopped": row.after.stopped / row.after.n,
+        "gained": row.gained,
+        "lost": row.lost,
+        "p": row.p,
+      }
+    )
+  seen = set()
+  for old, new in zip(scores[0].replies, scores[1].replies, strict=True):
+    if new["group"] not in seen:
+      seen.add(new["group"])
+      result["samples"].append(
+        {
+          "group": new["group"],
+          "prompt": new["prompt"][-1]["content"],
+          "before": _shown(old),
+          "after": _shown(new),
+        }
+      )
+  return result
+
+
+def _shown(reply: dict[str, Any]) -> dict[str, Any]:
+  """All that a reply said, for a person to read."""
+  parts = []
+  if reply["reasoning"]:
+    parts.append(f"({reply['reasoning']})")
+  parts += [f"{c['name']}({c['arguments']})" for c in reply["tool_calls"]]
+  parts.append(reply["reply"])
+  return {
+    "text": " ".join(part for part in parts if part),
+    "passed": reply["passed"],
+    "stopped": reply["stopped"],
+  }

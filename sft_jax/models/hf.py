@@ -3,28 +3,34 @@
     model.layers.3.self_attn.q_proj.weight [N * H, D]
       <-> layers/attn/q/kernel [L, D, N * H], at index 3, transposed
 
-Only safetensors are read; nothing is unpickled and no code of a folder runs.
+How tensors lie in files is the business of `weights`.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from sft_jax import trees
 from sft_jax.models import lora as lora_lib
 from sft_jax.models import transformer
 from sft_jax.models.config import Json, parse_config, read_config
 from sft_jax.models.transformer import Model
+from sft_jax.models.weights import (
+  Pending,
+  open_tensors,
+  replace_folder,
+  save_tensors,
+  write_json,
+  write_tensors,
+)
 from sft_jax.trees import Tree
 
 # Ours: theirs. Kernels are [in, out] here and [out, in] there.
@@ -52,6 +58,7 @@ _FLOATS = ("F32", "BF16", "F16")
 Shardings = Tree | Callable[[Tree], Tree]
 
 
+@runtime_checkable
 class TokenizerFiles(Protocol):
   """What an export needs to know of a tokenizer."""
 
@@ -133,7 +140,7 @@ def load_pretrained(
   base, _ = trees.partition(shapes, lambda path: not lora_lib.is_adapter(path))
   params = {}
   with ExitStack() as stack:
-    tensors = _open(folder, stack)
+    tensors = open_tensors(folder, stack)
     _check_tensors(folder, tensors, base, model)
     for leaf, array in _read(tensors, base, config.num_layers):
       params[leaf] = _put(array, places.get(leaf))
@@ -215,14 +222,15 @@ def save_pretrained(
   def write(folder: Path) -> None:
     for file in files:
       shutil.copyfile(file, folder / file.name)
-    _write_json(folder / "config.json", raw)
-    _write_json(
+    write_json(folder / "config.json", raw)
+    write_json(
       folder / "generation_config.json",
       {k: v for k, v in generation.items() if v is not None},
     )
-    _write_shards(folder, model, params, dtype, max_shard_bytes)
+    tensors = _pending(model, params, dtype)
+    write_tensors(folder, tensors, max_shard_bytes=max_shard_bytes)
 
-  _replace_folder(Path(path), "config.json", write)
+  replace_folder(Path(path), "config.json", write)
 
 
 def save_adapter(
@@ -255,7 +263,7 @@ def save_adapter(
     for i, x in enumerate(np.asarray(flat[leaf])):
       tensors[
         f"base_model.model.model.layers.{i}.{name}.lora_{letter}.weight"
-      ] = np.ascontiguousarray(x.T)
+      ] = x.T
   config = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
@@ -271,85 +279,13 @@ def save_adapter(
   }
 
   def write(folder: Path) -> None:
-    _write_json(folder / "adapter_config.json", config)
-    save_file(
-      tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"}
-    )
+    write_json(folder / "adapter_config.json", config)
+    save_tensors(folder / "adapter_model.safetensors", tensors)
 
-  _replace_folder(Path(path), "adapter_config.json", write)
+  replace_folder(Path(path), "adapter_config.json", write)
 
 
 # -- Reading ----------------------------------------------------------------
-
-
-def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
-  """Maps each tensor's name to the open file that holds it."""
-  single = folder / "model.safetensors"
-  index = folder / "model.safetensors.index.json"
-  if single.exists():
-    file = _open_one(folder, single.name, stack)
-    return dict.fromkeys(file.keys(), file)
-  if not index.exists():
-    pickles = [
-      p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")
-    ]
-    if pickles:
-      raise ValueError(
-        f"{folder}: pickled weights {sorted(pickles)}; expected "
-        "model.safetensors, as unpickling runs code. Convert them with "
-        "transformers: from_pretrained(...).save_pretrained(...)."
-      )
-    raise ValueError(
-      f"{folder}: no weights; expected model.safetensors or "
-      "model.safetensors.index.json. Download them, or set model.from_scratch."
-    )
-  where = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
-  if not isinstance(where, dict) or not where:
-    raise ValueError(
-      f"{index}: no weight_map; expected {{tensor: file}}. Download it again."
-    )
-  tensors = {}
-  for name in sorted(set(map(str, where.values()))):
-    file = _open_one(folder, name, stack)
-    listed = {tensor for tensor in where if where[tensor] == name}
-    if listed != set(file.keys()):
-      odd = sorted(listed ^ set(file.keys()))
-      raise ValueError(
-        f"{folder / name}: differs from the index at {odd[:3]} ({len(odd)} in "
-        "all); expected the tensors that the index lists. Download it again."
-      )
-    tensors |= dict.fromkeys(listed, file)
-  return tensors
-
-
-def _open_one(folder: Path, name: str, stack: ExitStack) -> Any:
-  """Opens a weight file that lies in the folder itself."""
-  path = folder / name
-  if Path(name).name != name or not name.endswith(".safetensors"):
-    raise ValueError(
-      f"{folder}: the index names {name!r}; expected a plain *.safetensors "
-      "name in this folder. Do not trust this checkpoint."
-    )
-  real = path.resolve()
-  # The hub's cache keeps the bytes of a snapshot two folders up, in blobs/.
-  blobs = folder.resolve().parent.parent / "blobs"
-  if real.parent not in (folder.resolve(), blobs):
-    raise ValueError(
-      f"{path}: a link to {real}; expected a file in the model's own folder. "
-      "Copy the file there if you trust it."
-    )
-  if not real.is_file():
-    raise ValueError(
-      f"{path}: no such file; expected the weights that the index names. "
-      "Download it."
-    )
-  try:
-    return stack.enter_context(safe_open(real, framework="numpy"))
-  except Exception as error:
-    raise ValueError(
-      f"{path}: not a safetensors file ({error}); expected one. "
-      "Download it again."
-    ) from error
 
 
 def _check_tensors(
@@ -410,9 +346,9 @@ def _read(
   for path, leaf in trees.flatten(base).items():
     stacked = np.empty(leaf.shape, leaf.dtype)
     parts = stacked if path.startswith("layers/") else stacked[None]
-    for part, name in zip(parts, hf_names(path, layers), strict=True):
+    for i, name in enumerate(hf_names(path, layers)):
       tensor = tensors[name].get_tensor(name)
-      part[...] = tensor.T if path.endswith("/kernel") else tensor
+      parts[i] = tensor.T if path.endswith("/kernel") else tensor
     yield path, stacked
 
 
@@ -426,6 +362,21 @@ def _put(array: np.ndarray, sharding: Any) -> jax.Array:
 
 
 # -- Writing ----------------------------------------------------------------
+
+
+def _pending(model: Model, params: Tree, dtype: Any) -> Iterator[Pending]:
+  """The tensors of a parameter tree; nothing is copied before its turn."""
+  for path, leaf in trees.flatten(params).items():
+    names = hf_names(path, model.config.num_layers)
+
+    def make(i: int, path: str = path, leaf: Any = leaf) -> np.ndarray:
+      x = leaf[i] if path.startswith("layers/") else leaf
+      x = np.asarray(x).astype(dtype)
+      return x.T if path.endswith("/kernel") else x
+
+    for i, name in enumerate(names):
+      size = leaf.size // len(names) * dtype.itemsize
+      yield Pending(name, size, partial(make, i))
 
 
 def _check_params(model: Model, params: Tree) -> None:
@@ -442,83 +393,3 @@ def _check_params(model: Model, params: Tree) -> None:
       f"save_pretrained: {odd[0]} has shape {got.get(odd[0])}; expected "
       f"{want.get(odd[0])}. Pass the parameters of this model."
     )
-
-
-def _write_shards(
-  folder: Path, model: Model, params: Tree, dtype: Any, limit: int
-) -> None:
-  """Writes model.safetensors, or numbered shards and their index."""
-  flat = trees.flatten(params)
-  layers = model.config.num_layers
-
-  def tensors() -> Iterator[tuple[str, str, int | None, int]]:
-    """Every tensor as (name, path, layer, bytes), nothing copied."""
-    for path, leaf in flat.items():
-      names = hf_names(path, layers)
-      stacked = path.startswith("layers/")
-      for i, name in enumerate(names):
-        size = leaf.size // len(names) * dtype.itemsize
-        yield name, path, i if stacked else None, size
-
-  shards: list[list[tuple[str, str, int | None]]] = [[]]
-  total = filled = 0
-  for name, path, layer, size in tensors():
-    if shards[-1] and filled + size > limit:
-      shards.append([])
-      filled = 0
-    shards[-1].append((name, path, layer))
-    filled, total = filled + size, total + size
-  where = {}
-  for i, shard in enumerate(shards):
-    file = "model.safetensors"
-    if len(shards) > 1:
-      file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-    part = {}
-    for name, path, layer in shard:
-      leaf = flat[path] if layer is None else flat[path][layer]
-      x = np.asarray(leaf).astype(dtype)
-      # safetensors writes the buffer as it lies, whatever the strides.
-      part[name] = np.ascontiguousarray(x.T if "/kernel" in path else x)
-      where[name] = file
-    save_file(part, folder / file, metadata={"format": "pt"})
-  if len(shards) > 1:
-    _write_json(
-      folder / "model.safetensors.index.json",
-      {
-        "metadata": {
-          "total_parameters": trees.count(params),
-          "total_size": total,
-        },
-        "weight_map": dict(sorted(where.items())),
-      },
-    )
-
-
-def _write_json(path: Path, value: Json) -> None:
-  text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
-  path.write_text(text + "\n", encoding="utf-8")
-
-
-def _replace_folder(
-  path: Path, marker: str, write: Callable[[Path], None]
-) -> None:
-  """Fills a folder beside `path`, then puts it in its place."""
-  if path.exists() and not (
-    path.is_dir() and ((path / marker).exists() or not any(path.iterdir()))
-  ):
-    raise ValueError(
-      f"{path}: exists and is not a model folder (no {marker}); expected a "
-      "new, an empty or a model folder. Choose another path."
-    )
-  path.parent.mkdir(parents=True, exist_ok=True)
-  fresh = path.with_name(f".{path.name}.writing-{os.getpid()}")
-  old = path.with_name(f".{path.name}.replaced-{os.getpid()}")
-  fresh.mkdir()
-  try:
-    write(fresh)
-    if path.exists():
-      path.rename(old)
-    fresh.rename(path)
-  finally:
-    shutil.rmtree(fresh, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)

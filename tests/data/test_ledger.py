@@ -45,7 +45,7 @@ def test_a_lost_row_is_noticed(field):
 def test_a_lost_token_is_noticed():
   ledger = _ledger()
   ledger.epoch.tokens_padding -= 1
-  with pytest.raises(ValueError, match="epoch: slots: got 1999 .*2000"):
+  with pytest.raises(ValueError, match=r"epoch: slots: got 1999 .*2000"):
     ledger.check()
 
 
