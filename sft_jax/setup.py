@@ -37,6 +37,7 @@ class Setup(NamedTuple):
   tokenizer: tokenizers.Tokenizer
   model: Model
   state: TrainState
+  state_shardings: TrainState
   loss_fn: Callable[[trees.Tree, Batch], LossSums]
   train_step: Callable
   num_steps: int
@@ -61,7 +62,7 @@ def setup(config: Config, say: Say) -> Setup:
     )
   tokenizer = tokenizers.load_tokenizer(config.model.path)
   say(f"Reading {config.data.train} ...")
-  data = _load_data(config, tokenizer, say)
+  data = load_data(config, tokenizer, say)
   num_steps = config.steps or data.stream.num_steps
   assert num_steps is not None  # Only a stream without epochs has no end.
   model, params = _load_model(config, mesh, say)
@@ -102,9 +103,10 @@ def setup(config: Config, say: Say) -> Setup:
       chunk_tokens=config.loss.chunk_tokens,
     )
 
+  state_shardings = _state_shardings(params, trained, tx, mesh)
   state = jax.jit(
     lambda params: init_state(params, trained, tx),
-    out_shardings=_state_shardings(params, trained, tx, mesh),
+    out_shardings=state_shardings,
     donate_argnums=0,
   )(params)
   num_trained, num_frozen = fit.matmul_params(
@@ -115,6 +117,7 @@ def setup(config: Config, say: Say) -> Setup:
     tokenizer=tokenizer,
     model=model,
     state=state,
+    state_shardings=state_shardings,
     loss_fn=loss_fn,
     train_step=make_train_step(loss_fn, tx, learning_rate),
     num_steps=num_steps,
@@ -130,18 +133,18 @@ def setup(config: Config, say: Say) -> Setup:
   )
 
 
-class _Data(NamedTuple):
+class Data(NamedTuple):
   stream: Stream
   held_out: Stream | None
   general_text: Stream | None
   items: list[behaviours.Item]
 
 
-def _load_data(
+def load_data(
   config: Config,
   tokenizer: tokenizers.Tokenizer,
   say: Say,
-) -> _Data:
+) -> Data:
   """Encodes (or re-uses) every source, and plans its batches."""
   template_kwargs = config.data.template_kwargs.to_dict()
 
@@ -192,7 +195,7 @@ def _load_data(
     examples, held_out = examples.split(config.data.holdout, seed=config.seed)
   general_text = _beside(config, "general_text", say)
   items = _beside(config, "behaviours", say)
-  return _Data(
+  return Data(
     stream(
       examples,
       epochs=None if config.steps else config.epochs,

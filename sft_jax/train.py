@@ -56,7 +56,7 @@ def run(config: Config) -> Result:
   checkpoints = Checkpoints(
     workdir / "checkpoints", keep=config.checkpoint.keep
   )
-  state = _restore(checkpoints, run_, say)
+  state = restore(checkpoints, run_, say)
   start_step = int(state.step)
   _write_json(workdir / "config.json", config.to_dict())
   _write_json(workdir / "ledger.json", run_.stream.ledger.to_json())
@@ -259,7 +259,7 @@ def _speed(
 # -- Resume ---------------------------------------------------------------
 
 
-def _restore(checkpoints: Checkpoints, run_: Setup, say: Say) -> TrainState:
+def restore(checkpoints: Checkpoints, run_: Setup, say: Say) -> TrainState:
   """The newest state that verifies; the fresh one if there is none.
 
   Raises:
