@@ -12,7 +12,17 @@ FLOORS = [
   {"trees", "batch"},
   {"data", "models"},
   {"losses", "optim", "sharding", "sampler"},
-  {"evals", "report", "checkpoint", "metrics", "train_step", "fit"},
+  {
+    "evals",
+    "report",
+    "terminal",
+    "checkpoint",
+    "metrics",
+    "train_step",
+    "fit",
+  },
+  {"setup"},
+  {"present"},
   {"train"},
   {"main"},
 ]

@@ -56,7 +56,7 @@ def test_defaults_of_old_llama_files():
 
 def test_families_are_fields():
   kv = {"num_key_value_heads": 2, "head_dim": 8}
-  arch = lambda name: {"architectures": [f"{name}ForCausalLM"]}  # noqa: E731
+  arch = lambda name: {"architectures": [f"{name}ForCausalLM"]}
   llama = parse_config(BASE | kv)
   qwen2 = parse_config(BASE | kv | arch("Qwen2") | {"model_type": "qwen2"})
   qwen3 = parse_config(BASE | kv | arch("Qwen3") | {"model_type": "qwen3"})

@@ -1,0 +1,217 @@
+"""Packing: which rows share a pack, planned over the histogram of lengths.
+
+Only lengths matter to a packer, and a million rows have a few thousand of
+them. So a plan is made in two moves: `fill` finds *patterns* (a pack's
+lengths, and how many packs look like that) without looking at a single row,
+and `deal` hands the actual rows of each length, at random, to the slots of
+that length. The first costs milliseconds at any number of rows; the second is
+a few vectorised passes, made anew every epoch for fresh neighbours.
+
+    lengths  = [3, 5, 3, 5, 8], capacity 8
+    patterns = (8) x 1, (5 3) x 2
+    plan     = rows [1 2 | 4 | 3 0], starts [0, 2, 3, 5]
+"""
+
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int, Int64
+
+# How many lengths `_next_length` tries. Chosen on real rows (GSM8K, Alpaca,
+# T0, GPTeacher): 16 leaves up to 0.5 % more padding, and 256 gains nothing.
+_TRIED = 64
+
+
+class Patterns(NamedTuple):
+  """Kinds of packs: pattern p is `lengths[starts[p]:starts[p + 1]]`.
+
+  Attributes:
+    lengths: of the documents in one pack of each pattern, back to back.
+    starts: where each pattern begins in `lengths`, and one past the last.
+    packs: how many packs have this pattern.
+  """
+
+  lengths: Int64[np.ndarray, " slots"]
+  starts: Int64[np.ndarray, " patterns+1"]
+  packs: Int64[np.ndarray, " patterns"]
+
+
+class Plan(NamedTuple):
+  """Packs of row ids: pack p is `rows[starts[p]:starts[p + 1]]`.
+
+  Attributes:
+    rows: every row id exactly once, pack by pack.
+    starts: where each pack begins in `rows`, and one past the last.
+  """
+
+  rows: Int64[np.ndarray, " rows"]
+  starts: Int64[np.ndarray, " packs+1"]
+
+  @property
+  def num_packs(self) -> int:
+    return len(self.starts) - 1
+
+  def pack(self, index: int) -> Int64[np.ndarray, " documents"]:
+    """Row ids of one pack."""
+    return self.rows[self.starts[index] : self.starts[index + 1]]
+
+
+def plan(
+  lengths: Int[np.ndarray, " rows"],
+  capacity: int,
+  *,
+  seed: int | Sequence[int],
+  packing: bool = True,
+) -> Plan:
+  """Deals rows into packs of at most `capacity` tokens, each row once.
+
+  Args:
+    lengths: tokens of each row, 1 to `capacity`.
+    capacity: slots of a pack.
+    seed: decides neighbours and the order of packs, never their number. A
+      sequence such as (seed, epoch) is one seed.
+    packing: False gives every row a pack of its own.
+
+  Raises:
+    ValueError: a row that fits no pack, by its id.
+  """
+  patterns = find_patterns(lengths, capacity, packing=packing)
+  return deal(lengths, patterns, seed=seed)
+
+
+def find_patterns(
+  lengths: Int[np.ndarray, " rows"], capacity: int, *, packing: bool = True
+) -> Patterns:
+  """Checks the lengths and decides how packs are filled; see `plan`."""
+  unfit = np.flatnonzero((lengths < 1) | (lengths > capacity))
+  if len(unfit):
+    row = int(unfit[0])
+    raise ValueError(
+      f"packing row {row}: got {int(lengths[row])} tokens, expected 1 to "
+      f"{capacity} ({len(unfit)} such rows). Raise data.seq_len, or let "
+      "data.over_long drop or truncate long rows."
+    )
+  histogram = np.bincount(lengths, minlength=capacity + 1)
+  return fill(histogram, capacity) if packing else alone(histogram)
+
+
+def fill(histogram: Int[np.ndarray, " sizes"], capacity: int) -> Patterns:
+  """Fills packs one kind at a time: a long one, middling ones, a good end.
+
+  Longest first, for what is long is hard to place later; but were all long
+  ones taken first, the last packs would be made of short ones alone, too much
+  alike to add up to the capacity. Each pattern is repeated for as long as
+  there are documents for it, so the cost depends on the number of distinct
+  lengths, not of rows.
+
+  Args:
+    histogram: number of documents by length.
+    capacity: slots of a pack.
+  """
+  counts = histogram.tolist()
+  live = np.flatnonzero(histogram).tolist()
+
+  def take(length: int, number: int) -> None:
+    counts[length] -= number
+    if not counts[length]:
+      del live[bisect_left(live, length)]
+
+  found: list[tuple[Counter[int], int]] = []
+  while live:
+    pattern: Counter[int] = Counter()
+    free, length = capacity, live[-1]
+    while length:
+      take(length, 1)
+      pattern[length] += 1
+      free -= length
+      length = _next_length(counts, live, free)
+    more = min(counts[length] // k for length, k in pattern.items())
+    if more:
+      for length, k in pattern.items():
+        take(length, more * k)
+    found.append((pattern, 1 + more))
+  return Patterns(
+    lengths=np.array([n for p, _ in found for n in p.elements()], np.int64),
+    starts=_starts([p.total() for p, _ in found]),
+    packs=np.array([packs for _, packs in found], np.int64),
+  )
+
+
+def _next_length(counts: list[int], live: list[int], free: int) -> int:
+  """The length that should come next in a pack.
+
+  Where there is room for any three, a middling one. Near the end, the one
+  that together with the best one after it leaves the least free; of equally
+  good ones the longest. (Best-fit-decreasing, which takes the longest that
+  fits, strands space too small for any document.)
+
+  Args:
+    counts: documents left, by length.
+    live: lengths with documents left, ascending.
+    free: slots left in the pack.
+
+  Returns:
+    The length, or 0 when none fits.
+  """
+  if live and free >= 3 * live[-1]:
+    return live[len(live) // 2]
+  last = bisect_right(live, free) - 1
+  best, choice = 0, 0
+  for i in range(last, max(last - _TRIED, -1), -1):
+    length = live[i]
+    j = bisect_right(live, free - length) - 1
+    if j == i and counts[length] < 2:
+      j -= 1
+    total = length + (live[j] if j >= 0 else 0)
+    if total > best:
+      best, choice = total, length
+    # Nothing can be better: the space is full, or it is so large that even
+    # the two longest fit.
+    if total == free or free - length >= live[last]:
+      break
+  return choice
+
+
+def alone(histogram: Int[np.ndarray, " sizes"]) -> Patterns:
+  """One document per pack."""
+  lengths = np.flatnonzero(histogram).astype(np.int64)
+  return Patterns(
+    lengths=lengths,
+    starts=np.arange(len(lengths) + 1),
+    packs=histogram[lengths].astype(np.int64),
+  )
+
+
+def deal(
+  lengths: Int[np.ndarray, " rows"],
+  patterns: Patterns,
+  *,
+  seed: int | Sequence[int],
+) -> Plan:
+  """Gives each row a random slot of its length, in packs of random order."""
+  rng = np.random.default_rng(seed)
+  num_patterns = len(patterns.packs)
+  kind = rng.permutation(np.repeat(np.arange(num_patterns), patterns.packs))
+  sizes = np.diff(patterns.starts)[kind]
+  starts = _starts(sizes)
+  offsets = np.repeat(patterns.starts[:-1][kind] - starts[:-1], sizes)
+  slots = patterns.lengths[offsets + np.arange(len(lengths))]
+
+  # Sorted by length, shuffled rows and slots lie side by side. NumPy sorts
+  # 16-bit keys by radix, several times faster than wider ones.
+  key = np.uint16 if slots.max(initial=0) < 2**16 else np.int64
+  shuffled = rng.permutation(len(lengths))
+  by_length = np.argsort(lengths[shuffled].astype(key), kind="stable")
+  rows = np.empty(len(lengths), np.int64)
+  rows[np.argsort(slots.astype(key), kind="stable")] = shuffled[by_length]
+  return Plan(rows, starts)
+
+
+def _starts(sizes: Sequence[int] | np.ndarray) -> Int64[np.ndarray, " n"]:
+  """[3, 5] -> [0, 3, 8]."""
+  starts = np.zeros(len(sizes) + 1, np.int64)
+  np.cumsum(sizes, out=starts[1:])
+  return starts

@@ -1,0 +1,146 @@
+"""One optimiser step, as a pure function of state and batch.
+
+Pretraining, full fine-tuning and LoRA are this same step: they differ in the
+batch's weights and in which leaves are in `state.params`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sft_jax import trees
+from sft_jax.batch import Batch
+from sft_jax.losses import LossSums
+
+# (all parameters, batch of rows) -> sums over its trained tokens.
+LossFn = Callable[[trees.Tree, Batch], LossSums]
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+
+
+class TrainState(NamedTuple):
+  """Everything a step reads and writes besides the batch.
+
+  Attributes:
+    step: int32 scalar array, the number of steps taken.
+    params: the trained leaves; gradients and moments exist for these only.
+    frozen: the other leaves, returned untouched.
+    opt_state: the optimiser's state over `params`.
+  """
+
+  step: Any
+  params: trees.Tree
+  frozen: trees.Tree
+  opt_state: Any
+
+
+def init_state(
+  params: trees.Tree,
+  trained: Callable[[str], bool],
+  tx: optax.GradientTransformation,
+) -> TrainState:
+  """The state of step 0; `trained` chooses leaves by path."""
+  chosen, frozen = trees.partition(params, trained)
+  return TrainState(jnp.zeros((), jnp.int32), chosen, frozen, tx.init(chosen))
+
+
+def make_train_step(
+  loss_fn: LossFn,
+  tx: optax.GradientTransformation,
+  learning_rate: optax.Schedule,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Returns `train_step(state, batch) -> (state, metrics)`.
+
+  The batch has a leading axis of micro-batches, [A, B / A, T]. Gradients of
+  the *sums* are added over micro-batches (float32) and divided once by the
+  weight of the whole batch,
+
+      g = sum_a grad(sum_{bt} w * nll) / sum_{abt} w,
+
+  so the result does not depend on how the batch was cut. A step whose
+  gradients are not finite changes nothing but the step count and says so in
+  `optim/nonfinite`: the caller decides what to do about it.
+
+  Metrics are (sum, weight) pairs, to be added over steps and divided last:
+  loss/nats_per_token, acc/token, optim/grad_norm (before clipping),
+  optim/update_ratio (norm of the change over norm of the parameters),
+  optim/learning_rate, optim/nonfinite.
+  """
+
+  def micro_gradient(state: TrainState, batch: Batch):
+    def nats(params):
+      sums = loss_fn(trees.merge(params, state.frozen), batch)
+      return sums.nats, sums
+
+    (_, sums), gradient = jax.value_and_grad(nats, has_aux=True)(state.params)
+    return sums, gradient
+
+  def train_step(state: TrainState, batch: Batch):
+    def add_micro(carry, micro):
+      return jax.tree.map(
+        lambda total, x: total + x.astype(jnp.float32),
+        carry,
+        micro_gradient(state, micro),
+      ), None
+
+    if batch.tokens.shape[0] == 1:
+      sums, gradient = micro_gradient(
+        state, jax.tree.map(lambda x: x[0], batch)
+      )
+    else:
+      zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, jnp.float32),
+        jax.eval_shape(
+          micro_gradient, state, jax.tree.map(lambda x: x[0], batch)
+        ),
+      )
+      (sums, gradient), _ = jax.lax.scan(add_micro, zeros, batch)
+
+    with jax.named_scope("optimizer"):
+      # A batch without a trained token divides by 1, not by 0.
+      scale = 1.0 / jnp.where(sums.weight > 0, sums.weight, 1.0)
+      gradient = jax.tree.map(
+        lambda g, p: (g * scale).astype(p.dtype), gradient, state.params
+      )
+      grad_norm = optax.tree.norm(gradient)
+      finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.nats)
+      updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+      params = optax.apply_updates(state.params, updates)
+      keep = lambda new, old: jnp.where(finite, new, old)
+      new_state = TrainState(
+        step=state.step + 1,
+        params=jax.tree.map(keep, params, state.params),
+        frozen=state.frozen,
+        opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+      )
+    one = jnp.ones((), jnp.float32)
+    ratio = optax.tree.norm(updates) / optax.tree.norm(state.params)
+    return new_state, {
+      "loss/nats_per_token": (sums.nats, sums.weight),
+      "acc/token": (sums.correct, sums.weight),
+      "optim/grad_norm": (grad_norm, one),
+      "optim/update_ratio": (ratio, one),
+      "optim/learning_rate": (jnp.asarray(learning_rate(state.step)), one),
+      "optim/nonfinite": (1.0 - finite, one),
+    }
+
+  return train_step
+
+
+def split_micro_batches(batch: Batch, accum_steps: int) -> Batch:
+  """[B, T] -> [A, B / A, T], on the host, before rows meet devices.
+
+  Cutting a batch that is already spread over devices would move its rows.
+  """
+  num_rows = batch.tokens.shape[0]
+  if num_rows % accum_steps:
+    raise ValueError(
+      f"accum_steps: got {accum_steps} for {num_rows} rows per process, "
+      "expected a divisor. Change batch_size or accum_steps."
+    )
+  return jax.tree.map(
+    lambda x: x.reshape(accum_steps, num_rows // accum_steps, *x.shape[1:]),
+    batch,
+  )

@@ -1,0 +1,61 @@
+"""A store in memory, for tests of what comes after the cache."""
+
+import hashlib
+
+import numpy as np
+
+from sft_jax.data.ledger import Ledger
+from sft_jax.data.store import INDEX, Source, Store, count
+
+
+def fake_store(examples, *, source=None, weights=(1.0,), text=False):
+  """A store of [(tokens, loss_weights)], all trained in part.
+
+  Args:
+    examples: pairs of equally long lists.
+    source: number of each example's source; all 0 by default.
+    weights: mixture weight of each source.
+    text: whether all rows are raw text.
+  """
+  index = np.zeros(len(examples), INDEX)
+  index["length"] = [len(tokens) for tokens, _ in examples]
+  index["start"] = np.cumsum(index["length"]) - index["length"]
+  index["row"] = index["content"] = np.arange(len(examples))
+  index["trained"] = [np.count_nonzero(w) for _, w in examples]
+  index["last_trained"] = [max(np.flatnonzero(w)) for _, w in examples]
+  index["source"] = 0 if source is None else source
+  index["text"] = index["may_run_on"] = text
+  places = [f"rows.jsonl:{i + 1}".encode() for i in range(len(examples))]
+  index["place_length"] = [len(place) for place in places]
+  index["place"] = np.cumsum(index["place_length"]) - index["place_length"]
+  tokens = np.array([t for tokens, _ in examples for t in tokens], np.int32)
+  loss_weights = np.array([w for _, ws in examples for w in ws], np.float32)
+  sources = tuple(Source(f"{i}.jsonl", w) for i, w in enumerate(weights))
+  ledger = count(index, sources, Ledger())
+  for entry in ledger.sources.values():
+    entry.rows_in = entry.rows_trained
+  return Store(
+    tokens=tokens,
+    loss_weights=loss_weights,
+    places=np.frombuffer(b"".join(places), np.uint8),
+    index=index,
+    sources=sources,
+    fingerprint=hashlib.sha256(tokens.tobytes()).hexdigest(),
+    ledger=ledger,
+  )
+
+
+def random_store(number, *, longest, seed=0, **kwargs):
+  """A store of random examples, no two of which begin with the same token.
+
+  Tokens count up from 1000 times the example's number (from 1), so that a
+  token tells its example and position.
+  """
+  rng = np.random.default_rng(seed)
+  examples = []
+  for i in range(1, number + 1):
+    length = int(rng.integers(2, longest + 1))
+    weights = rng.choice([0.0, 0.5, 1.0], length)
+    weights[0], weights[-1] = 0, 1
+    examples.append((list(range(1000 * i, 1000 * i + length)), weights))
+  return fake_store(examples, **kwargs)

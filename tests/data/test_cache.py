@@ -1,0 +1,209 @@
+"""A store holds every row, is keyed by its causes, and is whole or absent."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny_tokenizers
+
+from sft_jax.data import cache, encode, formats
+from sft_jax.data.audit import verify
+from sft_jax.data.conversation import RowError
+from sft_jax.data.pipeline import Stream
+from sft_jax.data.tokenizers import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("tokenizer")
+  return load_tokenizer(tiny_tokenizers.byte_level(folder))
+
+
+def _row(i, answer="The cat."):
+  return {"prompt": f"What is {i}?", "completion": answer}
+
+
+def _write(path, rows):
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return str(path)
+
+
+def _build(sources, tokenizer, folder, **kwargs):
+  told = []
+  arguments = {"directory": folder, "max_length": 64, "announce": told.append}
+  return cache.build(sources, tokenizer, **(arguments | kwargs)), told
+
+
+def _same(a, b):
+  return np.array_equal(a.tokens, b.tokens) and np.array_equal(
+    a.loss_weights, b.loss_weights
+  )
+
+
+def test_store_holds_what_encode_makes(tmp_path, tokenizer):
+  rows = [_row(1), {"text": "The dog ran. " * 20}, _row(2, ""), _row(3)]
+  path = _write(tmp_path / "rows.jsonl", rows)
+  store, _ = _build(path, tokenizer, tmp_path / "cache")
+
+  expected = [
+    (example, f"rows.jsonl:{i + 1}")
+    for i in (0, 1, 3)
+    for example in encode.encode(
+      formats.to_conversation(rows[i]), tokenizer, max_length=64
+    )
+  ]
+  assert len(expected) > 3, "the long text should take several windows"
+  assert len(store.index) == len(expected)
+  for i, (example, place) in enumerate(expected):
+    assert _same(store.example(i), example)
+    assert store.place(i) == place
+    assert store.lengths[i] == len(example.tokens)
+
+  entry = store.ledger.source(path)
+  assert (entry.rows_in, entry.rows_trained, entry.rows_text) == (4, 3, 1)
+  assert entry.dropped == {"empty answer": 1}
+  assert entry.places == {"empty answer": ["rows.jsonl:3"]}
+  assert entry.tokens_prompt + entry.tokens_trained == store.lengths.sum()
+  verify(
+    store,
+    vocab_size=tokenizer.vocab_size,
+    stop_ids=tokenizer.stop_ids,
+    bos_id=tokenizer.bos_id,
+  )
+  stream = Stream(store, seq_len=64, batch_size=2, epochs=1)
+  trained = sum((b.loss_weights > 0).sum() for b in stream.batches())
+  assert trained == entry.tokens_trained
+
+
+def test_long_rows_are_dropped_or_cut_and_counted(tmp_path, tokenizer):
+  path = _write(tmp_path / "rows.jsonl", [_row(1), _row(2, "The cat. " * 50)])
+  dropped, _ = _build(path, tokenizer, tmp_path / "cache")
+  assert dropped.ledger.source(path).dropped == {"over long": 1}
+  cut, _ = _build(path, tokenizer, tmp_path / "cache", over_long="truncate")
+  assert cut.lengths[1] == 64
+  assert cut.index["may_run_on"].tolist() == [False, True]
+
+
+def test_second_build_reads_the_first(tmp_path, tokenizer, monkeypatch):
+  path = _write(tmp_path / "rows.jsonl", [_row(i) for i in range(5)])
+  first, _ = _build(path, tokenizer, tmp_path / "cache")
+  monkeypatch.delattr(encode, "encode_row")
+  second, told = _build((path,), tokenizer, tmp_path / "cache")
+  assert "from cache" in told[0]
+  assert second.fingerprint == first.fingerprint
+  assert second.ledger == first.ledger
+  assert all(_same(first.example(i), second.example(i)) for i in range(5))
+
+
+def test_key_is_of_every_cause(tmp_path, tokenizer, monkeypatch):
+  path = _write(tmp_path / "rows.jsonl", [_row(1)])
+  folder = tmp_path / "cache"
+  for change in (
+    {},
+    {"max_length": 63},
+    {"history": "split"},
+    {"over_long": "truncate"},
+    {"on_bad_row": "skip"},
+    {"format": "prompt_completion"},
+    {"template_kwargs": {"enable_thinking": False}},
+  ):
+    _, told = _build(path, tokenizer, folder, **change)
+    assert "encoding" in told[0], change
+  _write(tmp_path / "rows.jsonl", [_row(2)])
+  _, told = _build(path, tokenizer, folder)
+  assert "encoding" in told[0]
+  monkeypatch.setattr(tokenizer, "fingerprint", "another template")
+  _, told = _build(path, tokenizer, folder)
+  assert "encoding" in told[0]
+
+
+def test_weights_and_folders_are_no_part_of_the_key(tmp_path, tokenizer):
+  path = _write(tmp_path / "rows.jsonl", [_row(1)])
+  _build(path, tokenizer, tmp_path / "cache")
+  (tmp_path / "moved").mkdir()
+  moved = shutil.copy(path, tmp_path / "moved")
+  store, told = _build([(str(moved), 2.5)], tokenizer, tmp_path / "cache")
+  assert "from cache" in told[0]
+  assert store.weights == (2.5,)
+  assert list(store.ledger.sources) == [str(moved)]
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "index.bin", "meta.json"])
+def test_damaged_store_is_made_again(tmp_path, tokenizer, name):
+  path = _write(tmp_path / "rows.jsonl", [_row(i) for i in range(3)])
+  good, _ = _build(path, tokenizer, tmp_path / "cache")
+  expected = good.example(1).tokens.tolist()
+  (folder,) = (tmp_path / "cache").iterdir()
+  data = bytearray((folder / name).read_bytes())
+  data[len(data) // 2] ^= 255
+  (folder / name).write_bytes(data)
+  again, told = _build(path, tokenizer, tmp_path / "cache")
+  assert str(folder) in told[0]
+  assert "again" in told[0]
+  assert again.example(1).tokens.tolist() == expected
+
+
+def test_failed_build_leaves_nothing(tmp_path, tokenizer):
+  path = _write(tmp_path / "rows.jsonl", [_row(1), {"prompt": "No answer?"}])
+  with pytest.raises(RowError, match=r"rows\.jsonl:2"):
+    _build(path, tokenizer, tmp_path / "cache")
+  assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_store_of_another_process_is_used(tmp_path, tokenizer, monkeypatch):
+  """Two build at once; the second to finish finds the first's in place."""
+  path = _write(tmp_path / "rows.jsonl", [_row(1)])
+  _build(path, tokenizer, tmp_path / "other")
+  (other,) = (tmp_path / "other").iterdir()
+  seal = cache._seal
+
+  def seal_late(building, *args):
+    seal(building, *args)
+    shutil.copytree(other, tmp_path / "cache" / other.name)
+
+  monkeypatch.setattr(cache, "_seal", seal_late)
+  store, _ = _build(path, tokenizer, tmp_path / "cache")
+  assert len(store.index) == 1
+  assert [f.name for f in (tmp_path / "cache").iterdir()] == [other.name]
+
+
+def test_bad_rows_can_be_skipped_and_are_written_down(tmp_path, tokenizer):
+  path = tmp_path / "rows.jsonl"
+  good = json.dumps(_row(1))
+  path.write_text(f'{good}\n{{"prompt": broken\n{{"a": 1}}\n{good}\n')
+  with pytest.raises(RowError, match=r"rows\.jsonl:2"):
+    _build(str(path), tokenizer, tmp_path / "cache")
+  store, told = _build(
+    str(path), tokenizer, tmp_path / "cache", on_bad_row="skip"
+  )
+  entry = store.ledger.source(str(path))
+  assert (entry.rows_in, entry.rows_trained) == (4, 2)
+  assert entry.dropped == {"malformed": 2}
+  assert "2 malformed rows" in told[-1]
+  (folder,) = (tmp_path / "cache").iterdir()
+  lines = (folder / "bad_rows.jsonl").read_text().splitlines()
+  places = [json.loads(line)["where"] for line in lines]
+  assert [place.split()[0] for place in places] == [
+    "rows.jsonl:2",
+    "rows.jsonl:3",
+  ]
+
+
+def test_sources_are_counted_apart(tmp_path, tokenizer):
+  one = _write(tmp_path / "one.jsonl", [_row(1), _row(2)])
+  _write(tmp_path / "two_a.jsonl", [_row(3)])
+  _write(tmp_path / "two_b.jsonl", [_row(4), _row(5, "")])
+  two = str(tmp_path / "two_*.jsonl")
+  store, _ = _build((one, (two, 0.5)), tokenizer, tmp_path / "cache")
+  assert store.source.tolist() == [0, 0, 1, 1]
+  assert store.weights == (1.0, 0.5)
+  assert store.ledger.source(one).rows_in == 2
+  assert store.ledger.source(two).rows_in == 3
+  assert store.ledger.source(two).rows_trained == 2
+
+
+def test_unknown_policy(tmp_path, tokenizer):
+  path = _write(tmp_path / "rows.jsonl", [_row(1)])
+  with pytest.raises(ValueError, match=r"data\.on_bad_row: got 'ignore'"):
+    _build(path, tokenizer, tmp_path, on_bad_row="ignore")

@@ -1,0 +1,86 @@
+"""The grammar of turns, and errors that say where."""
+
+import pickle
+
+import pytest
+
+from sft_jax.data.conversation import (
+  Conversation,
+  Message,
+  NothingToTrain,
+  RowError,
+  ToolCall,
+  check,
+)
+
+USER = Message("user", "Hi")
+REPLY = Message("assistant", "Hello.")
+CALL = Message("assistant", "", tool_calls=(ToolCall("look", {"at": 1}),))
+RESULT = Message("tool", "A cat.")
+
+
+@pytest.mark.parametrize(
+  "messages",
+  [
+    (USER,),
+    (USER, REPLY),
+    (Message("system", "Be kind."), USER, REPLY, USER, REPLY),
+    (USER, CALL, RESULT, RESULT, REPLY),
+    (USER, CALL, RESULT, CALL, RESULT, REPLY),
+    (USER, Message("assistant", "", reasoning="Well.")),
+    (USER, Message("assistant", "Hello.", weight=0.5)),
+  ],
+)
+def test_grammar_accepts(messages):
+  made = Conversation(messages)
+  assert check(made) is made
+
+
+@pytest.mark.parametrize(
+  ("messages", "index", "said"),
+  [
+    ((Message("bot", "Hi"),), 0, "role 'bot'"),
+    ((USER, Message("system", "Late.")), 1, "system turn after a user"),
+    ((USER, Message("assistant", "")), 1, "an empty assistant turn"),
+    ((USER, RESULT), 1, "a tool turn after user"),
+    ((RESULT,), 0, "a tool turn after nothing"),
+    ((USER, REPLY, RESULT), 2, "a tool turn after assistant"),
+    ((Message("user", "Hi", tool_calls=CALL.tool_calls),), 0, "tool calls in"),
+    ((USER, Message("assistant", "Hi", weight=-1.0)), 1, "weight -1.0"),
+    ((USER, Message("assistant", "Hi", weight=float("nan"))), 1, "weight nan"),
+    ((Message("user", "Hi", weight=1.0), REPLY), 0, "weight 1.0 on a user"),
+  ],
+)
+def test_grammar_refuses_and_names_the_turn(messages, index, said):
+  with pytest.raises(RowError) as error:
+    check(Conversation(messages, source="rows.jsonl:7"))
+  assert str(error.value).startswith(f"rows.jsonl:7 messages[{index}]: got ")
+  assert said in str(error.value)
+  assert "expected" in str(error.value)
+
+
+def test_default_weights():
+  assert REPLY.loss_weight == 1.0
+  assert USER.loss_weight == RESULT.loss_weight == 0.0
+  assert Message("assistant", "x", weight=0.0).loss_weight == 0.0
+
+
+def test_messages_or_text_but_not_both():
+  assert Conversation(text="Once").text == "Once"
+  with pytest.raises(RowError, match="no messages"):
+    Conversation()
+  with pytest.raises(RowError, match="both"):
+    Conversation((USER,), text="Once")
+
+
+def test_errors_survive_pickling():
+  # Worker processes send errors home by pickle.
+  row = RowError("rows.jsonl:7", "this", "that", "Do so.")
+  nothing = NothingToTrain("empty answer", "rows.jsonl:7")
+  assert str(pickle.loads(pickle.dumps(row))) == str(row)
+  assert str(row) == "rows.jsonl:7: got this; expected that. Do so."
+  again = pickle.loads(pickle.dumps(nothing))
+  assert (again.reason, str(again)) == (
+    "empty answer",
+    "empty answer: rows.jsonl:7",
+  )

@@ -1,0 +1,78 @@
+"""A tiny pretrained model folder and rows, made where they are needed."""
+
+import json
+from pathlib import Path
+
+import jax
+import tiny_tokenizers
+
+from configs import base
+from sft_jax.data.tokenizers import load_tokenizer
+from sft_jax.models import hf, transformer
+from sft_jax.models.config import parse_config
+
+SHAPE = {
+  "architectures": ["Qwen3ForCausalLM"],
+  "model_type": "qwen3",
+  "vocab_size": 400,
+  "hidden_size": 64,
+  "intermediate_size": 128,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "head_dim": 16,
+  "hidden_act": "silu",
+  "max_position_embeddings": 128,
+  "rms_norm_eps": 1e-6,
+  "rope_theta": 10000.0,
+  "tie_word_embeddings": True,
+  "torch_dtype": "float32",
+}
+# 16 questions whose answers nothing but training can give.
+WORDS = (
+  *("cat", "dog", "hat", "mat", "log", "fog", "hen", "pen"),
+  *("sun", "bun", "cup", "pup", "jam", "ham", "net", "pet"),
+)
+ROWS = [
+  {"instruction": f"What goes with {word}?", "output": f"The {other} {word}."}
+  for word, other in zip(WORDS, reversed(WORDS), strict=True)
+]
+
+
+def model_folder(folder: Path) -> Path:
+  """Writes random weights, a tokenizer and a chat template."""
+  tokens = tiny_tokenizers.byte_level(folder.with_name(folder.name + "_tok"))
+  model = transformer.build(parse_config(SHAPE))
+  params = jax.jit(model.init)(jax.random.key(0))
+  hf.save_pretrained(folder, model, params, load_tokenizer(tokens))
+  return folder
+
+
+def rows_file(path: Path, rows=None) -> Path:
+  """Writes rows as jsonl."""
+  rows = ROWS if rows is None else rows
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return path
+
+
+def config(folder: Path, model: Path, train: Path, **changes):
+  """The base config on the tiny model, with changes as 'data__eval' keys."""
+  config = base.get_config()
+  small = {
+    "workdir": str(folder / "run"),
+    "steps": 6,
+    "batch_size": 8,
+    "model__path": str(model),
+    "data__train": str(train),
+    "data__holdout": 0.0,
+    "data__seq_len": 64,
+    "optim__warmup_steps": 2,
+    "eval__behaviours": "",
+    "eval__general_text": "",
+    "checkpoint__every": 2,
+    "log__every": 1,
+  }
+  for key, value in (small | changes).items():
+    room, _, name = key.rpartition("__")
+    setattr(config[room] if room else config, name, value)
+  return config

@@ -1,0 +1,1 @@
+"""The generated little world behind the bundled demo."""
