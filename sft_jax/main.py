@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from sft_jax.train import Stopped, run
+
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file of configs/ with get_config()."
 )
@@ -41,11 +43,10 @@ def main(argv: Sequence[str]) -> None:
       "as --config=configs/base.py"
     )
   logging.set_verbosity(logging.WARNING)  # Orbax and JAX narrate at INFO.
-  from sft_jax import train  # JAX starts only once the flags are good.
 
   try:
-    train.run(CONFIG.value)
-  except train.Stopped as stopped:
+    run(CONFIG.value)
+  except Stopped as stopped:
     print(stopped, file=sys.stderr)
     sys.exit(STOPPED_EXIT)
   except USER_ERRORS as error:

@@ -90,14 +90,14 @@ def run(config: Config) -> Result:
   present.show_result(out, result, config.eval.samples)
   if config.export:
     say(f"Writing {workdir / 'export'} ...")
-    hf.save_pretrained(workdir / "export", run_.model, params, run_.tokenizer)
-  report.write(
-    workdir / "report.html",
-    records=metrics.read_jsonl(workdir / "metrics.jsonl"),
-    result=result,
-    ledger=run_.stream.ledger.to_json(),
-    config=config.to_dict(),
-  )
+    hf.save_pretrained(
+      workdir / "export",
+      run_.model,
+      params,
+      run_.tokenizer,
+      dtype=config.model.param_dtype,
+    )
+  present.write_report(config, run_, result, workdir)
   checkpoints.close()
   _write_json(result_path, result)
   return Result(result, params, workdir)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_jax.data import packing
@@ -28,6 +28,7 @@ def _best_fit_decreasing(lengths, capacity):
   return len(free)
 
 
+@settings(deadline=None, max_examples=50)
 @given(lengths_lists, st.booleans(), st.integers(0, 99))
 def test_every_row_once_and_no_pack_too_full(lengths, packed, seed):
   lengths = np.array(lengths, np.int32)
@@ -41,6 +42,7 @@ def test_every_row_once_and_no_pack_too_full(lengths, packed, seed):
     assert packed or len(rows) == 1
 
 
+@settings(deadline=None, max_examples=50)
 @given(lengths_lists)
 def test_fills_as_well_as_best_fit_decreasing(lengths):
   plan = packing.plan(np.array(lengths, np.int32), CAPACITY, seed=0)

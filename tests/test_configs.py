@@ -1,0 +1,47 @@
+"""Every file of configs/ builds a run and traces one step of it."""
+
+import importlib
+from pathlib import Path
+
+import jax
+import pytest
+import tiny
+
+from configs import base
+from sft_jax import setup
+from sft_jax.train_step import split_micro_batches
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+NAMES = sorted(
+  path.relative_to(CONFIGS.parent).with_suffix("").as_posix().replace("/", ".")
+  for path in CONFIGS.rglob("*.py")
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_traces_a_step(name, tmp_path):
+  config = importlib.import_module(name).get_config()
+  # Shapes, rows and paths of a stranger's machine do not matter here.
+  config.workdir = str(tmp_path)
+  config.batch_size = 8 * config.accum_steps
+  config.model.path = str(tiny.model_folder(tmp_path / "model"))
+  config.data.train = str(tiny.rows_file(tmp_path / "rows.jsonl"))
+  config.data.holdout = 0.0
+  config.eval.behaviours = config.eval.general_text = ""
+  run = setup.setup(config, lambda line: None)
+  batch = split_micro_batches(next(run.stream.batches()), config.accum_steps)
+  state, metrics = jax.eval_shape(run.train_step, run.state, batch)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), run.state
+  )
+  assert "loss/nats_per_token" in metrics
+
+
+def test_an_unknown_key_is_an_error():
+  config = base.get_config()
+  with pytest.raises(AttributeError, match="learning_rat"):
+    config.optim.learning_rat = 1.0
+
+
+def test_every_config_is_found():
+  assert {"configs.base", "configs.pretrain_demo"} <= set(NAMES)

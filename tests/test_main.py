@@ -1,0 +1,130 @@
+"""The door: what a user gets wrong is one line that says what to do."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+import sft_jax
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+  return tiny.model_folder(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def door(*arguments: str) -> subprocess.CompletedProcess:
+  return subprocess.run(
+    [sys.executable, "-m", "sft_jax.main", *arguments],
+    cwd=ROOT,
+    env={**os.environ, "XLA_FLAGS": ""},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    ([], ["--config is missing", "configs/base.py"]),
+    (
+      ["--config=configs/base.py", "--config.optim.learning_rat=1"],
+      ["learning_rat", "every key is listed in configs/base.py"],
+    ),
+    (["--config=configs/none.py"], ["configs/none.py", "expected"]),
+    (["--config=configs/base.py", "now"], ["unexpected argument 'now'"]),
+  ],
+)
+def test_a_wrong_command_line_is_an_error_without_a_trace(arguments, words):
+  done = door(*arguments)
+  assert done.returncode != 0
+  assert done.stderr.startswith("error: command line:")
+  assert len(done.stderr.strip().splitlines()) <= 2
+  for word in words:
+    assert word in done.stderr
+
+
+def test_an_error_of_the_data_is_one_line(tmp_path, model):
+  rows = tiny.rows_file(tmp_path / "rows.jsonl")
+  rows.write_text(rows.read_text() + '{"instruction": "x", "output": \n')
+  done = door(
+    "--config=configs/base.py",
+    f"--config.workdir={tmp_path / 'run'}",
+    f"--config.model.path={model}",
+    f"--config.data.train={rows}",
+  )
+  assert done.returncode == 2
+  (line,) = done.stderr.strip().splitlines()
+  assert line.startswith("error: ")
+  assert "rows.jsonl:17" in line
+
+
+ANSWERED = [
+  {"role": "user", "content": "Hello there."},
+  {"role": "assistant", "content": "Good day."},
+]
+
+
+@pytest.mark.parametrize(
+  ("row", "words"),
+  [
+    (
+      {"messages": [{"role": "narrator", "content": "x"}, *ANSWERED]},
+      ["rows.jsonl:1", "narrator", "user", "assistant"],
+    ),
+    (
+      {"messages": [ANSWERED[0], {"role": "assistant", "content": ""}]},
+      ["rows.jsonl:1", "empty", "expected"],
+    ),
+    ({"inputs": "x", "label": 3}, ["rows.jsonl:1", "inputs", "expected"]),
+  ],
+)
+def test_a_bad_row_is_named(tmp_path, model, row, words):
+  rows = tiny.rows_file(tmp_path / "rows.jsonl", [row])
+  with pytest.raises(ValueError) as caught:
+    sft_jax.train(tiny.config(tmp_path, model, rows))
+  assert "\n" not in str(caught.value)
+  for word in words:
+    assert word in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path, model):
+  with pytest.raises(ValueError, match=r"none\.jsonl.*expected"):
+    sft_jax.train(tiny.config(tmp_path, model, tmp_path / "none.jsonl"))
+
+
+def test_a_pickled_model_is_refused(tmp_path, model):
+  rows = tiny.rows_file(tmp_path / "rows.jsonl")
+  folder = tmp_path / "pickled"
+  folder.mkdir()
+  for path in model.iterdir():
+    if path.suffix != ".safetensors":
+      (folder / path.name).write_bytes(path.read_bytes())
+  (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+  with pytest.raises(ValueError, match=r"pytorch_model\.bin.*safetensors"):
+    sft_jax.train(tiny.config(tmp_path, folder, rows))
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  [
+    ({"batch_size": 12}, "batch_size: got 12"),
+    ({"mesh__fsdp": 3}, "mesh: got"),
+    ({"optim__schedule": "step"}, r"optim\.schedule: got 'step'"),
+    ({"model__dtype": "float16"}, "float16"),
+    ({"model__attention": "cudnn"}, "cudnn"),
+    ({"lora__rank": 2, "lora__targets": "attn/z"}, "attn/z"),
+    ({"data__over_long": "cut"}, "cut"),
+    ({"data__on_bad_row": "drop"}, "drop"),
+  ],
+)
+def test_a_setting_that_cannot_be_is_refused(tmp_path, model, change, words):
+  rows = tiny.rows_file(tmp_path / "rows.jsonl")
+  with pytest.raises(ValueError, match=words):
+    sft_jax.train(tiny.config(tmp_path, model, rows, **change))
