@@ -134,6 +134,8 @@ def setup(config: Config, say: Say) -> Setup:
 
 
 class Data(NamedTuple):
+  """What is trained on, and what is measured before and after."""
+
   stream: Stream
   held_out: Stream | None
   general_text: Stream | None

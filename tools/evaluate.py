@@ -62,7 +62,7 @@ def main() -> None:
   terminal.table(terminal.console(), args.model, head, rows)
   if args.out:
     with open(args.out, "w", encoding="utf-8") as file:
-      file.writelines(json.dumps(row) + "\n" for row in after.rows())
+      file.writelines(json.dumps(row) + "\n" for row in after.replies)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ from typing import Any
 import ml_collections
 from rich.text import Text
 
-from sft_jax import setup, terminal, train, trees
+from sft_jax import setup, terminal, trees
 from sft_jax.checkpoint import Checkpoints
 from sft_jax.models import hf
+from sft_jax.train import restore
 from tools import command
 
 
@@ -37,7 +38,7 @@ def main() -> None:
       f"{workdir}/checkpoints: got no checkpoint; expected at least one. "
       "Train first, or name another workdir."
     )
-  state = train.restore(checkpoints, run, say)
+  state = restore(checkpoints, run, say)
   checkpoints.close()
   params = trees.merge(state.params, state.frozen)
   hf.save_pretrained(
