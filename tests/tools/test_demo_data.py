@@ -25,7 +25,8 @@ HELD_OUT_NAMES = re.compile(rf"\b({'|'.join(HELD_OUT)})\b")
 
 
 def _rows(name: str) -> list[dict]:
-  return [row for _, row in formats.read_rows(DEMO / name)]
+  lines = (DEMO / name).read_text("utf-8").splitlines()
+  return [json.loads(line) for line in lines]
 
 
 @functools.cache
@@ -201,7 +202,9 @@ def test_both_tokenizer_files_give_the_same_ids():
   for text in texts:
     ids = converted.encode(text, add_special_tokens=False).ids
     assert ids == ours.encode(text), repr(text)
-    assert converted.decode(ids, skip_special_tokens=False) == text
+    # Its own sign for a space is the one character that does not survive.
+    back = converted.decode(ids, skip_special_tokens=False)
+    assert back == ours.decode(ids) == text.replace("▁", " ")
   assert ours.vocab_size() == converted.get_vocab_size() == tokenizer.VOCAB
 
 
