@@ -23,7 +23,9 @@ PRETRAIN_DOCUMENTS = 46_000
 GENERAL_DOCUMENTS = 150
 # How often the tokenizer is shown each name: enough to keep it in few pieces.
 NAME_REPEATS = 150
-TOKENIZER_DOCUMENTS = 12_000  # the first of them, and the conversations
+# The first of them, and the conversations. A change to either, or to the
+# names, changes the tokenizer, and then the base model must be trained anew.
+TOKENIZER_DOCUMENTS = 12_000
 # Too large to keep in the repository; written again from the seed.
 LARGE = ("pretrain.jsonl",)
 

@@ -101,7 +101,7 @@ def journeys(rng: random.Random, n: int, towns: list[str]) -> Puzzle:
 
 def words(rng: random.Random, n: int) -> Puzzle:
   pool = (*ITEMS, *world.COLOURS, *world.ANIMALS)
-  row = rng.sample(pool, n + 1)
+  row = rng.sample(pool, max(n, 2) + 1)
   return Puzzle(
     "Words: " + ", ".join(row) + ".",
     [
@@ -116,8 +116,8 @@ def words(rng: random.Random, n: int) -> Puzzle:
 
 
 def lookup(rng: random.Random, n: int, towns: list[str]) -> Puzzle:
-  """One of the puzzles above; of n sentences, or of n + 1 words."""
-  kind = rng.choice((holdings, spots, counts, words, None))
+  """One of the puzzles above; of n sentences, or of 3 to n + 1 words."""
+  kind = rng.choice((holdings, spots, counts, None, words))
   return journeys(rng, n, towns) if kind is None else kind(rng, n)
 
 

@@ -16,6 +16,7 @@ ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>")
 # Read back out of a reply, so not 'special': decoding keeps them.
 MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 BASIC = ("<unk>", "<s>", "</s>", "<pad>")
+CONTROL = (*ROLES, *MARKS, *BASIC)
 CONTEXT = 256
 
 TEMPLATE = """\
