@@ -163,5 +163,5 @@ def write_report(
 
 
 def _versions() -> dict[str, str]:
-  names = ("sft_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
+  names = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
   return {name: importlib.metadata.version(name) for name in names}
