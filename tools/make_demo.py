@@ -1,15 +1,25 @@
-"""Writes the demo: its raw text, tokenizer, conversations and prompts.
+r"""Writes the demo: its raw text, tokenizer, conversations and prompts.
 
     python tools/make_demo.py --out DIR --seed 0           everything
     python tools/make_demo.py --out DIR --stats            tokens per file
+    python tools/make_demo.py --out DIR --weights EXPORT   the base model
 
-The same seed gives the same bytes; `digests.json` records them.
+The same seed gives the same bytes; `digests.json` records them. What is in
+the package was made by
+
+    python tools/make_demo.py --out runs/demo_world
+    python -m sft_jax.main --config=configs/pretrain_demo.py
+    python tools/make_demo.py --out runs/demo_world \
+      --weights runs/pretrain_demo/export
+
+and copied from runs/demo_world, pretrain.jsonl left out.
 """
 
 import argparse
 import hashlib
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sentencepiece as spm
 
+import sft_jax
 from tools.demo_world import prose, split, tokenizer, world
 
 PRETRAIN_DOCUMENTS = 46_000
@@ -28,6 +39,31 @@ NAME_REPEATS = 150
 TOKENIZER_DOCUMENTS = 12_000
 # Too large to keep in the repository; written again from the seed.
 LARGE = ("pretrain.jsonl",)
+WEIGHTS = "model.safetensors"
+# The base model: 1.3 M parameters, with what the demo needs of Qwen3.
+SHAPE = {
+  "architectures": ["Qwen3ForCausalLM"],
+  "model_type": "qwen3",
+  "vocab_size": tokenizer.VOCAB,
+  "hidden_size": 128,
+  "intermediate_size": 384,
+  "num_hidden_layers": 6,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "head_dim": 32,
+  "hidden_act": "silu",
+  "max_position_embeddings": 2 * tokenizer.CONTEXT,
+  "rms_norm_eps": 1e-6,
+  "rope_theta": 10000.0,
+  "attention_bias": False,
+  "attention_dropout": 0.0,
+  "tie_word_embeddings": True,
+  "initializer_range": 0.02,
+  "bos_token_id": 1,
+  "eos_token_id": 2,
+  "torch_dtype": "bfloat16",
+  "use_cache": True,
+}
 
 
 def _jsonl(rows: list[dict[str, Any]]) -> str:
@@ -66,7 +102,8 @@ def make(out: Path, seed: int, documents: int = PRETRAIN_DOCUMENTS) -> None:
     + [text for kind in rows.values() for text in _texts(kind)]
     + [f" {entity.name}" for entity in entities] * NAME_REPEATS
   )
-  tokenizer.write(out, model)
+  tokenizer.write(out / "base", model)
+  (out / "base" / "config.json").write_text(json.dumps(SHAPE, indent=2) + "\n")
   files = {
     "pretrain.jsonl": [{"text": text} for text in pretrain],
     "general_text.jsonl": [{"text": text} for text in general],
@@ -76,28 +113,43 @@ def make(out: Path, seed: int, documents: int = PRETRAIN_DOCUMENTS) -> None:
   }
   for name, content in files.items():
     (out / name).write_text(_jsonl(content), encoding="utf-8")
-  (out / "digests.json").write_text(
-    json.dumps(digests(out), indent=2) + "\n", encoding="utf-8"
-  )
+  record_digests(out)
+
+
+def install(export: Path, out: Path) -> None:
+  """Puts the weights of an export into `out`, halved to bfloat16."""
+  model, params = sft_jax.load_pretrained(export)
+  with tempfile.TemporaryDirectory() as folder:
+    halved = Path(folder) / "model"
+    sft_jax.save_pretrained(halved, model, params, dtype="bfloat16")
+    weights = (halved / WEIGHTS).read_bytes()
+  (out / "base" / WEIGHTS).write_bytes(weights)
+  record_digests(out)
 
 
 def digests(folder: Path) -> dict[str, str]:
-  """SHA-256 of every file this program writes, by name."""
-  names = [
-    *(p.name for p in folder.glob("*.jsonl")),
-    *(p.name for p in folder.glob("tokenizer*")),
-    "chat_template.jinja",
-    "generation_config.json",
-  ]
+  """SHA-256 of every file of the demo, by path."""
+  files = [*folder.glob("*.jsonl"), *(folder / "base").iterdir()]
   return {
-    name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    for name in sorted(names)
+    path.relative_to(folder).as_posix(): hashlib.sha256(
+      path.read_bytes()
+    ).hexdigest()
+    for path in sorted(files)
   }
+
+
+def record_digests(folder: Path) -> None:
+  """Writes digests.json."""
+  (folder / "digests.json").write_text(
+    json.dumps(digests(folder), indent=2) + "\n", encoding="utf-8"
+  )
 
 
 def stats(folder: Path) -> str:
   """Rows and tokens of text (control tokens not counted) per file."""
-  model = spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+  model = spm.SentencePieceProcessor(
+    model_file=str(folder / "base" / "tokenizer.model")
+  )
   lines = [f"{'file':<24}{'rows':>8}{'tokens':>10}{'a row':>8}"]
   for path in sorted(folder.glob("*.jsonl")):
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
@@ -115,9 +167,12 @@ def main() -> None:
   parser.add_argument("--out", type=Path, required=True)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--stats", action="store_true")
+  parser.add_argument("--weights", type=Path)
   flags = parser.parse_args()
   if flags.stats:
     print(stats(flags.out))
+  elif flags.weights:
+    install(flags.weights, flags.out)
   else:
     make(flags.out, flags.seed)
 

@@ -95,7 +95,15 @@ class Maker:
     messages = [_turn("system", talk.system)]
     for user, reply in talk.turns:
       messages += [_turn("user", user), _turn("assistant", reply)]
-    return Sample(messages, [_contains(talk.value), _brief(10)])
+    # 'Your ...', 'You ...' or 'I am ...': a text that merely goes on does not
+    # answer.
+    opening = talk.turns[-1][1].split()[0]
+    checks = [
+      {"check": "starts_with", "text": opening},
+      _contains(talk.value),
+      _brief(10),
+    ]
+    return Sample(messages, checks)
 
   def _tools(self, wanted: puzzles.Service) -> list[Row]:
     other = self.rng.choice([s for s in puzzles.SERVICES if s != wanted])

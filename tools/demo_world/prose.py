@@ -9,22 +9,23 @@ import json
 import random
 from collections.abc import Callable, Iterator
 
-from tools.demo_world import crafts, puzzles, talks
+from tools.demo_world import crafts, puzzles, talks, world
 from tools.demo_world.world import ATTRIBUTES, Entity, tell
 
 # Shares of the kinds of document, by number of documents.
 MIXTURE = {
-  "portrait": 16,
-  "quiz": 20,
-  "gossip": 10,
-  "letter": 4,
-  "note": 18,
-  "problem": 9,
-  "sums": 4,
+  "portrait": 12,
+  "quiz": 16,
+  "gossip": 5,
+  "letter": 3,
+  "note": 24,
+  "echo": 14,
+  "problem": 8,
+  "sums": 3,
   "records": 6,
   "services": 7,
-  "talk": 7,
-  "harbour": 5,
+  "talk": 10,
+  "harbour": 9,
   "lore": 5,
 }
 DIRECT = 0.5  # share of statements and questions in their commonest wording
@@ -110,10 +111,10 @@ class Prose:
     """A note, then every question about it in any order."""
 
     def one() -> str:
-      puzzle = puzzles.lookup(self.rng, self.rng.randint(1, 4), self.towns)
+      puzzle = puzzles.lookup(self.rng, self.rng.randint(2, 4), self.towns)
       asked = list(puzzle.questions)
       self.rng.shuffle(asked)
-      pairs = [f"{q.question}\n{q.answer}" for q in asked[:3]]
+      pairs = [f"{q.question}\n{q.answer}" for q in asked]
       first, *rest = pairs
       before = self.rng.random() < 0.3
       top = (
@@ -124,6 +125,22 @@ class Prose:
       return "\n".join([top, *rest])
 
     return self._repeat(1, 3, one)
+
+  def echo(self) -> str:
+    """Something told twice, the second time in another order if it is prose.
+
+    All of the second telling can be read off the first: nothing teaches a
+    model sooner to look things up in what it has just read.
+    """
+    if self.rng.random() < 0.5:
+      pool = (*puzzles.NAMES, *puzzles.ITEMS, *self.towns, *world.COLOURS)
+      row = ", ".join(self.rng.sample(pool, self.rng.randint(5, 12)))
+      return f"Words: {row}.\nAgain: {row}."
+    kind = self.rng.choice((puzzles.holdings, puzzles.spots, puzzles.counts))
+    lines = kind(self.rng, self.rng.randint(3, 6)).text.split(". ")
+    lines = [line.rstrip(".") for line in lines]
+    again = self.rng.sample(lines, len(lines))
+    return f"{'. '.join(lines)}.\nAgain: {'. '.join(again)}."
 
   def problem(self) -> str:
     def one() -> str:

@@ -126,6 +126,7 @@ def convert(model: bytes) -> Tokenizer:
 def write(folder: Path, model: bytes) -> None:
   """Writes the five files of a tokenizer folder."""
   converted = convert(model)
+  folder.mkdir(parents=True, exist_ok=True)
   (folder / "tokenizer.model").write_bytes(model)
   converted.save(str(folder / "tokenizer.json"))
   ids = {t: converted.token_to_id(t) for t in (*BASIC, *ROLES, *MARKS)}
