@@ -23,11 +23,17 @@ STOPPED_EXIT = 75
 def _parse(argv: Sequence[str]) -> list[str]:
   """Reads the flags; an unknown flag or config key is one line, exit 2."""
   try:
-    return flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
-    key = " ".join(str(error).split())
+    rest = flags.FLAGS(argv)
+    if CONFIG.value is not None:
+      _ = CONFIG.value.workdir  # A file that was not read says so only here.
+    return rest
+  except (
+    *(flags.Error, AttributeError, KeyError, TypeError, ValueError),
+    *(OSError, RuntimeError),
+  ) as error:
+    got = " ".join(str(error.args[0] if error.args else error).split())
     sys.exit(
-      f"error: command line: {key}\nexpected flags like "
+      f"error: command line: {got}\nexpected flags like "
       "--config=configs/base.py --config.optim.learning_rate=1e-4; every key "
       "is listed in configs/base.py"
     )

@@ -13,6 +13,11 @@ from sft_jax import fit, metrics, report, sharding, terminal, trees
 from sft_jax.data.pipeline import Stream
 from sft_jax.setup import Config, Setup
 
+# The figures shown of the texts that were not trained on.
+_LOSSES = {
+  "held_out/nats_per_token": "held-out rows, nats per trained token",
+  "general_text/perplexity": "general text, perplexity (forgetting)",
+}
 # Of a device's matmul rate, what a training step usually reaches.
 _USUAL_SHARE = 0.4
 
@@ -108,12 +113,13 @@ def show_result(out: Console, result: dict[str, Any], samples: int) -> None:
       ("", "before", "after", "change"),
       [
         (
-          row["name"],
+          _LOSSES[row["name"]],
           f"{row['before']:.3f}",
           f"{row['after']:.3f}",
           f"{row['change']:+.1%}",
         )
         for row in result["losses"]
+        if row["name"] in _LOSSES
       ],
     )
   for sample in result["samples"][:samples]:
@@ -121,11 +127,17 @@ def show_result(out: Console, result: dict[str, Any], samples: int) -> None:
       out,
       sample["group"],
       {
-        "prompt": sample["prompt"],
-        "before": sample["before"]["text"],
-        "after": sample["after"]["text"],
+        "prompt": _line(sample["prompt"]),
+        "before": _line(sample["before"]["text"]),
+        "after": _line(sample["after"]["text"]),
       },
     )
+
+
+def _line(text: str) -> str:
+  """A text on one line, cut where it would fill more than two."""
+  line = " / ".join(part for part in text.splitlines() if part)
+  return line if len(line) <= 150 else line[:150] + " ..."
 
 
 def write_report(

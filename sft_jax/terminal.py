@@ -44,16 +44,13 @@ def table(
   out: Console, title: str, header: Sequence[str], rows: Iterable[Sequence]
 ) -> None:
   """Prints a table; numbers to the right, names to the left."""
-  # As wide as its content: in a log a squeezed table loses its figures.
   grid = Table(title=title, title_justify="left", title_style="bold")
   for i, name in enumerate(header):
     grid.add_column(name, justify="right" if i else "left", no_wrap=True)
   for row in rows:
     grid.add_row(*[Text(str(cell)) for cell in row])
-  width = out.width
-  out.width = max(width, out.measure(grid).maximum)
-  out.print(grid)
-  out.width = width
+  # In a log, too, a table keeps its figures: a squeezed one loses them.
+  out.print(grid, width=max(out.width, 160), crop=False)
 
 
 class StepProgress:

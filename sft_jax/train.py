@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,11 +145,11 @@ def _loop(
   )
   out.print(f"Compiled in {time.perf_counter() - started:.1f} s.")
 
-  writer = metrics.JsonlWriter(workdir / "metrics.jsonl", resume_step=start)
-  progress = terminal.StepProgress(out, total=run_.num_steps, start=start)
+  record = metrics.JsonlWriter(workdir / "metrics.jsonl", resume_step=start)
+  bar = terminal.StepProgress(out, total=run_.num_steps, start=start)
   window, window_tokens, window_steps = metrics.Window(), 0, 0
   clock = time.perf_counter()
-  with _StopSignals() as stop:
+  with closing(record) as writer, closing(bar) as progress, _Stop() as stop:
     while step < run_.num_steps and not stop.requested:
       state, pairs = train_step(state, batch)
       step += 1
@@ -189,8 +190,6 @@ def _loop(
         clock = time.perf_counter()
       if saves:
         save(step)
-  progress.close()
-  writer.close()
   checkpoints.wait()
   if step < run_.num_steps:
     raise Stopped(
@@ -209,7 +208,7 @@ class Stopped(Exception):
   """The run was asked to stop (SIGTERM, Ctrl-C) and has saved its state."""
 
 
-class _StopSignals:
+class _Stop:
   """Turns SIGTERM and Ctrl-C into a flag that the loop reads.
 
   The second signal is not caught: it ends the process at once.
@@ -218,7 +217,7 @@ class _StopSignals:
   def __init__(self) -> None:
     self.requested = False
 
-  def __enter__(self) -> "_StopSignals":
+  def __enter__(self) -> "_Stop":
     self._before = {
       number: signal.signal(number, self._request)
       for number in (signal.SIGTERM, signal.SIGINT)

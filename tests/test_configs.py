@@ -5,8 +5,8 @@ from pathlib import Path
 
 import jax
 import pytest
-import tiny
 
+import tiny
 from configs import base
 from sft_jax import setup
 from sft_jax.train_step import split_micro_batches
@@ -24,6 +24,7 @@ def test_config_traces_a_step(name, tmp_path):
   # Shapes, rows and paths of a stranger's machine do not matter here.
   config.workdir = str(tmp_path)
   config.batch_size = 8 * config.accum_steps
+  config.steps = 1000
   config.model.path = str(tiny.model_folder(tmp_path / "model"))
   config.data.train = str(tiny.rows_file(tmp_path / "rows.jsonl"))
   config.data.holdout = 0.0

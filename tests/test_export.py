@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 import sft_jax
+import tiny
 from sft_jax.data import encode
 
 torch = pytest.importorskip("torch", reason="live oracle: needs torch")

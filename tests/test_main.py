@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 
 import sft_jax
+import tiny
 
 ROOT = Path(__file__).parents[1]
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import jax
-import tiny_tokenizers
 
+import tiny_tokenizers
 from configs import base
 from sft_jax.data.tokenizers import load_tokenizer
 from sft_jax.models import hf, transformer

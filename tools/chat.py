@@ -1,6 +1,6 @@
 """Talks with an exported model in the terminal.
 
-    python -m tools.chat --model=runs/demo/export
+    python tools/chat.py --model=runs/demo/export
 
 `/new` starts over, an empty line or Ctrl-D ends.
 """
@@ -11,12 +11,12 @@ import time
 
 from rich.text import Text
 
+import command
 from sft_jax import terminal
 from sft_jax.data import tokenizers
 from sft_jax.data.conversation import Conversation, Message
 from sft_jax.evals import replies
 from sft_jax.models import hf
-from tools import command
 
 
 def main() -> None:

@@ -1,17 +1,17 @@
 """Scores a model on a behaviour set, against another model if one is given.
 
-    python -m tools.evaluate --model=runs/demo/export \\
+    python tools/evaluate.py --model=runs/demo/export \\
         --data=sft_jax/assets/demo/behaviours.jsonl --baseline=BASE_FOLDER
 """
 
 import argparse
 import json
 
+import command
 from sft_jax import terminal
 from sft_jax.data import tokenizers
 from sft_jax.evals import behaviours, replies
 from sft_jax.models import hf
-from tools import command
 
 
 def scores(

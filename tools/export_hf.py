@@ -1,6 +1,6 @@
 """Writes the newest checkpoint of a run as a Hugging Face folder.
 
-python -m tools.export_hf --workdir=runs/demo --out=my_model
+python tools/export_hf.py --workdir=runs/demo --out=my_model
 """
 
 import argparse
@@ -11,11 +11,11 @@ from typing import Any
 import ml_collections
 from rich.text import Text
 
+import command
 from sft_jax import setup, terminal, trees
 from sft_jax.checkpoint import Checkpoints
 from sft_jax.models import hf
 from sft_jax.train import restore
-from tools import command
 
 
 def main() -> None:

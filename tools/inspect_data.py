@@ -1,6 +1,6 @@
 """Shows what a config trains on: the ledger, and examples token by token.
 
-    python -m tools.inspect_data --config=configs/base.py --samples=3
+    python tools/inspect_data.py --config=configs/base.py --samples=3
 
 Prompt tokens are dim, trained ones green, special ones bold. The data is built
 as training builds it, with the same cache, checks and errors.
@@ -14,9 +14,9 @@ from absl import flags
 from ml_collections import config_flags
 from rich.text import Text
 
+import command
 from sft_jax import setup, terminal
 from sft_jax.data import tokenizers
-from tools import command
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to train.")
 SAMPLES = flags.DEFINE_integer("samples", 3, "Examples to show.")

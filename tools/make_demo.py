@@ -18,17 +18,14 @@ and copied from runs/demo_world, pretrain.jsonl left out.
 import argparse
 import hashlib
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import sentencepiece as spm
 
 import sft_jax
-from tools.demo_world import prose, split, tokenizer, world
+from demo_world import prose, split, tokenizer, world
 
 PRETRAIN_DOCUMENTS = 46_000
 GENERAL_DOCUMENTS = 150

@@ -1,6 +1,6 @@
 """Will it fit: compiles a config's training step without any weights.
 
-    python -m tools.plan --config=configs/base.py
+    python tools/plan.py --config=configs/base.py
 
 Prints the memory that the compiler reserves per device and the FLOPs of a
 step. The data is read, for the step's time depends on how long documents are.
@@ -11,9 +11,9 @@ from absl import flags
 from ml_collections import config_flags
 from rich.text import Text
 
+import command
 from sft_jax import fit, setup, sharding, terminal
 from sft_jax.train_step import split_micro_batches
-from tools import command
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to train.")
 flags.mark_flag_as_required("config")

@@ -1,4 +1,4 @@
-"""Forgetting: perplexity on general text, before and after."""
+"""Forgetting: perplexity on text the model is not trained on."""
 
 import math
 from collections.abc import Callable
@@ -22,18 +22,6 @@ class Perplexity(NamedTuple):
     return math.exp(self.nats / self.tokens)
 
 
-class Forgetting(NamedTuple):
-  """Perplexity of the same text before and after training."""
-
-  before: Perplexity
-  after: Perplexity
-
-  @property
-  def growth(self) -> float:
-    """Relative growth: 0.1 is 10 % more perplexed than before."""
-    return self.after.value / self.before.value - 1
-
-
 def perplexity(evaluate: Callable[[], tuple[float, float]]) -> Perplexity:
   """Perplexity from an evaluation that returns (sum of nats, tokens).
 
@@ -47,17 +35,3 @@ def perplexity(evaluate: Callable[[], tuple[float, float]]) -> Perplexity:
       "sum over at least one token. Check the general text and the model."
     )
   return Perplexity(nats, tokens)
-
-
-def forgetting(before: Perplexity, after: Perplexity) -> Forgetting:
-  """Pairs two measurements of one text.
-
-  Raises:
-    ValueError: they are over different numbers of tokens.
-  """
-  if before.tokens != after.tokens:
-    raise ValueError(
-      f"forgetting: got {before.tokens:g} and {after.tokens:g} tokens; "
-      "expected the same text both times. Evaluate one set twice."
-    )
-  return Forgetting(before, after)

@@ -4,7 +4,6 @@ The same suite runs before and after training; `compare` puts the two side by
 side. Measurements are plain dicts, as they are written to `workdir/evals`.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax
 from sft_jax.batch import Batch
 from sft_jax.data.conversation import Conversation
 from sft_jax.data.pipeline import Stream
-from sft_jax.evals import behaviours
+from sft_jax.evals import behaviours, forgetting
 from sft_jax.evals.replies import Reply
 from sft_jax.losses import LossSums
 from sft_jax.trees import Tree
@@ -58,15 +57,19 @@ class Suite:
     """
     values = {}
     for name, stream in self._streams.items():
-      if stream is None:
-        continue
-      nats = weight = 0.0
-      for batch in stream.batches(0, jax.process_index(), jax.process_count()):
-        sums = jax.device_get(self._loss(params, self._put_rows(batch)))
-        nats, weight = nats + float(sums.nats), weight + float(sums.weight)
-      values[f"{name}/nats_per_token"] = nats / weight
-      values[f"{name}/perplexity"] = math.exp(nats / weight)
+      if stream is not None:
+        found = forgetting.perplexity(lambda s=stream: self._sums(params, s))
+        values[f"{name}/nats_per_token"] = found.nats / found.tokens
+        values[f"{name}/perplexity"] = found.value
     return values
+
+  def _sums(self, params: Tree, stream: Stream) -> tuple[float, float]:
+    """(nats, weight) over every row of a stream, each once."""
+    nats = weight = 0.0
+    for batch in stream.batches(0, jax.process_index(), jax.process_count()):
+      sums = jax.device_get(self._loss(params, self._put_rows(batch)))
+      nats, weight = nats + float(sums.nats), weight + float(sums.weight)
+    return nats, weight
 
   def __call__(self, params: Tree) -> Measurement:
     """Losses, and the behaviour scores with every reply."""

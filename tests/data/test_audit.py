@@ -1,8 +1,8 @@
 """Each verdict refuses its fault by place, and sound data passes."""
 
 import pytest
-from fake_store import fake_store
 
+from fake_store import fake_store
 from sft_jax.data.audit import verify
 
 BOS, STOP = 1, 2

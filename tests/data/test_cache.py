@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-import tiny_tokenizers
 
+import tiny_tokenizers
 from sft_jax.data import cache, encode, formats
 from sft_jax.data.audit import verify
 from sft_jax.data.conversation import RowError

@@ -8,15 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import (
-  CHATML,
-  FORGETFUL,
-  GLUED,
-  SHARED,
-  byte_level,
-  metaspace,
-  sentence_piece,
-)
 
 from sft_jax.data import encode, formats
 from sft_jax.data.conversation import (
@@ -27,6 +18,15 @@ from sft_jax.data.conversation import (
   ToolCall,
 )
 from sft_jax.data.tokenizers import load_tokenizer
+from tiny_tokenizers import (
+  CHATML,
+  FORGETFUL,
+  GLUED,
+  SHARED,
+  byte_level,
+  metaspace,
+  sentence_piece,
+)
 
 MAKERS = {
   "byte_level": (byte_level, CHATML),

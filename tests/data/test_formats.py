@@ -4,7 +4,6 @@ import itertools
 import json
 
 import pytest
-from tiny_tokenizers import SHARED
 
 from sft_jax.data import formats
 from sft_jax.data.conversation import (
@@ -14,6 +13,7 @@ from sft_jax.data.conversation import (
   RowError,
   ToolCall,
 )
+from tiny_tokenizers import SHARED
 
 needs_shared = pytest.mark.skipif(
   not SHARED.is_dir(), reason="needs the shared data folder"

@@ -8,8 +8,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from fake_store import fake_store, random_store
 
+from fake_store import fake_store, random_store
 from sft_jax.batch import Batch
 from sft_jax.data.encode import Example
 from sft_jax.data.pipeline import Stream, lay_out

@@ -1,12 +1,12 @@
 """Where a token would join a prompt to its reply, the two are apart."""
 
 import pytest
-from tiny_tokenizers import CHATML, GLUED, byte_level, metaspace
 
 from sft_jax.data import seams
 from sft_jax.data.conversation import Conversation, RowError
 from sft_jax.data.spans import Rendered
 from sft_jax.data.tokenizers import load_tokenizer
+from tiny_tokenizers import CHATML, GLUED, byte_level, metaspace
 
 ROW = Conversation(text="x", source="rows.jsonl:3")
 PROMPT = "<s>user: Hello\nassistant: "

@@ -1,7 +1,6 @@
 """Law 1 in characters: what is trained is what inference must emit."""
 
 import pytest
-from tiny_tokenizers import CHATML, FORGETFUL, GLUED
 
 from sft_jax.data import spans, templates
 from sft_jax.data.conversation import (
@@ -11,6 +10,7 @@ from sft_jax.data.conversation import (
   RowError,
   ToolCall,
 )
+from tiny_tokenizers import CHATML, FORGETFUL, GLUED
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 STOPS = ["<|im_end|>", "</s>"]

@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from fake_store import random_store
 
+from fake_store import random_store
 from sft_jax.data.store import Source, to_sources
 
 

@@ -1,7 +1,6 @@
 """Chat templates: the plain dicts they read, and what is refused."""
 
 import pytest
-from tiny_tokenizers import CHATML, FORGETFUL, GLUED
 
 from sft_jax.data import templates
 from sft_jax.data.conversation import (
@@ -10,6 +9,7 @@ from sft_jax.data.conversation import (
   RowError,
   ToolCall,
 )
+from tiny_tokenizers import CHATML, FORGETFUL, GLUED
 
 CALL = ToolCall("look", {"b": 1, "a": "x"}, "id1")
 TRACE = Conversation(

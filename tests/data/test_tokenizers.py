@@ -6,6 +6,8 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from sft_jax.data.tokenizers import load_tokenizer
 from tiny_tokenizers import (
   SHARED,
   SPECIAL,
@@ -13,8 +15,6 @@ from tiny_tokenizers import (
   metaspace,
   sentence_piece,
 )
-
-from sft_jax.data.tokenizers import load_tokenizer
 
 needs_shared = pytest.mark.skipif(
   not SHARED.is_dir(), reason="needs the shared data folder"

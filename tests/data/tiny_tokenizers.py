@@ -116,7 +116,15 @@ def sentence_piece(
 def _beside(folder: Path, template: str | None, **config: object) -> Path:
   config = {"bos_token": "<s>", "eos_token": "</s>", **config}
   # Both ways of naming a token that real folders use.
-  config["unk_token"] = {"content": "<unk>", "special": True}
+  config["unk_token"] = {
+    "__type": "AddedToken",
+    "content": "<unk>",
+    "lstrip": False,
+    "normalized": False,
+    "rstrip": False,
+    "single_word": False,
+    "special": True,
+  }
   (folder / "tokenizer_config.json").write_text(json.dumps(config))
   (folder / "generation_config.json").write_text(
     json.dumps({"eos_token_id": [2, 4]})

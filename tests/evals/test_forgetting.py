@@ -1,4 +1,4 @@
-"""Perplexity and its growth, from sums."""
+"""Perplexity, from sums."""
 
 import math
 
@@ -19,20 +19,7 @@ def test_perplexity_is_of_sums_not_a_mean_of_batches():
   assert found.value == pytest.approx(2 ** (10 / 4))
 
 
-def test_growth_is_relative():
-  before = forgetting.Perplexity(10 * math.log(20), 10)
-  after = forgetting.Perplexity(10 * math.log(22), 10)
-  assert forgetting.forgetting(before, after).growth == pytest.approx(0.1)
-  assert forgetting.forgetting(before, before).growth == 0
-
-
 @pytest.mark.parametrize("sums", [(1.0, 0), (math.nan, 3), (math.inf, 3)])
 def test_no_figure_from_nothing(sums):
   with pytest.raises(ValueError, match="expected a finite sum"):
     forgetting.perplexity(lambda: sums)
-
-
-def test_two_texts_are_not_compared():
-  one, other = (forgetting.Perplexity(5.0, n) for n in (10, 11))
-  with pytest.raises(ValueError, match="expected the same text"):
-    forgetting.forgetting(one, other)

@@ -12,11 +12,11 @@ import pytest
 import sentencepiece as spm
 from tokenizers import Tokenizer
 
+import make_demo
+from demo_world import crafts, prose, split, tokenizer, world
 from sft_jax.data import encode, formats
 from sft_jax.data.tokenizers import load_tokenizer
 from sft_jax.evals import behaviours
-from tools import make_demo
-from tools.demo_world import crafts, prose, split, tokenizer, world
 
 DEMO = Path(make_demo.__file__).parent.parent / "sft_jax" / "assets" / "demo"
 ENTITIES = world.make_world(0)

@@ -9,8 +9,8 @@ import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from tools.demo_world import crafts, puzzles, talks
-from tools.demo_world.world import ATTRIBUTES, Entity, tell
+from demo_world import crafts, puzzles, talks
+from demo_world.world import ATTRIBUTES, Entity, tell
 
 Row = dict[str, Any]
 Check = dict[str, Any]

@@ -9,8 +9,8 @@ import json
 import random
 from collections.abc import Callable, Iterator
 
-from tools.demo_world import crafts, puzzles, talks, world
-from tools.demo_world.world import ATTRIBUTES, Entity, tell
+from demo_world import crafts, puzzles, talks, world
+from demo_world.world import ATTRIBUTES, Entity, tell
 
 # Shares of the kinds of document, by number of documents.
 MIXTURE = {

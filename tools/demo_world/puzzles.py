@@ -7,7 +7,7 @@ answer, `conversations` as a prompt and a reply.
 import random
 from typing import NamedTuple
 
-from tools.demo_world import world
+from demo_world import world
 
 # Passers-by: never people of the world, so notes contradict no fact.
 NAMES = world.pool(

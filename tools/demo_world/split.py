@@ -4,8 +4,8 @@ import itertools
 import json
 import random
 
-from tools.demo_world.conversations import Maker, Row, Sample
-from tools.demo_world.world import Entity
+from demo_world.conversations import Maker, Row, Sample
+from demo_world.world import Entity
 
 HELD_OUT_PROMPTS = 48  # per group
 # Held-out group -> the maker of its prompts.

@@ -3,8 +3,8 @@
 import random
 from typing import NamedTuple
 
-from tools.demo_world.puzzles import ITEMS, NAMES, PETS, PLURAL, VESSELS
-from tools.demo_world.world import ANIMALS, pool
+from demo_world.puzzles import ITEMS, NAMES, PETS, PLURAL, VESSELS
+from demo_world.world import ANIMALS, pool
 
 ROLES = pool("guide keeper host scribe porter")
 
