@@ -3,6 +3,7 @@
 `run(config)` is what `main` calls; `setup.py` builds what it works with.
 """
 
+import collections
 import json
 import os
 import signal
@@ -148,11 +149,17 @@ def _loop(
   record = metrics.JsonlWriter(workdir / "metrics.jsonl", resume_step=start)
   bar = terminal.StepProgress(out, total=run_.num_steps, start=start)
   window, window_tokens, window_steps = metrics.Window(), 0, 0
+  in_flight = collections.deque()
   clock = time.perf_counter()
   with closing(record) as writer, closing(bar) as progress, _Stop() as stop:
     while step < run_.num_steps and not stop.requested:
       state, pairs = train_step(state, batch)
       step += 1
+      # The host runs ahead of the device, but not far: work in flight holds
+      # batches, and on fake CPU devices too much of it deadlocks.
+      in_flight.append(pairs["loss/nats_per_token"][0])
+      if len(in_flight) > _IN_FLIGHT:
+        in_flight.popleft().block_until_ready()
       window.add(step, pairs)
       window_tokens, window_steps = window_tokens + tokens, window_steps + 1
       last = step == run_.num_steps
@@ -197,6 +204,10 @@ def _loop(
       "command again to go on from there."
     )
   return state
+
+
+# Steps handed to the device and not yet waited for.
+_IN_FLIGHT = 2
 
 
 def _divides(every: int, step: int) -> bool:
