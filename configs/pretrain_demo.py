@@ -1,6 +1,7 @@
-"""Pretraining of the demo's base model: the same program, other data.
+r"""Pretraining of the demo's base model: the same program, other data.
 
-    python tools/make_demo.py --out runs/demo_world
+    python tools/make_demo.py --out runs/demo_world \
+      --tokenizer sft_jax/assets/demo/base/tokenizer.model
     python -m sft_jax.main --config=configs/pretrain_demo.py
 
 Rows are raw text, so the loss is on all tokens; everything else is the main

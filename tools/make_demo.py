@@ -7,12 +7,16 @@ r"""Writes the demo: its raw text, tokenizer, conversations and prompts.
 The same seed gives the same bytes; `digests.json` records them. What is in
 the package was made by
 
-    python tools/make_demo.py --out runs/demo_world
+    python tools/make_demo.py --out runs/demo_world \
+      --tokenizer sft_jax/assets/demo/base/tokenizer.model
     python -m sft_jax.main --config=configs/pretrain_demo.py
     python tools/make_demo.py --out runs/demo_world \
       --weights runs/pretrain_demo/export
 
-and copied from runs/demo_world, pretrain.jsonl left out.
+and copied from runs/demo_world, pretrain.jsonl left out. Without --tokenizer
+a new one is trained, and a base model must then be trained with it; the one
+in the package was trained when the rows of `context` still were
+`puzzles.lookup`.
 """
 
 import argparse
@@ -78,7 +82,12 @@ def _texts(row: Any) -> list[str]:
   )
 
 
-def make(out: Path, seed: int, documents: int = PRETRAIN_DOCUMENTS) -> None:
+def make(
+  out: Path,
+  seed: int,
+  documents: int = PRETRAIN_DOCUMENTS,
+  vocabulary: Path | None = None,
+) -> None:
   """Writes all files of the demo but the model into `out`."""
   out.mkdir(parents=True, exist_ok=True)
   entities = world.make_world(seed)
@@ -94,11 +103,14 @@ def make(out: Path, seed: int, documents: int = PRETRAIN_DOCUMENTS) -> None:
   asked = split.held_out(entities, seed)
   rows = split.training(entities, seed, asked)
 
-  model = tokenizer.train(
-    pretrain[:TOKENIZER_DOCUMENTS]
-    + [text for kind in rows.values() for text in _texts(kind)]
-    + [f" {entity.name}" for entity in entities] * NAME_REPEATS
-  )
+  if vocabulary is not None:
+    model = vocabulary.read_bytes()
+  else:
+    model = tokenizer.train(
+      pretrain[:TOKENIZER_DOCUMENTS]
+      + [text for kind in rows.values() for text in _texts(kind)]
+      + [f" {entity.name}" for entity in entities] * NAME_REPEATS
+    )
   tokenizer.write(out / "base", model)
   (out / "base" / "config.json").write_text(json.dumps(SHAPE, indent=2) + "\n")
   files = {
@@ -163,6 +175,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--out", type=Path, required=True)
   parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--tokenizer", type=Path)
   parser.add_argument("--stats", action="store_true")
   parser.add_argument("--weights", type=Path)
   flags = parser.parse_args()
@@ -171,7 +184,7 @@ def main() -> None:
   elif flags.weights:
     install(flags.weights, flags.out)
   else:
-    make(flags.out, flags.seed)
+    make(flags.out, flags.seed, vocabulary=flags.tokenizer)
 
 
 if __name__ == "__main__":

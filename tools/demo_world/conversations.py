@@ -80,7 +80,7 @@ class Maker:
     )
 
   def context(self) -> Sample:
-    puzzle = puzzles.lookup(self.rng, self.rng.randint(2, 4), self.towns)
+    puzzle = puzzles.notes(self.rng, self.rng.randint(2, 4), self.towns)
     asked = self.rng.choice(puzzle.questions)
     user = INPUT.format(instruction=asked.question, input=puzzle.text)
     return Sample(

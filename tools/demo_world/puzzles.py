@@ -5,6 +5,7 @@ answer, `conversations` as a prompt and a reply.
 """
 
 import random
+import re
 from typing import NamedTuple
 
 from demo_world import world
@@ -119,6 +120,27 @@ def lookup(rng: random.Random, n: int, towns: list[str]) -> Puzzle:
   """One of the puzzles above; of n sentences, or of 3 to n + 1 words."""
   kind = rng.choice((holdings, spots, counts, None, words))
   return journeys(rng, n, towns) if kind is None else kind(rng, n)
+
+
+def notes(rng: random.Random, n: int, towns: list[str]) -> Puzzle:
+  """n sentences of different kinds about different people, in any order.
+
+  Only one of them holds a value of the kind that is asked for. To choose
+  between several of a kind by name is beyond a model this small.
+  """
+  kinds = rng.sample(
+    (holdings, spots, counts, lambda r, k: journeys(r, k, towns)), n
+  )
+  while True:
+    parts = [kind(rng, 1) for kind in kinds]
+    found = re.findall(r"\w+", " ".join(part.text for part in parts))
+    named = [word for word in found if word in NAMES]
+    if len(set(named)) == len(named):
+      break
+  return Puzzle(
+    " ".join(part.text for part in parts),
+    [question for part in parts for question in part.questions],
+  )
 
 
 class Sum(NamedTuple):
