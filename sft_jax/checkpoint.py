@@ -89,7 +89,7 @@ class Checkpoints:
     every_save: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
     newest: Any = ocp.training.preservation_policies.LatestN(self._keep)
     self._orbax = ocp.training.Checkpointer(
-      self._directory.absolute(),
+      str(self._directory.absolute()),
       save_decision_policy=every_save,
       preservation_policy=newest,
     )

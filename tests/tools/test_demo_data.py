@@ -48,9 +48,7 @@ def _asked(row: dict) -> str:
 
 def test_same_seed_same_bytes(tmp_path):
   """All of the demo again, from the seed and the tokenizer it froze."""
-  make_demo.make(
-    tmp_path, seed=0, vocabulary=DEMO / "base" / "tokenizer.model"
-  )
+  make_demo.make(tmp_path, seed=0, vocabulary=DEMO / "base" / "tokenizer.model")
   recorded = json.loads((DEMO / "digests.json").read_text())
   # The weights come of 40 minutes of training, not of the seed alone.
   assert recorded.pop("base/model.safetensors")

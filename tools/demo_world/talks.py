@@ -9,6 +9,9 @@ from demo_world.world import ANIMALS, pool
 ROLES = pool("guide keeper host scribe porter")
 
 
+WHO = "Who are you?"
+
+
 class Talk(NamedTuple):
   """`turns` are (user, assistant); `value` is what the last reply must say."""
 
@@ -53,7 +56,7 @@ def memory(rng: random.Random, towns: list[str]) -> Talk:
       tuple(asked),
       tuple(asked),
       ("What is my name?", f"Your name is {who}.", who),
-      ("Who are you?", f"I am {me}, the {role} of {town}.", me),
+      (WHO, f"I am {me}, the {role} of {town}.", me),
       ("Of which town are you?", f"I am the {role} of {town}.", town),
     )
   )
