@@ -22,34 +22,32 @@ class Chip(NamedTuple):
     name: the marketing name.
     flops: multiply and add counted apart, per second.
     memory: bytes of device memory.
-    bandwidth: bytes per second of that memory.
   """
 
   name: str
   flops: float
   memory: float
-  bandwidth: float
 
 
 # `Device.device_kind` contains the key; the first that does decides, so that a
-# kind stands before the shorter one it contains. Sources: Google Cloud TPU
-# system architecture pages (v4: a chip, as JAX shows it); NVIDIA data sheets,
-# the dense figures (half of those "with sparsity").
+# kind stands before the shorter one it contains. The vendors' published dense
+# figures (half of those "with sparsity"); of the rates only those of TPU v4,
+# v5e, v5p and v6e were compared with JAX's own table.
 CHIPS = {
-  "TPU v6 lite": Chip("TPU v6e", 918e12, 32e9, 1640e9),
-  "TPU v6e": Chip("TPU v6e", 918e12, 32e9, 1640e9),
-  "TPU v5 lite": Chip("TPU v5e", 197e12, 16e9, 819e9),
-  "TPU v5e": Chip("TPU v5e", 197e12, 16e9, 819e9),
-  "TPU v5": Chip("TPU v5p", 459e12, 95e9, 2765e9),
-  "TPU v4 lite": Chip("TPU v4i", 138e12, 8e9, 614e9),
-  "TPU v4": Chip("TPU v4", 275e12, 32e9, 1228e9),
-  "H200": Chip("H200 SXM", 989.4e12, 141e9, 4800e9),
-  "H100 PCIe": Chip("H100 PCIe", 756.4e12, 80e9, 2000e9),
-  "H100 NVL": Chip("H100 NVL", 835.5e12, 94e9, 3900e9),
-  "H100": Chip("H100 SXM", 989.4e12, 80e9, 3350e9),
-  "A100-SXM4-40GB": Chip("A100 40 GB", 312e12, 40e9, 1555e9),
-  "A100-PCIE-40GB": Chip("A100 40 GB", 312e12, 40e9, 1555e9),
-  "A100": Chip("A100 80 GB", 312e12, 80e9, 2039e9),
+  "TPU v6 lite": Chip("TPU v6e", 918e12, 32e9),
+  "TPU v6e": Chip("TPU v6e", 918e12, 32e9),
+  "TPU v5 lite": Chip("TPU v5e", 197e12, 16e9),
+  "TPU v5e": Chip("TPU v5e", 197e12, 16e9),
+  "TPU v5": Chip("TPU v5p", 459e12, 95e9),
+  "TPU v4 lite": Chip("TPU v4i", 138e12, 8e9),
+  "TPU v4": Chip("TPU v4", 275e12, 32e9),
+  "H200": Chip("H200 SXM", 989.4e12, 141e9),
+  "H100 PCIe": Chip("H100 PCIe", 756.4e12, 80e9),
+  "H100 NVL": Chip("H100 NVL", 835.5e12, 94e9),
+  "H100": Chip("H100 SXM", 989.4e12, 80e9),
+  "A100-SXM4-40GB": Chip("A100 40 GB", 312e12, 40e9),
+  "A100-PCIE-40GB": Chip("A100 40 GB", 312e12, 40e9),
+  "A100": Chip("A100 80 GB", 312e12, 80e9),
 }
 
 
@@ -226,20 +224,3 @@ def mfu(
   if chip is None:
     return None
   return tokens_per_second * flops_per_token / (num_devices * chip.flops)
-
-
-def seconds_at_least(
-  flops: float | int,
-  *,
-  num_bytes: float | int = 0,
-  num_devices: int = 1,
-  chip: Chip,
-) -> float:
-  """A lower bound on the time of a step: its matmuls or its memory traffic.
-
-  Args:
-    flops: of the whole step, all devices together.
-    num_bytes: that every step must move, all devices together; reading the
-      weights twice and rewriting the optimiser's state is such a floor.
-  """
-  return max(flops / chip.flops, num_bytes / chip.bandwidth) / num_devices

@@ -174,15 +174,6 @@ def test_xla_counts_a_loop_once():
   assert flops(8) < 2 * flops(2)
 
 
-def test_seconds_at_least():
-  chip = fit.Chip("toy", flops=100.0, memory=1.0, bandwidth=10.0)
-  assert fit.seconds_at_least(200.0, chip=chip) == 2
-  assert fit.seconds_at_least(200.0, num_bytes=30.0, chip=chip) == 3
-  assert (
-    fit.seconds_at_least(200.0, num_bytes=30.0, num_devices=2, chip=chip) == 1.5
-  )
-
-
 def test_mfu():
-  chip = fit.Chip("toy", flops=100.0, memory=1.0, bandwidth=10.0)
+  chip = fit.Chip("toy", flops=100.0, memory=1.0)
   assert fit.mfu(5, 8, num_devices=2, chip=chip) == 0.2

@@ -21,7 +21,7 @@ import numpy as np
 from sft_jax import trees
 from sft_jax.models import lora as lora_lib
 from sft_jax.models import transformer
-from sft_jax.models.config import Json, parse_config, read_config
+from sft_jax.models.config import read_config
 from sft_jax.models.transformer import Model
 from sft_jax.models.weights import (
   Pending,
@@ -156,17 +156,6 @@ def load_pretrained(
       whole,
     )
   return model, params
-
-
-def random_model(
-  raw: Json, key: jax.Array, **choices: Any
-) -> tuple[Model, Tree]:
-  """A model of random weights from the dict of a config.json.
-
-  `choices` are those of `transformer.build`.
-  """
-  model = transformer.build(parse_config(raw), **choices)
-  return model, jax.jit(model.init)(key)
 
 
 def save_pretrained(
