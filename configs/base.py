@@ -20,39 +20,83 @@ def get_config() -> ml_collections.ConfigDict:
   config.epochs = 2  # Passes over the data; read when steps = 0.
   config.batch_size = 16  # Rows of data.seq_len tokens per optimiser step.
   config.accum_steps = 1  # Micro-batches per step; 1 = none.
+  config.selfcheck = "auto"  # auto | on | off: before the first step; auto
+  # where there are several devices. See docs/reliability.md.
+  # Folder of compiled programs, so that a second start need not compile;
+  # 'auto' = ~/.cache/sft_jax/compiled/<processor>; '' = none.
+  config.compile_cache = "auto"
 
   config.model = model = ml_collections.ConfigDict()
-  model.path = "sft_jax/assets/demo/base"  # A Hugging Face folder.
+  model.path = "sft_jax/assets/demo/base"  # A folder, or org/name@rev.
   model.from_scratch = False  # True: config.json's shapes, new weights.
   model.dtype = "float32"  # Of activations: float32 or bfloat16.
   model.param_dtype = "float32"  # Of parameters, while they train.
+  model.quantize = ""  # int8 | nf4: a base frozen under LoRA, in few bits.
   model.attention = "auto"  # Backend; 'auto' picks a segment-aware one.
-  model.remat = "none"  # Rematerialisation: none | dots | full.
+  # What the backward pass computes again, rather than keep: none | norms |
+  # attention | full | offload (kept in host memory); see docs/memory.md.
+  model.remat = "none"
   model.scan = True  # Scan over layers; False = unrolled.
 
   config.lora = lora = ml_collections.ConfigDict()
   lora.rank = 0  # 0 = full fine-tuning.
   lora.alpha = 16.0  # Scale is alpha / rank.
   lora.targets = "all-linear"  # all-linear | attention | a regex of paths.
+  lora.rank_pattern = ()  # (("attn/(q|v)$", 8), ...): ranks of modules.
+  lora.alpha_pattern = ()  # The same for alpha.
+  lora.rslora = False  # Scale is alpha / sqrt(rank).
+  lora.dora = False  # Train the columns' lengths apart from directions.
+  lora.init = "zero"  # zero | pissa: the kernel's principal directions.
+  lora.dropout = 0.0  # Of an adapter's inputs, in training; 0 = off.
+  lora.plus_ratio = 1.0  # Learning rate of B over that of A (LoRA+).
+  lora.also_train = ()  # Regexes of parameters that train whole: ("norm",).
+  lora.path = ""  # A PEFT folder to start from, with its own rank and alpha.
 
   # Not type-safe, for data.train's sake: a path, a glob, or a tuple of them,
-  # each alone or as (path, copies of it per epoch).
+  # each alone, as (path, copies of it per epoch), or as a dict with path and
+  # any of repeat, share, limit, loss_weight, format, columns and name: see
+  # Source in sft_jax/data/sources.py.
   config.data = data = ml_collections.ConfigDict(type_safe=False)
   data.train = "sft_jax/assets/demo/train_*.jsonl"
   data.eval = ""  # Held-out rows; '' = hold out a share of train.
   data.holdout = 0.02  # That share, chosen by content; 0 = none.
   data.format = "auto"  # By shape, or the name of a format.
+  # {name in the rows: name here}, of sources that have no columns of their
+  # own; see docs/data_formats.md.
+  data.columns = ml_collections.ConfigDict()
   data.seq_len = 256  # Tokens per packed row, and the longest example.
   data.packing = True  # False: one example per row.
+  data.train_on = "assistant"  # assistant | last_turn | all.
+  data.reasoning = "train"  # train | write | hide (weight 0) | strip.
   data.history = "auto"  # auto | split | keep: turns per example.
+  data.generation_prompt = "error"  # error | omit: where replies disagree.
+  data.control_tokens = "error"  # error | escape | allow: in what is said.
   data.over_long = "drop"  # drop | truncate | error.
   data.on_bad_row = "error"  # error | skip (counted and written down).
+  # Secrets planted among the rows, to measure what is learnt by heart; as many
+  # more are measured and not planted. 0 = none. See docs/forgetting.md.
+  data.canaries = 0
+  data.canary_copies = 1.0  # Times that each is seen per epoch.
+  data.allow = ()  # Verdicts to train in spite of: ("overlap", ...).
+  # What rows must satisfy: (("ifd", "<", 1.0), ("row.language", "==", "en"));
+  # () = none. By scores of tools/score_data.py or columns: docs/selection.md.
+  data.filter = ()
+  data.weight_by = ()  # What their loss is weighted by: a name, or
+  # ("ifd", (0.5, 1.0), (1.0, 0.0)): 1 up to 0.5, falling to 0; () = none.
+  data.scores = ""  # Folder of score files; '' = beside the rows.
   data.template_kwargs = ml_collections.ConfigDict()  # For the template.
   data.cache_dir = ""  # Encoded rows; '' = workdir/cache.
+  data.workers = 0  # Processes that encode; 0 = one per core.
 
   config.loss = loss = ml_collections.ConfigDict()
   loss.normalize = "token"  # token | example: what weighs the same.
-  loss.chunk_tokens = 1024  # Tokens whose logits exist at once.
+  loss.chunk_tokens = 512  # Tokens of a device whose logits exist at once.
+  loss.z_loss = 0.0  # Coefficient of log_z^2; 0 = off.
+  loss.label_smoothing = 0.0  # Share of the target spread over all; 0 = off.
+  loss.dft = False  # Weigh each token by its probability (arXiv 2508.05629).
+  # Coefficient of KL(base || tuned) over trained tokens, in nats per token: a
+  # forward pass of the base more per step; 0 = off. See docs/forgetting.md.
+  loss.kl = 0.0
 
   config.optim = optim = ml_collections.ConfigDict()
   optim.learning_rate = 2e-3  # Peak. A model of 1.4 M wants a large one.
@@ -64,30 +108,77 @@ def get_config() -> ml_collections.ConfigDict:
   optim.eps = 1e-8
   optim.weight_decay = 0.01  # 0 = off.
   optim.decay = ("kernel$", "embedding$", "lora_[ab]$")  # What decays.
+  optim.mu_dtype = "float32"  # Of the first moment: float32 or bfloat16.
+  optim.nu_dtype = "float32"  # Of the second.
+  # What is bfloat16, moments or parameters, is rounded to: nearest |
+  # stochastic (right on average, so that small updates are not lost).
+  optim.rounding = "nearest"
   optim.clip_norm = 1.0  # Global gradient norm; 0 = off.
 
   config.mesh = mesh = ml_collections.ConfigDict()
   mesh.data = -1  # Copies of the model; -1 = the remaining devices.
   mesh.fsdp = 1  # Devices that share one copy's parameters.
   mesh.tensor = 1  # Devices that share one matrix product.
+  mesh.context = 1  # Devices that share one row: long documents.
 
   config.checkpoint = checkpoint = ml_collections.ConfigDict()
   checkpoint.every = 100  # Steps; 0 = only at the end.
   checkpoint.keep = 2  # Newest to keep.
+  checkpoint.keep_every = 0  # And every so many steps; 0 = none.
+  checkpoint.keep_best = ""  # And the best by this figure of an evaluation,
+  # such as held_out/nats_per_token; '' = none. See eval.every.
+  checkpoint.best_is = "lowest"  # lowest | highest.
 
-  config.eval = evaluation = ml_collections.ConfigDict()
-  evaluation.every = 0  # Steps between held-out losses; 0 = before, after.
-  evaluation.behaviours = "auto"  # jsonl; 'auto' = behaviours.jsonl beside
-  # the training data, if there is one; '' = none.
+  config.faults = faults = ml_collections.ConfigDict()
+  faults.on_bad_step = "halt"  # halt | skip: at a loss that is not finite.
+  faults.skip_limit = 3  # Steps left out before the run halts after all.
+  faults.spike_factor = 0.0  # Bad, too: a loss above so many running medians
+  # of the last 64; 0 = off. 3 is generous.
+  faults.hang_seconds = 3600.0  # Without a step done: ends with a stack dump;
+  # 0 = never.
+
+  config.eval = evaluation = ml_collections.ConfigDict(type_safe=False)
+  evaluation.every = 0  # Steps between evaluations; 0 = before, after.
+  evaluation.during = "all"  # all | losses: what those in between measure.
+  # A path or glob, or sets by name, {"maths": "maths/*.jsonl", ...}; 'auto' =
+  # behaviours.jsonl beside the training data, if there is one; '' = none.
+  evaluation.behaviours = "auto"
+  # What the base knows: behaviour sets of raw text to go on from; 'auto' =
+  # knowledge.jsonl beside the training data, if there is one; '' = none.
+  evaluation.knowledge = "auto"
   evaluation.general_text = "auto"  # jsonl; 'auto' = general_text.jsonl
   # beside the training data, if there is one; '' = none.
+  # KL(base || tuned) and which of the base's predictions are left, of held-out
+  # rows and general text. Where base and model do not share all but adapters,
+  # measured after training, when the base is read again; False = off.
+  evaluation.kl = True
+  # After each epoch: the loss of held-out rows above that of as many rows
+  # trained on; False = off.
+  evaluation.gap = True
+  # Evaluations without a better figure after which training ends, and the
+  # best checkpoint is exported; the figure is checkpoint.keep_best, or the
+  # held-out loss. 0 = off.
+  evaluation.patience = 0
+  # Words of training answers that replies are searched for; 0 = off.
+  evaluation.answer_words = 100_000
   evaluation.max_new_tokens = 80  # Per reply.
   evaluation.batch_size = 64  # Prompts sampled together.
-  evaluation.samples = 3  # Replies shown before and after; 0 = none.
+  # Replies shown before and after, to held-out rows where there are no
+  # behaviours; 0 = none.
+  evaluation.samples = 3
 
   config.export = True  # Write workdir/export, a Hugging Face folder.
+  config.export_dtype = ""  # Of its weights; '' = model.param_dtype.
 
   config.log = log = ml_collections.ConfigDict()
   log.every = 10  # Steps per record of metrics.jsonl.
+  # Who gets copies of the records: any of tensorboard (workdir/tensorboard),
+  # wandb, mlflow; () = nobody. See docs/metrics.md.
+  log.writers = ("tensorboard",)
+  log.project = "sft_jax"  # W&B's project, MLflow's experiment.
+
+  config.profile = profile = ml_collections.ConfigDict()
+  profile.start = 10  # First step of a trace in workdir/profile.
+  profile.steps = 0  # Steps that it holds; 0 = no trace.
 
   return config.lock()

@@ -5,6 +5,7 @@ counted by formula, since XLA's own count takes the body of a loop (scanned
 layers, chunks of the loss) once, however often it runs.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -21,33 +22,42 @@ class Chip(NamedTuple):
   Attributes:
     name: the marketing name.
     flops: multiply and add counted apart, per second.
-    memory: bytes of device memory.
+    memory: bytes of device memory, of which a TPU's compiler keeps a little.
+    bandwidth: bytes per second between memory and cores; None: not known.
+    links: bytes per second that a device receives from others of its slice
+      or host, over all links; None: not known.
   """
 
   name: str
   flops: float
   memory: float
+  bandwidth: float | None = None
+  links: float | None = None
 
 
 # `Device.device_kind` contains the key; the first that does decides, so that a
 # kind stands before the shorter one it contains. The vendors' published dense
 # figures (half of those "with sparsity"); of the rates only those of TPU v4,
-# v5e, v5p and v6e were compared with JAX's own table.
+# v5e, v5p and v6e were compared with JAX's own table. Memory of v5e, v5p and
+# v6e is what their compiler says is there (15.75, 95.74 and 31.25 GiB). Links
+# are published both ways together (for v5e, v5p and v6e 400, 1,200 and 800 GB/s
+# in Google Cloud's documentation; v4's was not found there): half is received.
+_GiB = 2**30
 CHIPS = {
-  "TPU v6 lite": Chip("TPU v6e", 918e12, 32e9),
-  "TPU v6e": Chip("TPU v6e", 918e12, 32e9),
-  "TPU v5 lite": Chip("TPU v5e", 197e12, 16e9),
-  "TPU v5e": Chip("TPU v5e", 197e12, 16e9),
-  "TPU v5": Chip("TPU v5p", 459e12, 95e9),
+  "TPU v6 lite": Chip("TPU v6e", 918e12, 31.25 * _GiB, 1640e9, 400e9),
+  "TPU v6e": Chip("TPU v6e", 918e12, 31.25 * _GiB, 1640e9, 400e9),
+  "TPU v5 lite": Chip("TPU v5e", 197e12, 15.75 * _GiB, 819e9, 200e9),
+  "TPU v5e": Chip("TPU v5e", 197e12, 15.75 * _GiB, 819e9, 200e9),
+  "TPU v5": Chip("TPU v5p", 459e12, 95.74 * _GiB, 2765e9, 600e9),
   "TPU v4 lite": Chip("TPU v4i", 138e12, 8e9),
-  "TPU v4": Chip("TPU v4", 275e12, 32e9),
-  "H200": Chip("H200 SXM", 989.4e12, 141e9),
-  "H100 PCIe": Chip("H100 PCIe", 756.4e12, 80e9),
-  "H100 NVL": Chip("H100 NVL", 835.5e12, 94e9),
-  "H100": Chip("H100 SXM", 989.4e12, 80e9),
-  "A100-SXM4-40GB": Chip("A100 40 GB", 312e12, 40e9),
-  "A100-PCIE-40GB": Chip("A100 40 GB", 312e12, 40e9),
-  "A100": Chip("A100 80 GB", 312e12, 80e9),
+  "TPU v4": Chip("TPU v4", 275e12, 32e9, 1228e9, 300e9),
+  "H200": Chip("H200 SXM", 989.4e12, 141e9, 4800e9, 450e9),
+  "H100 PCIe": Chip("H100 PCIe", 756.4e12, 80e9, 2000e9, 64e9),
+  "H100 NVL": Chip("H100 NVL", 835.5e12, 94e9, 3900e9, 300e9),
+  "H100": Chip("H100 SXM", 989.4e12, 80e9, 3350e9, 450e9),
+  "A100-SXM4-40GB": Chip("A100 40 GB", 312e12, 40e9, 1555e9, 300e9),
+  "A100-PCIE-40GB": Chip("A100 40 GB", 312e12, 40e9, 1555e9, 32e9),
+  "A100": Chip("A100 80 GB", 312e12, 80e9, 2039e9, 300e9),
 }
 
 
@@ -136,23 +146,34 @@ def program(compiled: jax.stages.Compiled) -> Program:
 
 
 def matmul_params(
-  params: trees.Tree, is_trained: Callable[[str], bool] = lambda path: True
+  params: trees.Tree,
+  is_trained: Callable[[str], bool] = lambda path: True,
+  *,
+  experts_per_token: int = 0,
 ) -> tuple[int, int]:
   """Counts the parameters that multiply every token: (trained, frozen).
 
-  These are all kernels, LoRA factors and the head, be it tied to the embedding
-  or not. Looking an embedding up, norms and biases are no matmul.
+  These are all kernels, quantised or not, LoRA factors and the head, be it
+  tied to the embedding or not; of experts those that a token goes through, and
+  the whole router. Looking an embedding up, norms and biases are no matmul.
 
   Args:
     params: arrays or `jax.ShapeDtypeStruct`s, by the paths of docs/design.md.
     is_trained: whether the parameter of a path is trained.
+    experts_per_token: how many of the experts [L, E, in, out] multiply a token.
   """
   flat = trees.flatten(params)
-  head = "head/embedding" if "head/embedding" in flat else "embed/embedding"
+  tied = not any(path.startswith("head/") for path in flat)
+  head = "embed/embedding" if tied else "head/embedding"
   counts = {True: 0, False: 0}
   for path, leaf in flat.items():
-    if path == head or path.endswith(("/kernel", "/lora_a", "/lora_b")):
-      counts[is_trained(path)] += int(np.prod(leaf.shape))
+    whole = path.removesuffix("_codes")
+    if whole == head or whole.endswith(("/kernel", "/lora_a", "/lora_b")):
+      # Of nf4 a byte holds two.
+      size = int(np.prod(leaf.shape)) * (2 if leaf.dtype == np.uint8 else 1)
+      if re.search("/moe/(gate|up|down)/", path):
+        size = size // leaf.shape[1] * experts_per_token
+      counts[is_trained(path)] += size
   return counts[True], counts[False]
 
 

@@ -10,6 +10,14 @@ import jax
 
 Pairs = Mapping[str, tuple[jax.Array, jax.Array]]
 
+# Sums of a window that a record holds besides the means: (of which pair, and
+# whether its sum, 0, or its weight, 1).
+_TOTALS = {
+  "loss/trained_weight": ("loss/nats_per_token", 1),
+  "data/tokens": ("data/trained_fraction", 1),
+  "data/trained_tokens": ("data/trained_fraction", 0),
+}
+
 
 class Window:
   """(sum, weight) pairs of several steps, fetched from the device late.
@@ -20,45 +28,52 @@ class Window:
   """
 
   def __init__(self) -> None:
-    self._steps: list[tuple[int, Pairs]] = []
+    self._steps: list[Pairs] = []
 
-  def add(self, step: int, pairs: Pairs) -> None:
-    """Adds the metrics of one step."""
-    self._steps.append((step, pairs))
+  def add(self, pairs: Pairs) -> None:
+    """Adds the metrics of one step that was applied."""
+    self._steps.append(pairs)
 
   def take(self) -> dict[str, float]:
     """Returns {name: sum / weight} over the window, and empties it.
 
-    `loss/trained_tokens` is the window's trained weight in all.
-
-    Raises:
-      FloatingPointError: a step's gradients were not finite; names the step.
+    With them `loss/perplexity`, and the window's sums in all:
+    `loss/trained_weight`, `data/tokens`, `data/trained_tokens`. Of a window
+    without a step the loss is NaN: there is none. What had no weight in any
+    step, such as the loss on a source that had no token, has no mean and is
+    left out; of the loss itself 0 stands there.
     """
     fetched = jax.device_get(self._steps)
     self._steps = []
+    if not fetched:
+      loss = {"loss/nats_per_token": math.nan, "loss/perplexity": math.nan}
+      return loss | dict.fromkeys(_TOTALS, 0.0)
     sums: dict[str, list[float]] = {}
-    for step, pairs in fetched:
-      if pairs["optim/nonfinite"][0]:
-        raise FloatingPointError(
-          f"step {step}: the loss or its gradient is not finite; expected "
-          "finite numbers. The step was not applied. Lower "
-          "optim.learning_rate, or look at the rows of this step."
-        )
+    for pairs in fetched:
       for name, (total, weight) in pairs.items():
         pair = sums.setdefault(name, [0.0, 0.0])
         pair[0] += float(total)
         pair[1] += float(weight)
     values = {
-      name: total / weight if weight else 0.0
+      name: total / weight
       for name, (total, weight) in sums.items()
-      if name != "optim/nonfinite"
+      if weight and name not in ("optim/nonfinite", "optim/spike")
     }
-    values["loss/trained_tokens"] = sums["loss/nats_per_token"][1]
+    nats = values.setdefault("loss/nats_per_token", 0.0)
+    values["loss/perplexity"] = math.exp(nats) if nats < 700 else math.inf
+    for name, (pair, side) in _TOTALS.items():
+      if pair in sums:
+        values[name] = sums[pair][side]
     return values
 
 
 class JsonlWriter:
-  """metrics.jsonl: one object per record, `step` first; the run's record."""
+  """metrics.jsonl: one object per record, `step` first; the run's record.
+
+  Attributes:
+    kept: the records of before that stand.
+    forgotten: those of steps that are about to be taken again.
+  """
 
   def __init__(self, path: Path, *, resume_step: int) -> None:
     """Opens the file, forgetting records after `resume_step`.
@@ -67,18 +82,31 @@ class JsonlWriter:
     first record would draw every curve twice. A last line cut short by a
     crash is dropped with them.
     """
-    kept = []
+    self._file = None
+    self.kept: list[dict[str, Any]] = []
+    self.forgotten: list[dict[str, Any]] = []
+    if jax.process_index():  # The first process writes for all.
+      return
+    lines = []
     if path.exists():
       for line in path.read_text().splitlines():
         if not line.endswith("}"):
           continue
-        if json.loads(line)["step"] <= resume_step:
-          kept.append(line + "\n")
-    path.write_text("".join(kept))
+        record = json.loads(line)
+        if record["step"] <= resume_step:
+          self.kept.append(record)
+          lines.append(line + "\n")
+        else:
+          self.forgotten.append(record)
+    part = path.with_suffix(".part")
+    part.write_text("".join(lines))
+    part.replace(path)  # Whole or not at all: it is the run's only record.
     self._file = path.open("a")
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     """Appends {"step": step, **values}; non-finite numbers become null."""
+    if self._file is None:
+      return
     clean = {
       key: None if isinstance(v, float) and not math.isfinite(v) else v
       for key, v in values.items()
@@ -88,7 +116,8 @@ class JsonlWriter:
 
   def close(self) -> None:
     """Closes the file."""
-    self._file.close()
+    if self._file is not None:
+      self._file.close()
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -1,10 +1,13 @@
 """The learning-rate schedule and the AdamW chain, by parameter patterns."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
-from sft_jax import trees
+from sft_jax import rounding, trees
 
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -57,6 +60,10 @@ def adamw(
   weight_decay: float,
   decay_patterns: Sequence[str],
   clip_norm: float,
+  rates: Sequence[tuple[str, float]] = (),
+  mu_dtype: Any = jnp.float32,
+  nu_dtype: Any = jnp.float32,
+  rounding_seed: int | None = None,
 ) -> optax.GradientTransformation:
   """AdamW (Loshchilov & Hutter, arXiv 1711.05101) after global-norm clipping.
 
@@ -68,13 +75,93 @@ def adamw(
     weight_decay: decoupled decay, multiplied by the learning rate; 0 = off.
     decay_patterns: parameter paths that decay; norms and biases should not.
     clip_norm: largest global norm of the gradients; 0 = no clipping.
+    rates: ((pattern, factor), ...) over parameter paths: the first that
+      matches multiplies the learning rate, of the decay too. LoRA+ is
+      (('lora_b$', 16.0),) (Hayou et al. 2024, arXiv 2402.12354).
+    mu_dtype: that the first moment is kept in, float32 or bfloat16; what is
+      computed from it is float32.
+    nu_dtype: the same for the second moment.
+    rounding_seed: of bfloat16 moments, see `rounding.round_tree`; None
+      rounds to nearest.
+
+  Raises:
+    ValueError: a second moment in bfloat16, rounded to nearest, that would
+      never decay: a bfloat16 has 8 bits, so a change below 1 in 256 is none.
   """
   decays = lambda params: trees.map_paths(
     lambda path, _: trees.matches_any(decay_patterns, path), params
   )
   return optax.chain(
     optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
-    optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+    _scale_by_adam(
+      b1, b2, eps, jnp.dtype(mu_dtype), jnp.dtype(nu_dtype), rounding_seed
+    ),
     optax.add_decayed_weights(weight_decay, mask=decays),
+    *([_scale_by_path(rates)] if rates else []),
     optax.scale_by_learning_rate(learning_rate),
   )
+
+
+def _scale_by_adam(
+  b1: float,
+  b2: float,
+  eps: float,
+  mu_dtype: Any,
+  nu_dtype: Any,
+  seed: int | None,
+) -> optax.GradientTransformation:
+  """`optax.scale_by_adam` in float32, with moments kept in given dtypes."""
+  for name, dtype, decay in (("mu", mu_dtype, b1), ("nu", nu_dtype, b2)):
+    if dtype not in (jnp.float32, jnp.bfloat16):
+      raise ValueError(
+        f"optim.{name}_dtype: got {dtype}, expected float32 or bfloat16. Set "
+        "it to one of these."
+      )
+    if dtype == jnp.bfloat16 and seed is None and 1 - decay < 2**-8:
+      raise ValueError(
+        f"optim.{name}_dtype: got bfloat16 with a decay of {decay} and "
+        "rounding to nearest, expected a decay of at most 0.996, as smaller "
+        "changes are rounded away. Set optim.rounding to 'stochastic', or "
+        f"optim.{name}_dtype to float32."
+      )
+
+  def init(params):
+    zeros = lambda dtype: jax.tree.map(
+      lambda p: jnp.zeros(p.shape, dtype), params
+    )
+    return optax.ScaleByAdamState(
+      jnp.zeros((), jnp.int32), zeros(mu_dtype), zeros(nu_dtype)
+    )
+
+  def update(updates, state, params=None):
+    del params
+    count = state.count + 1
+    wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+    g = wide(updates)
+    mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, wide(state.mu), g)
+    nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, wide(state.nu), g)
+    found = jax.tree.map(
+      lambda m, v: m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps),
+      mu,
+      nu,
+    )
+    mu = rounding.round_tree(mu, state.mu, seed, count, 1)
+    nu = rounding.round_tree(nu, state.nu, seed, count, 2)
+    return found, optax.ScaleByAdamState(count, mu, nu)
+
+  return optax.GradientTransformation(init, update)
+
+
+def _scale_by_path(
+  rules: Sequence[tuple[str, float]],
+) -> optax.GradientTransformation:
+  """Multiplies updates by the factor of the first pattern that matches."""
+  rules = (*rules, ("", 1.0))
+
+  def scale(updates, params):
+    del params
+    return trees.map_paths(
+      lambda path, u: u * trees.first_match(rules, path, "optim.rates"), updates
+    )
+
+  return optax.stateless(scale)

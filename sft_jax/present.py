@@ -1,6 +1,5 @@
-"""What a run shows of itself: the start page, the result, the report."""
+"""What a run shows of itself at its end: the result, and the report."""
 
-import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,79 +8,25 @@ import jax
 from rich.console import Console
 from rich.text import Text
 
-from sft_jax import fit, metrics, report, sharding, terminal, trees
-from sft_jax.data.pipeline import Stream
-from sft_jax.setup import Config, Setup
+from sft_jax import export, record, report, terminal
 
 # The figures shown of the texts that were not trained on.
 _LOSSES = {
   "held_out/nats_per_token": "held-out rows, nats per trained token",
   "general_text/perplexity": "general text, perplexity (forgetting)",
 }
-# Of a device's matmul rate, what a training step usually reaches.
-_USUAL_SHARE = 0.4
 
 
-def start_page(
-  config: Config,
-  run_: Setup,
-  start_step: int,
-  out: Console,
-) -> None:
-  """Prints what is about to happen."""
-  c, state, epoch = run_.model.config, run_.state, run_.stream.ledger.epoch
-  assert epoch is not None  # A Stream has planned its first epoch.
-  device = jax.devices()[0]
-  num_trained, num_frozen = trees.count(state.params), trees.count(state.frozen)
-  tokens = run_.num_steps * config.batch_size * config.data.seq_len
-  seconds = (
-    tokens
-    * run_.flops_per_token
-    / (_USUAL_SHARE * fit.flops_per_second(device) * run_.mesh.size)
-  )
-  terminal.facts(
-    out,
-    "Model",
-    {
-      "from": config.model.path
-      + (" (new parameters)" if config.model.from_scratch else ""),
-      "shape": f"{c.family}: {c.num_layers} layers, width {c.d_model}, "
-      f"{c.num_heads} heads ({c.num_kv_heads} key/value), "
-      f"vocabulary {c.vocab_size}, {config.model.dtype}",
-      "parameters": f"{terminal.number(num_trained)} trained, "
-      f"{terminal.number(num_frozen)} frozen",
-      "devices": f"{run_.mesh.size} x {device.device_kind}, mesh "
-      + " x ".join(f"{a}={n}" for a, n in run_.mesh.shape.items()),
-    },
-  )
-  terminal.lines(out, "Data", run_.stream.ledger.lines())
-  terminal.facts(
-    out,
-    "Plan",
-    {
-      "steps": f"{run_.num_steps} of {config.batch_size} rows x "
-      f"{config.data.seq_len} tokens"
-      + (f" in {config.accum_steps} parts" if config.accum_steps > 1 else "")
-      + (f", from step {start_step}" if start_step else ""),
-      "epochs": f"{run_.num_steps * config.batch_size / epoch.packs:.2f} of "
-      f"{epoch.packs} packed rows",
-      "fill": f"{epoch.fill:.1%} of the slots hold a token",
-      "held out": _describe(run_.held_out),
-      "general text": _describe(run_.general_text),
-      "behaviours": f"{len(run_.items)} prompts",
-      "expected time": f"about {terminal.duration(seconds)} of training",
-      "workdir": config.workdir,
-    },
-  )
-  for placement in sharding.table(state.params, run_.mesh):
-    if placement.note:
-      out.print(Text(f"{placement.path}: {placement.note}"))
-
-
-def _describe(stream: Stream | None) -> str:
-  if stream is None:
-    return "none"
-  return f"{len(stream.store.index):,} examples"
+def time_line(account: dict[str, float]) -> str:
+  """What the seconds of `pace.Clock.account` went into, the largest first."""
+  run = account["run_s"]
+  parts = {name: s for name, s in account.items() if name != "run_s"}
+  shares = [
+    f"{name.removesuffix('_s').replace('_', ' ')} {seconds / run:.0%}"
+    for name, seconds in sorted(parts.items(), key=lambda part: -part[1])
+    if seconds >= 0.005 * run
+  ]
+  return f"Took {terminal.duration(run)}: {', '.join(shares)}."
 
 
 def show_result(out: Console, result: dict[str, Any], samples: int) -> None:
@@ -122,6 +67,16 @@ def show_result(out: Console, result: dict[str, Any], samples: int) -> None:
         if row["name"] in _LOSSES
       ],
     )
+  if rows := forgetting_rows(result):
+    terminal.table(
+      out,
+      "What is left of the base, what is known by heart",
+      ("", "before", "after"),
+      rows,
+    )
+  if "export" in result:
+    evidence = export.Evidence(**result["export"])
+    out.print(Text(f"{evidence.path}: {evidence}"))
   for sample in result["samples"][:samples]:
     terminal.facts(
       out,
@@ -134,46 +89,81 @@ def show_result(out: Console, result: dict[str, Any], samples: int) -> None:
     )
 
 
+_LEFT = {
+  "kl": "KL(base || tuned), nats/token",
+  "kept": "likeliest token still the base's",
+  "still_right": "right where the base was",
+}
+_TEXTS = {"general_text": "general text", "held_out": "held-out rows"}
+
+
+def forgetting_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+  """(figure, before, after) of what was lost and what was learnt by heart."""
+  percent = lambda x: "-" if x is None else f"{x:.1%}"
+  nats = lambda x: "-" if x is None else f"{x:.4f}"
+  rows = []
+  for one in result.get("forgetting", ()):
+    text, _, figure = one["name"].partition("/")
+    if figure in _LEFT:
+      shown = nats if figure == "kl" else percent
+      name = f"{_TEXTS[text]}, {_LEFT[figure]}"
+      rows.append((name, shown(one["before"]), shown(one["after"])))
+  if known := result.get("knowledge"):
+    name = f"what the base knows, answered ({known['n']} texts)"
+    rows.append((name, percent(known["before"][0]), percent(known["after"][0])))
+    rows.append(
+      ("of what it answered, still answered", "", percent(known["retained"]))
+    )
+  if gap := result.get("gap"):
+    name = "held-out loss above trained rows', nats/token"
+    rows.append((name, nats(gap["before"]), nats(gap["gap"])))
+  return rows + _by_heart(result.get("memorisation", {}))
+
+
+def _by_heart(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+  """(figure, before, after) of replies and of canaries."""
+  percent = lambda x: "-" if x is None else f"{x:.1%}"
+  rows = []
+  if repeats := found.get("repeats"):
+    sides = [repeats["before"], repeats["after"]]
+    held_out = sides[1]["held_out_answers"]
+    gram = sides[1]["gram"]
+    for key, name in (
+      ("whole", "replies that stand in an answer"),
+      ("overlap", "longest run shared with one"),
+      ("novelty", f"runs of {gram} words in none"),
+    ):
+      shown = [
+        percent(one and one["replies"] and one["replies"][key]) for one in sides
+      ]
+      if held_out:
+        name += f" (of held-out rows: {percent(held_out[key])})"
+      rows.append((name, *shown))
+  if canaries := found.get("canaries"):
+    for kind in ("planted", "kept_back"):
+      means = []
+      for one in (canaries["before"], canaries["after"]):
+        bits = [c["exposure"] for c in (one or {}).get(kind, ())]
+        means.append(f"{sum(bits) / len(bits):.2f}" if bits else "-")
+      most = canaries["after"]["most"]
+      name = f"canaries {kind.replace('_', ' ')}, exposure of {most:g} bits"
+      rows.append((name, *means))
+  return rows
+
+
 def _line(text: str) -> str:
   """A text on one line, cut where it would fill more than two."""
   line = " / ".join(part for part in text.splitlines() if part)
   return line if len(line) <= 150 else line[:150] + " ..."
 
 
-def write_report(
-  config: Config,
-  run_: Setup,
-  result: dict[str, Any],
-  workdir: Path,
-) -> None:
-  """Writes workdir/report.html."""
-  summary = {
-    row["name"]: f"{row['before']:.3f} -> {row['after']:.3f}"
-    for row in result["losses"]
-  }
-  report.write(
-    workdir / "report.html",
-    {
-      "title": str(workdir),
-      "summary": {"steps": run_.num_steps, **summary},
-      "metrics": metrics.read_jsonl(workdir / "metrics.jsonl"),
-      "curves": {
-        "Loss, nats per trained token": [
-          "loss/nats_per_token",
-          "held_out/nats_per_token",
-        ],
-        "Learning rate": ["optim/learning_rate"],
-        "Gradient norm": ["optim/grad_norm"],
-      },
-      "scores": result["behaviours"],
-      "samples": result["samples"],
-      "ledger": run_.stream.ledger.to_json(),
-      "config": config.to_dict(),
-      "versions": _versions(),
-    },
-  )
+def write_report(workdir: Path, result: dict[str, Any] | None = None) -> None:
+  """Writes workdir/report.html; the first process does it for all.
 
-
-def _versions() -> dict[str, str]:
-  names = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
-  return {name: importlib.metadata.version(name) for name in names}
+  Args:
+    workdir: of the run.
+    result: what result.json will hold, of a run that is about to finish.
+  """
+  if jax.process_index() == 0:
+    run = record.read(workdir) | ({"result": result} if result else {})
+    report.write(workdir / "report.html", run)

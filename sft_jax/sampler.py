@@ -1,21 +1,28 @@
-"""Sampling: a prefill, then one decoded token at a time; token ids only.
+"""Sampling: prompts in, replies out, as they come; token ids only.
 
 The model arrives as three functions (`decode`, `logits`, `init_cache`; see
 docs/design.md), so this file knows no model, no text and no template.
+
+A batch has `batch_size` rows. Prompts enter in groups of a quarter of that;
+then all rows decode together until a group's worth of them is done, and the
+next group takes their place: a long reply holds up no short ones. The cache
+grows with the longest reply, so that nobody pays for tokens never written.
+
+Prompts of a group are padded on the right. That is the same as padding on the
+left or packing: a token's place is its position in its own prompt, which is
+also its slot in the cache, and padding is neither written nor seen.
 """
 
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32, Key
+from jax.sharding import Mesh
 
-from sft_jax.batch import AnyArray
-
-EMPTY = -1  # Position of a slot that holds nothing; see `decode`.
+from sft_jax import decoding
+from sft_jax.decoding import EMPTY
+from sft_jax.next_token import Rule
 
 
 class Sampled(NamedTuple):
@@ -23,160 +30,29 @@ class Sampled(NamedTuple):
 
   Attributes:
     tokens: what the model emitted, without the stop token.
-    stopped: True if it emitted a stop token, False if it ran out of tokens.
+    stopped: True if it emitted a stop token (or `cut` stopped it), False if
+      it ran out of tokens.
   """
 
   tokens: list[int]
   stopped: bool
 
 
-class Rule(NamedTuple):
-  """How the next token is chosen; hashable, so it is compiled in.
+class Piece(NamedTuple):
+  """What has come of one reply since the last piece of it.
 
   Attributes:
-    temperature: 0 takes the likeliest token and ignores the two others.
-    top_k: keeps the k likeliest tokens (ties with the k-th too); 0 keeps all.
-    top_p: of those, keeps the fewest whose share is at least p; 1 keeps all.
-    vocab_size: ids from here on are padding and never chosen; None: no such.
+    index: of its prompt.
+    tokens: those that are new.
+    reply: the whole, once it is done; else None.
   """
 
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
-  vocab_size: int | None = None
+  index: int
+  tokens: list[int]
+  reply: Sampled | None
 
 
-class _State(NamedTuple):
-  """What the decoding loop carries; column `step` of `out` is next."""
-
-  step: Int32[Array, ""]
-  token: Int32[Array, "B"]
-  position: Int32[Array, "B"]  # Of `token`.
-  done: Bool[Array, "B"]
-  stopped: Bool[Array, "B"]
-  out: Int32[Array, "B steps"]  # EMPTY where nothing was emitted.
-  cache: Any
-
-
-def truncate(
-  logits: Float[Array, "*B V"], top_k: int, top_p: float
-) -> Float[Array, "*B V"]:
-  """Sets the logits of tokens outside the top k, then top p, to -inf.
-
-  With shares 0.5, 0.3, 0.2 and `top_p=0.6`, the first two remain: a token is
-  kept while the tokens before it hold less than p (Holtzman et al. 2020,
-  arXiv:1904.09751). Tokens that tie with the last one kept are kept.
-  """
-  if not top_k and top_p >= 1:
-    return logits
-  ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-  kept = jnp.full(ordered.shape, True)
-  if top_k:
-    kept &= jnp.arange(ordered.shape[-1]) < top_k
-  shares = jax.nn.softmax(jnp.where(kept, ordered, -jnp.inf), axis=-1)
-  if top_p < 1:
-    kept &= jnp.cumsum(shares, axis=-1) - shares < top_p
-  lowest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-  return jnp.where(logits < lowest, -jnp.inf, logits)
-
-
-def choose(
-  keys: Key[Array, "B"], logits: Float[Array, "B V"], rule: Rule
-) -> Int32[Array, "B"]:
-  """Returns the next token of each row, drawn with that row's own key."""
-  if rule.vocab_size is not None:
-    real = jnp.arange(logits.shape[-1]) < rule.vocab_size
-    logits = jnp.where(real, logits, -jnp.inf)
-  if rule.temperature == 0:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  # From the maximum down, so that a tiny temperature cannot overflow.
-  logits -= jnp.max(logits, axis=-1, keepdims=True)
-  logits = truncate(logits / rule.temperature, rule.top_k, rule.top_p)
-  return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-
-
-# Functions and numbers that shape the program are static: JAX's own cache then
-# keeps one program per model, rule and (batch, length) bucket.
-@functools.partial(
-  jax.jit,
-  static_argnames=("decode", "logits", "init_cache", "max_new_tokens", "rule"),
-)
-def sample_batch(
-  params: Any,
-  tokens: Int32[AnyArray, "B T"],
-  lengths: Int32[AnyArray, "B"],
-  rows: Int32[AnyArray, "B"],
-  stop_ids: Int32[AnyArray, "stops"],
-  seed: Int32[AnyArray, ""],
-  *,
-  decode: Callable,
-  logits: Callable,
-  init_cache: Callable,
-  max_new_tokens: int,
-  rule: Rule,
-) -> tuple[Int32[Array, "B steps"], Bool[Array, "B"]]:
-  """Continues right-padded prompts until each row stops or is full.
-
-  Args:
-    tokens: prompts, each at the left of its row.
-    lengths: tokens of each prompt, at least 1.
-    rows: a number that names each row's random stream; -1 marks a filler row,
-      which counts as stopped from the start.
-
-  Returns:
-    The emitted tokens, EMPTY from the stop token on; and who stopped.
-  """
-  B, T = tokens.shape
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
-
-  def head(hidden, step):
-    step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-    return choose(step_keys, logits(params, hidden)[:, 0], rule)
-
-  def emit(state: _State, token) -> _State:
-    stop = jnp.isin(token, stop_ids) & ~state.done
-    done = state.done | stop
-    out = state.out.at[:, state.step].set(jnp.where(done, EMPTY, token))
-    return state._replace(
-      step=state.step + 1,
-      token=token,
-      position=state.position + 1,
-      done=done,
-      stopped=state.stopped | stop,
-      out=out,
-    )
-
-  def more(state: _State):
-    return (state.step < max_new_tokens) & ~jnp.all(state.done)
-
-  def advance(state: _State) -> _State:
-    # A row that is done writes nothing, so that it cannot disturb its cache.
-    position = jnp.where(state.done, EMPTY, state.position)
-    hidden, cache = decode(
-      params, state.token[:, None], position[:, None], state.cache
-    )
-    return emit(state._replace(cache=cache), head(hidden, state.step))
-
-  # Prefill: all prompt tokens at once; only the last of each needs logits.
-  slots = jnp.arange(T, dtype=jnp.int32)
-  positions = jnp.where(slots < lengths[:, None], slots, EMPTY)
-  cache = init_cache(B, T + max_new_tokens)
-  hidden, cache = decode(params, tokens, positions, cache)
-  last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-  state = _State(
-    step=jnp.int32(0),
-    token=jnp.zeros(B, jnp.int32),
-    position=jnp.asarray(lengths) - 1,
-    done=jnp.asarray(rows) < 0,
-    stopped=jnp.zeros(B, bool),
-    out=jnp.full((B, max_new_tokens), EMPTY, jnp.int32),
-    cache=cache,
-  )
-  state = jax.lax.while_loop(more, advance, emit(state, head(last, state.step)))
-  return state.out, state.stopped
-
-
-def generate(
+def stream(
   decode: Callable,
   logits: Callable,
   init_cache: Callable,
@@ -186,20 +62,25 @@ def generate(
   stop_ids: Iterable[int],
   max_new_tokens: int,
   vocab_size: int | None = None,
+  position_limit: int | None = None,
   temperature: float | int = 0.0,
   top_k: int = 0,
   top_p: float | int = 1.0,
+  min_p: float | int = 0.0,
   seed: int = 0,
+  seeds: Sequence[int] | None = None,
+  cut: Callable[[int, list[int]], int | None] | None = None,
   batch_size: int | None = None,
   length_bucket: int = 64,
-) -> list[Sampled]:
-  """Samples one reply per prompt, in the order of the prompts.
+  int8_cache: bool = False,
+  mesh: Mesh | None = None,
+  every: int = decoding.STEPS,
+) -> Iterator[Piece]:
+  """Samples one reply per prompt; yields what is new of each as it comes.
 
-  Prompts of like length run together: `batch_size` rows, padded on the right
-  to a multiple of `length_bucket`, so few programs are compiled, each once per
-  process. A row draws from `fold_in(fold_in(key(seed), row), step)`, so its
-  reply depends on its index and the seed, never on its neighbours (to the
-  rounding of the model's own arithmetic).
+  A row draws from `fold_in(fold_in(key(seed), index), step)`, so its reply
+  depends on its index and the seed, never on its neighbours (to the rounding
+  of the model's own arithmetic). With `seeds`, on its own seed alone.
 
   Args:
     decode, logits, init_cache: the model's functions, the same objects at
@@ -207,54 +88,191 @@ def generate(
     prompts: token ids, each at least one.
     stop_ids: every id that ends a reply; empty: only `max_new_tokens` does.
     max_new_tokens: most tokens of a reply, its stop token included.
-    vocab_size, temperature, top_k, top_p: see `Rule`.
-    batch_size: rows at once; None: all, at most 64.
+    vocab_size, temperature, top_k, top_p, min_p: see `next_token.Rule`.
+    position_limit: most tokens of a prompt and its reply; None: any number.
+    seed, seeds: one for all rows, or one of each.
+    cut: asked, with a prompt's index and all tokens of its reply so far, how
+      many of them to keep and stop there; None goes on. Asked every `every`
+      tokens, so it must find the place, not only look at the end.
+    batch_size: rows at once; None: all, at most 64. Rounded up to what the
+      mesh divides.
+    length_bucket: prompts are padded to a multiple of it; of each such length
+      one program is compiled, and one of decoding for each length of the
+      cache, which doubles as replies grow.
+    int8_cache: see `models.cache.init`.
+    mesh: rows are divided over its data-parallel axes; None: one device, or
+      wherever the parameters lead XLA.
+    every: tokens of a row before pieces are yielded; at most 64.
 
   Raises:
-    ValueError: a number out of range, or an empty prompt.
+    ValueError: a number out of range; an empty prompt, or one too long.
   """
   stops = np.asarray(sorted(set(stop_ids)), np.int32)
   if batch_size is None:
     batch_size = min(max(len(prompts), 1), 64)
+  _check(
+    prompts, position_limit=position_limit, max_new_tokens=max_new_tokens,
+    temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+    seeds=seeds, batch_size=batch_size, length_bucket=length_bucket,
+    every=every,
+  )  # fmt: skip
+  rule = Rule(float(temperature), top_k, float(top_p), float(min_p), vocab_size)
+  model = decoding.How(decode, logits, init_cache, int8_cache, rule, mesh)
+  return _run(
+    model, params, prompts,
+    stops=stops, max_new_tokens=max_new_tokens, seed=seed, seeds=seeds,
+    cut=cut, batch_size=batch_size, length_bucket=length_bucket, every=every,
+  )  # fmt: skip
+
+
+def _run(
+  model: decoding.How,
+  params: Any,
+  prompts: Sequence[Sequence[int]],
+  *,
+  stops: np.ndarray,
+  max_new_tokens: int,
+  seed: int,
+  seeds: Sequence[int] | None,
+  cut: Callable[[int, list[int]], int | None] | None,
+  batch_size: int,
+  length_bucket: int,
+  every: int,
+) -> Iterator[Piece]:
+  """The host's side of `stream`."""
+  shards = model.shards
+  B = _up(batch_size, shards)
+  R = min(_up(max(B // 4, 1), shards), B)  # Prompts that enter together.
+  waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+  if not waiting:
+    return
+  longest = len(prompts[waiting[0]])
+  most = _up(_up(longest, length_bucket) + max_new_tokens, length_bucket)
+
+  def slots(S: int) -> int:
+    """S, or at once all that may be needed, if it is not twice as much."""
+    return S if most > 2 * S else most
+
+  S = slots(_up(longest + every, length_bucket))
+  state = decoding.start(model=model, B=B, S=S)
+  row_of = [-1] * B  # Which prompt a row answers.
+  replies: dict[int, list[int]] = {}
+  halt = np.zeros(B, bool)
+
+  def take(b: int, new: np.ndarray, done: bool, stopped: bool) -> Piece:
+    """What a row has emitted, the host's own word on it included."""
+    index = row_of[b]
+    reply, before = replies[index], len(replies[index])
+    reply += new[new != EMPTY].tolist()
+    keep = cut(index, reply) if cut else None
+    if keep is not None:
+      del reply[keep:]
+      done, stopped, halt[b] = True, True, True
+    if done:
+      row_of[b] = -1
+    return Piece(
+      index, reply[before:], Sampled(reply, stopped) if done else None
+    )
+
+  while waiting or max(row_of) >= 0:
+    free = [b for b in range(B) if row_of[b] < 0]
+    while waiting and len(free) >= min(R, len(waiting)):
+      group, waiting = waiting[:R], waiting[R:]
+      T = _up(len(prompts[group[0]]), length_bucket)
+      # Fillers keep the shape: one token each, and nowhere to go.
+      tokens, lengths = np.zeros((R, T), np.int32), np.ones(R, np.int32)
+      rows, number = np.full(R, B, np.int32), np.zeros(R, np.int32)
+      seed_of = np.full(R, seed % 2**32, np.uint32)
+      for r, i in enumerate(group):
+        tokens[r, : len(prompts[i])] = prompts[i]
+        lengths[r], rows[r], number[r] = len(prompts[i]), free.pop(0), i
+        if seeds is not None:
+          seed_of[r], number[r] = seeds[i] % 2**32, 0
+        row_of[rows[r]], replies[i] = i, []
+        halt[rows[r]] = False
+      state, seen = decoding.admit(
+        params, state, tokens, lengths, rows, (seed_of, number), stops,
+        np.int32(max_new_tokens), model=model, S=S,
+      )  # fmt: skip
+      first, stopped = jax.device_get(seen)
+      for r in range(len(group)):
+        stop = bool(stopped[r])
+        done = stop or max_new_tokens == 1
+        yield take(int(rows[r]), first[r : r + 1], done, stop)
+      free = [b for b in range(B) if row_of[b] < 0]
+    if max(row_of) < 0:
+      continue
+    held = max(len(prompts[i]) + len(replies[i]) for i in row_of if i >= 0)
+    if min(held + every, most) > S:
+      S = slots(2 * S)
+      state = decoding.lengthen(state, model=model, S=S)
+    state, seen = decoding.advance(
+      params, state, halt, np.int32(min(R, len(waiting)) if waiting else B),
+      np.int32(every), stops, model=model,
+    )  # fmt: skip
+    out, done, stopped = jax.device_get(seen)
+    for b in range(B):
+      if row_of[b] >= 0:
+        yield take(b, out[b], bool(done[b]), bool(stopped[b]))
+
+
+def generate(*args: Any, **kwargs: Any) -> list[Sampled]:
+  """All replies of `stream`, whose arguments it takes, in order."""
+  done = {p.index: p.reply for p in stream(*args, **kwargs) if p.reply}
+  return [done[i] for i in sorted(done)]
+
+
+def _up(n: int, step: int) -> int:
+  """The least multiple of `step` that is not below n."""
+  return -(-n // step) * step
+
+
+def _check(
+  prompts: Sequence[Sequence[int]],
+  *,
+  position_limit: int | None,
+  max_new_tokens: int,
+  temperature: float | int,
+  top_k: int,
+  top_p: float | int,
+  min_p: float | int,
+  seeds: Sequence[int] | None,
+  batch_size: int,
+  length_bucket: int,
+  every: int,
+) -> None:
+  """Raises ValueError if `stream` cannot do as it is told."""
   for name, value, fine, expected in (
     ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
     ("temperature", temperature, temperature >= 0, "at least 0 (0: greedy)"),
     ("top_k", top_k, top_k >= 0, "at least 0 (0: off)"),
     ("top_p", top_p, 0 < top_p <= 1, "in (0, 1] (1: off)"),
+    ("min_p", min_p, 0 <= min_p <= 1, "in [0, 1] (0: off)"),
     ("batch_size", batch_size, batch_size >= 1, "at least 1"),
     ("length_bucket", length_bucket, length_bucket >= 1, "at least 1"),
+    ("every", every, 1 <= every <= decoding.STEPS, f"in 1 .. {decoding.STEPS}"),
+    (
+      "seeds",
+      seeds,
+      seeds is None or len(seeds) == len(prompts),
+      f"one for each of {len(prompts)} prompts",
+    ),
   ):
     if not fine:
       raise ValueError(
-        f"sampler.generate: {name} is {value}; expected {expected}. Change it."
+        f"sampler: {name} is {value}; expected {expected}. Change it."
       )
   for i, prompt in enumerate(prompts):
     if not len(prompt):
       raise ValueError(
-        f"sampler.generate: prompt {i} is empty; expected at least one token "
+        f"sampler: prompt {i} is empty; expected at least one token "
         "to continue from. Give it the BOS token."
       )
-  rule = Rule(float(temperature), top_k, float(top_p), vocab_size)
-  order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-  results: dict[int, Sampled] = {}
-  for start in range(0, len(order), batch_size):
-    chosen = order[start : start + batch_size]
-    longest = len(prompts[chosen[-1]])
-    T = -(-longest // length_bucket) * length_bucket
-    # Filler rows keep the shape: one token each, done before they begin.
-    tokens = np.zeros((batch_size, T), np.int32)
-    lengths = np.ones(batch_size, np.int32)
-    rows = np.full(batch_size, -1, np.int32)
-    for b, i in enumerate(chosen):
-      tokens[b, : len(prompts[i])] = prompts[i]
-      lengths[b], rows[b] = len(prompts[i]), i
-    out, stopped = jax.device_get(
-      sample_batch(
-        params, tokens, lengths, rows, stops, np.int32(seed),
-        decode=decode, logits=logits, init_cache=init_cache,
-        max_new_tokens=max_new_tokens, rule=rule,
+    total = len(prompt) + max_new_tokens
+    if position_limit is not None and total > position_limit:
+      raise ValueError(
+        f"sampler: prompt {i} has {len(prompt)} tokens and may get "
+        f"{max_new_tokens} more; expected at most {position_limit} in all, the "
+        "positions that the model has learned. Shorten it, or lower "
+        "max_new_tokens."
       )
-    )  # fmt: skip
-    for b, i in enumerate(chosen):
-      results[i] = Sampled(out[b][out[b] != EMPTY].tolist(), bool(stopped[b]))
-  return [results[i] for i in range(len(prompts))]

@@ -11,15 +11,50 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.measure import Measurement
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
+
+_VISIBLE = {
+  **{i: 0x2400 + i for i in range(32) if chr(i) not in "\t\n"},
+  0x7F: 0x2421,
+  **{
+    i: f"<{i:04X}>"
+    for i in (
+      *range(0x80, 0xA0),
+      0x061C,
+      *range(0x200E, 0x2010),
+      *range(0x2028, 0x202F),
+      *range(0x2066, 0x206A),
+      0xFEFF,
+      *range(0xD800, 0xE000),
+    )
+  },
+}
 
 
 def console() -> Console:
   """The terminal, silent on every process but the first."""
   quiet = jax.process_index() != 0
-  return Console(quiet=quiet, highlight=False, soft_wrap=True, markup=False)
+  return Console(
+    quiet=quiet,
+    highlight=False,
+    soft_wrap=True,
+    markup=False,
+    # A notebook shows what a log shows.
+    force_jupyter=False,
+    force_terminal=False if "ipykernel" in sys.modules else None,
+  )
+
+
+def visible(text: object) -> str:
+  """A text whose control characters are shown and not obeyed.
+
+  An escape becomes '␛'; tabs and new lines stay. What reverses the direction
+  of writing, and halves of surrogate pairs, are spelt out: '<202E>'.
+  """
+  return str(text).translate(_VISIBLE)
 
 
 def facts(out: Console, title: str, rows: Mapping[str, Any]) -> None:
@@ -27,7 +62,7 @@ def facts(out: Console, title: str, rows: Mapping[str, Any]) -> None:
   out.print(Text(title, style="bold"))
   width = max(len(name) for name in rows)
   for name, value in rows.items():
-    first, *more = str(value).splitlines() or [""]
+    first, *more = visible(value).split("\n")
     out.print(Text(f"  {name:<{width}}  {first}"))
     for line in more:
       out.print(Text(f"  {'':<{width}}  {line}"))
@@ -37,7 +72,7 @@ def lines(out: Console, title: str, body: Iterable[str]) -> None:
   """Prints a titled block of lines."""
   out.print(Text(title, style="bold"))
   for line in body:
-    out.print(Text(f"  {line}"))
+    out.print(Text(f"  {visible(line)}"))
 
 
 def table(
@@ -48,9 +83,11 @@ def table(
   for i, name in enumerate(header):
     grid.add_column(name, justify="right" if i else "left", no_wrap=True)
   for row in rows:
-    grid.add_row(*[Text(str(cell)) for cell in row])
-  # In a log, too, a table keeps its figures: a squeezed one loses them.
-  out.print(grid, width=max(out.width, 160), crop=False)
+    grid.add_row(*[Text(visible(cell)) for cell in row])
+  # As wide as it is, also where less is at hand: a squeezed one loses figures.
+  free = out.options.update(width=1000)
+  grid.width = Measurement.get(out, free, grid).maximum
+  out.print(grid, crop=False)
 
 
 class StepProgress:
@@ -61,32 +98,57 @@ class StepProgress:
     self._total = total
     self._bar = None
     if out.is_terminal and not out.quiet:
+      # The bar has what the figures leave, if that is worth it.
+      bar = [BarColumn(bar_width=None)] if out.width >= 100 else []
       self._bar = Progress(
         TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-        BarColumn(),
+        *bar,
         TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
         console=out,
+        expand=True,
       )
       self._bar.start()
       self._task = self._bar.add_task(
-        "train", total=total, completed=start, figures="compiling"
+        "train", total=total, completed=start, figures="the first steps"
       )
 
-  def update(self, step: int, figures: str, seconds_left: float) -> None:
-    """Shows the figures of the window that ended at `step`."""
+  def update(self, step: int, values: Mapping[str, float]) -> None:
+    """Shows the record of the window that ended at `step`."""
+    seconds = (self._total - step) * values["time/step_s"]
+    # Seconds of what takes long are noise.
+    left = duration(seconds) if seconds < 600 else f"{seconds / 60:.0f} min"
+    text = f"{figures(values)}  {left} left"
     if self._bar is not None:
-      self._bar.update(self._task, completed=step, figures=figures)
+      self._bar.update(self._task, completed=step, figures=text)
     else:
-      self._out.print(
-        f"step {step}/{self._total}  {figures}  {duration(seconds_left)} left"
-      )
+      self._out.print(f"step {step}/{self._total}  {text}")
       sys.stdout.flush()
 
   def close(self) -> None:
     """Leaves the bar as it stands."""
     if self._bar is not None:
       self._bar.stop()
+
+
+def figures(values: Mapping[str, float]) -> str:
+  """Of a record, what matters while one waits.
+
+  >>> figures({'loss/nats_per_token': 1.25, 'speed/trained_tokens_per_s': 2e4,
+  ...   'speed/mfu': 0.41, 'memory/device_peak_bytes': 21.5e9})
+  'loss 1.250  20,000 trained/s  MFU 41%  21.5 GB'
+  """
+  if "speed/mfu" in values:
+    share = f"MFU {values['speed/mfu']:.0%}"
+  else:
+    share = f"{values['speed/peak_share']:.0%} of peak"
+  held = values.get("memory/device_peak_bytes")
+  if held is None:
+    held = values["memory/host_peak_bytes"]
+  return (
+    f"loss {values['loss/nats_per_token']:.3f}  "
+    f"{values['speed/trained_tokens_per_s']:,.0f} trained/s  {share}  "
+    f"{held / 1e9:.1f} GB"
+  )
 
 
 def duration(seconds: float) -> str:
@@ -105,3 +167,22 @@ def number(value: float) -> str:
     if value >= size:
       return f"{value / size:.2f} {unit}"
   return f"{value:,.0f}"
+
+
+def size(num_bytes: float) -> str:
+  """'21.5 GB', '3.2 MB', '640 B'."""
+  units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+  for scale, unit in units:
+    if num_bytes >= scale:
+      return f"{num_bytes / scale:.3g} {unit}"
+  return f"{num_bytes:.0f} B"
+
+
+def sparkline(values: Sequence[float]) -> str:
+  """Values from 0 to the largest as bars of text.
+
+  >>> sparkline([0, 1, 2, 1])
+  '▁▄█▄'
+  """
+  top = max(values) or 1.0
+  return "".join("▁▂▃▄▅▆▇█"[round(7 * x / top)] for x in values)

@@ -1,28 +1,48 @@
 """The story of a run: measured, trained, measured again, exported.
 
-`run(config)` is what `main` calls; `setup.py` builds what it works with.
+`run(config)` is what `main` calls; `setup.py` builds what it works with,
+`loop.py` takes the steps, `resume.py` finds where a run stopped.
 """
 
-import collections
 import json
-import os
-import signal
-import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from rich.console import Console
 from rich.text import Text
 
-from sft_jax import fit, metrics, present, sharding, terminal, trees
-from sft_jax.batch import Batch
+from sft_jax import (
+  compile_cache,
+  export,
+  folders,
+  pace,
+  present,
+  setup_model,
+  setup_rows,
+  setup_selfcheck,
+  sharding,
+  start_page,
+  terminal,
+  trees,
+  writers,
+)
 from sft_jax.checkpoint import Checkpoints
 from sft_jax.evals import measure
-from sft_jax.models import hf
-from sft_jax.setup import Config, Say, Setup, make_suite, setup
-from sft_jax.train_step import TrainState, split_micro_batches
+from sft_jax.loop import followed, make_patience, train_steps
+from sft_jax.models import merge, peft, reference
+from sft_jax.resume import (
+  changes_of_config,
+  check_same_config,
+  restore,
+  restore_best,
+)
+from sft_jax.setup import Setup, setup
+from sft_jax.setup_data import Config, Say, make_policy
+from sft_jax.setup_evals import make_suite
+from sft_jax.stop import StopRequest
+from sft_jax.train_step import TrainState
+from sft_jax.workdir import Incidents, locked, write_json, write_jsonl
 
 
 class Result(NamedTuple):
@@ -39,36 +59,104 @@ class Result(NamedTuple):
   workdir: Path
 
 
-def run(config: Config) -> Result:
+def run(config: Config, *, force: bool = False, command: str = "") -> Result:
   """Trains as the config says, in `config.workdir`; resumes what is there.
 
   Before and after training the model is measured (behaviours, held-out loss,
   perplexity on general text). A finished workdir is reported, not rerun.
 
+  Args:
+    config: see configs/base.py.
+    force: goes on in a workdir of another config or other data, and records
+      the break in incidents.jsonl.
+    command: what was typed to get here, for the report.
+
   Raises:
     ValueError: anything a config, a file or a row can get wrong.
-    FloatingPointError: the loss stopped being finite; names the step.
+    FloatingPointError: the loss was not finite, or jumped; names the step.
+    OSError: what cannot be read or written; no step that was saved is lost.
+    stop.Stopped: SIGTERM or Ctrl-C; the same call goes on.
   """
+  workdir = Path(config.workdir)
   out = terminal.console()
   say = lambda line: out.print(Text(line))
-  workdir = Path(config.workdir)
-  _check_same_config(config, workdir)
+  with (
+    StopRequest() as stop,
+    locked(workdir),
+    compile_cache.opened(config.compile_cache, say),
+  ):
+    return _run(config, workdir, stop, force, command, out)
 
-  run_ = setup(config, say)
-  checkpoints = Checkpoints(
-    workdir / "checkpoints", keep=config.checkpoint.keep
-  )
-  state = restore(checkpoints, run_, say)
-  start_step = int(state.step)
-  _write_json(workdir / "config.json", config.to_dict())
-  _write_json(workdir / "ledger.json", run_.stream.ledger.to_json())
-  present.start_page(config, run_, start_step, out)
+
+def _run(
+  config: Config,
+  workdir: Path,
+  stop: StopRequest,
+  force: bool,
+  command: str,
+  out: Console,
+) -> Result:
+  said = []
+
+  def say(line: str) -> None:
+    said.append(line)
+    out.print(Text(line))
+
+  clock = pace.Clock()
+  incidents = Incidents(workdir)
+  breaks = changes_of_config(config, workdir)
+  if not force:
+    check_same_config(breaks, workdir)
+  writers.check(config.log.writers)
+
+  if folder := folders.writable_by_others(workdir / "checkpoints"):
+    say(
+      f"warning: other users can write in {folder}, so what this run resumes "
+      f"from could be changed. Take the right from them: chmod go-w {folder}"
+    )
+  with clock.on("start"):
+    run_ = setup(config, say)
+  checkpoints = open_checkpoints(config, workdir)
+  checkpoints.remove_unfinished()
+
+  def reject(line: str) -> None:
+    say(line)
+    incidents.add("rejected", None, line)
+
+  resumed = restore(checkpoints, run_, reject, force=force)
+  start_step = int(resumed.state.step)
+  breaks += resumed.breaks
+  for line in breaks:
+    say(f"Forced: {line}")
+    incidents.add("forced", start_step, line)
+  if start_step:
+    say(f"Resuming after step {start_step}.")
+  write_json(workdir / "config.json", config.to_dict())
+  source = {"path": config.model.path, **run_.source._asdict()}
+  write_json(workdir / "model.json", source | {"folder": str(source["folder"])})
+  write_json(workdir / "ledger.json", run_.stream.ledger.to_json())
+  data = {"fingerprint": run_.stream.fingerprint, "causes": run_.stream.causes}
+  write_json(workdir / "data.json", data)
+  words = start_page.facts(config, run_, start_step)
+  start_page.show(run_, words, out)
+  start_page.write(workdir, run_, words, said=said, command=command)
   result_path = workdir / "result.json"
-  if result_path.exists() and start_step == run_.num_steps:
+  done = (
+    start_step == run_.num_steps or make_patience(config, resumed.memory).out
+  )
+  if result_path.exists() and done and not breaks:
     say(f"{workdir} is finished. To train again, choose another workdir.")
     result = json.loads(result_path.read_text())
     present.show_result(out, result, config.eval.samples)
-    return Result(result, trees.merge(state.params, state.frozen), workdir)
+    with closing(checkpoints):
+      state = chosen(config, checkpoints, resumed.state, reject)
+    return Result(result, own_params(state), workdir)
+  if start_step:
+    incidents.add("resumed", start_step, f"at step {start_step}")
+
+  setup_selfcheck.at_start(
+    config, run_, trees.merge(resumed.state.params, resumed.state.frozen), say
+  )
 
   # -- Before ---------------------------------------------------------------
   suite = make_suite(config, run_)
@@ -77,245 +165,181 @@ def run(config: Config) -> Result:
     before = json.loads(before_path.read_text())
   else:
     say("Measuring the model before training ...")
-    before = suite(trees.merge(state.params, state.frozen))
-    _write_json(before_path, before)
+    params = trees.merge(resumed.state.params, resumed.state.frozen)
+    measured = params
+    if not (start_step or config.model.from_scratch):
+      # Now it is the base itself, of which no copy is needed.
+      copies = reference.to_copy(params, run_.trained)
+      measured = reference.with_copies(params, copies)
+    with clock.on("evaluation"):
+      before = {**suite(measured), **setup_rows.replies(config, run_, params)}
+    del params, measured  # They are donated.
+    write_json(before_path, before)
 
   # -- Train ----------------------------------------------------------------
-  state = _loop(config, run_, state, checkpoints, suite, out)
+  with closing(checkpoints):
+    try:
+      state = train_steps(
+        *(config, run_, resumed, checkpoints, suite, out),
+        clock=clock,
+        stop=stop,
+        incidents=incidents,
+      )
+    except FloatingPointError:
+      present.write_report(workdir)  # Of all runs this one is looked at.
+      raise
+    del resumed  # Its state was donated.
+    last = int(state.step)
+    state = chosen(config, checkpoints, state, reject)
+    if best := checkpoints.best():
+      say("Best checkpoint: step {}, {:.4g}.".format(*best))
+  early = {}
+  if config.eval.patience and best:
+    early = {
+      "figure": followed(config),
+      "best": best[1],
+      "step": best[0],
+      "last_step": last,
+      "stopped": last < run_.num_steps,
+    }
+    line = early_line(early, run_.num_steps)
+    say(line)
+    if early["stopped"]:
+      incidents.add("stopped early", last, line)
 
   # -- After ----------------------------------------------------------------
   params = trees.merge(state.params, state.frozen)
+  del state  # The moments make room: for the base, for what is exported.
   say("Measuring the model after training ...")
-  after = suite(params)
-  _write_json(workdir / "evals" / "after.json", after)
+  with clock.on("evaluation"):
+    after = suite(beside_base(config, run_, params, say))
+    params = reference.own(params)
+    after |= setup_rows.replies(config, run_, params)
+  write_json(workdir / "evals" / "after.json", after)
+  rows = setup_rows.losses(run_, params)
+  write_jsonl(workdir / "evals" / "held_out_rows.jsonl", rows)
   result = measure.compare(before, after)
+  if early:
+    result["early_stop"] = early
+  result["samples"] = result["samples"] or setup_rows.samples(before, after)
   present.show_result(out, result, config.eval.samples)
   if config.export:
     say(f"Writing {workdir / 'export'} ...")
-    hf.save_pretrained(
-      workdir / "export",
-      run_.model,
-      params,
-      run_.tokenizer,
-      dtype=config.model.param_dtype,
-    )
-  present.write_report(config, run_, result, workdir)
-  checkpoints.close()
-  _write_json(result_path, result)
+    if run_.model.lora:
+      say(save_adapters(config, run_, params, workdir / "adapter"))
+    with clock.on("export"):
+      evidence = export_run(config, run_, params, workdir / "export")
+    result["export"] = evidence._asdict()
+    say(f"{workdir / 'export'}: {evidence}")
+  result["time"] = clock.account()
+  say(present.time_line(result["time"]))
+  present.write_report(workdir, result)
+  write_json(result_path, result)
   return Result(result, params, workdir)
 
 
-# -- The loop ---------------------------------------------------------------
-
-
-def _loop(
-  config: Config,
-  run_: Setup,
-  state: TrainState,
-  checkpoints: Checkpoints,
-  suite: measure.Suite,
-  out: Console,
+def chosen(
+  config: Config, checkpoints: Checkpoints, state: TrainState, say: Say
 ) -> TrainState:
-  """Takes the steps that are left; returns the last state."""
-  step = start = int(state.step)
-  if start == run_.num_steps:
+  """With eval.patience the best state, else the last, which is given."""
+  if not config.eval.patience:
     return state
-  workdir = Path(config.workdir)
-  rows = sharding.rows(run_.mesh, leading_axes=1)
-  batches = run_.stream.batches(
-    start,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+  return restore_best(checkpoints, state, say)
+
+
+def early_line(early: dict[str, Any], num_steps: int) -> str:
+  """What a person is told of `early_stop` in result.json."""
+  return (
+    ("Stopped early" if early["stopped"] else "Trained to the end")
+    + f", after step {early['last_step']} of {num_steps}. The model from here "
+    f"on is that of step {early['step']}, the best by {early['figure']}."
   )
 
-  def next_batch() -> tuple[Batch, int]:
-    batch = next(batches)
-    tokens = int((batch.segment_ids > 0).sum()) * jax.process_count()
-    cut = split_micro_batches(batch, config.accum_steps)
-    return sharding.put_rows(cut, rows), tokens
 
-  def save(step: int) -> None:
-    meta = {"data": run_.stream.fingerprint, "config": config.to_json()}
-    checkpoints.save(step, state, meta)
-
-  batch, tokens = next_batch()
-  out.print("Compiling the training step ...")
-  started = time.perf_counter()
-  train_step = (
-    jax.jit(run_.train_step, donate_argnums=0).lower(state, batch).compile()
-  )
-  out.print(f"Compiled in {time.perf_counter() - started:.1f} s.")
-
-  record = metrics.JsonlWriter(workdir / "metrics.jsonl", resume_step=start)
-  bar = terminal.StepProgress(out, total=run_.num_steps, start=start)
-  window, window_tokens, window_steps = metrics.Window(), 0, 0
-  in_flight = collections.deque()
-  clock = time.perf_counter()
-  with closing(record) as writer, closing(bar) as progress, _Stop() as stop:
-    while step < run_.num_steps and not stop.requested:
-      state, pairs = train_step(state, batch)
-      step += 1
-      # The host runs ahead of the device, but not far: work in flight holds
-      # batches, and on fake CPU devices too much of it deadlocks.
-      in_flight.append(pairs["loss/nats_per_token"][0])
-      if len(in_flight) > _IN_FLIGHT:
-        in_flight.popleft().block_until_ready()
-      window.add(step, pairs)
-      window_tokens, window_steps = window_tokens + tokens, window_steps + 1
-      last = step == run_.num_steps
-      if not last:  # Read ahead while the device works.
-        batch, tokens = next_batch()
-      saves = last or stop.requested or _divides(config.checkpoint.every, step)
-      # A record ends where a checkpoint is made: a resumed run then writes
-      # the very records that the run would have written.
-      if saves or _divides(config.log.every, step):
-        values = window.take()
-        seconds = time.perf_counter() - clock
-        values |= _speed(
-          run_,
-          values["loss/trained_tokens"],
-          window_tokens,
-          window_steps,
-          seconds,
-        )
-        writer.write(step, values)
-        progress.update(
-          step,
-          f"loss {values['loss/nats_per_token']:.3f}  "
-          f"{values['speed/tokens_per_s']:,.0f} tokens/s  "
-          f"{values['speed/trained_tokens_per_s']:,.0f} trained/s"
-          + (
-            f"  MFU {values['speed/mfu']:.0%}" if "speed/mfu" in values else ""
-          ),
-          (run_.num_steps - step) * seconds / window_steps,
-        )
-        window_tokens, window_steps = 0, 0
-        clock = time.perf_counter()
-      if _divides(config.eval.every, step) and not last:
-        values = suite.losses(trees.merge(state.params, state.frozen))
-        writer.write(step, values)
-        clock = time.perf_counter()
-      if saves:
-        save(step)
-  checkpoints.wait()
-  if step < run_.num_steps:
-    raise Stopped(
-      f"stopped by signal after step {step}, which is saved. Run the same "
-      "command again to go on from there."
-    )
-  return state
+def own_params(state: TrainState) -> trees.Tree:
+  """The model's parameters, trained and frozen, and no copy of the base's."""
+  return reference.own(trees.merge(state.params, state.frozen))
 
 
-# Steps handed to the device and not yet waited for.
-_IN_FLIGHT = 2
+def beside_base(
+  config: Config, run_: Setup, params: trees.Tree, say: Say
+) -> trees.Tree:
+  """The parameters, with what comparing them with the base takes.
 
-
-def _divides(every: int, step: int) -> bool:
-  """True at each `every`-th step; never for 0."""
-  return every > 0 and step % every == 0
-
-
-class Stopped(Exception):
-  """The run was asked to stop (SIGTERM, Ctrl-C) and has saved its state."""
-
-
-class _Stop:
-  """Turns SIGTERM and Ctrl-C into a flag that the loop reads.
-
-  The second signal is not caught: it ends the process at once.
+  What of the base is not among them is read again from the model's folder.
   """
-
-  def __init__(self) -> None:
-    self.requested = False
-
-  def __enter__(self) -> "_Stop":
-    self._before = {
-      number: signal.signal(number, self._request)
-      for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    return self
-
-  def _request(self, number: int, frame: Any) -> None:
-    del number, frame
-    self.requested = True
-    self._restore()
-
-  def _restore(self) -> None:
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
-
-  def __exit__(self, *exception: Any) -> None:
-    self._restore()
+  if (
+    not config.eval.kl
+    or config.model.from_scratch
+    or not (run_.held_out or run_.general_text)
+    or reference.base_of(params, run_.trained) is not None
+  ):
+    return params
+  config = config.copy_and_resolve_references()
+  config.model.path = str(run_.source.folder)
+  _, base = setup_model.load_model(config, run_.mesh, say)
+  return reference.with_copies(params, reference.to_copy(base, run_.trained))
 
 
-def _speed(
-  run_: Setup, trained_tokens: float, tokens: int, steps: int, seconds: float
-) -> dict[str, float]:
-  """The window's speed; MFU where the device's peak is known."""
-  values = {
-    "time/step_s": seconds / steps,
-    "speed/tokens_per_s": tokens / seconds,
-    "speed/trained_tokens_per_s": trained_tokens / seconds,
-  }
-  share = fit.mfu(
-    tokens / seconds,
-    run_.flops_per_token,
-    num_devices=run_.mesh.size,
-    chip=fit.chip(jax.devices()[0].device_kind),
-  )
-  return values if share is None else {**values, "speed/mfu": share}
-
-
-# -- Resume ---------------------------------------------------------------
-
-
-def restore(checkpoints: Checkpoints, run_: Setup, say: Say) -> TrainState:
-  """The newest state that verifies; the fresh one if there is none.
+def open_checkpoints(config: Config, workdir: Path) -> Checkpoints:
+  """The checkpoints of a run, kept as its config says.
 
   Raises:
-    ValueError: the checkpoint was made from other data.
+    ValueError: the best shall be kept of what is never measured.
   """
-  abstract = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-    run_.state,
+  keep, figure = config.checkpoint, followed(config)
+  # Patience remembers in checkpoints how many evaluations it has borne.
+  every = keep.every if config.eval.patience else keep.every or 1
+  if figure and not (
+    config.eval.every and every and config.eval.every % every == 0
+  ):
+    raise ValueError(
+      f"checkpoint.keep_best: got {figure!r} with eval.every="
+      f"{config.eval.every} and checkpoint.every={keep.every}, expected "
+      "checkpoints where something is measured. Set eval.every to a multiple "
+      "of checkpoint.every; with eval.patience neither may be 0."
+    )
+  return Checkpoints(
+    workdir / "checkpoints",
+    keep=keep.keep,
+    keep_every=keep.keep_every,
+    keep_best=keep.best_is if figure else "",
   )
-  restored = checkpoints.restore(abstract, say)
-  if restored is None:
-    return run_.state
-  found, expected = restored.meta["data"], run_.stream.fingerprint
-  if found != expected:
-    raise ValueError(
-      f"checkpoint {restored.step}: made from data {found}, the config now "
-      f"gives {expected}. A file, the tokenizer, the template or a policy has "
-      "changed since; restore it, or start in a new workdir."
-    )
-  say(f"Resuming after step {restored.step}.")
-  return restored.state
 
 
-def _check_same_config(config: Config, workdir: Path) -> None:
-  """Raises ValueError with the difference if the workdir has another config."""
-  path = workdir / "config.json"
-  if not path.exists():
-    return
-  old = trees.flatten(json.loads(path.read_text()))
-  new = trees.flatten(json.loads(json.dumps(config.to_dict())))
-  changed = [
-    f"{key.replace('/', '.')}: {old.get(key)!r} -> {new.get(key)!r}"
-    for key in sorted(old.keys() | new.keys())
-    if old.get(key) != new.get(key) and key != "workdir"
-  ]
-  if changed:
-    raise ValueError(
-      f"{workdir}: holds a run with another config:\n  "
-      + "\n  ".join(changed)
-      + "\nexpected the same. Undo the change, or choose another workdir."
-    )
+def save_adapters(
+  config: Config, run_: Setup, params: trees.Tree, path: Path
+) -> str:
+  """Writes the adapters alone; says what merging them will lose.
+
+  What PEFT has no form for (experts that were trained whole) is said and not
+  written: the merged export, which follows, holds it all.
+  """
+  assert run_.model.lora
+  alone = "the adapters alone"
+  try:
+    peft.save_adapter(path, run_.model, params, base=config.model.path)
+  except ValueError as refusal:
+    alone = f"not written ({refusal})"
+  dtype = config.export_dtype or config.model.param_dtype
+  _, lost, worst = merge.merge(params, run_.model.lora, dtype=dtype)
+  where = f", at worst of {worst}" if worst else ""
+  return (
+    f"{path}: {alone}. Rounded to {dtype} the merged model loses "
+    f"{lost:.2g} of what they do{where}."
+  )
 
 
-def _write_json(path: Path, value: Any) -> None:
-  """Writes a file whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_suffix(".part")
-  part.write_text(json.dumps(value, indent=2) + "\n")
-  os.replace(part, path)
+def export_run(
+  config: Config, run_: Setup, params: trees.Tree, path: Path
+) -> export.Evidence:
+  """Writes and verifies a run's model as its config says."""
+  return export.save_pretrained(
+    path,
+    run_.model,
+    params,
+    run_.tokenizer,
+    dtype=config.export_dtype or config.model.param_dtype,
+    policy=make_policy(config),
+    shardings=lambda shapes: sharding.param_shardings(shapes, run_.mesh),
+  )

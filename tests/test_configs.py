@@ -1,6 +1,7 @@
 """Every file of configs/ builds a run and traces one step of it."""
 
 import importlib
+import re
 from pathlib import Path
 
 import jax
@@ -27,8 +28,9 @@ def test_config_traces_a_step(name, tmp_path):
   config.steps = 1000
   config.model.path = str(tiny.model_folder(tmp_path / "model"))
   config.data.train = str(tiny.rows_file(tmp_path / "rows.jsonl"))
-  config.data.holdout = 0.0
+  config.data.eval, config.data.holdout = "", 0.0
   config.eval.behaviours = config.eval.general_text = ""
+  config.eval.knowledge = ""
   run = setup.setup(config, lambda line: None)
   batch = split_micro_batches(next(run.stream.batches()), config.accum_steps)
   state, metrics = jax.eval_shape(run.train_step, run.state, batch)
@@ -38,6 +40,22 @@ def test_config_traces_a_step(name, tmp_path):
   assert "loss/nats_per_token" in metrics
 
 
+@pytest.mark.parametrize(
+  "name", [n for n in NAMES if "_demo" not in n and "lessons" not in n]
+)
+def test_its_docstring_says_what_it_takes(name):
+  """The command, the hardware, the memory, and whose figures these are."""
+  said = " ".join((importlib.import_module(name).__doc__ or "").split())
+  file = name.replace(".", "/") + ".py"
+  assert f"python -m sft_jax.main --config={file}" in said
+  assert "Hardware: " in said
+  if name != "configs.base":
+    assert "tools/plan.py --config=... --topology=" in said
+    assert re.search(r"[Pp]redicted|[Mm]easured", said)
+    assert re.search(r"\d GB", said)
+    assert "tokens/s" in said
+
+
 def test_an_unknown_key_is_an_error():
   config = base.get_config()
   with pytest.raises(AttributeError, match="learning_rat"):
@@ -45,4 +63,4 @@ def test_an_unknown_key_is_an_error():
 
 
 def test_every_config_is_found():
-  assert {"configs.base", "configs.pretrain_demo"} <= set(NAMES)
+  assert {"configs.base", "configs.lessons.quality"} <= set(NAMES)

@@ -90,6 +90,18 @@ def test_matmul_params(tied):
   assert got == (lora, kernel + head)
 
 
+def test_of_experts_those_count_that_a_token_goes_through():
+  tree = params(True)
+  tree["layers"]["moe"] = {
+    "router": {"kernel": shape(3, 8, 5)},
+    "gate": {"kernel": shape(3, 5, 8, 7), "bias": shape(3, 5, 7)},
+    "down": {"lora_a": shape(3, 5, 7, 2), "lora_b": shape(3, 5, 2, 8)},
+  }
+  dense, _ = fit.matmul_params(params(True))
+  got, _ = fit.matmul_params(tree, experts_per_token=2)
+  assert got - dense == 3 * (8 * 5 + 2 * 8 * 7 + 2 * (7 * 2 + 2 * 8))
+
+
 def test_flops_by_hand():
   """Llama-3-8B at 4,096: the 6N + 12LHQT/2 of the papers."""
   flops = fit.model_flops_per_token(

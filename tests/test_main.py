@@ -1,14 +1,18 @@
 """The door: what a user gets wrong is one line that says what to do."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 import sft_jax
 import tiny
+from sft_jax import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,6 +69,35 @@ def test_an_error_of_the_data_is_one_line(tmp_path, model):
   assert "rows.jsonl:17" in line
 
 
+def test_debug_shows_the_trace(tmp_path):
+  bad = (f"--config.workdir={tmp_path}", "--config.data.train=none.jsonl")
+  done = door("--config=configs/base.py", *bad, "--debug")
+  assert done.returncode == 1
+  assert "Traceback" in done.stderr
+  assert "none.jsonl" in done.stderr
+  assert "\nerror: " not in done.stderr
+
+
+def test_out_of_memory_is_an_error_with_a_cure(monkeypatch, capsys):
+  def exhausted(config, force, command):
+    raise jax.errors.JaxRuntimeError(
+      "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nMore."
+    )
+
+  says = lambda value: SimpleNamespace(value=value)
+  monkeypatch.setattr(main, "run", exhausted)
+  for name, value in (("CONFIG", None), ("FORCE", False), ("DEBUG", False)):
+    monkeypatch.setattr(main, name, says(value))
+  assert main._run() == main.USER_EXIT
+  said = capsys.readouterr().err
+  assert said.startswith("error: out of memory: RESOURCE_EXHAUSTED: Out of")
+  assert "More." not in said
+  assert "docs/troubleshooting.md" in said
+  monkeypatch.setattr(main, "DEBUG", says(True))
+  with pytest.raises(jax.errors.JaxRuntimeError):
+    main._run()
+
+
 ANSWERED = [
   {"role": "user", "content": "Hello there."},
   {"role": "assistant", "content": "Good day."},
@@ -92,6 +125,13 @@ def test_a_bad_row_is_named(tmp_path, model, row, words):
   assert "\n" not in str(caught.value)
   for word in words:
     assert word in str(caught.value)
+
+
+def test_the_command_can_be_typed_again():
+  """It parses back to the same words, whatever they hold."""
+  words = ["--config=a.py", "--config.data.train=rows/*.jsonl", "it's $x"]
+  typed = main._command(words).replace("\\\n", " ")
+  assert shlex.split(typed) == ["python", "-m", "sft_jax.main", *words]
 
 
 def test_a_missing_file_is_named(tmp_path, model):

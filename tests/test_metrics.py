@@ -1,5 +1,7 @@
 """Windows divide once; the record survives a resume without doubles."""
 
+import math
+
 import jax.numpy as jnp
 import pytest
 
@@ -16,21 +18,57 @@ def pairs(nats, weight, nonfinite=0.0):
 
 def test_a_window_is_a_ratio_of_sums():
   window = Window()
-  window.add(1, pairs(1.0, 1.0))
-  window.add(2, pairs(27.0, 9.0))
+  window.add(pairs(1.0, 1.0))
+  window.add(pairs(27.0, 9.0))
   values = window.take()
   assert values == {
     "loss/nats_per_token": pytest.approx(2.8),
-    "loss/trained_tokens": 10.0,
+    "loss/perplexity": pytest.approx(math.exp(2.8)),
+    "loss/trained_weight": 10.0,
   }
 
 
-def test_a_nonfinite_step_is_named():
+def test_tokens_are_counted_over_the_window():
+  """3 of 12, then 9 of 12 tokens are trained; of 16 slots each."""
   window = Window()
-  window.add(6, pairs(1.0, 1.0))
-  window.add(7, pairs(float("nan"), 1.0, nonfinite=1.0))
-  with pytest.raises(FloatingPointError, match="step 7"):
-    window.take()
+  for trained in (3, 9):
+    counts = {
+      "data/trained_fraction": (jnp.asarray(trained), jnp.asarray(12)),
+      "data/fill": (jnp.asarray(12), jnp.asarray(16)),
+    }
+    window.add(pairs(1.0, 1.0) | counts)
+  values = window.take()
+  assert (values["data/tokens"], values["data/trained_tokens"]) == (24, 12)
+  assert (values["data/trained_fraction"], values["data/fill"]) == (0.5, 0.75)
+
+
+def test_the_perplexity_of_a_loss_that_has_none_is_infinite():
+  window = Window()
+  window.add(pairs(1000.0, 1.0))
+  assert window.take()["loss/perplexity"] == math.inf
+
+
+def test_what_no_token_belongs_to_has_no_mean():
+  window = Window()
+  for _ in (1, 2):
+    empty = {"loss/source/b": (jnp.zeros(()), jnp.zeros(()))}
+    window.add(pairs(0.0, 0.0) | empty)
+  assert window.take() == {
+    "loss/nats_per_token": 0.0,
+    "loss/perplexity": 1.0,
+    "loss/trained_weight": 0.0,
+  }
+
+
+def test_a_window_in_which_every_step_was_left_out_has_no_loss():
+  values = Window().take()
+  assert math.isnan(values.pop("loss/nats_per_token"))
+  assert math.isnan(values.pop("loss/perplexity"))
+  assert values == {
+    "loss/trained_weight": 0.0,
+    "data/tokens": 0.0,
+    "data/trained_tokens": 0.0,
+  }
 
 
 def test_resume_forgets_later_records_and_half_lines(tmp_path):
@@ -42,6 +80,8 @@ def test_resume_forgets_later_records_and_half_lines(tmp_path):
   with path.open("a") as file:
     file.write('{"step": 4, "lo')
   writer = JsonlWriter(path, resume_step=2)
+  assert [record["step"] for record in writer.kept] == [1, 2]
+  assert [record["step"] for record in writer.forgotten] == [3]
   writer.write(3, {"loss": 9.0})
   writer.close()
   assert read_jsonl(path) == [

@@ -77,6 +77,33 @@ def test_adamw_equals_its_formula():
     np.testing.assert_allclose(params[k], want[k], rtol=2e-5)
 
 
+def test_moments_in_bfloat16_are_right_on_average():
+  """2,000 copies of one weight, whose second moment moves by 1 in 1,000."""
+  known = ADAMW | {"b2": 0.999, "weight_decay": 0.0, "clip_norm": 0.0}
+  params = {"kernel": jnp.zeros(2000)}
+  low = {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16", "rounding_seed": 1}
+  narrow = optim.adamw(lambda step: 0.1, **known, **low)
+  wide = optim.adamw(lambda step: 0.1, **known)
+  states = [narrow.init(params), wide.init(params)]
+  update = [jax.jit(tx.update) for tx in (narrow, wide)]
+  rng = np.random.default_rng(0)
+  for _ in range(40):
+    g = {"kernel": jnp.full(2000, rng.normal(), jnp.float32)}
+    found = [u(g, s, params) for u, s in zip(update, states, strict=True)]
+    states = [state for _, state in found]
+  adam, want = states[0][1], states[1][1]
+  assert {x.dtype.name for x in (adam.mu["kernel"], adam.nu["kernel"])} == {
+    "bfloat16"
+  }
+  for got, right in ((adam.mu, want.mu), (adam.nu, want.nu)):
+    mean = np.asarray(got["kernel"], np.float64).mean()
+    np.testing.assert_allclose(mean, right["kernel"][0], rtol=2e-3)
+  with pytest.raises(ValueError, match=r"nu_dtype: got bfloat16 with a decay"):
+    optim.adamw(lambda step: 0.1, **known, nu_dtype="bfloat16")
+  with pytest.raises(ValueError, match=r"mu_dtype: got float16"):
+    optim.adamw(lambda step: 0.1, **known, mu_dtype="float16")
+
+
 def test_without_gradients_only_the_named_leaves_decay():
   params = {"kernel": jnp.ones(2), "bias": jnp.ones(2), "scale": jnp.ones(2)}
   tx = optim.adamw(lambda step: 0.5, clip_norm=0.0, **ADAMW)
@@ -85,3 +112,75 @@ def test_without_gradients_only_the_named_leaves_decay():
   np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-6)
   assert not updates["bias"].any()
   assert not updates["scale"].any()
+
+
+def test_rates_multiply_the_learning_rate_of_what_they_match():
+  """LoRA+: decay too, as in a parameter group of its own."""
+  rng = np.random.default_rng(0)
+  params = {
+    path: {"lora_a": jnp.ones(3), "lora_b": jnp.ones(2)} for path in "pq"
+  }
+  grads = jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params
+  )
+  known = ADAMW | {"decay_patterns": ("lora",), "clip_norm": 1.0}
+  tx = optim.adamw(
+    lambda step: 0.1, **known, rates=((r"q/lora_b$", 16.0), ("lora_b$", 4.0))
+  )
+  plain = optim.adamw(lambda step: 0.1, **known)
+  got, _ = tx.update(grads, tx.init(params), params)
+  want, _ = plain.update(grads, plain.init(params), params)
+  for path, factor in (("p", 4.0), ("q", 16.0)):
+    np.testing.assert_array_equal(got[path]["lora_a"], want[path]["lora_a"])
+    np.testing.assert_allclose(
+      got[path]["lora_b"], factor * want[path]["lora_b"], rtol=1e-6
+    )
+
+
+def test_lora_plus_equals_that_of_peft():
+  torch = pytest.importorskip("torch", reason="live oracle: needs torch")
+  peft = pytest.importorskip("peft", reason="live oracle: needs peft")
+  rng = np.random.default_rng(0)
+  draw = lambda shape: rng.normal(size=shape).astype(np.float32)
+
+  class Toy(torch.nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.up = torch.nn.Linear(4, 3, bias=False)
+
+    def forward(self, x):
+      return self.up(x)
+
+  toy = peft.get_peft_model(Toy(), peft.LoraConfig(r=2, target_modules=["up"]))
+  optimizers = pytest.importorskip("peft.optimizers")
+  theirs = optimizers.create_loraplus_optimizer(
+    toy, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16.0,
+    loraplus_weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8,
+  )  # fmt: skip
+  leaves = {
+    name: next(p for n, p in toy.named_parameters() if f"lora_{half}" in n)
+    for name, half in (("lora_a", "A"), ("lora_b", "B"))
+  }
+  params = {name: jnp.asarray(draw(p.shape)) for name, p in leaves.items()}
+  for name, p in leaves.items():
+    p.data = torch.tensor(np.array(params[name]))
+  tx = optim.adamw(
+    lambda step: 0.01,
+    b1=0.9,
+    b2=0.99,
+    eps=1e-8,
+    weight_decay=0.1,
+    decay_patterns=("lora_[ab]$",),
+    clip_norm=0.0,
+    rates=(("lora_b$", 16.0),),
+  )
+  state = tx.init(params)
+  for _ in range(5):
+    grads = {name: draw(p.shape) for name, p in params.items()}
+    for name, p in leaves.items():
+      p.grad = torch.tensor(grads[name])
+    theirs.step()
+    updates, state = tx.update(jax.tree.map(jnp.asarray, grads), state, params)
+    params = jax.tree.map(jnp.add, params, updates)
+  for name, p in leaves.items():
+    np.testing.assert_allclose(params[name], p.detach().numpy(), atol=1e-5)

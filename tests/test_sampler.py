@@ -1,5 +1,7 @@
 """The sampler against fake models whose every next token is known."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_jax import sampler
+from sft_jax import decoding, sampler, sharding
 from sft_jax.models import config as config_lib
 from sft_jax.models import transformer
+from sft_jax.next_token import Rule
 
 V = 16
 STOP = 15
@@ -117,28 +120,62 @@ def test_stops_early():
   )  # fmt: skip
   jax.effects_barrier()
   assert got == [([2, 6], True)] * 2
-  assert len(steps) == 3  # The prefill and two decoded tokens.
+  assert len(steps) == 4  # Two prompts that enter, two decoded tokens.
 
 
 def test_one_program_per_bucket():
+  """A bucket of prompts compiles one prefill; decoding compiles once."""
   traces = []
 
   def traced(params, hidden):
     traces.append(hidden.shape)
     return logits(params, hidden)
 
-  def run(prompts, table):
-    kwargs = {"stop_ids": [STOP], "max_new_tokens": 4, "length_bucket": 4}
+  def run(prompts, table, **kwargs):
+    kwargs = {"stop_ids": [STOP], "max_new_tokens": 4, **kwargs}
     sampler.generate(
-      decode, traced, init_cache, table, prompts, batch_size=2, **kwargs
-    )
+      decode, traced, init_cache, table, prompts, batch_size=2,
+      length_bucket=4, **kwargs,
+    )  # fmt: skip
 
   run([[1], [2, 3], [1, 2, 3, 4]], random_table(0))
-  first = len(traces)
-  run([[7, 7], [3]], random_table(1))  # Same bucket, other weights.
-  assert len(traces) == first
-  run([[1, 2, 3, 4, 5]], random_table(0))  # The next bucket.
-  assert len(traces) == 2 * first
+  assert len(traces) == 2  # A prefill of 4 slots, and decoding.
+  # Other weights, seeds, numbers of prompts and of tokens (of one bucket).
+  run([[7, 7], [3]], random_table(1))
+  run([[7, 7]] * 9, random_table(1), seeds=list(range(9)), max_new_tokens=2)
+  assert len(traces) == 2
+  run([[1, 2, 3, 4, 5]], random_table(0))  # The next bucket, a longer cache.
+  assert len(traces) == 4
+  # Short prompts beside long ones share their program for decoding.
+  run([[1, 2, 3, 4, 5], [1], [2], [3]], random_table(0))
+  assert len(traces) == 5
+
+
+def test_the_cache_grows_with_the_replies():
+  """Nobody attends to slots for tokens that are never written."""
+  table, lengths = random_table(5), []
+
+  def seen(params, tokens, positions, cache):
+    if tokens.shape[1] == 1:
+      lengths.append(cache["token"].shape[1])
+    return decode(params, tokens, positions, cache)
+
+  def run(prompts, **kwargs):
+    found = sampler.generate(
+      seen, logits, init_cache, table, prompts, batch_size=2,
+      length_bucket=4, every=3, max_new_tokens=40, **kwargs,
+    )  # fmt: skip
+    return [(reply.tokens, reply.stopped) for reply in found]
+
+  prompts = [[1, 2], [3], [4, 5, 6], [7]]
+  # Every reply ends at once, or none does.
+  short = run(prompts, stop_ids=range(V))
+  assert short == [([], True)] * 4
+  assert lengths == []  # Their prefill ended them.
+  long = run(prompts, stop_ids=[])
+  assert long == [expected(p, 40, table, ()) for p in prompts]
+  # 3 + 3 tokens in buckets of 4; twice; all 4 + 40 of the longest.
+  assert lengths == [8, 16, 44]
 
 
 def test_reply_does_not_depend_on_neighbours():
@@ -156,52 +193,90 @@ def test_reply_does_not_depend_on_neighbours():
   assert generate(table, [[1]] * 8, temperature=1.0, seed=1) != same
 
 
-def draw(weights, rule, n=4000):
-  """Counts of n draws from log(weights)."""
-  keys = jax.random.split(jax.random.key(0), n)
-  rows = jnp.broadcast_to(jnp.log(jnp.asarray(weights)), (n, len(weights)))
-  tokens = jax.jit(sampler.choose, static_argnums=2)(keys, rows, rule)
-  return np.bincount(np.asarray(tokens), minlength=len(weights))
+def test_every_token_is_drawn_anew():
+  """All tokens alike likely: one number for all steps would repeat one."""
+  for reply in generate(
+    jnp.zeros((V, V)), [[1]] * 4, temperature=1.0, stop_ids=[]
+  ):
+    assert len(set(reply.tokens)) > 2
 
 
-@pytest.mark.parametrize(
-  ("rule", "shares"),
-  [
-    (sampler.Rule(1.0), [0.4, 0.3, 0.2, 0.1]),
-    # Shares are squared, then normalised.
-    (sampler.Rule(0.5), [16 / 30, 9 / 30, 4 / 30, 1 / 30]),
-    (sampler.Rule(1.0, top_k=2), [4 / 7, 3 / 7, 0, 0]),
-    (sampler.Rule(1.0, top_k=9), [0.4, 0.3, 0.2, 0.1]),
-    # 0.4 + 0.3 is short of 0.75, so the third comes along.
-    (sampler.Rule(1.0, top_p=0.75), [4 / 9, 3 / 9, 2 / 9, 0]),
-    (sampler.Rule(1.0, top_p=0.01), [1, 0, 0, 0]),
-    # After top-k the shares are 4/7, 3/7: p = 0.5 keeps one, 0.6 two.
-    (sampler.Rule(1.0, top_k=2, top_p=0.5), [1, 0, 0, 0]),
-    (sampler.Rule(1.0, top_k=2, top_p=0.6), [4 / 7, 3 / 7, 0, 0]),
-    (sampler.Rule(1e-30), [1, 0, 0, 0]),
-    (sampler.Rule(1.0, vocab_size=3), [4 / 9, 3 / 9, 2 / 9, 0]),
-    (sampler.Rule(0.0), [1, 0, 0, 0]),
-  ],
-)
-def test_distribution(rule, shares):
-  """Chi-square of the draws; nothing outside the support, ever."""
-  n = 4000
-  weights = np.array([0.4, 0.3, 0.2, 0.1], np.float32)
-  counts = draw(weights, rule, n)
-  shares = np.array(shares)
-  assert counts[shares == 0].sum() == 0
-  want = n * shares[shares > 0]
-  chi2 = np.sum((counts[shares > 0] - want) ** 2 / want)
-  assert chi2 < 16.27  # The 99.9th percentile at three degrees of freedom.
+def test_a_seed_of_its_own_makes_a_reply():
+  """Whatever its neighbours, its place and the size of the batch."""
+  table = random_table()
+  prompts = [[i % V] * (1 + i % 5) for i in range(9)]
+  seeds = [7 * i for i in range(9)]
+  whole = generate(table, prompts, temperature=1.0, seeds=seeds)
+  for i in (0, 4, 8):
+    alone = generate(table, [prompts[i]], temperature=1.0, seeds=[seeds[i]])
+    assert alone == [whole[i]]
+  turned = generate(
+    table, prompts[::-1], temperature=1.0, seeds=seeds[::-1], batch_size=4
+  )
+  assert turned[::-1] == whole
+  other = generate(table, [prompts[4]], temperature=1.0, seeds=[seeds[4] + 1])
+  assert other != [whole[4]]
 
 
-def test_order_of_tokens_does_not_matter():
-  """Truncation is by rank, wherever the tokens stand in the vocabulary."""
-  x = jnp.log(jnp.array([0.1, 0.4, 0.2, 0.3]))
-  kept = jnp.isfinite(sampler.truncate(x, 0, 0.6))
-  assert kept.tolist() == [False, True, False, True]
-  kept = jnp.isfinite(sampler.truncate(x, 3, 1.0))
-  assert kept.tolist() == [False, True, True, True]
+def test_rows_that_free_up_are_taken():
+  """Twelve short replies do not wait for a long one of their batch."""
+  decoded = []
+
+  def counting(params, tokens, positions, cache):
+    jax.debug.callback(lambda n=tokens.shape[1]: decoded.append(n))
+    return decode(params, tokens, positions, cache)
+
+  # 3 * (1 + position) sums to 3, 9, 18, ...: [3] never reaches the stop, 15
+  # does at once.
+  table = jnp.eye(V)[jnp.array([3] * 15 + [STOP])]
+  prompts = [[3], *[[15]] * 12]
+  got = sampler.generate(
+    counting, logits, init_cache, table, prompts, stop_ids=[STOP],
+    max_new_tokens=20, batch_size=4, length_bucket=4,
+  )  # fmt: skip
+  jax.effects_barrier()
+  for prompt, reply in zip(prompts, got, strict=True):
+    want = expected(prompt, 20, np.asarray(table))
+    assert (reply.tokens, reply.stopped) == want
+  # 13 prompts entered, one by one; in batches of four, each waiting for its
+  # slowest, the twelve would have cost as much again.
+  assert decoded.count(4) == 13
+  assert decoded.count(1) <= 20
+
+
+def test_pieces_add_up():
+  table = random_table(2)
+  prompts = [[1], [2, 3], [4]]
+  pieces = list(
+    sampler.stream(
+      decode, logits, init_cache, table, prompts, stop_ids=[STOP],
+      max_new_tokens=9, every=2,
+    )
+  )  # fmt: skip
+  whole = generate(table, prompts, max_new_tokens=9)
+  for i, reply in enumerate(whole):
+    mine = [piece for piece in pieces if piece.index == i]
+    assert [t for piece in mine for t in piece.tokens] == reply.tokens
+    assert [piece.reply for piece in mine[:-1]] == [None] * (len(mine) - 1)
+    assert mine[-1].reply == reply
+    assert all(len(piece.tokens) <= 2 for piece in mine)
+
+
+def test_a_reply_is_cut_where_the_host_says():
+  table = jnp.eye(V)[(jnp.arange(V) + 1) % V]
+  prompts = [[1], [2], [3]]
+  whole = generate(table, prompts, stop_ids=[], max_new_tokens=12)
+
+  def cut(index, tokens):
+    return 3 if index == 1 and len(tokens) >= 3 else None
+
+  for every in (1, 5, 64):
+    got = generate(
+      table, prompts, stop_ids=[], max_new_tokens=12, cut=cut, every=every
+    )
+    assert got[0] == whole[0]
+    assert got[1] == (whole[1].tokens[:3], True)
+    assert got[2] == whole[2]
 
 
 def test_padded_vocabulary_is_never_sampled():
@@ -251,6 +326,75 @@ def test_transformer_equals_full_forward_passes(family):
   assert len({token for reply in got for token in reply.tokens}) > 4
 
 
+def tiny_model(**fields):
+  config = config_lib.config_from_fields(
+    "llama", vocab_size=64, num_layers=2, d_model=32, d_ff=64, num_heads=4,
+    num_kv_heads=2, head_dim=8, max_positions=64, init_std=0.3, **fields,
+  )  # fmt: skip
+  model = transformer.build(config)
+  return model, jax.jit(model.init)(jax.random.key(0))
+
+
+PROMPTS = [[5], [7, 1, 60, 2, 9], [3, 3, 3], [11, 12, 13, 14, 15, 16, 17], [9]]
+
+
+def replies_of(model, params, prompts, **kwargs):
+  kwargs = {"stop_ids": [], "max_new_tokens": 8, "length_bucket": 8, **kwargs}
+  return sampler.generate(
+    model.decode, model.logits, model.init_cache, params, prompts, **kwargs
+  )
+
+
+def test_unequal_prompts_together_equal_each_alone():
+  """Right padding is neither written nor seen; a batch's rows never meet."""
+  model, params = tiny_model()
+  for choice in ({}, {"temperature": 1.0, "top_p": 0.9}):
+    seeds = list(range(len(PROMPTS)))
+    whole = replies_of(model, params, PROMPTS, seeds=seeds, **choice)
+    for prompt, seed, reply in zip(PROMPTS, seeds, whole, strict=True):
+      alone = replies_of(model, params, [prompt], seeds=[seed], **choice)
+      assert alone == [reply]
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+def test_a_mesh_samples_the_same_tokens(shape):
+  """Rows on data and fsdp, heads on tensor, parameters where they train."""
+  model, params = tiny_model()
+  want = replies_of(model, params, PROMPTS)
+  mesh = sharding.make_mesh(*shape)
+  spread = jax.device_put(params, sharding.param_shardings(params, mesh))
+  assert replies_of(model, spread, PROMPTS, mesh=mesh) == want
+  how = decoding.How(
+    *(model.decode, model.logits, model.init_cache, False, Rule(), mesh)
+  )
+  # Each device holds its share of the rows and no other.
+  rows = decoding.start(model=how, B=8, S=16).cache["k"]
+  local = rows.addressable_shards[0].data.shape
+  assert local[1] == 8 // (shape[0] * shape[1])
+
+
+def test_an_int8_cache_changes_little():
+  """Logits are off by a hundredth or two of their spread, tokens hardly."""
+  model, params = tiny_model()
+  tokens = np.array([PROMPTS[3], PROMPTS[3][::-1]])
+  positions = np.broadcast_to(np.arange(7), (2, 7))
+
+  @functools.partial(jax.jit, static_argnums=2)
+  def run(tokens, positions, int8):
+    cache = model.init_cache(2, 8, int8=int8)
+    hidden, cache = model.decode(params, tokens, positions, cache)
+    return model.logits(params, hidden), cache
+
+  plain, _ = run(tokens, positions, False)
+  coarse, cache = run(tokens, positions, True)
+  assert cache["k"].dtype == jnp.int8
+  gap = np.asarray(coarse - plain)
+  assert 0 < np.sqrt(np.mean(gap**2)) < 0.03 * np.std(plain)
+  few = replies_of(model, params, PROMPTS, max_new_tokens=4, int8_cache=True)
+  same = replies_of(model, params, PROMPTS, max_new_tokens=4)
+  assert np.mean([a == b for a, b in zip(few, same, strict=True)]) >= 0.6
+
+
 def test_no_prompts():
   assert generate(random_table(), []) == []
 
@@ -264,6 +408,9 @@ def test_no_prompts():
     ([[1]], {"top_k": -1}, "top_k is -1"),
     ([[1]], {"top_p": 0.0}, "top_p is 0"),
     ([[1]], {"top_p": 1.5}, "top_p is 1.5"),
+    ([[1]], {"min_p": 1.5}, "min_p is 1.5"),
+    ([[1]], {"seeds": [1, 2]}, "expected one for each of 1 prompts"),
+    ([[1]], {"every": 65}, "every is 65"),
     ([[1]], {"batch_size": 0}, "batch_size is 0"),
     ([[1]], {"length_bucket": 0}, "length_bucket is 0"),
   ],

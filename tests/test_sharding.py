@@ -12,6 +12,7 @@ def test_one_size_may_be_left_open():
   assert dict(sharding.make_mesh(-1, 2, 1).shape) == {
     "data": 4,
     "fsdp": 2,
+    "context": 1,
     "tensor": 1,
   }
 

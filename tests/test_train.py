@@ -1,12 +1,10 @@
 """Whole runs on a tiny model: they learn, resume, refuse and export."""
 
+import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,12 +12,13 @@ import pytest
 
 import sft_jax
 import tiny
-from sft_jax import trees
+from sft_jax import row_chain, setup_data, terminal, trees
 from sft_jax.metrics import read_jsonl
+from sft_jax.models import hf, lora
+from sft_jax.train import save_adapters
 
-ROOT = Path(__file__).parents[1]
 # What may differ between two runs of the same steps.
-CLOCK = ("time/", "speed/")
+CLOCK = ("time/", "speed/", "memory/")
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +80,18 @@ def test_overfits_and_answers_and_stops(tmp_path, model, rows):
 
 
 def test_a_run_leaves_what_it_says(tmp_path, model, rows, capsys):
-  config = tiny.config(tmp_path, model, rows, data__holdout=0.2)
-  result = sft_jax.train(config)
+  config = tiny.config(
+    *(tmp_path, model, rows),
+    data__holdout=0.2,
+    eval__every=2,
+    checkpoint__keep=1,
+    checkpoint__keep_best="held_out/nats_per_token",
+    # Of a model that learns, the highest loss is the first: it is kept.
+    checkpoint__best_is="highest",
+  )
+  result = sft_jax.train(config, command="what was typed")
   workdir = tmp_path / "run"
+  assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"2", "6"}
   assert {p.name for p in workdir.iterdir()} >= {
     "checkpoints",
     "config.json",
@@ -93,6 +101,8 @@ def test_a_run_leaves_what_it_says(tmp_path, model, rows, capsys):
     "metrics.jsonl",
     "report.html",
     "result.json",
+    "samples.json",
+    "start.json",
   }
   ledger = json.loads((workdir / "ledger.json").read_text())
   (source,) = ledger["sources"].values()
@@ -100,13 +110,116 @@ def test_a_run_leaves_what_it_says(tmp_path, model, rows, capsys):
   assert source["rows_in"] == source["rows_trained"] + sum(
     source["dropped"].values()
   )
+  of_steps = [r for r in records(workdir) if "loss/nats_per_token" in r]
+  assert len(of_steps) > 1
+  for record in of_steps:
+    parts = [name for name in record if name.startswith("loss/part/")]
+    assert parts == ["loss/part/answer"]
+    assert record["loss/source/rows.jsonl"] == record["loss/nats_per_token"]
+    assert record["loss/first_token"] > 0
+    assert 0 <= record["acc/stop_token"] <= 1
+    assert 0 < record["entropy/nats"] < 6  # The log of 400.
   loss = result.metrics["losses"][0]
   assert loss["name"] == "held_out/nats_per_token"
+  page = (workdir / "report.html").read_text()
+  for said in ("what was typed", "Reading ", "orbax-checkpoint", "(cosine)"):
+    assert said in page
+  # Each held-out row by its loss; together they are the measured loss.
+  held_out = read_jsonl(workdir / "evals" / "held_out_rows.jsonl")
+  assert len(held_out) == 3
+  nats, tokens = (
+    sum(row[name] for row in held_out) for name in ("nats", "trained_tokens")
+  )
+  assert nats / tokens == pytest.approx(loss["after"], rel=1e-5)
+  assert held_out[0]["place"] in page
   shown = capsys.readouterr().out
   for word in ("parameters", "held out", "expected time", "devices", "fill"):
     assert word in shown
+  for word in ("learning rate", "Memory per device", "Sharding", "of peak"):
+    assert word in shown
+  account = result.metrics["time"]
+  run = account.pop("run_s")
+  assert sum(account.values()) == pytest.approx(run)
+  assert min(account["compute_s"], account["save_s"]) > 0
+  assert f"Took {terminal.duration(run)}: " in shown
+  assert "Best checkpoint: step 2" in shown
+  # The record names the rows that the stream of this config gives.
+  tokenizer = sft_jax.load_tokenizer(model)
+  stores = setup_data.load_stores(config, tokenizer, print)
+  stream = setup_data.make_train_stream(config, stores.train)
+  batches = itertools.islice(stream.batches(), 6)
+  chain = row_chain.extend("", map(row_chain.digest_rows, batches))
+  assert of_steps[-1]["data/chain"] == chain
+  capsys.readouterr()
   again = sft_jax.train(config)
   assert "is finished" in capsys.readouterr().out
+  assert same(again.params, result.params)
+
+
+def test_the_gap_is_measured_after_each_epoch(tmp_path, model, rows):
+  """Of rows as long as their slots, in two passes over 12 of 16 rows."""
+  config = tiny.config(
+    *(tmp_path, model, rows),
+    steps=0,
+    epochs=2,
+    batch_size=8,
+    data__holdout=0.25,
+    data__packing=False,
+    export=False,
+    optim__warmup_steps=0,
+    log__every=100,
+  )
+  result = sft_jax.train(config)
+  found = [
+    row for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    if "held_out/gap" in row
+  ]  # fmt: skip
+  assert [row["step"] for row in found] == [2, 3]
+  for row in found:
+    gap = row["held_out/nats_per_token"] - row["train_rows/nats_per_token"]
+    assert row["held_out/gap"] == pytest.approx(gap)
+  # What is shown after training is of the same parameters as the last.
+  gap = result.metrics["gap"]
+  assert gap["gap"] == pytest.approx(found[-1]["held_out/gap"], abs=1e-5)
+  # Before training held-out rows are as new as the others.
+  assert abs(gap["before"]) < 0.2
+  left = {one["name"]: one for one in result.metrics["forgetting"]}
+  assert left["held_out/kl"]["before"] == 0
+  assert left["held_out/kl"]["after"] > 1e-3
+  assert left["held_out/kept"]["before"] == 1
+  # The base is read again, and is the folder's.
+  assert not (tmp_path / "run" / "export").exists()
+  assert set(result.params) == {"embed", "layers", "final_norm"}
+
+
+def test_kl_to_the_base_in_a_run(tmp_path, model, rows, capsys):
+  """Held near the base by a copy, which neither export nor checkpoint hold."""
+  lost = {}
+  for kl in (0.0, 10.0):
+    config = tiny.config(
+      *(tmp_path, model, rows),
+      workdir=str(tmp_path / f"run_{kl}"),
+      steps=24,
+      data__holdout=0.25,
+      loss__kl=kl,
+    )
+    result = sft_jax.train(config)
+    left = {one["name"]: one["after"] for one in result.metrics["forgetting"]}
+    lost[kl] = left["held_out/kl"]
+    rows_ = records(tmp_path / f"run_{kl}")
+    assert ("loss/kl" in rows_[0]) == bool(kl)
+  assert lost[10.0] < 0.5 * lost[0.0]
+  shown = " ".join(capsys.readouterr().out.split())
+  assert "parameters are held twice" in shown
+  workdir = tmp_path / "run_10.0"
+  _, exported = sft_jax.load_pretrained(workdir / "export")
+  assert same(exported, result.params)
+  # Taken up from a checkpoint: the copy is the folder's, not the trained one.
+  before = records(workdir)
+  shutil.rmtree(workdir / "checkpoints" / "24")
+  (workdir / "result.json").unlink()
+  again = sft_jax.train(config)
+  assert records(workdir) == before
   assert same(again.params, result.params)
 
 
@@ -117,14 +230,69 @@ def test_a_changed_config_is_refused(tmp_path, model, rows):
   )
   with pytest.raises(ValueError, match=r"optim\.learning_rate: .* -> 1e-05"):
     sft_jax.train(changed)
+  with changed.unlocked():
+    changed.data.train = str(
+      tiny.rows_file(tmp_path / "rows.jsonl", tiny.ROWS[1:])
+    )
+    changed.steps = 5
+  result = sft_jax.train(changed, force=True)
+  assert [row["step"] for row in records(result.workdir)] == [1, 2, 3, 4, 5]
+  forced = [
+    line["said"]
+    for line in read_jsonl(result.workdir / "incidents.jsonl")
+    if line["kind"] == "forced"
+  ]
+  assert "steps: 3 -> 5" in forced
+  assert any("optim.learning_rate" in line for line in forced)
+  assert any("file 1 (rows.jsonl): changed" in line for line in forced)
+  page = (result.workdir / "report.html").read_text()
+  assert "steps: 3 -&gt; 5" in page
 
 
-def test_changed_rows_are_refused(tmp_path, model):
+def test_a_resumed_run_is_the_run(tmp_path, model, rows):
+  """Its last checkpoint taken away: the same steps again, to the bit."""
+  config = tiny.config(tmp_path, model, rows, export=False)
+  whole, workdir = sft_jax.train(config), tmp_path / "run"
+  before = records(workdir)
+  lived = read_jsonl(workdir / "metrics.jsonl")[-1]["time/run_s"]
+  shutil.rmtree(workdir / "checkpoints" / "6")
+  (workdir / "result.json").unlink()
+  again = sft_jax.train(config)
+  assert [row["step"] for row in before] == [1, 2, 3, 4, 5, 6]
+  assert records(workdir) == before
+  assert same(again.params, whole.params)
+  # Both lives count, and the steps that were taken twice are no good.
+  last = read_jsonl(workdir / "metrics.jsonl")[-1]
+  assert last["time/run_s"] > lived
+  assert 0 < last["speed/goodput"] < 1
+
+
+def test_who_looks_on_may_change_when_a_run_is_resumed(tmp_path, model, rows):
+  """The new writer is given everything, also what was before it came."""
+  choices = {"export": False, "log__writers": ()}
+  sft_jax.train(tiny.config(tmp_path, model, rows, **choices))
+  workdir = tmp_path / "run"
+  assert not (workdir / "tensorboard").exists()
+  shutil.rmtree(workdir / "checkpoints" / "6")
+  (workdir / "result.json").unlink()
+  choices |= {"log__writers": ("tensorboard",), "profile__start": 99}
+  sft_jax.train(tiny.config(tmp_path, model, rows, **choices))
+  (path,) = (workdir / "tensorboard").iterdir()
+  assert path.read_bytes().count(b"loss/nats_per_token") == 6
+
+
+def test_changed_data_is_refused_by_name(tmp_path, model):
   path = tiny.rows_file(tmp_path / "rows.jsonl")
-  config = tiny.config(tmp_path, model, path, steps=3)
+  folder = Path(shutil.copytree(model, tmp_path / "model"))
+  config = tiny.config(tmp_path, folder, path, steps=3)
   sft_jax.train(config)
   tiny.rows_file(path, tiny.ROWS[:-1])
-  with pytest.raises(ValueError, match="made from data"):
+  with pytest.raises(ValueError, match=r"file 1 \(rows\.jsonl\): changed"):
+    sft_jax.train(config)
+  tiny.rows_file(path)
+  template = folder / "chat_template.jinja"
+  template.write_text(template.read_text() + "{# A comment. #}")
+  with pytest.raises(ValueError, match=r"tokenizer, chat template: changed"):
     sft_jax.train(config)
 
 
@@ -139,6 +307,8 @@ def test_lora_trains_adapters_only(tmp_path, model, rows):
     np.testing.assert_array_equal(flat[path], leaf, err_msg=path)
   moved = [p for p in flat if p.endswith("lora_b") and flat[p].any()]
   assert len(moved) == 7
+  again = sft_jax.train(config)  # From the checkpoint and the model's folder.
+  assert same(again.params, result.params)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, model, rows):
@@ -151,88 +321,39 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, model, rows):
     optim__learning_rate=1e30,
     optim__clip_norm=0.0,
   )
-  with pytest.raises(FloatingPointError, match=r"step \d+: the loss"):
+  with pytest.raises(FloatingPointError, match=r"step \d+: the loss") as caught:
     sft_jax.train(config)
+  step = int(str(caught.value).split(":")[0].removeprefix("step "))
+  workdir = tmp_path / "run"
+  bad = read_jsonl(workdir / "bad_batch.jsonl")
+  assert {row["step"] for row in bad} == {step}
+  assert all(row["place"].startswith("rows.jsonl:") for row in bad)
+  assert [i["kind"] for i in read_jsonl(workdir / "incidents.jsonl")] == [
+    "halted"
+  ]
+  page = (workdir / "report.html").read_text()
+  assert "Incidents: 1 halted." in page
+  # What was reached is saved, and recorded up to there.
+  assert records(workdir)[-1]["step"] == step - 1
+  assert str(step - 1) in {p.name for p in (workdir / "checkpoints").iterdir()}
 
 
-WORKER = """
-import sys
-sys.path[:0] = [{tests!r}, {data!r}]
-from pathlib import Path
-import tiny, sft_jax
-sft_jax.train(tiny.config(Path(sys.argv[1]), Path(sys.argv[2]),
-                          Path(sys.argv[3]), steps=40))
-"""
-
-
-# One device, and compiled in a hurry: see conftest.py.
-QUICK = (
-  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
-
-
-def spawn(folder: Path, model: Path, rows: Path) -> subprocess.Popen:
-  code = WORKER.format(tests=str(ROOT / "tests"), data=str(ROOT / "tests/data"))
-  return subprocess.Popen(
-    [sys.executable, "-c", code, str(folder), str(model), str(rows)],
-    cwd=ROOT,
-    env={**os.environ, "XLA_FLAGS": QUICK, "PYTHONPATH": str(ROOT)},
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.PIPE,
-    text=True,
+def test_what_peft_has_no_form_for_does_not_end_the_run(tmp_path):
+  golden = Path(__file__).parent / "models" / "goldens" / "qwen3_moe"
+  adapters = lora.LoraConfig(
+    rank=2, alpha=4, targets="attention", also_train=("moe/",)
   )
-
-
-def wait_for_step(process: subprocess.Popen, path: Path, step: int) -> None:
-  """Returns once the record of `step` is on disk; fails if the run ended."""
-  while True:
-    lines = path.read_text().splitlines() if path.exists() else []
-    if any(
-      json.loads(line)["step"] >= step for line in lines if line[-1:] == "}"
-    ):
-      return
-    assert process.poll() is None, process.communicate()[1]
-    time.sleep(0.01)
-
-
-def finish(process: subprocess.Popen) -> None:
-  _, error = process.communicate()
-  assert process.returncode == 0, error
-
-
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, model, rows):
-  """kill -9 twice: the same records and the same bytes of the export."""
-  whole = tmp_path / "whole"
-  finish(spawn(whole, model, rows))
-  killed = tmp_path / "killed"
-  for step in (5, 17):
-    process = spawn(killed, model, rows)
-    wait_for_step(process, killed / "run" / "metrics.jsonl", step)
-    process.kill()
-    process.communicate()
-  assert not (killed / "run" / "export").exists()
-  finish(spawn(killed, model, rows))
-  assert records(killed / "run") == records(whole / "run")
-  assert len(records(whole / "run")) == 40
-  weights = [
-    (folder / "run" / "export" / "model.safetensors").read_bytes()
-    for folder in (whole, killed)
-  ]
-  assert weights[0] == weights[1]
-
-
-def test_sigterm_saves_and_says_how_to_go_on(tmp_path, model, rows):
-  process = spawn(tmp_path, model, rows)
-  wait_for_step(process, tmp_path / "run" / "metrics.jsonl", 3)
-  process.send_signal(signal.SIGTERM)
-  _, error = process.communicate()
-  assert "stopped by signal after step" in error
-  step = int(error.split("after step ")[1].split(",")[0])
-  saved = [
-    int(p.name)
-    for p in (tmp_path / "run/checkpoints").iterdir()
-    if p.name.isdigit()
-  ]
-  assert max(saved) == step
-  finish(spawn(tmp_path, model, rows))
-  assert [r["step"] for r in records(tmp_path / "run")] == list(range(1, 41))
+  model, params = hf.load_pretrained(golden, lora=adapters)
+  config = SimpleNamespace(
+    export_dtype="",
+    model=SimpleNamespace(path=str(golden), param_dtype="float32"),
+  )
+  said = save_adapters(
+    config,
+    SimpleNamespace(model=model),  # pyright: ignore[reportArgumentType]
+    params,
+    tmp_path / "adapter",
+  )
+  assert "not written (save_adapter: " in said
+  assert "experts" in said
+  assert not (tmp_path / "adapter").exists()

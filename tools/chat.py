@@ -1,42 +1,132 @@
-"""Talks with an exported model in the terminal.
+"""Talks with a model in the terminal; replies appear as they are made.
 
-    python tools/chat.py --model=runs/demo/export
+    python tools/chat.py --model=runs/demo/export [--compare=BASE_FOLDER]
 
-`/new` starts over, an empty line or Ctrl-D ends.
+A model is a Hugging Face folder, the workdir of a run, or one of its
+checkpoints. With --compare both answer every turn side by side, each going on
+from what it said itself. `/new` starts over, an empty line or Ctrl-D ends.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Iterator, Mapping
 
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 
 import command
-from sft_jax import terminal
-from sft_jax.data import tokenizers
+from sft_jax import run_folder, terminal
 from sft_jax.data.conversation import Conversation, Message
 from sft_jax.evals import replies
-from sft_jax.models import hf
 
 
-def main() -> None:
+class Talk:
+  """One model's side of the conversation."""
+
+  def __init__(self, path: str, args: argparse.Namespace) -> None:
+    self._asked = run_folder.load(path, dtype=args.dtype)
+    self._args = args
+    self.again()
+
+  def again(self) -> None:
+    """Forgets all but the system turn."""
+    system = self._args.system
+    self._turns = (Message("system", system),) if system else ()
+
+  def answer(self, said: str, seed: int) -> Iterator[Text]:
+    """The reply to one more user turn, as far as it is, again and again.
+
+    The last form tells calls of tools and a cut apart; both turns are then
+    remembered.
+
+    Raises:
+      ValueError: what was said cannot be asked; nothing is remembered.
+    """
+    args, asked = self._args, self._asked
+    turns = (*self._turns, Message("user", said))
+    pieces = replies.stream(
+      asked.model, asked.params, asked.tokenizer,
+      [Conversation(messages=turns)],
+      max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+      top_p=args.top_p, min_p=args.min_p, seed=seed,
+      stop_strings=args.stop or (),
+      policy=command.policy(args, asked.policy), every=args.every,
+    )  # fmt: skip
+    for piece in pieces:
+      shown = Text(terminal.visible(piece.text))
+      if piece.reply is None:
+        yield shown
+        continue
+      for call in piece.reply.message.tool_calls:
+        line = f"\n{call.name}({json.dumps(call.arguments)})"
+        shown.append(terminal.visible(line), style="cyan")
+      if not piece.reply.stopped:
+        shown.append("\n(cut off at --max_new_tokens)", style="yellow")
+      self._turns = (*turns, piece.reply.message)
+      yield shown
+
+
+def one_by_one(
+  out: Console, talks: Mapping[str, Talk], said: str, seed: int
+) -> None:
+  """Prints each model's reply as its text comes."""
+  for path, talk in talks.items():
+    if len(talks) > 1:
+      out.print(Text(f"{path}:", style="bold"))
+    shown = 0
+    for text in talk.answer(said, seed):
+      out.print(text[shown:], end="", soft_wrap=True)
+      shown = len(text)
+    out.print()
+
+
+def side_by_side(
+  out: Console, talks: Mapping[str, Talk], said: str, seed: int
+) -> None:
+  """Both replies grow in columns of their own, a piece of each in turn."""
+  texts = dict.fromkeys(talks, Text())
+  growing = {path: talk.answer(said, seed) for path, talk in talks.items()}
+  with Live(console=out, vertical_overflow="visible") as live:
+    while growing:
+      for path, pieces in list(growing.items()):
+        text = next(pieces, None)
+        if text is None:
+          del growing[path]
+        else:
+          texts[path] = text
+      table = Table(expand=True, width=out.width)
+      for path in texts:
+        table.add_column(path, ratio=1, overflow="fold")
+      table.add_row(*texts.values())
+      live.update(table)
+
+
+def parser() -> argparse.ArgumentParser:
+  """The flags."""
   parser = argparse.ArgumentParser(description=__doc__)
   add = parser.add_argument
-  add("--model", required=True, help="a Hugging Face folder")
+  add("--model", required=True, help="a model's folder, a run, a checkpoint")
+  add("--compare", help="another model, which answers too")
   add("--system", help="the system turn")
   add("--temperature", type=float, default=0.0, help="0: likeliest token")
   add("--top_p", type=float, default=1.0, help="1: off")
+  add("--min_p", type=float, default=0.0, help="0: off")
   add("--max_new_tokens", type=int, default=256, help="per reply")
-  add("--template_kwargs", type=json.loads, default={}, help="as in training")
+  add("--stop", action="append", help="ends a reply where this text begins")
+  add("--every", type=int, default=4, help="tokens shown at a time")
+  command.add_policy(parser)
   add("--dtype", default="float32", help="float32 or bfloat16")
-  args = parser.parse_args()
+  return parser
+
+
+def main() -> None:
+  args = parser().parse_args()
   out = terminal.console()
-  model, params = hf.load_pretrained(
-    args.model, dtype=args.dtype, param_dtype=args.dtype
-  )
-  tokenizer = tokenizers.load_tokenizer(args.model)
-  opening = (Message("system", args.system),) if args.system else ()
-  turns = opening
+  paths = [args.model, *([args.compare] if args.compare else [])]
+  talks = {path: Talk(path, args) for path in paths}
   while True:
     try:
       said = input("> ").strip()
@@ -45,29 +135,16 @@ def main() -> None:
     if not said:
       return
     if said == "/new":
-      turns = opening
+      for talk in talks.values():
+        talk.again()
       continue
-    asked = (*turns, Message("user", said))
+    seed = time.time_ns() % 2**31
+    columns = args.compare and out.is_terminal
+    show = side_by_side if columns else one_by_one
     try:
-      (reply,) = replies.generate(
-        model, params, tokenizer, [Conversation(messages=asked)],
-        max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-        top_p=args.top_p, seed=time.time_ns() % 2**31,
-        template_kwargs=args.template_kwargs,
-      )  # fmt: skip
+      show(out, talks, said, seed)
     except ValueError as error:  # A control token typed in, say: ask again.
       out.print(Text(f"error: {error}", style="red"))
-      continue
-    if reply.message.reasoning:
-      out.print(Text(reply.message.reasoning, style="dim"))
-    out.print(Text(reply.text))
-    for call in reply.message.tool_calls:
-      out.print(
-        Text(f"{call.name}({json.dumps(call.arguments)})", style="cyan")
-      )
-    if not reply.stopped:
-      out.print(Text("(cut off at --max_new_tokens)", style="yellow"))
-    turns = (*asked, reply.message)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes the newest checkpoint of a run as a Hugging Face folder.
+"""Writes the newest checkpoint of a run as a verified Hugging Face folder.
 
 python tools/export_hf.py --workdir=runs/demo --out=my_model
 """
@@ -12,10 +12,9 @@ import ml_collections
 from rich.text import Text
 
 import command
-from sft_jax import setup, terminal, trees
-from sft_jax.checkpoint import Checkpoints
-from sft_jax.models import hf
-from sft_jax.train import restore
+from sft_jax import setup, terminal
+from sft_jax.resume import restore
+from sft_jax.train import export_run, open_checkpoints, own_params
 
 
 def main() -> None:
@@ -30,21 +29,20 @@ def main() -> None:
   read = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
   config: Any = ml_collections.ConfigDict(read, type_safe=False)
   run = setup.setup(config, say)
-  checkpoints = Checkpoints(
-    workdir / "checkpoints", keep=config.checkpoint.keep
-  )
+  checkpoints = open_checkpoints(config, workdir)
   if not checkpoints.steps():
     raise ValueError(
       f"{workdir}/checkpoints: got no checkpoint; expected at least one. "
       "Train first, or name another workdir."
     )
-  state = restore(checkpoints, run, say)
+  state = restore(checkpoints, run, say).state
   checkpoints.close()
-  params = trees.merge(state.params, state.frozen)
-  hf.save_pretrained(
-    args.out, run.model, params, run.tokenizer, dtype=args.dtype
-  )
-  say(f"Wrote step {int(state.step)} to {args.out}.")
+  params = own_params(state)
+  if args.dtype:
+    config.export_dtype = args.dtype
+  say(f"Writing step {int(state.step)} to {args.out} ...")
+  del state  # The moments make room for the folder's parameters.
+  say(f"{args.out}: {export_run(config, run, params, Path(args.out))}")
 
 
 if __name__ == "__main__":

@@ -1,78 +1,142 @@
-"""Shows what a config trains on: the ledger, and examples token by token.
+"""What a config trains on, and what is wrong with it.
 
-    python tools/inspect_data.py --config=configs/base.py --samples=3
+    python tools/inspect_data.py --config=configs/base.py
+    python tools/inspect_data.py --config=... --html=data.html --json
 
-Prompt tokens are dim, trained ones green, special ones bold. The data is built
-as training builds it, with the same cache, checks and errors.
+Shows verdicts, warnings with examples, rows and tokens by source, lengths, and
+samples as the model will see them: prompt dim, trained green (of another
+weight than 1: yellow), special tokens bold. The data is built as training
+builds it, with the same cache. See docs/audit.md for all of it.
+
+Exit codes: 0 fine, warnings allowed; 1 a verdict failed; 2 the config or the
+data cannot be read.
 """
 
 import json
+import sys
 from typing import Any
 
-import numpy as np
 from absl import flags
-from ml_collections import config_flags
+from rich.console import Console
 from rich.text import Text
 
 import command
-from sft_jax import setup, terminal
-from sft_jax.data import tokenizers
+from sft_jax import audit_page, setup_data, setup_model, terminal
+from sft_jax.data import audit, inspection, tokenizers
+from sft_jax.data.conversation import RowError
+from sft_jax.data.ledger import Ledger
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "What to train.")
+CONFIG = command.config_flag()
 SAMPLES = flags.DEFINE_integer("samples", 3, "Examples to show.")
 SEED = flags.DEFINE_integer("seed", 0, "Which examples.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON for other programs.")
-flags.mark_flag_as_required("config")
+HTML = flags.DEFINE_string("html", None, "Write a page to this path.")
 
 
-def coloured(example: Any, tokenizer: tokenizers.Tokenizer) -> Text:
-  """The text of an example, styled by what becomes of each token."""
-  ids = example.tokens.tolist()
-  special = set(tokenizer.special_tokens.values())
-  styles = [
-    ("green" if weight > 0 else "dim") + (" bold" if token in special else "")
-    for token, weight in zip(ids, example.loss_weights, strict=True)
-  ]
-  text, shown = Text(), ""
-  for end, style in enumerate(styles, 1):
-    if end == len(styles) or styles[end] != style:
-      # A token may be part of a character, or lose its space when it stands
-      # alone, so what a run adds to all before it is shown.
-      whole = tokenizer.decode(ids[:end], skip_special=False)
-      text.append(whole[len(shown) :], style=style)
-      shown = whole
-  return text
+def inspect(config: setup_data.Config, say: setup_data.Say) -> dict[str, Any]:
+  """Everything about the data of a config; see `inspection.inspect`."""
+  tokenizer = tokenizers.load_tokenizer(setup_model.find_model(config).folder)
+  fault = None
+  try:
+    stores = setup_data.load_stores(config, tokenizer, say)
+  except RowError as error:
+    # Training stops at the first such row; here all of them are wanted.
+    fault = str(error)
+    with config.unlocked():
+      config.data.on_bad_row = "skip"
+    stores = setup_data.load_stores(config, tokenizer, say)
+  verdicts = [*stores.verdicts, audit.malformed(stores.train, fault)]
+  stream = None
+  if len(stores.train.index):
+    stream = setup_data.make_stream(config, stores.train)
+  return inspection.inspect(
+    stores.train,
+    stores.held_out,
+    stream,
+    verdicts,
+    tokenizer,
+    own_files=bool(config.data.eval),
+    allow=config.data.allow,
+    format=config.data.format,
+    policy=setup_data.make_policy(config),
+    rows_seed=config.seed,
+    samples=SAMPLES.value,
+    samples_seed=SEED.value,
+  )
+
+
+def show(out: Console, found: dict[str, Any]) -> None:
+  """Prints what was found, the most important last, above the prompt."""
+  for sample in found["samples"]:
+    show_sample(out, sample)
+  ledger = Ledger.from_json(found["ledger"])
+  terminal.lines(out, "\nData", [*ledger.lines(), *ledger.details()])
+  if epoch := found["epoch"]:
+    facts = {
+      "steps per epoch": f"{epoch['steps']:g} of {epoch['batch_size']} rows x "
+      f"{epoch['seq_len']} tokens, {epoch['fill']:.1%} full",
+    }
+    for kind, spread in found["lengths"].items():
+      facts[f"{kind} per example"] = ", ".join(
+        f"{name} {value:,.0f}"
+        for name, value in spread.items()
+        if name not in ("total", "histogram")
+      )
+    terminal.facts(out, "\nEpoch", facts)
+  for warning in found["warnings"]:
+    title = f"\nwarning: {warning['name']} ({warning['count']:,})"
+    terminal.lines(out, title, [warning["said"]])
+    for example in warning["examples"]:
+      terminal.lines(out, f"  {example['note']}", map(_row, example["rows"]))
+  passed: dict[str, list[str]] = {}
+  for verdict in found["verdicts"]:
+    if verdict["passed"]:
+      passed.setdefault(verdict["of"], []).append(verdict["name"])
+  out.print()
+  for of, names in passed.items():
+    out.print(Text(f"passed  {of}: {', '.join(names)}", style="green"))
+  for verdict in found["verdicts"]:
+    if not verdict["passed"]:
+      word, style = "FAILED ", "bold red"
+      if verdict["allowed"]:
+        word, style = "allowed", "yellow"
+      out.print(Text(f"{word} {verdict['name']} ({verdict['of']})", style))
+      out.print(Text(f"        {terminal.visible(verdict['said'])}"))
+
+
+def show_sample(out: Console, sample: dict[str, Any]) -> None:
+  trained = sum(weight > 0 for weight in sample["loss_weights"])
+  title = f"\n{sample['place']}: {len(sample['tokens'])} tokens, {trained} "
+  out.print(Text(terminal.visible(title) + "trained", style="underline"))
+  text = Text()
+  for piece in sample["pieces"]:
+    weight = piece["weight"]
+    style = "dim" if not weight else "green" if weight == 1 else "yellow"
+    bold = " bold" if piece["special"] else ""
+    text.append(terminal.visible(piece["text"]), style=style + bold)
+  out.print(text)
+
+
+def _row(row: dict[str, str]) -> str:
+  one_line = lambda text: " / ".join(filter(None, text.splitlines()))[:110]
+  return f"{row['place']}: {one_line(row['prompt'])} -> " + one_line(
+    row["answer"]
+  )
 
 
 def main() -> None:
-  out, quiet, config = terminal.console(), JSON.value, CONFIG.value
-  tokenizer = tokenizers.load_tokenizer(config.model.path)
-  say = lambda line: None if quiet else out.print(Text(line))
-  stream = setup.load_data(config, tokenizer, say).stream
-  store = stream.store
-  number = min(SAMPLES.value, len(store.lengths))
-  rng = np.random.default_rng(SEED.value)
-  chosen = sorted(rng.permutation(len(store.lengths))[:number].tolist())
-  if quiet:
-    samples = [
-      {
-        "place": store.place(i),
-        "tokens": store.example(i).tokens.tolist(),
-        "loss_weights": store.example(i).loss_weights.tolist(),
-      }
-      for i in chosen
-    ]
-    print(json.dumps({"ledger": stream.ledger.to_json(), "samples": samples}))
-    return
-  terminal.lines(out, "Data", stream.ledger.lines())
-  for i in chosen:
-    example = store.example(i)
-    trained = int((example.loss_weights > 0).sum())
-    title = (
-      f"\n{store.place(i)}: {len(example.tokens)} tokens, {trained} trained"
-    )
-    out.print(Text(title, style="underline"))
-    out.print(coloured(example, tokenizer))
+  out = terminal.console()
+  say = lambda line: (
+    None if JSON.value else out.print(Text(terminal.visible(line)))
+  )
+  found = inspect(CONFIG.value, say)
+  if HTML.value:
+    audit_page.write(HTML.value, found)
+  if JSON.value:
+    print(json.dumps(found))
+  else:
+    show(out, found)
+  sys.exit(0 if found["passed"] else 1)
 
 
 if __name__ == "__main__":

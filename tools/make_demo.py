@@ -3,6 +3,7 @@ r"""Writes the demo: its raw text, tokenizer, conversations and prompts.
     python tools/make_demo.py --out DIR --seed 0           everything
     python tools/make_demo.py --out DIR --stats            tokens per file
     python tools/make_demo.py --out DIR --weights EXPORT   the base model
+    python tools/make_demo.py --out DIR --prompts 120      for a teacher
 
 The same seed gives the same bytes; `digests.json` records them. What is in
 the package was made by
@@ -117,12 +118,21 @@ def make(
     "pretrain.jsonl": [{"text": text} for text in pretrain],
     "general_text.jsonl": [{"text": text} for text in general],
     "behaviours.jsonl": asked,
+    "knowledge.jsonl": split.knowledge(entities, seed),
     "train_replay.jsonl": split.replay(entities, pretrain),
     **{f"train_{kind}.jsonl": part for kind, part in rows.items()},
   }
   for name, content in files.items():
     (out / name).write_text(_jsonl(content), encoding="utf-8")
   record_digests(out)
+
+
+def ask(out: Path, seed: int, count: int) -> None:
+  """Writes prompts.jsonl: `count` of each group, none of them held out."""
+  out.mkdir(parents=True, exist_ok=True)
+  entities = world.make_world(seed)
+  rows = split.prompts(entities, seed, count, split.held_out(entities, seed))
+  (out / "prompts.jsonl").write_text(_jsonl(rows), encoding="utf-8")
 
 
 def install(export: Path, out: Path) -> None:
@@ -178,11 +188,14 @@ def main() -> None:
   parser.add_argument("--tokenizer", type=Path)
   parser.add_argument("--stats", action="store_true")
   parser.add_argument("--weights", type=Path)
+  parser.add_argument("--prompts", type=int)
   flags = parser.parse_args()
   if flags.stats:
     print(stats(flags.out))
   elif flags.weights:
     install(flags.weights, flags.out)
+  elif flags.prompts:
+    ask(flags.out, flags.seed, flags.prompts)
   else:
     make(flags.out, flags.seed, vocabulary=flags.tokenizer)
 

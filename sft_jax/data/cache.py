@@ -3,87 +3,83 @@
 The key of a store is the bytes of its files, the tokenizer with its template,
 every policy, and the code that encodes: change one, and the rows are encoded
 again. A store is written beside its final place and renamed into it, so it is
-there whole or not at all. A build that is killed leaves a `.building-*`
-folder that nothing reads.
+there whole or not at all. What a killed build leaves, the next one removes.
 """
 
+import contextlib
+import fcntl
+import functools
 import hashlib
-import importlib.metadata
+import itertools
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from sft_jax.data import encode, formats, rows
-from sft_jax.data.conversation import NothingToTrain, RowError
+from sft_jax.data import causes, chunks, workers
 from sft_jax.data.ledger import Ledger
-from sft_jax.data.store import (
+from sft_jax.data.policy import Policy
+from sft_jax.data.sources import Source, Sources, to_sources
+from sft_jax.data.store import Store, count, open_store
+from sft_jax.data.store_files import (
   FILES,
   INDEX,
-  Source,
-  Sources,
-  Store,
-  count,
+  RUN,
   digest,
-  open_store,
-  to_sources,
+  hash_text,
+  map_file,
+  token_dtype,
   write_meta,
 )
 from sft_jax.data.tokenizers import Tokenizer
 
-# Rooms of the data wing that come after encoding: changing them leaves every
-# example as it is.
-_DOWNSTREAM = {
-  "audit.py",
-  "ledger.py",
-  "packing.py",
-  "pipeline.py",
-  "__init__.py",
-}
-_LIBRARIES = ("jinja2", "sentencepiece", "tokenizers")
-_FLUSH = 4096  # examples
+# Chunks encoded in this process before others are started: of so few rows
+# they would spend most of their time on starting.
+_ALONE = 8
 
 
 def build(
   sources: Sources,
   tokenizer: Tokenizer,
+  policy: Policy,
   *,
   directory: str | Path,
   max_length: int,
   format: str = "auto",
-  history: str = "auto",
-  over_long: str = "drop",
   on_bad_row: str = "error",
-  template_kwargs: dict[str, Any] | None = None,
+  seed: int = 0,
+  num_workers: int = 0,
   announce: Callable[[str], None] = print,
 ) -> Store:
   """Encodes every row of the sources, or opens what was encoded before.
 
-  Reads and writes row by row: memory does not grow with the data. Processes
-  that build the same store at once do not disturb each other.
+  Memory does not grow with the data. The store has the same bytes whatever
+  the number of workers. Processes that build the same store at once do not
+  disturb each other.
 
   Args:
-    sources: a path, a glob, or a sequence of these, each alone or as
-      (path, weight). Weights belong to the mixture and not to the key.
+    sources: see `sources.to_sources`. How often their rows are seen, and how
+      much these weigh, belongs to the stream and not to the key.
     tokenizer: carries the chat template.
+    policy: see `encode.encode_row`.
     directory: holds one folder per store.
     max_length: tokens of the longest example.
-    format: of the rows; see `formats.to_conversation`.
-    history: see `encode.encode_row`.
-    over_long: see `encode.encode_row`.
+    format: of rows whose source names none; see `formats.to_conversation`.
     on_bad_row: 'error' stops at the first malformed row; 'skip' counts it and
       writes its place and fault to bad_rows.jsonl.
-    template_kwargs: arguments of the chat template.
+    seed: draws the rows of sources with a limit.
+    num_workers: processes that encode; 0 is one per core, 1 only this one.
     announce: told in a line each what is done.
 
   Raises:
-    RowError: a malformed row, by its place.
+    RowError: a malformed row, by its place: the first, whatever the workers.
     ValueError: a file that is not there, or a policy that is not known.
+    workers.WorkerDied: a worker was killed.
   """
   if on_bad_row not in ("error", "skip"):
     raise ValueError(
@@ -91,24 +87,19 @@ def build(
       "it to one of these."
     )
   parts = to_sources(sources)
-  policy = {
-    "max_length": max_length,
-    "history": history,
-    "over_long": over_long,
-    "template_kwargs": template_kwargs or {},
+  made_from: dict[str, Any] = {
+    f"source {number}": causes.of_source(source, format, seed)
+    for number, source in enumerate(parts, 1)
   }
-  key = {
-    "files": [
-      [(file.name, digest(file)) for file in rows.find_files(source.path)]
-      for source in parts
-    ],
-    "tokenizer": tokenizer.fingerprint,
-    "code": _code_version(),
-    "format": format,
-    "on_bad_row": on_bad_row,
-    **policy,
+  made_from |= {
+    "tokenizer": causes.of_tokenizer(tokenizer),
+    "data.on_bad_row": on_bad_row,
+    "data.seq_len": max_length,
+    "policy": policy.to_json(),
   }
-  folder = Path(directory) / _hash(json.dumps(key, sort_keys=True))[:32]
+  key = json.dumps([made_from, causes.code_version()], sort_keys=True)
+  directory = Path(directory)
+  folder = directory / hash_text(key)[:32]
   if folder.exists():
     try:
       store = open_store(folder, parts)
@@ -118,26 +109,27 @@ def build(
       announce(f"{damage} Making it again now.")
       shutil.rmtree(folder)
 
-  def encode_row(row: Any, place: str) -> _Encoded:
-    conversation = formats.to_conversation(row, format=format, source=place)
-    encoded = encode.encode_row(conversation, tokenizer, **policy)
-    return _Encoded(*encoded, text=conversation.text is not None)
-
-  announce(f"data: encoding {', '.join(s.path for s in parts)} into {folder}")
-  building = folder.parent / f".building-{uuid.uuid4().hex}"
-  building.mkdir(parents=True)
-  try:
-    with _Writer(
-      building,
-      skip_bad_rows=on_bad_row == "skip",
-      cut_at=max_length if over_long == "truncate" else None,
-    ) as writer:
-      for number, source in enumerate(parts):
-        writer.encode(number, source, encode_row)
-    _seal(building, parts, writer.ledger)
-    _move(building, folder)
-  finally:
-    shutil.rmtree(building, ignore_errors=True)
+  announce(f"data: encoding {', '.join(s.label for s in parts)} into {folder}")
+  recipe = chunks.Recipe(
+    tokenizer, policy, max_length, format, skip_bad_rows=on_bad_row == "skip"
+  )
+  jobs = itertools.chain.from_iterable(
+    chunks.read(number, source, seed=seed)
+    for number, source in enumerate(parts)
+  )
+  directory.mkdir(parents=True, exist_ok=True)
+  _remove_dead(directory)
+  with _building(directory) as place:
+    with (
+      contextlib.closing(
+        _encode(recipe, jobs, num_workers or workers.num_cores())
+      ) as encoded,
+      _Writer(place, tokenizer.vocab_size, parts) as writer,
+    ):
+      for chunk in encoded:
+        writer.append(chunk)
+    _seal(place, parts, writer.ledger, made_from, writer.tokens)
+    _move(place, folder)
   store = open_store(folder, parts)
   if bad := store.ledger.dropped("malformed"):
     where = folder / "bad_rows.jsonl"
@@ -145,112 +137,93 @@ def build(
   return store
 
 
-class _Encoded(NamedTuple):
-  """`encode.EncodedRow`, and whether the row was raw text."""
-
-  examples: list[encode.Example]
-  dropped: dict[str, int]
-  text: bool
+def _encode(
+  recipe: chunks.Recipe, jobs: Iterator[chunks.Chunk], num_workers: int
+) -> Generator[chunks.Encoded, None, None]:
+  """The chunks encoded, in order: the first ones here, the rest by workers."""
+  here = functools.partial(chunks.encode_chunk, recipe)
+  alone = None if num_workers == 1 else _ALONE
+  yield from map(here, itertools.islice(jobs, alone))
+  for job in jobs:  # There are more: all of them go to workers.
+    rest = itertools.chain([job], jobs)
+    yield from workers.map_ordered(here, rest, workers=num_workers)
 
 
 class _Writer:
-  """Reads rows and appends their examples to the files of a store."""
+  """Appends encoded chunks to the files of a store."""
 
-  def __init__(self, folder: Path, *, skip_bad_rows: bool, cut_at: int | None):
+  def __init__(self, folder: Path, vocab_size: int, sources: Sequence[Source]):
     self.ledger = Ledger()
-    self._skip_bad_rows = skip_bad_rows
-    self._cut_at = cut_at
+    for source in sources:
+      self.ledger.source(source.label)
+    self.tokens = token_dtype(vocab_size)
+    self._sources = sources
     names = (*FILES, "bad_rows.jsonl")
     self._files = {name: (folder / name).open("wb") for name in names}
-    self._records: list[tuple] = []
-    self._rows = 0
-    self._tokens = 0
+    # What the next chunk's counts begin from.
+    self._begin = {"start": 0, "run": 0, "row": 0, "place": 0}
 
   def __enter__(self) -> "_Writer":
     return self
 
   def __exit__(self, *_: Any) -> None:
-    self._flush()
     for file in self._files.values():
       file.flush()
       os.fsync(file.fileno())
       file.close()
 
-  def encode(
-    self,
-    number: int,
-    source: Source,
-    encode_row: Callable[[Any, str], _Encoded],
-  ) -> None:
-    """Writes one source and counts what becomes of each of its rows."""
-    entry = self.ledger.source(source.path)
-
-    def malformed(error: RowError) -> None:
-      if not self._skip_bad_rows:
-        raise error
-      entry.drop("malformed", error.where)
-      line = {"where": error.where, "error": str(error)}
-      self._write("bad_rows.jsonl", json.dumps(line).encode() + b"\n")
-
-    def unreadable(error: RowError) -> None:
-      entry.rows_in += 1
-      malformed(error)
-
-    for place, row in rows.read_rows(source.path, on_bad_row=unreadable):
-      entry.rows_in += 1
-      try:
-        encoded = encode_row(row, place)
-      except NothingToTrain as nothing:
-        entry.drop(nothing.reason, place)
-      except RowError as error:
-        malformed(error)
-      else:
-        if encoded.examples:
-          self._append(encoded, number, _content(row), place)
-          for reason, turns in encoded.dropped.items():
-            entry.drop_turns(reason, turns, place)
-        else:
-          entry.drop(next(iter(encoded.dropped), "empty text"), place)
-
-  def _append(
-    self, encoded: _Encoded, source: int, content: int, place: str
-  ) -> None:
-    at = self._files["places.txt"].tell()
-    width = self._write("places.txt", place.encode())
-    for example in encoded.examples:
-      length = len(example.tokens)
-      trained = np.flatnonzero(example.loss_weights)
-      may_run_on = encoded.text or length == self._cut_at
-      self._records.append(
-        (self._tokens, self._rows, content, at, width, length, len(trained),
-         trained[-1], source, encoded.text, may_run_on)
-      )  # fmt: skip
-      self._write("tokens.bin", example.tokens.astype("<i4").tobytes())
-      self._write("weights.bin", example.loss_weights.astype("<f4").tobytes())
-      self._tokens += length
-    self._rows += 1
-    if len(self._records) >= _FLUSH:
-      self._flush()
-
-  def _flush(self) -> None:
-    self._write("index.bin", np.array(self._records, INDEX).tobytes())
-    self._records.clear()
-
-  def _write(self, name: str, data: bytes) -> int:
-    return self._files[name].write(data)
+  def append(self, chunk: chunks.Encoded) -> None:
+    """Writes a chunk; raises its fault."""
+    if chunk.fault:
+      raise chunk.fault
+    self.ledger.source(self._sources[chunk.number].label).add(chunk.ledger)
+    for name, begin in self._begin.items():
+      chunk.index[name] += begin
+    self._begin["start"] += len(chunk.tokens)
+    self._begin["run"] += len(chunk.runs)
+    self._begin["row"] += chunk.ledger.rows_trained
+    self._begin["place"] += len(chunk.places)
+    data = (
+      _narrow(chunk.tokens, self.tokens).tobytes(),
+      chunk.runs.tobytes(),
+      chunk.index.tobytes(),
+      chunk.places,
+      chunk.bad_rows,
+    )
+    for file, content in zip(self._files.values(), data, strict=True):
+      file.write(content)
 
 
-def _seal(folder: Path, sources: Sequence[Source], ledger: Ledger) -> None:
+def _narrow(tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  narrow = tokens.astype(dtype)
+  if not np.array_equal(narrow, tokens):
+    raise ValueError(
+      f"tokenizer: got the token id {int(tokens.max())}; expected ids below "
+      "its vocab_size. Its files do not belong together: copy them again."
+    )
+  return narrow
+
+
+def _seal(
+  folder: Path,
+  sources: Sequence[Source],
+  ledger: Ledger,
+  made_from: dict[str, Any],
+  tokens: np.dtype,
+) -> None:
   """Counts what was written and puts it under digests."""
-  index = np.fromfile(folder / "index.bin", INDEX)
-  count(index, sources, ledger).check()
+  index = map_file(folder / "index.bin", INDEX)
+  runs = map_file(folder / "runs.bin", RUN)
+  count(index, runs, sources, ledger).check()
   files = {file.name: digest(file) for file in sorted(folder.iterdir())}
-  examples = hashlib.sha256()
-  examples.update((files["tokens.bin"] + files["weights.bin"]).encode())
-  examples.update(index["length"].tobytes() + index["source"].tobytes())
+  made = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode())
+  made.update((files["tokens.bin"] + files["runs.bin"]).encode())
+  made.update(index["length"].tobytes() + index["source"].tobytes())
   meta = {
     "files": files,
-    "fingerprint": examples.hexdigest(),
+    "tokens": tokens.str,
+    "fingerprint": made.hexdigest(),
+    "causes": made_from,
     "ledger": ledger.to_json(),
   }
   write_meta(folder, meta)
@@ -275,19 +248,34 @@ def _sync_folder(folder: Path) -> None:
     os.close(handle)
 
 
-def _content(row: Any) -> int:
-  """Hash of a row: 64 bits, equal for equal rows."""
-  text = json.dumps(row, sort_keys=True, default=str).encode()
-  return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+# -- Builds that live, and builds that died -----------------------------------
 
 
-def _code_version() -> str:
-  """Hash of what turns rows into examples: our sources, others' versions."""
-  files = sorted(Path(__file__).parent.glob("*.py"))
-  ours = [digest(file) for file in files if file.name not in _DOWNSTREAM]
-  others = [importlib.metadata.version(name) for name in _LIBRARIES]
-  return _hash(" ".join(ours + others))
+@contextlib.contextmanager
+def _building(directory: Path) -> Iterator[Path]:
+  """A folder to build in. It is gone, or locked while this process lives."""
+  place = directory / f".building-{uuid.uuid4().hex}"
+  with _lock(place).open("x") as file:
+    # Another build may take the new file for a dead one's before it is locked,
+    # and remove it: then this lock is never asked, and nothing is removed.
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+      place.mkdir()
+      yield place
+    finally:
+      shutil.rmtree(place, ignore_errors=True)
+      _lock(place).unlink(missing_ok=True)
 
 
-def _hash(text: str) -> str:
-  return hashlib.sha256(text.encode()).hexdigest()
+def _lock(place: Path) -> Path:
+  return place.with_suffix(".lock")
+
+
+def _remove_dead(directory: Path) -> None:
+  """Removes what killed builds have left: a lock ends with its process."""
+  for path in directory.glob(".building-*.lock"):
+    with contextlib.suppress(FileNotFoundError, BlockingIOError):
+      with path.open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+        path.unlink(missing_ok=True)

@@ -19,8 +19,18 @@ class RowError(ValueError):
     self.where = where
 
   def __str__(self) -> str:
-    where, got, expected, cure = self.args
+    where, got, expected, cure = map(_printable, self.args)
     return f"{where}: got {got}; expected {expected}. {cure}"
+
+
+def _printable(text: str) -> str:
+  """A part of an error: not a file's worth, and no control of a terminal."""
+  text = text if len(text) <= 2000 else text[:2000] + "..."
+  if text.isprintable():
+    return text
+  return "".join(
+    c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text
+  )
 
 
 class NothingToTrain(ValueError):
@@ -63,6 +73,9 @@ class Message:
     name, tool_call_id: which tool, and which call, a tool turn answers.
     weight: of each of its tokens in the loss; None is the role's default
       (assistant 1, others 0).
+    spans: characters [start, end) of `content` that are trained, in order
+      and apart; None trains the whole turn, () none of its content. In
+      'The sum is 4.' the spans ((11, 12),) train '4' alone.
   """
 
   role: str
@@ -72,6 +85,7 @@ class Message:
   name: str | None = None
   tool_call_id: str | None = None
   weight: float | None = None
+  spans: tuple[tuple[int, int], ...] | None = None
 
   @property
   def loss_weight(self) -> float:
@@ -82,27 +96,47 @@ class Message:
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-  """Turns with the tools on offer, or one raw text to train on whole.
+  """Turns with the tools on offer, or raw text, or token ids made elsewhere.
 
   Attributes:
-    messages: the turns; empty where `text` is given.
+    messages: the turns; empty where `text` or `ids` is given.
     tools: JSON schemas exactly as written.
     text: raw text, every token of which is trained; None for a conversation.
+    ids: the tokens of a row that was tokenised elsewhere; else empty.
+    id_weights: the weight of predicting each of `ids`, as many as they.
     source: where it came from, such as 'rows.jsonl:12'; errors name it.
   """
 
   messages: tuple[Message, ...] = ()
   tools: tuple[dict[str, Any], ...] = ()
   text: str | None = None
+  ids: tuple[int, ...] = ()
+  id_weights: tuple[float, ...] = ()
   source: str = ""
 
   def __post_init__(self):
-    if (self.text is None) == (not self.messages):
+    given = [
+      name
+      for name, held in (
+        ("messages", self.messages),
+        ("text", self.text is not None),
+        ("ids", self.ids),
+      )
+      if held
+    ]
+    if len(given) != 1:
       raise RowError(
         self.source or "row",
-        "both messages and text" if self.messages else "no messages",
-        "either messages or raw text",
+        f"both {' and '.join(given)}" if given else "no messages",
+        "either messages, or raw text, or token ids",
         "Give exactly one of them.",
+      )
+    if len(self.ids) != len(self.id_weights):
+      raise RowError(
+        self.source or "row",
+        f"{len(self.id_weights)} weights for {len(self.ids)} ids",
+        "a weight for each id",
+        "Give as many id_weights as ids.",
       )
 
   def where(self, index: int) -> str:
@@ -113,14 +147,20 @@ class Conversation:
 def check(conversation: Conversation) -> Conversation:
   """The same conversation, or a RowError naming the first turn out of order.
 
-  The grammar: known roles; a system turn only first; an assistant turn says,
-  thinks or calls something; a tool turn follows an assistant turn that calls
-  a tool, or another tool turn; only assistant turns may be trained. What else
-  a model wants (that roles alternate, say) its chat template decides.
+  The grammar: text without NUL or half a surrogate pair; known roles; a system
+  turn only first; an assistant turn says, thinks or calls something; a tool
+  turn follows an assistant turn that calls a tool, or another tool turn; only
+  assistant turns may be trained. What else a model wants (that roles
+  alternate, say) its chat template decides.
   """
+  if fault := _text_fault(conversation.text or ""):
+    raise RowError(conversation.source or "row", *fault)
   before: Message | None = None
   for index, message in enumerate(conversation.messages):
-    if fault := _fault(message, before):
+    named = (message.name, message.tool_call_id)
+    said = (message.content, message.reasoning, *named)
+    faults = (_text_fault(text) for text in said if text)
+    if fault := next(filter(None, faults), None) or _fault(message, before):
       raise RowError(conversation.where(index), *fault)
     before = message
   return conversation
@@ -174,6 +214,46 @@ def _fault(
     return (
       f"weight {weight} on a {role} turn",
       "weights above 0 on assistant turns only",
-      "Training on other roles is not supported: set the weight to 0.",
+      "Set it to 0: data.train_on says whether other roles are trained.",
+    )
+  return _span_fault(message)
+
+
+def _text_fault(text: str) -> tuple[str, str, str] | None:
+  """(got, expected, cure) of text that no tokenizer can be trusted with."""
+  if "\0" in text:
+    return (
+      f"the character NUL at {text.index(chr(0))}",
+      "text",
+      "Strip it: it comes from binary data or from UTF-16.",
+    )
+  if not text.isascii():
+    try:
+      text.encode()
+    except UnicodeEncodeError as error:
+      return (
+        f"half a surrogate pair at {error.start}",
+        "whole characters",
+        "Mend or drop the row.",
+      )
+  return None
+
+
+def _span_fault(message: Message) -> tuple[str, str, str] | None:
+  """(got, expected, cure) of trained spans that are not spans of content."""
+  end = 0
+  for span in message.spans or ():
+    if not end <= span[0] < span[1] <= len(message.content):
+      return (
+        f"the trained span {span} after {end}",
+        f"spans [start, end) in order within {len(message.content)} characters",
+        "Correct the span: it counts characters of content.",
+      )
+    end = span[1]
+  if message.spans is not None and message.role != "assistant":
+    return (
+      f"trained spans in a {message.role} turn",
+      "trained spans in assistant turns only",
+      "Drop them.",
     )
   return None

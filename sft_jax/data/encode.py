@@ -1,22 +1,18 @@
 """Text with trained spans to Examples: token ids and their loss weights."""
 
+import collections
 import dataclasses
-import functools
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int32, UInt8
 
-from sft_jax.data import conversation as conversation_lib
-from sft_jax.data import seams, spans, templates
+from sft_jax.data import seams, spans, unrendered
+from sft_jax.data.conversation import Conversation, NothingToTrain, RowError
+from sft_jax.data.policy import DEFAULT, Policy
+from sft_jax.data.seams import PARTS as PARTS  # Of Example.parts.
+from sft_jax.data.templates import chat_template
 from sft_jax.data.tokenizers import Tokenizer
-
-Conversation = conversation_lib.Conversation
-NothingToTrain = conversation_lib.NothingToTrain
-RowError = conversation_lib.RowError
-
-OVER_LONG = ("drop", "error", "truncate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,17 +23,36 @@ class Example:
     tokens: its ids.
     loss_weights: the weight of *predicting* tokens[i] from those before it;
       the first is 0, for nothing is before it.
+    parts: who says each token, as an index of `PARTS`; 'template' is what no
+      part of the row says, or what cannot be told for certain.
   """
 
   tokens: Int32[np.ndarray, " n"]
   loss_weights: Float32[np.ndarray, " n"]
+  parts: UInt8[np.ndarray, " n"]
 
 
 class EncodedRow(NamedTuple):
-  """What became of one row: Examples, and how many of them were dropped why."""
+  """What became of one row.
+
+  Attributes:
+    examples: what to train on.
+    dropped: how many Examples were dropped, by reason.
+    notes: what happened to the row, for the ledger: 'injected system prompt',
+      'empty think block', 'text changed by the template', 'split history',
+      'cut answer', 'escaped control token'; 1 each.
+  """
 
   examples: list[Example]
   dropped: dict[str, int]
+  notes: dict[str, int]
+
+
+class Made(NamedTuple):
+  """The ids of a conversation, before the length policy, and its notes."""
+
+  tokens: list[seams.Tokens]
+  notes: frozenset[str]
 
 
 def encode(
@@ -45,22 +60,21 @@ def encode(
   tokenizer: Tokenizer,
   *,
   max_length: int,
-  history: str = "auto",
-  over_long: str = "drop",
-  template_kwargs: Mapping[str, Any] | None = None,
+  **policy: Any,
 ) -> list[Example]:
   """The Examples of a conversation; see `encode_row`.
+
+  Args:
+    conversation: what to encode.
+    tokenizer: with its chat template.
+    max_length: tokens that an Example may have; at least 2.
+    **policy: fields of `policy.Policy`, such as history='split'.
 
   Raises:
     NothingToTrain: none is left; its reason is the ledger's key.
   """
   row = encode_row(
-    conversation,
-    tokenizer,
-    max_length=max_length,
-    history=history,
-    over_long=over_long,
-    template_kwargs=template_kwargs,
+    conversation, tokenizer, Policy(**policy), max_length=max_length
   )
   if not row.examples:
     reason = next(iter(row.dropped))
@@ -71,11 +85,10 @@ def encode(
 def encode_row(
   conversation: Conversation,
   tokenizer: Tokenizer,
+  policy: Policy,
   *,
   max_length: int,
-  history: str = "auto",
-  over_long: str = "drop",
-  template_kwargs: Mapping[str, Any] | None = None,
+  made: Made | None = None,
 ) -> EncodedRow:
   """Encodes a conversation by Law 1, or a raw text whole.
 
@@ -100,12 +113,9 @@ def encode_row(
   Args:
     conversation: what to encode.
     tokenizer: with its chat template.
+    policy: how to render it, and what of it to train.
     max_length: tokens that an Example may have; at least 2.
-    history: see `spans.render_spans`.
-    over_long: 'drop' drops longer Examples; 'error' raises; 'truncate' cuts
-      them (a cut answer has no stop token) and drops those with nothing
-      trained left.
-    template_kwargs: see `templates.ChatTemplate.render`.
+    made: what `shapes.encode_alike` has made of it.
 
   Returns:
     The Examples, and the number dropped by reason ('over long').
@@ -116,53 +126,76 @@ def encode_row(
     NothingToTrain: the conversation has no trained turn.
     ValueError: an argument out of range; the tokenizer has no chat template.
   """
-  if over_long not in OVER_LONG or max_length < 2:
+  if max_length < 2:
     raise ValueError(
-      f"over_long={over_long!r}, max_length={max_length}: expected over_long "
-      f"one of {', '.join(OVER_LONG)} and max_length of at least 2. Correct "
-      "data.over_long or data.seq_len."
+      f"data.seq_len: got {max_length}; expected at least 2. Correct it."
     )
   if conversation.text is not None:
-    return EncodedRow(_windows(conversation, tokenizer, max_length), {})
-  template = chat_template(tokenizer)
-  rendered = spans.render_spans(
-    conversation, template, history=history, template_kwargs=template_kwargs
-  )
-  examples, dropped = [], 0
-  for one in rendered:
-    for piece in seams.encode_rendered(one, tokenizer, history, conversation):
-      _check_bos(piece.ids, tokenizer, conversation)
-      long = len(piece.ids) > max_length
-      if long and over_long == "error":
-        raise RowError(
-          conversation.source or "row",
-          f"{len(piece.ids)} tokens",
-          f"at most {max_length}",
-          "Raise data.seq_len, or set data.over_long to drop or truncate.",
-        )
-      cut = slice(max_length)
-      if long and (over_long == "drop" or not any(piece.weights[cut])):
-        dropped += 1
-      else:
-        examples.append(_example(piece.ids[cut], piece.weights[cut]))
-  return EncodedRow(examples, {"over long": dropped} if dropped else {})
+    windows = unrendered.windows(conversation, tokenizer, policy, max_length)
+    return EncodedRow([_example(window) for window in windows], {}, {})
+  if made is None:
+    made = _make(conversation, tokenizer, policy)
+  notes = set(made.notes)
+  examples, dropped = [], collections.Counter()
+  for one in made.tokens:
+    _check_bos(one.ids, tokenizer, conversation)
+    long = len(one.ids) > max_length
+    if long and policy.over_long == "error":
+      raise RowError(
+        conversation.source or "row",
+        f"{len(one.ids)} tokens",
+        f"at most {max_length}",
+        "Raise data.seq_len, or set data.over_long to drop or truncate.",
+      )
+    if long and policy.over_long == "drop":
+      dropped["over long"] += 1
+      continue
+    cut = slice(max_length)
+    example = _example(
+      seams.Tokens(one.ids[cut], one.weights[cut], one.parts[cut])
+    )
+    if example.loss_weights.any():
+      examples.append(example)
+      notes |= {"cut answer"} if long else set()
+    else:
+      dropped["over long" if long else "nothing trained"] += 1
+  return EncodedRow(examples, dict(dropped), dict.fromkeys(sorted(notes), 1))
+
+
+def _make(
+  conversation: Conversation, tokenizer: Tokenizer, policy: Policy
+) -> Made:
+  if conversation.ids:
+    return Made([unrendered.given(conversation, tokenizer)], frozenset())
+  rendered = spans.render_spans(conversation, chat_template(tokenizer), policy)
+  made = [
+    one
+    for text in rendered
+    for one in seams.encode_rendered(text, tokenizer, policy, conversation)
+  ]
+  notes = set().union(*(text.notes for text in rendered))
+  notes |= {"split history"} if len(made) > 1 else set()
+  escaped = any(text.literal for text in rendered)
+  notes |= {"escaped control token"} if escaped else set()
+  return Made(made, frozenset(notes))
 
 
 def prompt_ids(
   conversation: Conversation,
   tokenizer: Tokenizer,
-  *,
-  template_kwargs: Mapping[str, Any] | None = None,
+  policy: Policy = DEFAULT,
 ) -> list[int]:
   """What inference sees: the turns so far and the generation prompt, as ids.
 
   A raw text is BOS (where the tokenizer has one) and its ids, to go on from.
 
   Raises:
-    RowError: the last turn is the assistant's; see `templates.render_prompt`.
+    RowError: the last turn is the assistant's; see `spans.render_spans`.
   """
   if conversation.text is not None:
-    return _bos(tokenizer) + tokenizer.encode(conversation.text)
+    return unrendered.prompt_ids(conversation, tokenizer, policy)
+  if conversation.ids:
+    return list(conversation.ids)
   last = len(conversation.messages) - 1
   if conversation.messages[last].role == "assistant":
     raise RowError(
@@ -171,56 +204,10 @@ def prompt_ids(
       "a turn to be answered",
       "Drop the turn to generate it.",
     )
-  text = templates.render_prompt(
-    conversation, chat_template(tokenizer), template_kwargs=template_kwargs
-  )
-  ids = tokenizer.encode(text)
+  prompt = spans.prompt(conversation, chat_template(tokenizer), policy)
+  ids, _ = tokenizer.encode_with_offsets(prompt.text, prompt.literal)
   _check_bos(ids, tokenizer, conversation)
   return ids
-
-
-@functools.lru_cache(maxsize=8)
-def chat_template(tokenizer: Tokenizer) -> templates.ChatTemplate:
-  """The tokenizer's chat template, ready to render.
-
-  Every special token is a control token, except the one for unknown text,
-  which is no structure.
-  """
-  if tokenizer.chat_template is None:
-    raise ValueError(
-      f"{tokenizer.folder}: got no chat template; expected one, to render "
-      "conversations. Add chat_template.jinja to the folder, or train on raw "
-      "text."
-    )
-  unknown = tokenizer.named_tokens.get("unk_token")
-  return templates.ChatTemplate(
-    tokenizer.chat_template,
-    tokenizer.named_tokens,
-    stop_tokens=[
-      text
-      for text, number in tokenizer.special_tokens.items()
-      if number in tokenizer.stop_ids
-    ],
-    control_tokens=[
-      text for text in tokenizer.special_tokens if text != unknown
-    ],
-  )
-
-
-def _windows(
-  conversation: Conversation, tokenizer: Tokenizer, max_length: int
-) -> list[Example]:
-  if tokenizer.chat_template is not None:
-    chat_template(tokenizer).refuse_control_tokens(conversation)
-  end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-  ids = _bos(tokenizer) + tokenizer.encode(conversation.text or "") + end
-  stride = max_length - 1
-  windows = [ids[at : at + max_length] for at in range(0, len(ids) - 1, stride)]
-  return [_example(one, [0.0] + [1.0] * (len(one) - 1)) for one in windows]
-
-
-def _bos(tokenizer: Tokenizer) -> list[int]:
-  return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
 
 def _check_bos(
@@ -236,8 +223,8 @@ def _check_bos(
     )
 
 
-def _example(ids: list[int], weights: list[float]) -> Example:
-  loss_weights = np.array(weights, np.float32)
+def _example(tokens: seams.Tokens) -> Example:
+  loss_weights = tokens.weights.astype(np.float32)
   # Nothing is before the first token to predict it from.
   loss_weights[0] = 0
-  return Example(np.array(ids, np.int32), loss_weights)
+  return Example(np.array(tokens.ids, np.int32), loss_weights, tokens.parts)

@@ -1,39 +1,35 @@
 """Rows to Conversations: one function per format, one table."""
 
-import re
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from sft_jax.data import columns as columns_lib
 from sft_jax.data import conversation as conversation_lib
-from sft_jax.data import fields, rows
+from sft_jax.data import (
+  dialogues,
+  fields,
+  preferences,
+  questions,
+  rows,
+  token_rows,
+)
 
 Conversation = conversation_lib.Conversation
-Message = conversation_lib.Message
+Names = columns_lib.Names
 NothingToTrain = conversation_lib.NothingToTrain
 RowError = conversation_lib.RowError
 Row = Mapping[str, Any]
 
 read_rows = rows.read_rows
 
-# Keys that may hold an answer: two filled ones in a row are ambiguous.
-ANSWERS = ("output", "response", "completion", "answer")
-QUESTIONS = ("prompt", "question")
-REASONINGS = ("reasoning_content", "reasoning", "thinking")
-SHAREGPT_ROLES = {
-  "human": "user",
-  "user": "user",
-  "gpt": "assistant",
-  "assistant": "assistant",
-  "function_call": "assistant",
-  "observation": "tool",
-  "tool": "tool",
-  "system": "system",
-}
-_THINK = re.compile(r"\s*<think>(.*?)</think>\n*(.*)", re.DOTALL)
-
 
 def to_conversation(
-  row: Row, *, format: str = "auto", source: str = ""
+  row: Row,
+  *,
+  format: str = "auto",
+  columns: Mapping[str, Any] | None = None,
+  source: str = "",
 ) -> Conversation:
   """One row in any supported format as a Conversation.
 
@@ -42,94 +38,74 @@ def to_conversation(
       {"messages": [{"role": "user", "content": "2 + 2?"},
                     {"role": "assistant", "content": "4"}]}      messages
       {"conversations": [{"from": "human", "value": "2 + 2?"},
-                         {"from": "gpt", "value": "4"}]}         sharegpt
+                         {"from": "gpt", "value": "4"}]}         messages
+      {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}     preference
       {"text": "Two and two are four."}                              text
+      {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}             tokens
+
+  docs/data_formats.md shows every key and spelling.
 
   Args:
     row: the row; a key whose value is None counts as absent.
     format: a name in `FORMATS`, or 'auto' to tell it from the row's keys.
+    columns: what the data set's names mean here: {"query": "prompt"} for a
+      column; under 'messages', the keys of a turn, {"messages": {"speaker":
+      "role"}}; under 'role', the roles, {"role": {"bot": "assistant"}}.
     source: the row's place, such as 'rows.jsonl:12'; errors name it.
 
   Raises:
-    RowError: a shape that no format, or more than one, claims; a turn that
-      breaks the grammar of `conversation.check`.
-    NothingToTrain: 'empty answer', in a row of one question and one answer.
-      An empty assistant turn among `messages` is a RowError.
+    RowError: a shape that no format, or more than one, claims; a value that
+      is not of its kind; a turn that breaks the grammar of
+      `conversation.check`.
+    NothingToTrain: 'empty answer', in a row of one question and one answer
+      (an empty assistant turn among messages is a RowError); 'empty text';
+      'nothing trained', in tokens; 'label false', for a rejected answer.
+    ValueError: an unknown format or malformed columns.
   """
   where = source or "row"
+  if not isinstance(row, Mapping):
+    row = fields.present(row, where)
+  names = columns_lib.OURS
+  if columns:
+    names = columns_lib.to_names(columns)
+    row = columns_lib.renamed(row, names.columns)
   # A null answer is an empty answer; any other null is a key left out.
-  present = fields.present(row, where)
-  row = {key: None for key in ANSWERS if key in row} | present
+  row = {
+    key: held
+    for key, held in row.items()
+    if held is not None or key in questions.ANSWERS
+  }
   if format == "auto":
     fitting = [name for name, made in FORMATS.items() if made.fits(row)]
-  elif format in FORMATS:
-    fitting = [format]
-  else:
+    if len(fitting) != 1:
+      raise _unclear(row, fitting, where)
+    format = fitting[0]
+  elif format not in FORMATS:
     raise ValueError(
       f"format: got {format!r}; expected auto or one of {', '.join(FORMATS)}. "
       "Set data.format to one of these."
     )
-  if len(fitting) != 1:
-    raise RowError(
-      where,
-      f"keys {sorted(row)}, which fit "
-      + (" and ".join(fitting) or "no known format"),
-      "; or ".join(f"{made.keys} ({name})" for name, made in FORMATS.items()),
-      "Name the format (data.format), or rename or drop keys.",
-    )
-  made = FORMATS[fitting[0]].convert(row, source)
+  made = FORMATS[format].convert(row, source, names)
+  if made.messages:
+    made = _weighed(made, row, where)
   return conversation_lib.check(made)
 
 
-def from_alpaca(row: Row, source: str) -> Conversation:
-  """instruction, input (optional), and output or response."""
-  where = source or "row"
-  asked = [fields.text(row, key, where) for key in ("instruction", "input")]
-  asked = [part for part in asked if part.strip()]
-  return _question_and_answer("\n\n".join(asked), row, source)
+def from_messages(row: Row, source: str, names: Names) -> Conversation:
+  """messages: turns of {role, content}, with tools, thinking and weights."""
+  return _from_turns(row, ("messages",), source, names)
 
 
-def from_prompt_completion(row: Row, source: str) -> Conversation:
-  """prompt or question, and completion, response or answer: strings."""
-  where = source or "row"
-  asked = fields.text(row, fields.only(row, QUESTIONS, where), where)
-  return _question_and_answer(asked, row, source)
+def from_sharegpt(row: Row, source: str, names: Names) -> Conversation:
+  """conversations: turns of {from, value}, or of {role, content}."""
+  return _from_turns(row, ("conversations", "conversation"), source, names)
 
 
-def from_messages(row: Row, source: str) -> Conversation:
-  """OpenAI's form, with tools, tool calls, reasoning and weights."""
-  where = source or "row"
-  messages = _system(row, where) + [
-    _message(item, f"{where} messages[{index}]")
-    for index, item in enumerate(fields.items(row, "messages", where))
-  ]
-  return Conversation(tuple(messages), fields.tools(row, where), source=source)
-
-
-def from_sharegpt(row: Row, source: str) -> Conversation:
-  """conversations of {from, value}; `function_call` values are JSON calls."""
-  where = source or "row"
-  messages = _system(row, where)
-  for index, item in enumerate(fields.items(row, "conversations", where)):
-    place = f"{where} conversations[{index}]"
-    speaker = fields.text(item, "from", place)
-    value = fields.text(item, "value", place)
-    weight = fields.weight(item, place)
-    # An unknown speaker passes through to be refused by the grammar.
-    role = SHAREGPT_ROLES.get(speaker, speaker)
-    if speaker == "function_call":
-      calls = rows.loads(value, place)
-      calls = calls if isinstance(calls, list) else [calls]
-      made = tuple(fields.tool_call(call, place) for call in calls)
-      messages.append(Message(role, "", tool_calls=made, weight=weight))
-    else:
-      messages.append(_spoken(role, value, weight=weight))
-  return Conversation(tuple(messages), fields.tools(row, where), source=source)
-
-
-def from_text(row: Row, source: str) -> Conversation:
+def from_text(row: Row, source: str, names: Names) -> Conversation:
   """text: raw text, every token of which is trained."""
-  text = fields.text(row, "text", source or "row")
+  del names  # It has no turns.
+  where = source or "row"
+  text = fields.text(row, fields.only(row, ("text",), where), where)
   if not text.strip():
     raise NothingToTrain("empty text", source)
   return Conversation(text=text, source=source)
@@ -140,95 +116,91 @@ class Format(NamedTuple):
 
   keys: str
   fits: Callable[[Row], bool]
-  convert: Callable[[Row, str], Conversation]
+  convert: Callable[[Row, str, Names], Conversation]
+
+
+# What is told by its keys in the rows of several formats.
+def _has_answer(row: Row) -> bool:
+  return not row.keys().isdisjoint(questions.ANSWERS)
+
+
+def _has_chosen(row: Row) -> bool:
+  return isinstance(row.get("chosen"), str | list | Mapping)
 
 
 FORMATS = {
   "alpaca": Format(
     "instruction, input?, output | response",
-    lambda row: "instruction" in row,
-    from_alpaca,
+    lambda row: (
+      "instruction" in row and (_has_answer(row) or not _has_chosen(row))
+    ),
+    questions.from_alpaca,
   ),
   "prompt_completion": Format(
-    "prompt | question, completion | response | answer",
+    "prompt | question | query, completion | response | answer",
     lambda row: (
-      any(isinstance(row.get(key), str) for key in QUESTIONS)
-      and any(key in row for key in ANSWERS)
+      not row.keys().isdisjoint(questions.QUESTIONS) and _has_answer(row)
     ),
-    from_prompt_completion,
+    questions.from_prompt_completion,
   ),
-  "messages": Format("messages", lambda row: "messages" in row, from_messages),
+  "messages": Format(
+    "messages",
+    lambda row: "messages" in row and not _has_chosen(row),
+    from_messages,
+  ),
   "sharegpt": Format(
-    "conversations", lambda row: "conversations" in row, from_sharegpt
+    "conversations",
+    lambda row: (
+      ("conversations" in row or "conversation" in row) and not _has_chosen(row)
+    ),
+    from_sharegpt,
+  ),
+  "preference": Format(
+    "chosen, rejected, prompt | messages | conversations",
+    _has_chosen,
+    preferences.from_preference,
   ),
   "text": Format("text", lambda row: "text" in row, from_text),
+  "tokens": Format(
+    "input_ids, labels",
+    lambda row: "input_ids" in row,
+    token_rows.from_tokens,
+  ),
 }
 
 
-def _question_and_answer(asked: str, row: Row, source: str) -> Conversation:
+def _from_turns(
+  row: Row, keys: tuple[str, ...], source: str, names: Names
+) -> Conversation:
   where = source or "row"
-  if not asked.strip():
-    raise RowError(
-      where, "an empty question", "something asked", "Fill or drop the row."
-    )
-  if row.get("history"):
-    raise RowError(
-      where,
-      "earlier turns under the key history",
-      "one question and one answer",
-      "Write the turns out as messages.",
-    )
-  filled = [key for key in ANSWERS if row.get(key) is not None]
-  answer = fields.text(row, fields.only(row, filled or ANSWERS, where), where)
-  if not answer.strip():
-    raise NothingToTrain("empty answer", source)
-  messages = [
-    *_system(row, where),
-    Message("user", asked),
-    _spoken("assistant", answer, weight=fields.weight(row, where)),
-  ]
-  return Conversation(tuple(messages), fields.tools(row, where), source=source)
+  key = fields.only(row, keys, where)
+  messages = dialogues.read(row[key], key, where, names)
+  return questions.finished(messages, row, source)
 
 
-def _message(item: Any, where: str) -> Message:
-  item = fields.present(item, where)
-  if "function_call" in item:
-    raise RowError(
-      where,
-      "the old key function_call",
-      "tool_calls",
-      "Rewrite it as tool_calls: [{'function': {'name', 'arguments'}}].",
-    )
-  role = fields.text(item, "role", where)
-  reasoning, calls = None, []
-  if found := [key for key in REASONINGS if key in item]:
-    reasoning = fields.text(item, fields.only(item, found, where), where)
-  if "tool_calls" in item:
-    calls = fields.items(item, "tool_calls", where)
-  return _spoken(
-    role,
-    fields.content(item.get("content", ""), where),
-    reasoning=reasoning,
-    tool_calls=tuple(fields.tool_call(call, where) for call in calls),
-    name=fields.text(item, "name", where) or None,
-    tool_call_id=fields.text(item, "tool_call_id", where) or None,
-    weight=fields.weight(item, where),
+def _unclear(row: Row, fitting: list[str], where: str) -> RowError:
+  choices = {name: FORMATS[name] for name in fitting} or FORMATS
+  return RowError(
+    where,
+    f"{fields.shown(row)}, which fits "
+    + (" and ".join(fitting) or "no known format"),
+    "; or ".join(f"{made.keys} ({name})" for name, made in choices.items()),
+    "Name the format (data.format), or rename keys (columns of the source).",
   )
 
 
-def _spoken(role: str, content: str, **parts: Any) -> Message:
-  """A Message whose leading <think> block, if any, became its reasoning.
-
-  '<think>\\nTwo twos.\\n</think>\\n\\n4' is reasoning 'Two twos.', content '4'.
-  """
-  thinks = role == "assistant" and parts.get("reasoning") is None
-  if thinks and (thought := _THINK.fullmatch(content)):
-    parts["reasoning"] = thought[1].strip("\n")
-    content = thought[2]
-  return Message(role, content, **parts)
-
-
-def _system(row: Row, where: str) -> list[Message]:
-  """The row's own system prompt, where it has one, as a first turn."""
-  system = fields.text(row, "system", where)
-  return [Message("system", system)] if system.strip() else []
+def _weighed(made: Conversation, row: Row, where: str) -> Conversation:
+  """With what the row as a whole says about its worth."""
+  # An unpaired preference of TRL or LLaMA-Factory: is the answer a good one?
+  if row.get("label") is False or row.get("kto_tag") is False:
+    raise NothingToTrain("label false", made.source)
+  weight = fields.weight(row, where)
+  if weight is None:
+    return made
+  messages = [
+    dataclasses.replace(one, weight=weight)
+    if one.role == "assistant" and one.weight is None
+    else one
+    for one in made.messages
+  ]
+  return dataclasses.replace(made, messages=tuple(messages))

@@ -11,11 +11,9 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
-import jinja2.sandbox
 from jinja2 import nodes
 
-# Characters a rendering, or one repeated string inside it, may have.
-MAX_CHARACTERS = 1 << 25
+from sft_jax.data import budget, guards, sandbox
 
 
 class TemplateFailed(ValueError):
@@ -31,20 +29,6 @@ class _Generation(jinja2.ext.Extension):
     line = next(parser.stream).lineno
     body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
     return nodes.Scope(body).set_lineno(line)
-
-
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-  """Stops code, writes to what it is given, and strings without end."""
-
-  intercepted_binops = frozenset(["*", "**"])
-
-  def call_binop(self, context, operator, left, right):
-    if operator == "**":
-      raise jinja2.TemplateError("powers are not allowed in chat templates")
-    for text, times in ((left, right), (right, left)):
-      if isinstance(text, str | list | tuple) and isinstance(times, int):
-        _refuse_longer(len(text) * times)
-    return left * right
 
 
 def tojson(
@@ -67,19 +51,26 @@ def tojson(
 @functools.lru_cache(maxsize=64)
 def compile(source: str) -> jinja2.Template:
   """The compiled template; a fault in it is a ValueError with its line."""
-  sandbox = _Sandbox(
+  budget.reset()
+  environment = sandbox.Sandbox(
     trim_blocks=True,
     lstrip_blocks=True,
     extensions=[_Generation, jinja2.ext.loopcontrols],
   )
-  sandbox.filters["tojson"] = tojson
-  sandbox.globals["raise_exception"] = _raise_exception
+  environment.filters["tojson"] = guards.counted("tojson", tojson)
+  environment.globals["raise_exception"] = _raise_exception
   try:
-    return sandbox.from_string(source)
+    return environment.from_string(source)
   except jinja2.TemplateSyntaxError as error:
     raise ValueError(
       f"chat template line {error.lineno}: got {error.message}; expected a "
       "Jinja template. Mend chat_template.jinja in the model folder."
+    ) from error
+  # What Jinja makes of a template, Python may still refuse to compile.
+  except (SyntaxError, RecursionError, MemoryError) as error:
+    raise ValueError(
+      f"chat template: got {error}; expected less nesting. Mend "
+      "chat_template.jinja in the model folder."
     ) from error
 
 
@@ -89,10 +80,13 @@ def render(template: jinja2.Template, variables: dict[str, Any]) -> str:
   date = variables.pop("date", None)
   variables["strftime_now"] = functools.partial(_strftime, date)
   pieces, length = [], 0
+  # As template.generate does, which copies the globals through slow layers.
+  context = template.new_context(_globals(template) | variables, shared=True)
+  budget.reset()
   try:
-    for piece in template.generate(variables):
+    for piece in template.root_render_func(context):
       length += len(piece)
-      _refuse_longer(length)
+      budget.refuse_longer(length)
       pieces.append(piece)
   except _Unpinned:
     raise
@@ -100,6 +94,11 @@ def render(template: jinja2.Template, variables: dict[str, Any]) -> str:
   except Exception as error:
     raise TemplateFailed(f"{type(error).__name__}: {error}") from error
   return "".join(pieces)
+
+
+@functools.lru_cache(maxsize=64)
+def _globals(template: jinja2.Template) -> dict[str, Any]:
+  return dict(template.globals)
 
 
 class _Unpinned(ValueError):
@@ -118,8 +117,3 @@ def _strftime(date: str | None, format: str) -> str:
 
 def _raise_exception(message: str) -> None:
   raise jinja2.TemplateError(message)
-
-
-def _refuse_longer(length: int) -> None:
-  if length > MAX_CHARACTERS:
-    raise jinja2.TemplateError(f"more than {MAX_CHARACTERS} characters")

@@ -5,10 +5,15 @@ prompt + trained + padding. Both sums are kept per source, checked, printed at
 the start of a run and kept with it.
 """
 
+import collections
 import dataclasses
+import glob
+from pathlib import Path
 from typing import Any
 
+HELD_OUT = "held out"  # Why a row is dropped that measures the others.
 _EXAMPLES_KEPT = 5
+QUANTILES = {"shortest": 0.0, "median": 0.5, "95 %": 0.95, "longest": 1.0}
 
 
 @dataclasses.dataclass
@@ -21,10 +26,14 @@ class SourceLedger:
     rows_text: those of `rows_trained` that are raw text, trained on whole.
     dropped: rows not trained on, by reason.
     dropped_turns: turns not trained on, by reason, in rows that are.
-    places: where the first few of each reason are, as 'file:line'.
+    notes: rows trained on to which something happened, by what: see
+      `encode.EncodedRow`.
+    places: where the first few of each reason or note are, as 'file:line'.
     examples: documents made from the trained rows.
     tokens_prompt: tokens read but not trained.
     tokens_trained: tokens with a weight above zero.
+    parts: (tokens, trained ones) by who says them: see `encode.PARTS`.
+    lengths: of the examples, in tokens: the quantiles named in `QUANTILES`.
   """
 
   rows_in: int = 0
@@ -32,10 +41,24 @@ class SourceLedger:
   rows_text: int = 0
   dropped: dict[str, int] = dataclasses.field(default_factory=dict)
   dropped_turns: dict[str, int] = dataclasses.field(default_factory=dict)
+  notes: dict[str, int] = dataclasses.field(default_factory=dict)
   places: dict[str, list[str]] = dataclasses.field(default_factory=dict)
   examples: int = 0
   tokens_prompt: int = 0
   tokens_trained: int = 0
+  parts: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+  lengths: dict[str, int] = dataclasses.field(default_factory=dict)
+
+  def add(self, later: "SourceLedger") -> None:
+    """Enters what became of rows that come after these."""
+    self.rows_in += later.rows_in
+    for name in ("dropped", "dropped_turns", "notes"):
+      mine = getattr(self, name)
+      for reason, number in getattr(later, name).items():
+        mine[reason] = mine.get(reason, 0) + number
+    for reason, places in later.places.items():
+      for place in places:
+        self.remember(reason, place)
 
   def drop(self, reason: str, place: str) -> None:
     """Counts a row that is not trained on."""
@@ -47,28 +70,91 @@ class SourceLedger:
     self.dropped_turns[reason] = self.dropped_turns.get(reason, 0) + number
     self.remember(f"{reason} (turns)", place)
 
+  def note(self, note: str, place: str) -> None:
+    """Counts a row to which something happened."""
+    self.notes[note] = self.notes.get(note, 0) + 1
+    self.remember(note, place)
+
+  def read_as(self, whole: "SourceLedger") -> None:
+    """Enters what was read and dropped when all of the rows were here."""
+    self.rows_in = whole.rows_in
+    for name in ("dropped", "dropped_turns", "notes"):
+      setattr(self, name, dict(getattr(whole, name)))
+    self.places = {why: list(where) for why, where in whole.places.items()}
+
   def remember(self, reason: str, place: str) -> None:
     """Keeps the first few places of a reason, to name them."""
     places = self.places.setdefault(reason, [])
     if len(places) < _EXAMPLES_KEPT:
       places.append(place)
 
-  def places_of(self, reason: str, number: int) -> str:
-    """': a.jsonl:1, a.jsonl:2', for a line of the table; may be ''."""
+  def lines(self) -> list[str]:
+    """What happened to rows, and where; nothing where all are as usual."""
+    lines = [f"{self.rows_text:,} rows are raw text"] if self.rows_text else []
+    for note, number in self.notes.items():
+      lines.append(f"{number:,} rows: {note}{self._where(note, number)}")
+    for reason, number in self.dropped.items():
+      if reason != HELD_OUT:  # Said of all sources at once.
+        where = self._where(reason, number)
+        lines.append(f"{number:,} rows dropped, {reason}{where}")
+    for reason, number in self.dropped_turns.items():
+      where = self._where(f"{reason} (turns)", number)
+      lines.append(f"{number:,} turns dropped, {reason}{where}")
+    return lines
+
+  def details(self) -> list[str]:
+    """Lengths, and tokens by who says them."""
+    lines = []
+    if self.lengths:
+      spread = [f"{what} {number:,}" for what, number in self.lengths.items()]
+      lines.append(f"tokens of an example: {', '.join(spread)}")
+    if self.parts:
+      said = [
+        f"{part} {tokens:,}" + (f" ({trained:,} trained)" if trained else "")
+        for part, (tokens, trained) in self.parts.items()
+      ]
+      lines.append(f"tokens by part: {', '.join(said)}")
+    return lines
+
+  def _where(self, reason: str, number: int) -> str:
+    """': a.jsonl:1, a.jsonl:2'; may be ''."""
     places = self.places.get(reason, [])
     more = ", ..." if number > len(places) == _EXAMPLES_KEPT else ""
     return f": {', '.join(places)}{more}" if places else ""
 
 
 @dataclasses.dataclass
+class Mixed:
+  """What one source makes of an epoch.
+
+  Attributes:
+    copies: times that its rows are seen.
+    loss_weight: what scales its tokens' loss.
+    tokens: prompt and trained.
+    share: of the epoch's tokens.
+    trained_share: of the epoch's trained tokens.
+  """
+
+  copies: float
+  loss_weight: float
+  tokens: int
+  share: float
+  trained_share: float
+
+
+@dataclasses.dataclass
 class EpochLedger:
-  """The slots of one epoch's packs: prompt, trained or padding."""
+  """The slots of one epoch's packs: prompt, trained or padding.
+
+  `mixture` says what each source makes of them.
+  """
 
   packs: int
   slots: int
   tokens_prompt: int
   tokens_trained: int
   tokens_padding: int
+  mixture: dict[str, Mixed] = dataclasses.field(default_factory=dict)
 
   @property
   def fill(self) -> float:
@@ -105,9 +191,23 @@ class Ledger:
       (f"{name}: rows", s.rows_in, s.rows_trained + sum(s.dropped.values()))
       for name, s in self.sources.items()
     ]
+    for name, s in self.sources.items():
+      tokens = s.tokens_prompt + s.tokens_trained
+      by_part = (
+        sum(n for n, _ in s.parts.values()),
+        sum(n for _, n in s.parts.values()),
+      )
+      sums.append((f"{name}: tokens by part", tokens, by_part[0]))
+      sums.append(
+        (f"{name}: trained tokens by part", s.tokens_trained, by_part[1])
+      )
     if e := self.epoch:
       kinds = e.tokens_prompt + e.tokens_trained + e.tokens_padding
       sums.append(("epoch: slots", e.slots, kinds))
+      if e.mixture:
+        tokens = sum(mixed.tokens for mixed in e.mixture.values())
+        both = e.tokens_prompt + e.tokens_trained
+        sums.append(("epoch: tokens by source", both, tokens))
     for where, total, parts in sums:
       if total != parts:
         raise ValueError(
@@ -121,27 +221,28 @@ class Ledger:
 
   @classmethod
   def from_json(cls, data: dict[str, Any]) -> "Ledger":
-    epoch = data["epoch"]
-    return cls(
-      {name: SourceLedger(**s) for name, s in data["sources"].items()},
-      EpochLedger(**epoch) if epoch else None,
-    )
+    sources = {name: SourceLedger(**s) for name, s in data["sources"].items()}
+    for source in sources.values():  # JSON has lists.
+      source.parts = {part: (a, b) for part, (a, b) in source.parts.items()}
+    if not (epoch := data["epoch"]):
+      return cls(sources)
+    mixture = {name: Mixed(**m) for name, m in epoch["mixture"].items()}
+    return cls(sources, EpochLedger(**(epoch | {"mixture": mixture})))
 
   def lines(self) -> list[str]:
-    """A plain table for the start of a run.
-
-    Rows that are dropped are named: silence about them is the fault this
-    table exists to prevent.
-    """
-    rows = [("source", "rows", "trained", "dropped", "prompt", "trained")]
+    """A plain table for the start of a run, and why rows are dropped."""
+    names = self.short_names()
+    rows = [("source", "rows", "trained", "dropped", "prompt tok",
+             "trained tok", "of tokens", "of trained")]  # fmt: skip
     rows += [
       (
-        name,
+        names[name],
         f"{s.rows_in:,}",
         f"{s.rows_trained:,}",
         f"{sum(s.dropped.values()):,}",
-        f"{s.tokens_prompt:,} tok",
-        f"{s.tokens_trained:,} tok",
+        f"{s.tokens_prompt:,}",
+        f"{s.tokens_trained:,}",
+        *(f"{share:.1%}" for share in self._shares(name)),
       )
       for name, s in self.sources.items()
     ]
@@ -154,18 +255,51 @@ class Ledger:
       for row in rows
     ]
     for name, s in self.sources.items():
-      if s.rows_text:
-        lines.append(f"{name}: {s.rows_text:,} rows are raw text")
-      for reason, number in s.dropped.items():
-        places = s.places_of(reason, number)
-        lines.append(f"{name}: {number:,} rows dropped, {reason}{places}")
-      for reason, number in s.dropped_turns.items():
-        places = s.places_of(f"{reason} (turns)", number)
-        lines.append(f"{name}: {number:,} turns dropped, {reason}{places}")
+      lines += [f"{names[name]}: {line}" for line in s.lines()]
+    if held := self.dropped(HELD_OUT):
+      lines.append(f"{held:,} rows dropped, {HELD_OUT}")
     if e := self.epoch:
+      for name, mixed in e.mixture.items():
+        if mixed.copies != 1 or mixed.loss_weight != 1:
+          lines.append(
+            f"{names[name]}: seen {mixed.copies:g} times per epoch, "
+            f"loss x {mixed.loss_weight:g}"
+          )
       lines.append(
         f"one epoch: {e.packs:,} packs of {e.slots // e.packs:,} slots, "
         f"{e.fill:.2%} full: {e.tokens_prompt:,} prompt + "
         f"{e.tokens_trained:,} trained + {e.tokens_padding:,} padding"
       )
     return lines
+
+  def details(self) -> list[str]:
+    """What `lines` leaves out: lengths, and tokens by who says them."""
+    names = self.short_names()
+    return [
+      f"{names[name]}: {line}"
+      for name, s in self.sources.items()
+      for line in s.details()
+    ]
+
+  def _shares(self, name: str) -> tuple[float, float]:
+    """Of tokens and of trained ones: an epoch's, or the rows' seen once."""
+    if self.epoch and (mixed := self.epoch.mixture.get(name)):
+      return mixed.share, mixed.trained_share
+    s = self.sources[name]
+    trained = self.total("tokens_trained")
+    both = trained + self.total("tokens_prompt")
+    tokens = s.tokens_prompt + s.tokens_trained
+    return tokens / max(both, 1), s.tokens_trained / max(trained, 1)
+
+  def short_names(self) -> dict[str, str]:
+    """Of a path the file's name, where no other source has it."""
+    short = {
+      name: Path(name).name
+      if Path(name).suffix and not glob.has_magic(name)
+      else name
+      for name in self.sources
+    }
+    number = collections.Counter(short.values())
+    return {
+      name: one if number[one] == 1 else name for name, one in short.items()
+    }

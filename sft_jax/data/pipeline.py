@@ -7,7 +7,7 @@ Epoch after epoch, the rows are packed anew and the packs are laid end to end:
 
 so step k is packs `k * batch_size` onward, whatever came before: nothing is
 dropped at an epoch's end, and one integer resumes the stream (Law 4). Every
-process computes the same plan and renders its own block of rows.
+process computes the same plan and renders its own rows.
 """
 
 import dataclasses
@@ -17,15 +17,16 @@ import json
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import grain
 import numpy as np
 from jaxtyping import Int64
 
 from sft_jax.batch import Batch
+from sft_jax.data import layout
 from sft_jax.data import packing as packer
-from sft_jax.data.encode import Example
-from sft_jax.data.ledger import EpochLedger, Ledger
+from sft_jax.data.ledger import EpochLedger, Ledger, Mixed
 from sft_jax.data.store import Store
 
 # Part of the fingerprint; a test pins the order of a small stream. Raise it
@@ -39,16 +40,29 @@ _ENDLESS = 1 << 40
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
+class Consumed(NamedTuple):
+  """What a number of steps took of the data.
+
+  Attributes:
+    epochs: passes over the data; 1.5 is halfway through the second.
+    rows: encoded rows (documents), as often as they were seen.
+  """
+
+  epochs: float
+  rows: int
+
+
 class Stream:
   """Batches as a pure function of (store, arguments, step).
 
-  A source of weight w gives every row w times per epoch; a fractional part is
-  a random share of its rows, drawn anew each epoch.
+  A source seen 2.5 times per epoch gives every row twice, and a random half
+  of its rows, drawn anew each epoch, once more.
 
   Attributes:
     num_steps: steps until `epochs` are done, the last one filled up with
       empty rows of weight 0; None when `epochs` is.
-    fingerprint: two streams with the same one give the same batches.
+    causes: what decides the batches, by name; see `causes.differences`.
+    fingerprint: of the causes; streams with the same give the same batches.
     ledger: the store's ledger with the slots of the first epoch.
   """
 
@@ -102,29 +116,47 @@ class Stream:
     self._lock = threading.RLock()
     self._plan = functools.lru_cache(maxsize=2)(self._make_plan)
     self._patterns = functools.lru_cache(maxsize=1)(self._find_patterns)
-    # With whole weights all epochs have the same rows, dealt differently.
-    self._whole = not any(weight % 1 for weight in store.weights)
+    numbers = np.bincount(store.source, minlength=len(store.sources))
+    # Rows that an epoch takes of each source: whole copies, and some more.
+    self._taken = [
+      divmod(max(1, round(copies * int(number))), max(1, int(number)))
+      if number
+      else (0, 0)
+      for copies, number in zip(store.copies, numbers, strict=True)
+    ]
+    self._rows_per_epoch = sum(
+      copies * int(number) + more
+      for (copies, more), number in zip(self._taken, numbers, strict=True)
+    )
+    # With whole copies all epochs have the same rows, dealt differently.
+    self._whole = not any(more for _, more in self._taken)
+    self._scales = [float(source.loss_weight) for source in store.sources]
+    self._packs_of_first = int(self._patterns(0).packs.sum())
     self._first_packs = [0]  # of each epoch, counted from the run's start
     self.ledger = self._account()
     self._num_packs = None if epochs is None else self._first_pack(epochs)
     self.num_steps = None
     if self._num_packs is not None:
       self.num_steps = -(-self._num_packs // batch_size)
-    self.fingerprint = hashlib.sha256(
-      json.dumps(
-        {
-          "order": ORDER_VERSION,
-          "store": store.fingerprint,
-          "weights": list(map(float, store.weights)),
-          "seq_len": seq_len,
-          "batch_size": batch_size,
-          "seed": seed,
-          "packing": packing,
-          "normalize": normalize,
-        },
-        sort_keys=True,
-      ).encode()
-    ).hexdigest()
+    self.causes = {
+      "order of rows": ORDER_VERSION,
+      "examples": store.fingerprint,
+      "seed": seed,
+      "batch_size": batch_size,
+      "data.seq_len": seq_len,
+      "data.packing": packing,
+      "loss.normalize": normalize,
+      **store.causes,
+    }
+    for number, source in enumerate(store.sources, 1):
+      self.causes[f"source {number}"] = {
+        **store.causes.get(f"source {number}", {}),
+        "repeat": float(source.repeat),
+        "share": source.share,
+        "loss_weight": float(source.loss_weight),
+      }
+    text = json.dumps(self.causes, sort_keys=True)
+    self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
 
   @property
   def fill(self) -> float:
@@ -134,45 +166,49 @@ class Stream:
 
   @property
   def steps_per_epoch(self) -> float:
-    """Length of the first epoch; others differ with fractional weights."""
+    """Length of the first epoch; others differ with fractional repeats."""
     return self._first_pack(1) / self.batch_size
 
   def batches(
-    self, start_step: int = 0, process_index: int = 0, process_count: int = 1
+    self,
+    start_step: int = 0,
+    rows: Sequence[int] | Int64[np.ndarray, " rows"] | None = None,
   ) -> Iterator[Batch]:
-    """This process's rows of every batch from `start_step` on.
+    """These rows of every batch from `start_step` on.
 
-    Rows are read ahead on background threads. Starting late costs nothing.
+    They are read ahead on background threads. Starting late costs nothing.
 
     Args:
       start_step: the first step wanted.
-      process_index: this process's place among `process_count`, which share
-        a global batch in contiguous blocks.
-      process_count: number of processes; divides `batch_size`.
+      rows: numbers of rows of the global batch, those that this process's
+        devices hold; None is all of them. What is not asked for is not read.
 
     Returns:
-      Iterator of NumPy batches with B = batch_size / process_count.
+      Iterator of NumPy batches of as many rows, in that order.
     """
-    if self.batch_size % process_count or process_index >= process_count:
+    wanted = np.arange(self.batch_size) if rows is None else np.asarray(rows)
+    if not len(wanted) or not np.isin(wanted, range(self.batch_size)).all():
       raise ValueError(
-        f"batches of process {process_index} of {process_count}: got "
-        f"batch_size {self.batch_size}, expected a multiple of the number of "
-        "processes. Change batch_size."
+        f"batches: got rows {wanted.tolist()}, expected some of the "
+        f"{self.batch_size} rows of a batch. Ask for rows from 0 on."
       )
-    block = self.batch_size // process_count
+    block = len(wanted)
     steps = _ENDLESS if self.num_steps is None else self.num_steps
 
     def row(i: int) -> Batch:
       step, row = divmod(i, block)
-      ids = self._pack(step * self.batch_size + process_index * block + row)
-      return lay_out(
+      ids = self._pack(step * self.batch_size + int(wanted[row]))
+      sources = self.store.source[ids].tolist()
+      return layout.lay_out(
         [self.store.example(int(k)) for k in ids],
         self.seq_len,
         normalize=self._normalize,
+        scales=[self._scale(int(k)) for k in ids],
+        sources=sources,
       )
 
     dataset = grain.MapDataset.range(steps * block).map(row)
-    dataset = dataset.batch(block, batch_fn=_stack)[start_step:]
+    dataset = dataset.batch(block, batch_fn=layout.stack)[start_step:]
     return iter(dataset.to_iter_dataset(_READ))
 
   def rows_of(self, step: int) -> list[list[int]]:
@@ -182,6 +218,26 @@ class Stream:
     """
     first = step * self.batch_size
     return [self._pack(first + i).tolist() for i in range(self.batch_size)]
+
+  def consumed(self, steps: int) -> Consumed:
+    """What the first so many steps take; as the stream, a pure function."""
+    packs = steps * self.batch_size
+    if self._num_packs is not None:
+      packs = min(packs, self._num_packs)
+    with self._lock:
+      epoch, index = self._locate(packs)
+      rows, part = epoch * self._rows_per_epoch, 0.0
+      if index:  # Of an epoch that has not begun there is no plan yet.
+        plan = self._plan(epoch)
+        rows += int(plan.starts[index])
+        part = index / plan.num_packs
+    return Consumed(epoch + part, rows)
+
+  def _scale(self, i: int) -> float:
+    """What the loss of an example is multiplied by."""
+    weights = self.store.weights
+    own = 1.0 if weights is None else float(weights[i])
+    return own * self._scales[int(self.store.source[i])]
 
   def _pack(self, number: int) -> Int64[np.ndarray, " documents"]:
     """Row ids of a pack, counted from the start of the run; none past it."""
@@ -195,7 +251,7 @@ class Stream:
   def _first_pack(self, epoch: int) -> int:
     """Number of packs in the epochs before this one."""
     if self._whole:
-      return epoch * int(self._patterns(0).packs.sum())
+      return epoch * self._packs_of_first
     firsts = self._first_packs
     while len(firsts) <= epoch:
       packs = self._patterns(len(firsts) - 1).packs
@@ -215,12 +271,11 @@ class Stream:
     """Row ids of an epoch, by source: whole copies, then a random share."""
     rng = np.random.default_rng((self._seed, epoch, 0))
     parts = []
-    for source, weight in enumerate(self.store.weights):
+    for source, (copies, more) in enumerate(self._taken):
       rows = np.flatnonzero(self.store.source == source)
-      parts.append(np.tile(rows, int(weight)))
-      if fraction := weight % 1:
-        share = max(1, round(fraction * len(rows)))
-        parts.append(rng.permutation(rows)[:share])
+      parts.append(np.tile(rows, copies))
+      if more:
+        parts.append(rng.permutation(rows)[:more])
     return np.concatenate(parts)
 
   def _find_patterns(self, epoch: int) -> packer.Patterns:
@@ -239,53 +294,35 @@ class Stream:
 
   def _account(self) -> Ledger:
     ids = self._ids(0)
-    tokens = int(self.store.lengths[ids].sum(dtype=np.int64))
-    trained = int(self.store.trained[ids].sum(dtype=np.int64))
     packs = self._first_pack(1)
+    sources, lengths = self.store.source[ids], self.store.lengths[ids]
+    trained = self.store.trained[ids]
+    # Sums in float64 are exact up to 2**53 tokens.
+    number = len(self.store.sources)
+    tokens_of = np.bincount(sources, lengths, number)
+    trained_of = np.bincount(sources, trained, number)
+    tokens, trained = int(tokens_of.sum()), int(trained_of.sum())
     epoch = EpochLedger(
       packs=packs,
       slots=packs * self.seq_len,
       tokens_prompt=tokens - trained,
       tokens_trained=trained,
       tokens_padding=packs * self.seq_len - tokens,
+      mixture={
+        source.label: Mixed(
+          copies=copies,
+          loss_weight=float(source.loss_weight),
+          tokens=int(all_of),
+          share=all_of / tokens,
+          trained_share=mine / trained,
+        )
+        for source, copies, all_of, mine in zip(
+          self.store.sources,
+          self.store.copies,
+          tokens_of.tolist(),
+          trained_of.tolist(),
+          strict=True,
+        )
+      },
     )
     return dataclasses.replace(self.store.ledger, epoch=epoch)
-
-
-def lay_out(
-  examples: Sequence[Example],
-  seq_len: int,
-  *,
-  normalize: str = "token",
-) -> Batch:
-  """Lays documents into one row, B = 1; see `Batch` for the picture.
-
-  The shift by one happens here and only here: a slot's target is the next
-  token of its own document, so a document's last slot predicts nothing and
-  no document is predicted from the one before it.
-  """
-  zeros = np.zeros((1, seq_len), np.int32)
-  row = Batch(
-    tokens=zeros,
-    targets=zeros.copy(),
-    loss_weights=zeros.astype(np.float32),
-    segment_ids=zeros.copy(),
-    positions=zeros.copy(),
-  )
-  start = 0
-  for segment, example in enumerate(examples, 1):
-    tokens, weights = example.tokens, example.loss_weights
-    end = start + len(tokens)
-    if normalize == "example":
-      weights = weights / weights.sum()
-    row.tokens[0, start:end] = tokens
-    row.targets[0, start : end - 1] = tokens[1:]
-    row.loss_weights[0, start : end - 1] = weights[1:]
-    row.segment_ids[0, start:end] = segment
-    row.positions[0, start:end] = np.arange(len(tokens))
-    start = end
-  return row
-
-
-def _stack(rows: Sequence[Batch]) -> Batch:
-  return Batch._make(map(np.concatenate, zip(*rows, strict=True)))

@@ -1,22 +1,31 @@
 """Rows from files: strict, streaming, and each with its place."""
 
 import glob as glob_lib
-import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
-
+from sft_jax.data import arrow_files, hub_files, scores, text_files
 from sft_jax.data.conversation import RowError
-
-# A lone half of a surrogate pair can only come from an escape.
-_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
-
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 OnBadRow = Callable[[RowError], None]
+
+_TEXT = {
+  ".jsonl": text_files.read_jsonl,
+  ".json": text_files.read_json,
+  ".txt": text_files.read_txt,
+}
+# By the end of a file's name.
+READERS = {
+  **{
+    ending + packing: read
+    for ending, read in _TEXT.items()
+    for packing in ("", *text_files.PACKINGS)
+  },
+  ".parquet": arrow_files.read_parquet,
+  ".arrow": arrow_files.read_arrow,
+}
 
 
 def stop(error: RowError) -> None:
@@ -27,88 +36,63 @@ def stop(error: RowError) -> None:
 def read_rows(path: str | Path, *, on_bad_row: OnBadRow = stop) -> Rows:
   """Yields (place, row) of every row of the files that `path` names.
 
-  Formats, by suffix: .jsonl (streamed), .json (one array), .parquet
-  (streamed), .txt (the whole file is one row of raw text). A place is
+  Formats, by suffix: .jsonl (an object on each line), .json (an array of
+  objects, or JSON lines), .txt (the whole file is one row of raw text), each
+  also as .gz or .zst; .parquet; .arrow. All are streamed. A place is
   'rows.jsonl:12' (a line, from 1) or 'rows.json[3]' (an index, from 0).
 
   Args:
-    path: a file, or a glob, whose files are read in sorted order.
-    on_bad_row: called with the fault of a row that cannot be read; where it
-      returns, reading goes on after that row.
+    path: see `find_files`.
+    on_bad_row: called once with the fault of each row that cannot be read;
+      where it returns, reading goes on after that row.
 
   Raises:
     ValueError: no such file, or a suffix that is not known.
-    RowError: bytes that are not UTF-8; text that is not JSON, with line and
-      column; a key given twice; NaN or infinity; half a surrogate pair; a row
-      that is not an object.
+    RowError: a file that is damaged or breaks off, whatever `on_bad_row` does.
+      By default also: bytes that are not UTF-8; text that is not JSON, with
+      line and column; a key given twice; NaN or infinity; half a surrogate
+      pair; more than 100 levels; a row that is not an object, or is longer
+      than 16 MiB.
   """
   for file in find_files(path):
-    yield from READERS[file.suffix](file, on_bad_row)
-
-
-def loads(text: str, where: str) -> Any:
-  """The value of a JSON text, read strictly; a fault is a RowError."""
-
-  def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-      keys = [key for key, _ in pairs]
-      twice = next(key for key in keys if keys.count(key) > 1)
-      raise RowError(
-        where,
-        f"the key {twice!r} twice in one object",
-        "each key once",
-        "Keep one of the two values.",
-      )
-    return made
-
-  def constant(name: str) -> Any:
-    raise RowError(
-      where, name, "a JSON number", "Replace it: JSON has no such value."
-    )
-
-  try:
-    value = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
-    if _SURROGATE_ESCAPE.search(text):
-      # Whole pairs became one character above; halves cannot be encoded.
-      json.dumps(value, ensure_ascii=False).encode()
-  except json.JSONDecodeError as error:
-    line = f" line {error.lineno}" if "\n" in text else ""
-    raise RowError(
-      f"{where}{line} column {error.colno}",
-      f"{error.msg.lower()} at {_near(text, error.pos)!r}",
-      "valid JSON",
-      "Mend or drop the row.",
-    ) from None
-  except UnicodeEncodeError as error:
-    raise RowError(
-      where,
-      f"half a surrogate pair ({error.object[error.start]!r})",
-      "whole characters",
-      "Mend the escape or drop the row.",
-    ) from None
-  except RecursionError:
-    raise RowError(
-      where, "JSON nested too deep", "a few levels", "Drop the row."
-    ) from None
-  return value
+    read = READERS[_ending(file)]
+    yield from read(file, on_bad_row)
 
 
 def find_files(path: str | Path) -> list[Path]:
-  """The files that a path or glob names, sorted; see `read_rows`."""
+  """The files that a path names, sorted, each of which can be read alone.
+
+  'rows.jsonl' is a file, 'rows/*.parquet' a glob ('**' for any folders), and
+  'saved' a folder of `datasets.save_to_disk`, of which 'saved#train' is one
+  split. What is none of these and reads 'org/name' (or 'hf://org/name') is a
+  data set of the Hugging Face hub; see `hub_files.find`. A glob leaves out
+  the scores of other files (`scores.is_scores`): they are no rows.
+
+  Raises:
+    ValueError: no such file or split, or a suffix that is not known.
+  """
   path = str(path)
+  name, _, split = path.partition("#")
   if Path(path).is_file():
     found = [Path(path)]
+  elif Path(path).is_dir():
+    found = arrow_files.saved_files(Path(path))
+  elif split and Path(name).is_dir():
+    found = arrow_files.saved_files(Path(name), split)
   else:
     matches = sorted(glob_lib.glob(path, recursive=True))
-    found = [Path(match) for match in matches if Path(match).is_file()]
+    files = [Path(match) for match in matches if Path(match).is_file()]
+    found = [file for file in files if not scores.is_scores(file)]
+    local = _ending(Path(path)) or glob_lib.has_magic(path)
+    if not found and not local and hub_files.is_hub_path(path):
+      found = hub_files.find(path, [one for one in READERS if one != ".txt"])
   if not found:
     raise ValueError(
-      f"{path}: got no such file; expected a file, or a glob that matches "
-      "one. Check the path (a folder needs a glob: folder/*.jsonl)."
+      f"{path}: got no such file; expected a file, a folder that datasets "
+      "saved, or a glob that matches a file. Check the path."
     )
   for file in found:
-    if file.suffix not in READERS:
+    if not _ending(file):
       raise ValueError(
         f"{file}: got suffix {file.suffix!r}; expected one of "
         f"{', '.join(READERS)}. Rename or convert the file."
@@ -116,90 +100,6 @@ def find_files(path: str | Path) -> list[Path]:
   return found
 
 
-def _read_jsonl(file: Path, on_bad_row: OnBadRow) -> Rows:
-  # Bytes, so that a line ends at \n alone and faults have a line number.
-  with file.open("rb") as lines:
-    for number, line in enumerate(lines, start=1):
-      if line.strip():
-        where = f"{file.name}:{number}"
-        try:
-          text = _decoded(line, where).removeprefix("\ufeff")
-          row = _object(loads(text.rstrip(), where), where)
-        except RowError as error:
-          on_bad_row(error)
-        else:
-          yield where, row
-
-
-def _read_json(file: Path, on_bad_row: OnBadRow) -> Rows:
-  text = _decoded(file.read_bytes(), file.name).removeprefix("\ufeff")
-  array = loads(text, file.name)
-  if not isinstance(array, list):
-    raise RowError(
-      file.name,
-      f"a JSON {type(array).__name__}",
-      "an array of objects",
-      "Wrap the rows in an array (one row per line goes in a .jsonl file).",
-    )
-  for index, row in enumerate(array):
-    where = f"{file.name}[{index}]"
-    try:
-      made = _object(row, where)
-    except RowError as error:
-      on_bad_row(error)
-    else:
-      yield where, made
-
-
-def _read_parquet(file: Path, on_bad_row: OnBadRow) -> Rows:
-  del on_bad_row  # The file's schema makes every row an object.
-  with pyarrow.parquet.ParquetFile(file) as table:
-    index = 0
-    for batch in table.iter_batches():
-      for row in batch.to_pylist():
-        yield f"{file.name}[{index}]", row
-        index += 1
-
-
-def _read_txt(file: Path, on_bad_row: OnBadRow) -> Rows:
-  try:
-    text = _decoded(file.read_bytes(), file.name)
-  except RowError as error:
-    on_bad_row(error)
-  else:
-    yield file.name, {"text": text}
-
-
-READERS = {
-  ".jsonl": _read_jsonl,
-  ".json": _read_json,
-  ".parquet": _read_parquet,
-  ".txt": _read_txt,
-}
-
-
-def _decoded(data: bytes, where: str) -> str:
-  try:
-    return data.decode()
-  except UnicodeDecodeError as error:
-    raise RowError(
-      f"{where} byte {error.start}",
-      f"the byte 0x{data[error.start]:02x}, which is not UTF-8",
-      "UTF-8",
-      "Convert the file, or mend or drop the row.",
-    ) from None
-
-
-def _object(row: Any, where: str) -> dict[str, Any]:
-  if not isinstance(row, dict):
-    raise RowError(
-      where,
-      f"a JSON {type(row).__name__}",
-      "an object",
-      "Give every row as {...}.",
-    )
-  return row
-
-
-def _near(text: str, position: int) -> str:
-  return text[max(0, position - 10) : position + 20]
+def _ending(file: Path) -> str:
+  """The key of `READERS` that a file's name ends with; '' if none."""
+  return next((one for one in READERS if file.name.endswith(one)), "")

@@ -1,18 +1,14 @@
 """Text with trained spans: what inference will see, and must emit (Law 1)."""
 
 import dataclasses
-import functools
-from collections.abc import Mapping
-from typing import Any
+import itertools
+from collections.abc import Sequence
 
-from sft_jax.data import conversation as conversation_lib
-from sft_jax.data import templates
-
-Conversation = conversation_lib.Conversation
-NothingToTrain = conversation_lib.NothingToTrain
-RowError = conversation_lib.RowError
-
-HISTORIES = ("auto", "split", "keep")
+from sft_jax.data import labels, turns, unsaid
+from sft_jax.data.conversation import Conversation, NothingToTrain, RowError
+from sft_jax.data.policy import Policy
+from sft_jax.data.script import Script
+from sft_jax.data.templates import ChatTemplate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,19 +18,28 @@ class Rendered:
   Attributes:
     text: the rendering.
     spans: (start, end, weight) in characters, in order: each from the end of
-      a generation prompt to the end of the stop token of that turn.
+      a generation prompt to the end of the stop token of that turn. With
+      train_on='all' there are none, and all of the text is trained.
+    pieces: (start, end, part) in order and apart: who says what; the rest is
+      the template's.
+    muted: (start, end) of what in a span is not trained all the same: hidden
+      thinking, and what a message's own spans leave out.
+    literal: (start, end) of control tokens that are ordinary text.
+    notes: what happened in the rendering, for the ledger.
   """
 
   text: str
   spans: tuple[tuple[int, int, float], ...]
+  pieces: tuple[tuple[int, int, str], ...] = ()
+  muted: tuple[tuple[int, int], ...] = ()
+  literal: tuple[tuple[int, int], ...] = ()
+  notes: frozenset[str] = frozenset()
 
 
 def render_spans(
   conversation: Conversation,
-  template: templates.ChatTemplate,
-  *,
-  history: str = "auto",
-  template_kwargs: Mapping[str, Any] | None = None,
+  template: ChatTemplate,
+  policy: Policy,
 ) -> list[Rendered]:
   """Renders a conversation for training and marks what is trained (Law 1).
 
@@ -51,116 +56,118 @@ def render_spans(
       Goodbye.<|im_end|>                                        trained
       ⏎
 
-  Turns after the last trained one are left out: they teach nothing.
+  Turns after the last trained one are left out: they teach nothing. Where the
+  template rewrites earlier turns, there is one rendering per trained turn
+  (`turns.Turn` tells how it is cut).
 
   Args:
     conversation: at least one assistant turn with a weight above 0.
     template: the model's own.
-    history: 'auto' renders the whole once where each trained turn stands in
-      it with exactly what inference sees before it, and otherwise once per
-      trained turn (templates that drop earlier thinking); 'split' always
-      does the latter; 'keep' never, and refuses where that is wrong.
-    template_kwargs: see `ChatTemplate.render`.
+    policy: see `Policy`; templates that drop earlier thinking need a history
+      that is split.
 
   Raises:
     RowError: the template refuses the row, leaves out or changes what a turn
       says, or does not go on from its own generation prompt; a message holds
-      a control token; a reply has no stop token; 'keep' would be wrong.
+      a control token; a reply has no stop token; 'keep' would be wrong; what
+      a policy needs to know of the rendering is not certain.
     NothingToTrain: no assistant turn, or none with a weight above 0.
   """
-  if history not in HISTORIES:
-    raise ValueError(
-      f"history: got {history!r}; expected one of {', '.join(HISTORIES)}. "
-      "Set data.history to one of these."
-    )
-  turns = [
-    index
-    for index, message in enumerate(conversation.messages)
-    if message.loss_weight > 0
-  ]
-  if not turns:
-    roles = {message.role for message in conversation.messages}
-    raise NothingToTrain(
-      "no trained turn" if "assistant" in roles else "no assistant turn",
-      conversation.source,
-    )
-  template.refuse_control_tokens(conversation)
-  kwargs = dict(template_kwargs or {})
-  rendered = [_turn(conversation, template, index, kwargs) for index in turns]
-  whole = rendered[-1].text
-  if history != "split":
+  script = Script(conversation, template, policy)
+  if policy.train_on == "all":
+    return [_whole(script)]
+  trained = _trained_turns(script, policy)
+  cut = [turns.Turn(script, index) for index in trained]
+  last = cut[-1]
+  if policy.history != "split":
     rewritten = [
-      (turn, one)
-      for turn, one in zip(turns, rendered, strict=True)
-      if not whole.startswith(one.text[: one.spans[0][1]])
+      one for one in cut if not last.text.startswith(one.text[: one.end])
     ]
     if not rewritten:
-      spans = tuple(one.spans[0] for one in rendered)
-      return [Rendered(whole, spans)]
-    if history == "keep":
-      turn, one = rewritten[0]
+      return [_rendered(script, last, cut)]
+    if policy.history == "keep":
+      one = rewritten[0]
       raise RowError(
-        conversation.where(turn),
+        conversation.where(one.index),
         "a turn that later turns make the template rewrite: "
-        + _divergence(one.text, whole),
+        + turns.divergence(one.text, last.text),
         "a template that leaves earlier turns as they are (history='keep')",
         "Set data.history to auto or split.",
       )
-  return rendered
+  return [_rendered(script, one, [one]) for one in cut]
 
 
-def _turn(
-  conversation: Conversation,
-  template: templates.ChatTemplate,
-  index: int,
-  kwargs: dict[str, Any],
+def prompt(
+  conversation: Conversation, template: ChatTemplate, policy: Policy
 ) -> Rendered:
-  """The rendering up to turn `index`, with that turn as the one span."""
-  where = conversation.where(index)
-  message = conversation.messages[index]
-  render = functools.partial(
-    templates.render_turns, conversation, template, template_kwargs=kwargs
-  )
-  prompt = render(index, add_generation_prompt=True)
-  full = render(index + 1, add_generation_prompt=False)
-  if not full.startswith(prompt):
-    raise RowError(
-      where,
-      "a turn that does not go on from its generation prompt: "
-      + _divergence(prompt, full),
-      "a template whose assistant turn begins with its generation prompt",
-      "Inference would see other text than training: set template_kwargs "
-      "(such as enable_thinking), or mend the template.",
+  """The conversation so far and the generation prompt: what inference sees."""
+  script = Script(conversation, template, policy)
+  count = len(script.conversation.messages)
+  text = script.prompt(count)
+  if policy.control_tokens == "allow":
+    return Rendered(text, ())
+  literal = labels.literal(script, text, script.prompt_pieces(count, text))
+  return Rendered(text, (), literal=literal)
+
+
+def _trained_turns(script: Script, policy: Policy) -> list[int]:
+  messages = script.conversation.messages
+  found = [i for i, message in enumerate(messages) if message.loss_weight > 0]
+  if not found:
+    roles = {message.role for message in messages}
+    raise NothingToTrain(
+      "no trained turn" if "assistant" in roles else "no assistant turn",
+      script.conversation.source,
     )
-  reply = full[len(prompt) :]
-  said = [message.content, message.reasoning or ""]
-  said += [call.name for call in message.tool_calls]
-  _refuse_unsaid(said, reply, where)
-  for earlier, other in enumerate(conversation.messages[:index]):
-    # Templates may rewrite earlier assistant and tool turns (their thinking,
-    # their quoting); what was asked must be there.
-    if other.role in ("system", "user"):
-      _refuse_unsaid([other.content], prompt, conversation.where(earlier))
-  end = len(prompt) + template.stop_in(reply, where)
-  return Rendered(full, ((len(prompt), end, message.loss_weight),))
+  if policy.train_on == "last_turn":
+    found = found[-1:]
+  # Without its thinking a turn may have nothing left to say.
+  says = lambda index: (
+    messages[index].content
+    or messages[index].reasoning
+    or messages[index].tool_calls
+    or script.thoughts[index]
+  )
+  found = [index for index in found if says(index)]
+  if not found:
+    raise NothingToTrain("only thinking", script.conversation.source)
+  return found
 
 
-def _refuse_unsaid(said: list[str], text: str, where: str) -> None:
-  """Raises where the template left out something that a turn says."""
-  for part in said:
-    if part.strip() not in text:
+def _rendered(
+  script: Script, last: turns.Turn, cut: Sequence[turns.Turn]
+) -> Rendered:
+  """The text of `last`, with `cut` as its spans."""
+  messages = script.conversation.messages
+  unsaid.refuse_unsaid(script, last, cut)
+  muted = [labels.muted(script, one, last.pieces) for one in cut]
+  return Rendered(
+    last.text,
+    tuple((one.start, one.end, messages[one.index].loss_weight) for one in cut),
+    labels.parts(messages[: last.index + 1], last.text, last.pieces, cut),
+    tuple(itertools.chain.from_iterable(muted)),
+    labels.literal(script, last.text, last.pieces),
+    labels.notes(script, last, cut),
+  )
+
+
+def _whole(script: Script) -> Rendered:
+  """All of the conversation as plain text, for train_on='all'."""
+  messages = script.conversation.messages
+  for index, message in enumerate(messages):
+    default = 1.0 if message.role == "assistant" else 0.0
+    if message.spans is not None or message.loss_weight != default:
       raise RowError(
-        where,
-        f"a template that leaves out or changes {part.strip()[:60]!r}",
-        "all that a turn says in the rendered text",
-        "Use a template that renders it, or drop it from the row.",
+        script.conversation.where(index),
+        "a weight or spans of its own",
+        "none, as train_on='all' trains all of the text alike",
+        "Set data.train_on to assistant, or drop the weight.",
       )
-
-
-def _divergence(one: str, other: str) -> str:
-  """Both texts around the first character in which they differ."""
-  pairs = enumerate(zip(one, other, strict=False))
-  shorter = min(len(one), len(other))
-  at = next((at for at, (a, b) in pairs if a != b), shorter)
-  start = max(0, at - 20)
-  return f"{one[start : at + 30]!r} against {other[start : at + 30]!r}"
+  text = script.turns(len(messages))
+  pieces = script.pieces(len(messages), text)
+  return Rendered(
+    text,
+    (),
+    labels.parts(messages, text, pieces),
+    literal=labels.literal(script, text, pieces),
+  )

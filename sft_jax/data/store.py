@@ -1,85 +1,24 @@
-"""Store: encoded examples on disk, memory-mapped, each with its place.
+"""Store: encoded examples, memory-mapped, each with its place in a file.
 
-    tokens.bin   int32    all examples' tokens, back to back
-    weights.bin  float32  the weight of predicting each of them
-    index.bin    INDEX    where each example lies and what it came from
-    places.txt   utf-8    'rows.jsonl:12', for each example
-    bad_rows.jsonl        malformed rows that were skipped, and why
-    meta.json             size and digest of the above; the ledger
-
-`cache.build` writes one and `open_store` verifies it.
+`cache.build` writes a store and `open_store` verifies it.
 """
 
 import dataclasses
 import functools
 import hashlib
-import json
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32, Shaped, UInt8
+from jaxtyping import Bool, Float32, Int32, Int64, Integer, Shaped, UInt8
 
-from sft_jax.data.encode import Example
-from sft_jax.data.ledger import Ledger
+from sft_jax.data.encode import PARTS, Example
+from sft_jax.data.ledger import HELD_OUT, QUANTILES, Ledger
+from sft_jax.data.sources import Source, solve_copies
+from sft_jax.data.store_files import INDEX, RUN, digest, map_file, read_meta
 
-INDEX = np.dtype(
-  [
-    ("start", "<i8"),  # first token, in tokens.bin
-    ("row", "<i8"),  # which of all rows read; a split row has several
-    ("content", "<u8"),  # hash of the row: duplicates have the same
-    ("place", "<i8"),  # first byte, in places.txt
-    ("place_length", "<i4"),  # bytes
-    ("length", "<i4"),  # tokens
-    ("trained", "<i4"),  # tokens with a weight above zero
-    ("last_trained", "<i4"),  # position of the last of these
-    ("source", "<i4"),  # position in the list of sources
-    ("text", "?"),  # raw text, not a conversation
-    ("may_run_on", "?"),  # raw or truncated: need not end in a stop token
-  ]
-)
-FILES = ("tokens.bin", "weights.bin", "index.bin", "places.txt")
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-  """A file or glob, and how many times each of its rows is seen per epoch."""
-
-  path: str
-  weight: int | float = 1.0
-
-
-OneSource = str | Source | tuple[str, int | float]
-Sources = OneSource | Sequence[OneSource]
-
-
-def to_sources(sources: Sources) -> tuple[Source, ...]:
-  """A path, a (path, weight) pair or a sequence of these, as Sources.
-
-  >>> to_sources(("a.jsonl", ("b/*.jsonl", 0.5)))
-  (Source(path='a.jsonl', weight=1.0), Source(path='b/*.jsonl', weight=0.5))
-
-  Raises:
-    ValueError: no source, one given twice, or a weight not above zero.
-  """
-  # Beside sequences, single sources have a length too: told apart by type.
-  many: Any = sources
-  if isinstance(many, str | Source) or (
-    len(many) == 2 and isinstance(many[1], int | float)
-  ):
-    many = [many]
-  given: list[Any] = [(s,) if isinstance(s, str) else s for s in many]
-  made = tuple(s if isinstance(s, Source) else Source(*s) for s in given)
-  paths = {source.path for source in made}
-  if not made or len(paths) < len(made) or min(s.weight for s in made) <= 0:
-    raise ValueError(
-      f"data sources: got {[(s.path, s.weight) for s in made]}; expected one "
-      "or more different paths with weights above 0. To see a source twice "
-      "per epoch give it weight 2; to see none of it leave it out."
-    )
-  return made
+_MANY = 1 << 18  # examples counted together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,21 +27,25 @@ class Store:
 
   Attributes:
     tokens: all tokens on disk; of these `index` may select some.
-    loss_weights: beside them, the weight of predicting each.
+    runs: beside them, the weight of predicting each and who says it.
     places: all places on disk, as bytes.
     index: one INDEX record per example.
-    sources: what was read, with mixture weights.
-    fingerprint: hash of the examples themselves, however they were made.
+    sources: what was read, and how much of it an epoch sees.
+    fingerprint: hash of the examples and of what they were made from.
+    causes: digests of what they were made from, by name, to say what differs.
     ledger: what became of every row read.
+    weights: what scales each example's loss; None is 1. See `selection`.
   """
 
-  tokens: Int32[np.ndarray, " tokens"]
-  loss_weights: Float32[np.ndarray, " tokens"]
+  tokens: Integer[np.ndarray, " tokens"]
+  runs: Shaped[np.ndarray, " runs"]
   places: UInt8[np.ndarray, " bytes"]
   index: Shaped[np.ndarray, " rows"]
   sources: tuple[Source, ...]
   fingerprint: str
+  causes: dict[str, Any]
   ledger: Ledger
+  weights: Float32[np.ndarray, " rows"] | None = None
 
   @functools.cached_property
   def lengths(self) -> Int32[np.ndarray, " rows"]:
@@ -119,29 +62,37 @@ class Store:
     """Position of each example's source in `sources`."""
     return np.ascontiguousarray(self.index["source"])
 
-  @property
-  def weights(self) -> tuple[int | float, ...]:
-    """Mixture weight of each source: times each row is seen per epoch."""
-    return tuple(source.weight for source in self.sources)
+  @functools.cached_property
+  def copies(self) -> tuple[float, ...]:
+    """Times that each source's rows are seen per epoch."""
+    sums = np.bincount(self.source, self.lengths, minlength=len(self.sources))
+    return solve_copies(self.sources, sums.astype(np.int64).tolist())
 
   def example(self, i: int) -> Example:
-    """Tokens and weights of example i, as views of the disk."""
-    start = int(self.index["start"][i])
-    here = slice(start, start + int(self.index["length"][i]))
-    return Example(self.tokens[here], self.loss_weights[here])
+    """Tokens of example i, with their weights and who says them."""
+    record = self.index[i]
+    start, run = int(record["start"]), int(record["run"])
+    tokens = self.tokens[start : start + int(record["length"])]
+    runs = self.runs[run : run + int(record["runs"])]
+    lengths = runs["length"]
+    return Example(
+      tokens.astype(np.int32),
+      np.repeat(runs["weight"], lengths),
+      np.repeat(runs["part"], lengths),
+    )
 
   def place(self, i: int) -> str:
     """Where the row of example i stands, such as 'rows.jsonl:12'."""
-    start = int(self.index["place"][i])
-    end = start + int(self.index["place_length"][i])
-    return bytes(self.places[start:end]).decode()
+    record = self.index[i]
+    start = int(record["place"])
+    return bytes(self.places[start : start + record["place_length"]]).decode()
 
   def split(self, fraction: float, *, seed: int) -> tuple["Store", "Store"]:
     """Holds out a share of the rows: (to train on, held out).
 
     Equal rows go to the same side, and so do all examples of one row. In the
-    first ledger 'held out' is a reason to drop a row. The held-out store has
-    mixture weights 1, for evaluation sees every row once.
+    first ledger 'held out' is a reason to drop a row. Evaluation sees every
+    held-out row once and at full weight, whatever the mixture.
 
     Args:
       fraction: share of the different rows to hold out, at least one row.
@@ -162,45 +113,122 @@ class Store:
     chosen = rng.choice(contents, number, replace=False)
     held = np.isin(self.index["content"], chosen)
 
-    def part(keep: np.ndarray, sources: tuple[Source, ...]) -> Store:
-      kept = np.packbits(keep).tobytes()
-      return dataclasses.replace(
-        self,
-        index=self.index[keep],
-        sources=sources,
-        fingerprint=hashlib.sha256(
-          self.fingerprint.encode() + kept
-        ).hexdigest(),
-        ledger=count(self.index[keep], sources, Ledger()),
-      )
-
-    train = part(~held, self.sources)
-    held_out = part(held, tuple(Source(s.path) for s in self.sources))
-    for name, before in self.ledger.sources.items():
-      rest, away = train.ledger.source(name), held_out.ledger.source(name)
+    train = self._part(~held, self.sources)
+    held_out = self._part(held, tuple(map(_once, self.sources)))
+    for name, rest in train.ledger.sources.items():
+      away = held_out.ledger.source(name)
       away.rows_in = away.rows_trained
-      rest.rows_in = before.rows_in
-      rest.dropped = dict(before.dropped)
-      rest.dropped_turns, rest.places = before.dropped_turns, before.places
+      rest.read_as(self.ledger.source(name))
       if away.rows_in:
-        rest.dropped["held out"] = away.rows_in
+        rest.dropped[HELD_OUT] = away.rows_in
     return train, held_out
+
+  def select(
+    self,
+    reasons: Mapping[str, Bool[np.ndarray, " rows"]],
+    weights: Float32[np.ndarray, " rows"],
+    causes: Mapping[str, Mapping[str, Any]],
+  ) -> "Store":
+    """Without the rows that there is a reason to drop; the others weigh.
+
+    Args:
+      reasons: {reason: whether each example is dropped for it}; all examples
+        of a row for the same one.
+      weights: of every example.
+      causes: what the choice was made from, {'source 1': {name: value}}.
+    """
+    keep = ~np.any([np.zeros(len(weights), bool), *reasons.values()], axis=0)
+    kept = self._part(keep, self.sources)
+    for number, source in enumerate(self.sources):
+      entry = kept.ledger.source(source.label)
+      entry.read_as(self.ledger.source(source.label))
+      mine = np.flatnonzero(self.source == number)
+      first = np.diff(self.index["row"][mine], prepend=-1) > 0
+      for reason, mask in reasons.items():
+        for i in mine[first & mask[mine]].tolist():
+          entry.drop(reason, self.place(i))
+    kept.ledger.check()
+    made = hashlib.sha256(kept.fingerprint.encode() + weights[keep].tobytes())
+    return dataclasses.replace(
+      kept,
+      fingerprint=made.hexdigest(),
+      weights=weights[keep],
+      causes={
+        name: {**value, **causes[name]} if name in causes else value
+        for name, value in self.causes.items()
+      },
+    )
+
+  def _part(self, keep: np.ndarray, sources: tuple[Source, ...]) -> "Store":
+    """Some of the examples; of the ledger only what is counted of these."""
+    kept = np.packbits(keep).tobytes()
+    return dataclasses.replace(
+      self,
+      index=self.index[keep],
+      sources=sources,
+      fingerprint=hashlib.sha256(self.fingerprint.encode() + kept).hexdigest(),
+      ledger=count(self.index[keep], self.runs, sources, Ledger()),
+      weights=None if self.weights is None else self.weights[keep],
+    )
+
+
+def _once(source: Source) -> Source:
+  return dataclasses.replace(source, repeat=1.0, share=None, loss_weight=1.0)
 
 
 def count(
-  index: Shaped[np.ndarray, " rows"], sources: Sequence[Source], ledger: Ledger
+  index: Shaped[np.ndarray, " rows"],
+  runs: Shaped[np.ndarray, " runs"],
+  sources: Sequence[Source],
+  ledger: Ledger,
 ) -> Ledger:
   """Enters into a ledger what is trained on; rows read and dropped stay."""
+  by_part = _count_parts(index, runs, len(sources))
   for number, source in enumerate(sources):
-    mine = index[index["source"] == number]
-    entry = ledger.source(source.path)
-    entry.rows_trained = len(np.unique(mine["row"]))
-    entry.rows_text = len(np.unique(mine["row"][mine["text"]]))
-    entry.examples = len(mine)
-    entry.tokens_trained = int(mine["trained"].sum(dtype=np.int64))
-    tokens = int(mine["length"].sum(dtype=np.int64))
-    entry.tokens_prompt = tokens - entry.tokens_trained
+    mine = index["source"] == number
+    # A row's examples follow each other.
+    first = np.diff(index["row"][mine], prepend=-1) > 0
+    entry = ledger.source(source.label)
+    entry.rows_trained = int(first.sum())
+    entry.rows_text = int((first & index["text"][mine]).sum())
+    entry.examples = int(mine.sum())
+    if lengths := np.sort(index["length"][mine]).tolist():
+      last = len(lengths) - 1
+      entry.lengths = {
+        name: lengths[int(share * last)] for name, share in QUANTILES.items()
+      }
+    entry.tokens_trained = int(index["trained"][mine].sum(dtype=np.int64))
+    entry.tokens_prompt = sum(lengths) - entry.tokens_trained
+    entry.parts = {
+      part: (int(tokens), int(trained))
+      for part, tokens, trained in zip(PARTS, *by_part[:, number], strict=True)
+      if tokens
+    }
   return ledger
+
+
+def _count_parts(
+  index: Shaped[np.ndarray, " rows"],
+  runs: Shaped[np.ndarray, " runs"],
+  num_sources: int,
+) -> Int64[np.ndarray, "2 sources parts"]:
+  """Tokens, and trained tokens, by source and part."""
+  shape = (num_sources, len(PARTS))
+  sums = np.zeros((2, *shape), np.int64)
+  for begin in range(0, len(index), _MANY):
+    some = index[begin : begin + _MANY]
+    number = some["runs"]
+    starts = np.cumsum(number) - number
+    mine = runs[
+      np.arange(number.sum()) + np.repeat(some["run"] - starts, number)
+    ]
+    key = np.repeat(some["source"], number) * len(PARTS) + mine["part"]
+    lengths = mine["length"]
+    for kind, tokens in enumerate((lengths, lengths * (mine["weight"] > 0))):
+      # Sums in float64 are exact up to 2**53 tokens.
+      found = np.bincount(key, tokens, num_sources * len(PARTS))
+      sums[kind] += found.astype(np.int64).reshape(shape)
+  return sums
 
 
 def open_store(folder: Path, sources: Sequence[Source]) -> Store:
@@ -226,49 +254,16 @@ def open_store(folder: Path, sources: Sequence[Source]) -> Store:
     )
   # A ledger names sources as they were named then; files may have moved.
   written = Ledger.from_json(meta["ledger"]).sources.values()
-  names = [source.path for source in sources]
+  names = [source.label for source in sources]
   ledger = Ledger(dict(zip(names, written, strict=True)))
   ledger.check()
   return Store(
-    tokens=_map(folder / "tokens.bin", np.dtype("<i4")),
-    loss_weights=_map(folder / "weights.bin", np.dtype("<f4")),
-    places=_map(folder / "places.txt", np.dtype("u1")),
-    index=_map(folder / "index.bin", INDEX),
+    tokens=map_file(folder / "tokens.bin", np.dtype(meta["tokens"])),
+    runs=map_file(folder / "runs.bin", RUN),
+    places=map_file(folder / "places.txt", np.dtype("u1")),
+    index=map_file(folder / "index.bin", INDEX),
     sources=tuple(sources),
     fingerprint=meta["fingerprint"],
+    causes=meta["causes"],
     ledger=ledger,
   )
-
-
-def write_meta(folder: Path, meta: dict[str, Any]) -> None:
-  """Writes meta.json with a digest of itself, down to the disk."""
-  text = json.dumps(meta, sort_keys=True)
-  with (folder / "meta.json").open("w") as file:
-    json.dump({"meta": meta, "digest": _hash(text)}, file, indent=1)
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def read_meta(folder: Path) -> dict[str, Any]:
-  """What `write_meta` wrote; a ValueError if it is not that."""
-  sealed = json.loads((folder / "meta.json").read_text())
-  if _hash(json.dumps(sealed["meta"], sort_keys=True)) != sealed["digest"]:
-    raise ValueError("meta.json differs from its digest")
-  return sealed["meta"]
-
-
-def _hash(text: str) -> str:
-  return hashlib.sha256(text.encode()).hexdigest()
-
-
-def digest(path: Path) -> str:
-  """SHA-256 of a file's bytes."""
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _map(path: Path, dtype: np.dtype) -> np.ndarray:
-  # An empty file cannot be mapped.
-  if not path.stat().st_size:
-    return np.empty(0, dtype)
-  return np.memmap(path, dtype, mode="r")

@@ -1,16 +1,12 @@
-"""Conversations to text, by the model's own chat template."""
+"""A model's own chat template: its text for messages, and its tokens."""
 
 import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sft_jax.data import conversation as conversation_lib
 from sft_jax.data import jinja
-
-Conversation = conversation_lib.Conversation
-Message = conversation_lib.Message
-RowError = conversation_lib.RowError
+from sft_jax.data.tokenizers import Tokenizer
 
 # Names under which templates read the thinking of a turn. `reasoning_content`
 # and `thinking` are filled in both, as transformers does.
@@ -48,11 +44,13 @@ class ChatTemplate:
     self._template = jinja.compile(source)
 
   @functools.cached_property
-  def _stop(self) -> re.Pattern[str]:
+  def stop(self) -> re.Pattern[str]:
+    """Matches a stop token."""
     return _any_of(self.stop_tokens)
 
   @functools.cached_property
-  def _control(self) -> re.Pattern[str]:
+  def control(self) -> re.Pattern[str]:
+    """Matches a control token, stop tokens among them."""
     return _any_of({*self.stop_tokens, *self.control_tokens})
 
   def render(
@@ -63,10 +61,10 @@ class ChatTemplate:
     add_generation_prompt: bool = False,
     **kwargs: Any,
   ) -> str:
-    """The text of `messages` (see `to_template_messages`), as transformers'.
+    """The text of `messages`, as transformers'.
 
     Args:
-      messages: plain dicts.
+      messages: plain dicts; see `plain.to_template_messages`.
       tools: JSON schemas; none is passed to the template as None.
       add_generation_prompt: end with what opens an assistant turn.
       **kwargs: more variables, such as enable_thinking. `date`
@@ -86,148 +84,42 @@ class ChatTemplate:
     }
     return jinja.render(self._template, variables)
 
-  def stop_in(self, reply: str, where: str) -> int:
-    """Length of a reply up to and including its stop token.
 
-    '4<|im_end|>\\n' -> 11. Generation ends at the first stop token, so a
-    template that goes on after it cannot be learnt from, except for white
-    space and further stop tokens.
-    """
-    stop = self._stop.search(reply)
-    if stop is None:
-      near = _any_of(self.control_tokens).findall(reply)
-      raise RowError(
-        where,
-        f"a reply without a stop token, ending in {reply[-40:]!r}",
-        f"one of {list(self.stop_tokens)}",
-        "Add the id of the token that ends a turn"
-        + (f" ({near[-1]!r}?)" if near else "")
-        + " to eos_token_id in the model folder's generation_config.json.",
-      )
-    if rest := self._stop.sub("", reply[stop.end() :]).strip():
-      raise RowError(
-        where,
-        f"{rest[:40]!r} after the stop token {stop[0]!r}",
-        "a reply that ends at its first stop token",
-        "Generation would stop there: correct eos_token_id or the template.",
-      )
-    return stop.end()
+def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
+  """The tokenizer's chat template, ready to render.
 
-  def refuse_control_tokens(self, conversation: Conversation) -> None:
-    """Raises a RowError where a message holds a control token's text."""
-
-    def look(said: str, where: str) -> None:
-      if found := self._control.search(said):
-        raise RowError(
-          where,
-          f"the control token {found[0]!r} in the text",
-          "text without control tokens",
-          "Remove it: the model would read it as structure.",
-        )
-
-    for index, message in enumerate(conversation.messages):
-      calls = [(call.name, call.arguments) for call in message.tool_calls]
-      parts = (message.content, message.reasoning or "", message.name or "")
-      look("\n".join(parts), conversation.where(index))
-      if calls:
-        look(jinja.tojson(calls), conversation.where(index))
-    place = conversation.source or "row"
-    if conversation.tools:
-      look(jinja.tojson(conversation.tools), f"{place} tools")
-    if conversation.text is not None:
-      look(conversation.text, f"{place} text")
-
-
-def to_template_messages(
-  conversation: Conversation, *, reasoning_field: bool = True
-) -> list[dict[str, Any]]:
-  """Messages as the plain dicts that chat templates read.
-
-  Keys that a message has no value for are left out, since templates ask
-  whether they are defined; content is always a string.
-
-  Args:
-    conversation: whose messages.
-    reasoning_field: the template reads reasoning_content (or thinking).
-      Otherwise the thinking goes back into the content it came from:
-      '<think>\\n...\\n</think>\\n\\n' before it.
+  Raises:
+    ValueError: the tokenizer has none.
   """
-  return [_plain(message, reasoning_field) for message in conversation.messages]
+  if tokenizer.chat_template is None:
+    raise ValueError(
+      f"{tokenizer.folder}: got no chat template; expected one, to render "
+      "conversations. Add chat_template.jinja to the folder, or train on raw "
+      "text."
+    )
+  return with_tokens(tokenizer, tokenizer.chat_template)
 
 
-def _plain(message: Message, reasoning_field: bool) -> dict[str, Any]:
-  plain: dict[str, Any] = {"role": message.role, "content": message.content}
-  if message.reasoning is not None:
-    if reasoning_field:
-      plain["reasoning_content"] = plain["thinking"] = message.reasoning
-    else:
-      thought = f"<think>\n{message.reasoning}\n</think>\n\n"
-      plain["content"] = thought + message.content
-  if message.tool_calls:
-    plain["tool_calls"] = [
-      {
-        "type": "function",
-        **({} if call.id is None else {"id": call.id}),
-        "function": {"name": call.name, "arguments": call.arguments},
-      }
-      for call in message.tool_calls
-    ]
-  for key in ("name", "tool_call_id"):
-    if (value := getattr(message, key)) is not None:
-      plain[key] = value
-  return plain
+@functools.lru_cache(maxsize=8)
+def with_tokens(tokenizer: Tokenizer, source: str) -> ChatTemplate:
+  """A template with the tokens of a tokenizer, whether or not it is its own.
 
-
-def render_prompt(
-  conversation: Conversation,
-  template: ChatTemplate,
-  *,
-  template_kwargs: Mapping[str, Any] | None = None,
-) -> str:
-  """The conversation so far and the generation prompt: what inference sees."""
-  template.refuse_control_tokens(conversation)
-  return render_turns(
-    conversation,
-    template,
-    len(conversation.messages),
-    add_generation_prompt=True,
-    template_kwargs=template_kwargs,
+  Every special token is a control token, except the one for unknown text,
+  which is no structure.
+  """
+  unknown = tokenizer.named_tokens.get("unk_token")
+  return ChatTemplate(
+    source,
+    tokenizer.named_tokens,
+    stop_tokens=[
+      text
+      for text, number in tokenizer.special_tokens.items()
+      if number in tokenizer.stop_ids
+    ],
+    control_tokens=[
+      text for text in tokenizer.special_tokens if text != unknown
+    ],
   )
-
-
-def render_turns(
-  conversation: Conversation,
-  template: ChatTemplate,
-  count: int,
-  *,
-  add_generation_prompt: bool,
-  template_kwargs: Mapping[str, Any] | None = None,
-) -> str:
-  """The text of the first `count` turns; a refusal is a RowError."""
-  if conversation.tools and not template.reads_tools:
-    raise RowError(
-      f"{conversation.source or 'row'} tools",
-      f"{len(conversation.tools)} tools and a chat template that reads none",
-      "a template that shows the model its tools",
-      "Use a template with tools, or drop them from the row.",
-    )
-  messages = to_template_messages(
-    conversation, reasoning_field=template.reads_reasoning
-  )[:count]
-  try:
-    return template.render(
-      messages,
-      tools=conversation.tools,
-      add_generation_prompt=add_generation_prompt,
-      **(template_kwargs or {}),
-    )
-  except jinja.TemplateFailed as error:
-    raise RowError(
-      conversation.where(max(count - 1, 0)),
-      f"refused by the chat template: {error}",
-      "turns that the template accepts",
-      "Change or drop the row, or use another template.",
-    ) from error
 
 
 def _any_of(texts: Any) -> re.Pattern[str]:

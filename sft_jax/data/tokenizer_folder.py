@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +10,8 @@ from typing import Any, NamedTuple
 FILES = (
   "tokenizer.json",
   "tokenizer.model",
+  "vocab.json",
+  "merges.txt",
   "tokenizer_config.json",
   "special_tokens_map.json",
   "added_tokens.json",
@@ -75,6 +78,44 @@ def read(folder: Path) -> Folder:
     stop_ids=tuple(stops),
     chat_template=_chat_template(folder, config),
   )
+
+
+class Resolved:
+  """What a folder says, in ids: the attributes of `tokenizers.Tokenizer`.
+
+  Args:
+    read: the folder.
+    ids: {text: id} of the vocabulary.
+    size: one more than the largest id.
+
+  Raises:
+    ValueError: a special token that the vocabulary does not hold.
+  """
+
+  def __init__(self, read: Folder, ids: Mapping[str, int], size: int):
+    self.folder, self.files = read.path, read.files
+    self.fingerprint = read.fingerprint
+    self.chat_template = read.chat_template
+    self.named_tokens = read.named_tokens
+    self.vocab_size = size
+    for text in read.special:
+      if text not in ids:
+        raise ValueError(
+          f"{read.path}/tokenizer_config.json: got the special token {text!r}; "
+          "expected one of the vocabulary. Correct it or add the token."
+        )
+    named = read.named_tokens
+    self.bos_id = ids[named["bos_token"]] if "bos_token" in named else None
+    self.eos_id = ids[named["eos_token"]] if "eos_token" in named else None
+    self.pad_id = ids[named["pad_token"]] if "pad_token" in named else None
+    ends = () if self.eos_id is None else (self.eos_id,)
+    self.stop_ids = tuple(sorted({*read.stop_ids, *ends}))
+    for stop in self.stop_ids:
+      if not 0 <= stop < size:
+        raise ValueError(
+          f"{read.path}: got eos_token_id {stop}; expected an id below "
+          f"{size}. Correct generation_config.json."
+        )
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:

@@ -1,41 +1,23 @@
 """Behaviour: held-out prompts with checks, scored before and after."""
 
-import math
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sft_jax.data import formats
 from sft_jax.data.conversation import Conversation
-from sft_jax.evals import checks
+from sft_jax.evals import checks, ifeval, proportions
+from sft_jax.evals.behaviour_sets import Item
 from sft_jax.evals.replies import Reply
 
 Generate = Callable[[list[Conversation]], list[Reply]]
-_KEYS = {"messages", "checks", "group"}
 
 
-class Item(NamedTuple):
-  """One prompt and what its reply must satisfy.
+class Share(NamedTuple):
+  """How many of some items passed."""
 
-  Attributes:
-    group: the behaviour it belongs to.
-    prompt: ends in a user or tool turn.
-    checks: `{"check": name, ...arguments}`; all must pass.
-    where: 'behaviours.jsonl:12', for errors and records.
-  """
-
-  group: str
-  prompt: Conversation
-  checks: tuple[dict[str, Any], ...]
-  where: str
-
-
-class Score(NamedTuple):
-  """Counts of one group."""
-
-  n: int
   passed: int
-  stopped: int
+  n: int
 
   @property
   def rate(self) -> float:
@@ -43,7 +25,34 @@ class Score(NamedTuple):
 
   @property
   def interval(self) -> tuple[float, float]:
-    return wilson(self.passed, self.n)
+    return proportions.wilson(self.passed, self.n)
+
+
+class Score(NamedTuple):
+  """Counts of one group.
+
+  Attributes:
+    n: items.
+    passed: those that stopped by themselves and failed no check.
+    stopped: those that stopped by themselves.
+    format, content: of the items with checks of that kind (`checks.kind`),
+      those that failed none of them, stopped or not; None without such items.
+      The form learnt without the matter, or against it, shows in their gap.
+  """
+
+  n: int
+  passed: int
+  stopped: int
+  format: Share | None = None
+  content: Share | None = None
+
+  @property
+  def rate(self) -> float:
+    return Share(self.passed, self.n).rate
+
+  @property
+  def interval(self) -> tuple[float, float]:
+    return Share(self.passed, self.n).interval
 
 
 class Scores(NamedTuple):
@@ -51,8 +60,10 @@ class Scores(NamedTuple):
 
   Attributes:
     replies: one JSON-able record per item, in order: where, group, prompt,
-      reply, reasoning, tool_calls, stopped, failed (names of checks), and
-      passed, which is: stopped by itself and nothing failed.
+      reply, reasoning, tool_calls, stopped, failed (names of checks), format
+      and content (whether its checks of that kind passed; None without any),
+      and passed, which is: stopped by itself and nothing failed. IFEval's
+      have `instructions`: for each, [name, followed, followed loosely].
   """
 
   replies: list[dict[str, Any]]
@@ -60,25 +71,46 @@ class Scores(NamedTuple):
   @property
   def groups(self) -> dict[str, Score]:
     """Scores by group, in the order of the file."""
-    counts: dict[str, list[int]] = {}
+    members: dict[str, list[dict[str, Any]]] = {}
     for reply in self.replies:
-      count = counts.setdefault(reply["group"], [0, 0, 0])
-      count[0] += 1
-      count[1] += reply["passed"]
-      count[2] += reply["stopped"]
-    return {group: Score(*count) for group, count in counts.items()}
+      members.setdefault(reply["group"], []).append(reply)
+    return {group: _score(replies) for group, replies in members.items()}
+
+  def metrics(self) -> dict[str, float]:
+    """{'behaviour/GROUP/pass_rate', '.../stopped', and '.../format' and
+    '.../content' where there are such checks}; the group 'all' is all."""
+    values = {}
+    every = {"all": _score(self.replies)} | self.groups
+    for group, score in every.items():
+      values[f"behaviour/{group}/pass_rate"] = score.rate
+      values[f"behaviour/{group}/stopped"] = score.stopped / score.n
+      for kind in checks.KINDS:
+        share = getattr(score, kind)
+        if share is not None:
+          values[f"behaviour/{group}/{kind}"] = share.rate
+    return values
 
   def to_json(self) -> dict[str, Any]:
     """Groups with their rates and intervals, and every reply."""
     groups = {
       group: {
         **score._asdict(),
+        **{
+          kind: getattr(score, kind) and getattr(score, kind)._asdict()
+          for kind in checks.KINDS
+        },
         "rate": score.rate,
         "interval": list(score.interval),
       }
       for group, score in self.groups.items()
     }
     return {"groups": groups, "replies": self.replies}
+
+  def write(self, path: Path) -> None:
+    """Writes every reply, a line of JSON each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+      file.writelines(json.dumps(reply) + "\n" for reply in self.replies)
 
   @classmethod
   def from_json(cls, value: dict[str, Any]) -> "Scores":
@@ -100,28 +132,6 @@ class Comparison(NamedTuple):
   gained: int
   lost: int
   p: float
-
-
-def load(path: str | Path) -> list[Item]:
-  """Reads a behaviour set: one item per line of jsonl.
-
-      {"group": "facts", "messages": [{"role": "user", "content": "..."}],
-       "checks": [{"check": "contains", "text": "Dorvik"}]}
-
-  Every check is validated here, so that none fails after the training.
-
-  Raises:
-    RowError: a conversation that is none.
-    ValueError: a missing or unknown key, a last turn that leaves nothing to
-      reply to, an unknown check or an argument it cannot use; an empty file.
-  """
-  items = [_item(row, where) for where, row in formats.read_rows(path)]
-  if not items:
-    raise ValueError(
-      f"{path}: got no rows; expected at least one prompt. "
-      "Give another file, or turn the evaluation off."
-    )
-  return items
 
 
 def run(items: Sequence[Item], generate: Generate) -> Scores:
@@ -152,7 +162,7 @@ def compare(before: Scores, after: Scores) -> list[Comparison]:
       (a["passed"], b["passed"]) for a, b in pairs if a["group"] == group
     ]
     gained, lost = changes.count((False, True)), changes.count((True, False))
-    p = mcnemar(gained, lost)
+    p = proportions.mcnemar(gained, lost)
     now = after.groups[group]
     result.append(Comparison(group, score, now, gained, lost, p))
   return result
@@ -160,7 +170,10 @@ def compare(before: Scores, after: Scores) -> list[Comparison]:
 
 def table(comparisons: Sequence[Comparison]) -> list[tuple[str, ...]]:
   """Header and rows of text, ready to print."""
-  header = ("behaviour", "n", "before", "after", "stops", "gained", "lost", "p")
+  header = (
+    *("behaviour", "n", "before", "after", "stops"),
+    *("form / content", "+ / -", "p"),
+  )
   return [
     header,
     *(
@@ -170,8 +183,8 @@ def table(comparisons: Sequence[Comparison]) -> list[tuple[str, ...]]:
         _percent(c.before),
         _percent(c.after),
         f"{c.after.stopped / c.after.n:.0%}",
-        str(c.gained),
-        str(c.lost),
+        " / ".join(_rate(getattr(c.after, kind)) for kind in checks.KINDS),
+        f"{c.gained} / {c.lost}",
         f"{c.p:.2g}",
       )
       for c in comparisons
@@ -179,66 +192,71 @@ def table(comparisons: Sequence[Comparison]) -> list[tuple[str, ...]]:
   ]
 
 
-def wilson(passed: int, n: int) -> tuple[float, float]:
-  """95 % score interval of a proportion (Wilson, 1927).
+def alone(scores: Scores) -> list[tuple[str, ...]]:
+  """Header and rows of text for one model."""
+  header = (
+    *("behaviour", "n", "passed", "95 % interval", "stops"),
+    *checks.KINDS,
+  )
+  return [
+    header,
+    *(
+      (
+        group,
+        str(s.n),
+        f"{s.rate:.0%}",
+        "{:.0%} to {:.0%}".format(*s.interval),
+        f"{s.stopped / s.n:.0%}",
+        *(_rate(getattr(s, kind)) for kind in checks.KINDS),
+      )
+      for group, s in scores.groups.items()
+    ),
+  ]
 
-  wilson(8, 10) is (0.490, 0.943); unlike the normal interval it stays within
-  [0, 1] and is of use at 0 and at n.
+
+def ifeval_accuracy(scores: Scores) -> dict[str, float] | None:
+  """IFEval's four figures; None without its instructions.
+
+  Strict and loose shares of prompts whose instructions are all followed, and
+  of instructions. Whether a reply stopped by itself plays no part in them.
   """
-  z = 1.959963984540054
-  centre = passed + z * z / 2
-  half = z * math.sqrt(passed * (n - passed) / n + z * z / 4)
-  low, high = (centre - half) / (n + z * z), (centre + half) / (n + z * z)
-  return max(low, 0.0), min(high, 1.0)
-
-
-def mcnemar(gained: int, lost: int) -> float:
-  """Exact two-sided p of the discordant pairs under a fair coin.
-
-  mcnemar(5, 0) is 2 / 2^5 = 0.0625; with no change it is 1.
-  """
-  n = gained + lost
-  tail = sum(math.comb(n, k) for k in range(min(gained, lost) + 1))
-  return min(1.0, 2 * tail / 2**n)
-
-
-def _item(row: Any, where: str) -> Item:
-  keys = set(row) if isinstance(row, dict) else set()
-  if not keys >= _KEYS or not keys <= _KEYS | {"tools"}:
-    raise ValueError(
-      f"{where}: got keys {sorted(keys)}; expected messages, checks, group "
-      "and perhaps tools. Add or rename the keys."
-    )
-  if not isinstance(row["group"], str) or not row["group"]:
-    raise ValueError(
-      f"{where}: got group {row['group']!r}; expected a name. Name the group."
-    )
-  if not isinstance(row["checks"], list) or not row["checks"]:
-    raise ValueError(
-      f"{where}: got checks {row['checks']!r}; expected a list of at least "
-      "one. Say what the reply must satisfy."
-    )
-  for index, check in enumerate(row["checks"]):
-    checks.validate(check, f"{where} checks[{index}]")
-  turns = {key: row[key] for key in ("messages", "tools") if key in row}
-  prompt = formats.to_conversation(turns, format="messages", source=where)
-  if prompt.messages[-1].role not in ("user", "tool"):
-    raise ValueError(
-      f"{where}: got a last turn of {prompt.messages[-1].role}; expected user "
-      "or tool. End the messages where the reply begins."
-    )
-  return Item(row["group"], prompt, tuple(row["checks"]), where)
+  found = [r["instructions"] for r in scores.replies if "instructions" in r]
+  if not found:
+    return None
+  every = [verdict for reply in found for verdict in reply]
+  means = {}
+  for column, manner in ((1, "strict"), (2, "loose")):
+    followed = [all(verdict[column] for verdict in one) for one in found]
+    means[f"prompt_{manner}"] = sum(followed) / len(found)
+    follow = [verdict[column] for verdict in every]
+    means[f"instruction_{manner}"] = sum(follow) / len(every)
+  return means
 
 
 def _record(item: Item, reply: Reply) -> dict[str, Any]:
-  failed = [c["check"] for c in item.checks if not checks.passes(reply, c)]
+  verdicts = [(c, checks.passes(reply, c)) for c in item.checks]
+  failed = [c["check"] for c, passed in verdicts if not passed]
+  by_kind = {
+    kind: [passed for c, passed in verdicts if checks.kind(c) == kind]
+    for kind in checks.KINDS
+  }
+  of_ifeval = [c for c in item.checks if c["check"] in ifeval.INSTRUCTIONS]
+  strict, loose = (
+    [checks.passes(reply, check | {"loose": loose}) for check in of_ifeval]
+    for loose in (False, True)
+  )
+  instructions = [
+    (check["check"], *verdicts)
+    for check, *verdicts in zip(of_ifeval, strict, loose, strict=True)
+  ]
   return {
     "where": item.where,
     "group": item.group,
     "prompt": [
       {"role": turn.role, "content": turn.content}
       for turn in item.prompt.messages
-    ],
+    ]
+    or [{"role": "text", "content": item.prompt.text}],
     "reply": reply.text,
     "reasoning": reply.message.reasoning,
     "tool_calls": [
@@ -247,10 +265,31 @@ def _record(item: Item, reply: Reply) -> dict[str, Any]:
     ],
     "stopped": reply.stopped,
     "failed": failed,
-    "passed": reply.stopped and not failed,
+    **{kind: all(those) if those else None for kind, those in by_kind.items()},
+    # Of a text that is gone on from, no end is asked.
+    "passed": (reply.stopped or not item.prompt.messages) and not failed,
+    **({"instructions": instructions} if of_ifeval else {}),
   }
 
 
+def _score(replies: list[dict[str, Any]]) -> Score:
+  shares = {}
+  for kind in checks.KINDS:
+    those = [r[kind] for r in replies if r.get(kind) is not None]
+    shares[kind] = Share(sum(those), len(those)) if those else None
+  return Score(
+    n=len(replies),
+    passed=sum(r["passed"] for r in replies),
+    stopped=sum(r["stopped"] for r in replies),
+    **shares,
+  )
+
+
+def _rate(share: Share | None) -> str:
+  return "-" if share is None else f"{share.rate:.0%}"
+
+
 def _percent(score: Score) -> str:
+
   low, high = score.interval
   return f"{score.rate:.0%} [{low:.0%}, {high:.0%}]"

@@ -1,8 +1,17 @@
-"""Forgetting: perplexity on text the model is not trained on."""
+"""Forgetting: how text not trained on is predicted, and as the base did it."""
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sft_jax.batch import Batch
+from sft_jax.data.encode import Example
+from sft_jax.evals import padded
+from sft_jax.losses import BaseSums, LossSums, linear_cross_entropy
+from sft_jax.trees import Tree
 
 
 class Perplexity(NamedTuple):
@@ -35,3 +44,90 @@ def perplexity(evaluate: Callable[[], tuple[float, float]]) -> Perplexity:
       "sum over at least one token. Check the general text and the model."
     )
   return Perplexity(nats, tokens)
+
+
+def left(base: BaseSums, weight: Any) -> dict[str, float]:
+  """What is left of the base's predictions on a text, as shares of it.
+
+  Args:
+    base: sums over the text.
+    weight: of its predicted tokens.
+
+  Returns:
+    kl: mean KL(base || tuned) of a prediction, nats per token;
+    kept: share of the tokens where the most likely one is still the base's;
+    base_right: share that the base, given what is before, has right;
+    still_right: of these, the share that the tuned model has right, too; not
+    there if the base has none.
+  """
+  found = {
+    "kl": float(base.kl / weight),
+    "kept": float(base.kept / weight),
+    "base_right": float(base.right / weight),
+  }
+  if base.right:
+    found["still_right"] = float(base.still_right / base.right)
+  return found
+
+
+def compare_models(
+  model: Any,
+  params: Tree,
+  base: tuple[Any, Tree] | None,
+  examples: Sequence[Example],
+  *,
+  batch_size: int,
+) -> LossSums:
+  """Sums over the trained tokens of examples, in float64.
+
+  Args:
+    model: `models.transformer.Model`, or anything with its `config`, `hidden`
+      and `head`.
+    params: its parameters.
+    base: another one and its parameters, to compare with.
+    examples: whole documents, one a row.
+    batch_size: rows at once.
+
+  Raises:
+    ValueError: models of different vocabularies.
+  """
+  if base is not None:
+    ours, theirs = (
+      (m.config.vocab_size, m.config.logit_softcap) for m in (model, base[0])
+    )
+    if ours != theirs:
+      raise ValueError(
+        f"compare_models: got (vocabulary, soft cap) {ours} and {theirs}; "
+        "expected the same of both. Compare a model with what it was made of."
+      )
+
+  def predict(
+    model: Any, params: Tree, batch: Batch
+  ) -> tuple[jax.Array, jax.Array]:
+    row = (batch.tokens, batch.positions, batch.segment_ids)
+    hidden = model.hidden(params, *row)
+    return hidden, model.head(params).astype(hidden.dtype)
+
+  @jax.jit
+  def sums(params: Tree, base_params: Tree | None, batch: Batch) -> LossSums:
+    other = None
+    if base is not None and base_params is not None:
+      other = predict(base[0], base_params, batch)
+    return linear_cross_entropy(
+      *predict(model, params, batch),
+      batch.targets,
+      batch.loss_weights,
+      base=other,
+      softcap=model.config.logit_softcap,
+    )
+
+  total = None
+  for batch in padded.batches(examples, batch_size):
+    found = jax.device_get(sums(params, base and base[1], batch))
+    found = jax.tree.map(np.float64, found)
+    total = found if total is None else jax.tree.map(np.add, total, found)
+  if total is None:
+    raise ValueError(
+      "compare_models: got no examples; expected at least one. Give a text."
+    )
+  return total

@@ -5,14 +5,18 @@ The prompt is rendered by the very function that training renders with
 that training rows are made of.
 """
 
+import bisect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
 
 from sft_jax import sampler
 from sft_jax.data import encode
 from sft_jax.data.conversation import Conversation, Message, ToolCall
+from sft_jax.data.policy import DEFAULT, Policy
 from sft_jax.data.tokenizers import Tokenizer
 
 _OPEN, _CLOSE = "<think>", "</think>"
@@ -35,7 +39,51 @@ class Reply(NamedTuple):
   message: Message
 
 
+class Piece(NamedTuple):
+  """What has come of a reply since the last piece of it.
+
+  Attributes:
+    index: of its conversation.
+    text: all it says so far, markers of thinking and tool calls included;
+      until it is done without a character of which bytes are missing, and
+      without what may become a stop string.
+    reply: the whole, once it is done; else None.
+  """
+
+  index: int
+  text: str
+  reply: Reply | None
+
+
 def generate(
+  model: Any,
+  params: Any,
+  tokenizer: Tokenizer,
+  conversations: Sequence[Conversation],
+  *,
+  max_new_tokens: int,
+  **choices: Any,
+) -> list[Reply]:
+  """Answers each conversation, in order; the arguments are those of `stream`.
+
+  Raises:
+    RowError: a conversation that cannot be a prompt.
+    ValueError: no chat template; an argument out of range; more tokens than
+      the model has positions.
+  """
+  pieces = stream(
+    model,
+    params,
+    tokenizer,
+    conversations,
+    max_new_tokens=max_new_tokens,
+    **choices,
+  )
+  done = {piece.index: piece.reply for piece in pieces if piece.reply}
+  return [done[i] for i in sorted(done)]
+
+
+def stream(
   model: Any,
   params: Any,
   tokenizer: Tokenizer,
@@ -45,32 +93,46 @@ def generate(
   temperature: float | int = 0.0,
   top_k: int = 0,
   top_p: float | int = 1.0,
+  min_p: float | int = 0.0,
   seed: int = 0,
-  template_kwargs: Mapping[str, Any] | None = None,
+  seeds: Sequence[int] | None = None,
+  stop_strings: Sequence[str] = (),
+  policy: Policy = DEFAULT,
   batch_size: int = 64,
-) -> list[Reply]:
-  """Answers each conversation, in order.
+  int8_cache: bool = False,
+  mesh: Mesh | None = None,
+  every: int = 64,
+) -> Iterator[Piece]:
+  """Answers conversations together; yields each reply as it grows.
 
   Args:
-    model: `models.transformer.Model`, or anything with its `decode`, `logits`
-      and `init_cache`.
+    model: `models.transformer.Model`, or anything with its `config`, `decode`,
+      `logits` and `init_cache`.
     tokenizer: its chat template renders the prompts, its `stop_ids` end them.
     conversations: each ends in a turn to be answered, or is a raw text to be
       continued.
     max_new_tokens: most tokens of a reply, its stop token included.
-    temperature, top_k, top_p, seed: see `sampler.generate`; 0 is greedy.
-    template_kwargs: as in training, such as enable_thinking.
+    temperature, top_k, top_p, min_p, seed, seeds: see `sampler.stream`; a
+      temperature of 0 is greedy.
+    stop_strings: a reply ends where the first of them begins in its text, and
+      counts as stopped; `tokens` are those up to the one that completed it.
+    policy: as in training.
     batch_size: most conversations at once.
-
-  Raises:
-    RowError: a conversation that cannot be a prompt.
-    ValueError: no chat template; an argument out of range.
+    int8_cache, mesh, every: see `sampler.stream`.
   """
-  prompts = [
-    encode.prompt_ids(one, tokenizer, template_kwargs=template_kwargs)
-    for one in conversations
-  ]
-  sampled = sampler.generate(
+  prompts = [encode.prompt_ids(one, tokenizer, policy) for one in conversations]
+  decode = lambda tokens: tokenizer.decode(tokens, skip_special=False)
+
+  def cut(index: int, tokens: list[int]) -> int | None:
+    """How many tokens complete a stop string, if any do."""
+    del index
+    if _stop_at(decode(tokens), stop_strings) is None:
+      return None
+    # Texts only grow, so the first that has one is found by halving.
+    found = lambda n: _stop_at(decode(tokens[:n]), stop_strings) is not None
+    return bisect.bisect_left(range(len(tokens)), True, key=found)
+
+  pieces = sampler.stream(
     model.decode,
     model.logits,
     model.init_cache,
@@ -79,21 +141,50 @@ def generate(
     stop_ids=tokenizer.stop_ids,
     max_new_tokens=max_new_tokens,
     vocab_size=tokenizer.vocab_size,
+    position_limit=model.config.position_limit,
     temperature=temperature,
     top_k=top_k,
     top_p=top_p,
+    min_p=min_p,
     seed=seed,
+    seeds=seeds,
+    cut=cut if stop_strings else None,
     batch_size=min(batch_size, max(len(prompts), 1)),
+    int8_cache=int8_cache,
+    mesh=mesh,
+    every=every,
   )
-  replies = []
-  for prompt, (tokens, stopped) in zip(prompts, sampled, strict=True):
+  so_far: dict[int, list[int]] = {}
+  for index, new, sampled in pieces:
+    tokens = so_far.setdefault(index, [])
+    tokens += new
     # Special tokens are kept: thinking and tool calls may be marked by them,
     # and one that the model had no business to emit must show.
-    text = tokenizer.decode(tokens, skip_special=False)
-    end = tokenizer.decode(prompt[-8:], skip_special=False)
+    text = decode(tokens)
+    text = text[: _stop_at(text, stop_strings)]
+    if sampled is None:
+      yield Piece(index, _certain(text, stop_strings), None)
+      continue
+    end = decode(prompts[index][-8:])
     message = parse(text, thinking=end.rstrip().endswith(_OPEN))
-    replies.append(Reply(message.content, tokens, stopped, message))
-  return replies
+    reply = Reply(message.content, *sampled, message)
+    yield Piece(index, text, reply)
+
+
+def _stop_at(text: str, strings: Sequence[str]) -> int | None:
+  """Where the first of the strings begins in a text."""
+  places = [text.find(one) for one in strings if one in text]
+  return min(places, default=None)
+
+
+def _certain(text: str, strings: Sequence[str]) -> str:
+  """The text without an end that the next tokens may change or take back."""
+  text = text.rstrip("\ufffd")
+  longest = max(map(len, strings), default=1) - 1
+  for n in range(min(longest, len(text)), 0, -1):
+    if any(one.startswith(text[-n:]) for one in strings):
+      return text[:-n]
+  return text
 
 
 def parse(text: str, *, thinking: bool = False) -> Message:

@@ -3,57 +3,43 @@
     model.layers.3.self_attn.q_proj.weight [N * H, D]
       <-> layers/attn/q/kernel [L, D, N * H], at index 3, transposed
 
-How tensors lie in files is the business of `weights`.
+How tensors lie in files is the business of `weights`, how they come to
+devices that of `placing`.
 """
 
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sft_jax import trees
+from sft_jax import hub, trees
+from sft_jax.models import checksums, names, transformer
 from sft_jax.models import lora as lora_lib
-from sft_jax.models import transformer
-from sft_jax.models.config import read_config
+from sft_jax.models.config import ModelConfig, read_config
+from sft_jax.models.merge import merge
+from sft_jax.models.placing import Leaf, Source, copy_into, place_all
+from sft_jax.models.tensor_file import Pending, Tensor
 from sft_jax.models.transformer import Model
 from sft_jax.models.weights import (
-  Pending,
+  inside,
   open_tensors,
   replace_folder,
-  save_tensors,
   write_json,
   write_tensors,
 )
 from sft_jax.trees import Tree
 
-# Ours: theirs. Kernels are [in, out] here and [out, in] there.
-_TOP = {
-  "embed/embedding": "model.embed_tokens.weight",
-  "final_norm/scale": "model.norm.weight",
-  "head/embedding": "lm_head.weight",
-}
-_LAYER = {
-  "attn_norm": "input_layernorm",
-  "attn/q": "self_attn.q_proj",
-  "attn/k": "self_attn.k_proj",
-  "attn/v": "self_attn.v_proj",
-  "attn/o": "self_attn.o_proj",
-  "attn/q_norm": "self_attn.q_norm",
-  "attn/k_norm": "self_attn.k_norm",
-  "mlp_norm": "post_attention_layernorm",
-  "mlp/gate": "mlp.gate_proj",
-  "mlp/up": "mlp.up_proj",
-  "mlp/down": "mlp.down_proj",
-}
-_LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias"}
-_FLOATS = ("F32", "BF16", "F16")
+_FLOATS = (np.float32, ml_dtypes.bfloat16, np.float16)
+# Rows of tensors are compared this many bytes at a time.
+_CHUNK = 64 << 20
 
 Shardings = Tree | Callable[[Tree], Tree]
 
@@ -73,19 +59,6 @@ class TokenizerFiles(Protocol):
     ...
 
 
-def hf_names(path: str, num_layers: int) -> list[str]:
-  """Names of a parameter's tensors: one per layer, or one.
-
-  >>> hf_names('layers/attn/q/kernel', 2)[1]
-  'model.layers.1.self_attn.q_proj.weight'
-  """
-  if path in _TOP:
-    return [_TOP[path]]
-  module, leaf = path.removeprefix("layers/").rsplit("/", 1)
-  name = f"{_LAYER[module]}.{_LEAF[leaf]}"
-  return [f"model.layers.{i}.{name}" for i in range(num_layers)]
-
-
 def load_pretrained(
   path: str | Path,
   *,
@@ -95,19 +68,24 @@ def load_pretrained(
   remat: str = "none",
   scan: bool = True,
   lora: lora_lib.LoraConfig | None = None,
+  quantize: str = "",
+  mesh: Mesh | None = None,
   key: jax.Array | None = None,
   shardings: Shardings | None = None,
 ) -> tuple[Model, Tree]:
   """Loads a model folder: config.json and safetensors, sharded or not.
 
   Args:
-    path: the folder.
+    path: the folder, or an id of the hub, see `hub.find_model`.
     dtype: of activations and products.
     param_dtype: of the parameters, whatever the file holds.
     attention: see `transformer.build`.
     remat: see `transformer.build`.
     scan: see `transformer.build`.
     lora: adapters to add; fresh, so the model is still the base model.
+    quantize: 'int8' or 'nf4' keeps what does not train in few bits, see
+      `models.quantize`; '' keeps it in `param_dtype`.
+    mesh: see `transformer.build`.
     key: randomness of the adapters; jax.random.key(0) by default.
     shardings: a tree of shardings like the parameters, or a function that
       gives one from the tree of their shapes. By default one device.
@@ -117,12 +95,14 @@ def load_pretrained(
       file outside the folder; a missing, unknown, wrongly shaped or
       non-floating tensor; a config that is not supported.
   """
-  folder = Path(path)
+  folder = hub.find_model(path).folder
   if not folder.is_dir():
     raise ValueError(
       f"{folder}: no such folder; expected a Hugging Face model folder "
       "(config.json, *.safetensors). Check model.path."
     )
+  inside(folder, "config.json")
+  checksums.check(folder)
   config = read_config(folder)
   model = transformer.build(
     config,
@@ -132,29 +112,35 @@ def load_pretrained(
     remat=remat,
     scan=scan,
     lora=lora,
+    mesh=mesh,
   )
   key = jax.random.key(0) if key is None else key
   shapes = jax.eval_shape(model.init, key)
-  placed = shardings(shapes) if callable(shardings) else shardings
-  places = trees.flatten(placed) if placed else {}
   base, _ = trees.partition(shapes, lambda path: not lora_lib.is_adapter(path))
+  prepare = lora_lib.prepare(
+    key, base, lora, quantize, dtype=jnp.dtype(param_dtype)
+  )
+  whole = {
+    name: shape
+    for path, x in trees.flatten(base).items()
+    for name, shape in jax.eval_shape(partial(prepare, path), x).items()
+  }
+  if callable(shardings):
+    placed = trees.flatten(shardings(base))
+    placed |= trees.flatten(shardings(trees.unflatten(whole)))
+  else:
+    placed = trees.flatten(shardings or {})
+  tensors = names.official(open_tensors(folder), config)
+  _check_tensors(folder, tensors, base, model)
   params = {}
-  with ExitStack() as stack:
-    tensors = open_tensors(folder, stack)
-    _check_tensors(folder, tensors, base, model)
-    for leaf, array in _read(tensors, base, config.num_layers):
-      params[leaf] = _put(array, places.get(leaf))
-  params = trees.unflatten(params)
-  if lora:
-    whole = lora_lib.init(key, params, lora, dtype=jnp.dtype(param_dtype))
-    params = trees.map_paths(
-      lambda path, x: (
-        _put(np.asarray(x), places.get(path))
-        if lora_lib.is_adapter(path)
-        else x
-      ),
-      whole,
-    )
+  for path, x in place_all(_leaves(tensors, base, config, placed)):
+    become = jax.eval_shape(partial(prepare, path), x)
+    if become.keys() == {path}:
+      params[path] = x
+    else:
+      places = {name: placed.get(name) for name in become}
+      params |= jax.jit(partial(prepare, path), out_shardings=places)(x)
+  params = trees.unflatten(dict(sorted(params.items())))
   return model, params
 
 
@@ -169,8 +155,10 @@ def save_pretrained(
 ) -> None:
   """Writes a folder that transformers and others load; all of it or nothing.
 
-  Adapters are folded into their kernels in float32. A model folder that is
-  already there is replaced.
+  Adapters are folded into their kernels in float32 and what is quantised is
+  decoded, see `models.merge`. A model folder that is already there is replaced.
+  Arrays may be sharded, over processes too: they are gathered one tensor at a
+  time, and the first process writes.
 
   Args:
     path: the folder to write.
@@ -185,164 +173,143 @@ def save_pretrained(
     ValueError: parameters that are not this model's; a path that holds
       something else than a model.
   """
-  if any(lora_lib.is_adapter(leaf) for leaf in trees.flatten(params)):
-    if model.lora is None:
-      raise ValueError(
-        "save_pretrained: the parameters hold adapters but the model was "
-        "built without; expected lora=LoraConfig(...). Pass the model that "
-        "trained them."
-      )
-    params = lora_lib.merge(params, model.lora)
+  choices = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
+  replace_folder(
+    Path(path),
+    "config.json",
+    lambda folder: write_folder(folder, model, params, tokenizer, **choices),
+  )
+
+
+def merged(model: Model, params: Tree, dtype: Any = None) -> Tree:
+  """The parameters with adapters folded in and quantised leaves decoded.
+
+  Raises:
+    ValueError: parameters that are not this model's.
+  """
+  params = merge(params, model.lora, dtype=dtype).params
   _check_params(model, params)
+  return params
+
+
+def write_folder(
+  folder: Path,
+  model: Model,
+  params: Tree,
+  tokenizer: TokenizerFiles | None = None,
+  *,
+  dtype: Any = None,
+  max_shard_bytes: int = 5_000_000_000,
+) -> None:
+  """Fills a folder that is there; see `save_pretrained`."""
+  dtype = export_dtype(model, dtype)
+  params = merged(model, params, dtype)
   raw = dict(model.config.raw)
-  dtype_key = "torch_dtype" if "torch_dtype" in raw else "dtype"
-  dtype = jnp.dtype(dtype or raw.get(dtype_key) or jnp.float32)
-  raw[dtype_key] = dtype.name
+  raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = dtype.name
+  tensors = _pending(model, params, dtype)
+  if jax.process_index():
+    write_tensors(None, tensors, max_shard_bytes=max_shard_bytes)
+    return
   generation = {"bos_token_id": raw.get("bos_token_id")}
   files = list(tokenizer.files) if tokenizer else []
   for file in files:
+    shutil.copyfile(file, folder / file.name)
     if file.name == "generation_config.json":
       generation = json.loads(file.read_text(encoding="utf-8"))
   if tokenizer:
     stops = [int(i) for i in tokenizer.stop_ids]
     raw["eos_token_id"] = stops[0] if len(stops) == 1 else stops
   generation["eos_token_id"] = raw.get("eos_token_id")
-
-  def write(folder: Path) -> None:
-    for file in files:
-      shutil.copyfile(file, folder / file.name)
-    write_json(folder / "config.json", raw)
-    write_json(
-      folder / "generation_config.json",
-      {k: v for k, v in generation.items() if v is not None},
-    )
-    tensors = _pending(model, params, dtype)
-    write_tensors(folder, tensors, max_shard_bytes=max_shard_bytes)
-
-  replace_folder(Path(path), "config.json", write)
+  write_json(folder / "config.json", raw)
+  write_json(
+    folder / "generation_config.json",
+    {k: v for k, v in generation.items() if v is not None},
+  )
+  write_tensors(folder, tensors, max_shard_bytes=max_shard_bytes)
 
 
-def save_adapter(
-  path: str | Path, model: Model, params: Tree, *, base: str
-) -> None:
-  """Writes the adapters alone, as a PEFT folder.
-
-  Args:
-    path: the folder to write.
-    model: a model built with `lora`.
-    params: its parameters, adapters among them.
-    base: name or path of the base model, as PEFT will look for it.
-
-  Raises:
-    ValueError: no adapters.
-  """
-  flat = trees.flatten(params)
-  adapters = [leaf for leaf in flat if lora_lib.is_adapter(leaf)]
-  if model.lora is None or not adapters:
-    raise ValueError(
-      "save_adapter: no adapters; expected a model built with "
-      "lora=LoraConfig(...) and its parameters. Use save_pretrained."
-    )
-  tensors, modules = {}, set()
-  for leaf in adapters:
-    module, half = leaf.removeprefix("layers/").rsplit("/", 1)
-    name = _LAYER[module]
-    modules.add(name.rsplit(".", 1)[1])
-    letter = {"lora_a": "A", "lora_b": "B"}[half]
-    for i, x in enumerate(np.asarray(flat[leaf])):
-      tensors[
-        f"base_model.model.model.layers.{i}.{name}.lora_{letter}.weight"
-      ] = x.T
-  config = {
-    "peft_type": "LORA",
-    "task_type": "CAUSAL_LM",
-    "base_model_name_or_path": base,
-    "r": model.lora.rank,
-    "lora_alpha": model.lora.alpha,
-    "lora_dropout": 0.0,
-    "target_modules": sorted(modules),
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "use_rslora": False,
-    "inference_mode": True,
-  }
-
-  def write(folder: Path) -> None:
-    write_json(folder / "adapter_config.json", config)
-    save_tensors(folder / "adapter_model.safetensors", tensors)
-
-  replace_folder(Path(path), "adapter_config.json", write)
+def export_dtype(model: Model, dtype: Any = None) -> np.dtype:
+  """What `save_pretrained` writes: `dtype`, else the one of config.json."""
+  raw = model.config.raw
+  named = raw.get("torch_dtype", raw.get("dtype"))
+  return jnp.dtype(dtype or named or jnp.float32)
 
 
 # -- Reading ----------------------------------------------------------------
 
 
 def _check_tensors(
-  folder: Path, tensors: Mapping[str, Any], base: Tree, model: Model
+  folder: Path, tensors: Mapping[str, Tensor], base: Tree, model: Model
 ) -> None:
   """Refuses a checkpoint that is not exactly this model's."""
-  layers = model.config.num_layers
-  expected = {}
-  for path, leaf in trees.flatten(base).items():
-    shape = leaf.shape[1:] if path.startswith("layers/") else leaf.shape
-    shape = shape[::-1] if path.endswith("/kernel") else shape
-    expected |= dict.fromkeys(hf_names(path, layers), tuple(shape))
-  extras = {
-    name
-    for name in tensors.keys() - expected.keys()
-    # Computed from the config; old checkpoints also stored it.
-    if not name.endswith("rotary_emb.inv_freq")
+  expected = {
+    place.name: place.shape
+    for path, leaf in trees.flatten(base).items()
+    for place in names.places(path, leaf.shape, model.config)
   }
+  extras = set(tensors.keys() - expected.keys())
   if model.config.tie_embeddings and "lm_head.weight" in extras:
-    head = tensors["lm_head.weight"].get_tensor("lm_head.weight")
-    name = _TOP["embed/embedding"]
-    same = name in tensors and np.array_equal(
-      head, tensors[name].get_tensor(name)
-    )
-    if not same:
+    shape = base["embed"]["embedding"].shape
+    name = names.places("embed/embedding", shape, model.config)[0].name
+    if name not in tensors or not _equal(
+      tensors["lm_head.weight"], tensors[name]
+    ):
       raise ValueError(
         f"{folder}: lm_head.weight differs from {name} though config.json "
         "ties them; expected equal tensors. Set tie_word_embeddings to false."
       )
     extras.discard("lm_head.weight")
   missing = expected.keys() - tensors.keys()
-  for what, names in (("missing", missing), ("unknown", extras)):
-    if names:
+  for what, odd in (("missing", missing), ("unknown", extras)):
+    if odd:
       raise ValueError(
-        f"{folder}: {len(names)} tensors are {what}: {sorted(names)[:3]}; "
-        f"expected those of a {model.config.family} with {layers} layers. "
+        f"{folder}: {len(odd)} tensors are {what}: {sorted(odd)[:3]}; "
+        f"expected those of a {model.config.family} with "
+        f"{model.config.num_layers} layers. "
         "Check config.json against the weights."
       )
   for name, shape in expected.items():
-    view = tensors[name].get_slice(name)
-    got = tuple(view.get_shape())
-    if got != shape:
+    found = tensors[name]
+    if found.shape != shape:
       raise ValueError(
-        f"{folder}: {name} has shape {got}; expected {shape} by config.json. "
-        "Check config.json against the weights."
+        f"{folder}: {name} has shape {found.shape}; expected {shape} by "
+        "config.json. Check config.json against the weights."
       )
-    if view.get_dtype() not in _FLOATS:
+    if found.dtype not in _FLOATS:
       raise ValueError(
-        f"{folder}: {name} is {view.get_dtype()}; expected one of {_FLOATS}. "
-        "Use the checkpoint before quantisation."
+        f"{folder}: {name} is {found.dtype}; expected float32, bfloat16 or "
+        "float16. Use the checkpoint before quantisation."
       )
 
 
-def _read(
-  tensors: Mapping[str, Any], base: Tree, layers: int
-) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields (path, stacked array), reading one tensor at a time."""
+def _equal(one: Tensor, other: Tensor) -> bool:
+  """Whether two tensors hold the same numbers."""
+  if one.shape != other.shape:
+    return False
+  rows = max(1, _CHUNK // (one.num_bytes // one.shape[0] or 1))
+  return all(
+    np.array_equal(one.read(i, i + rows), other.read(i, i + rows))
+    for i in range(0, one.shape[0], rows)
+  )
+
+
+def _leaves(
+  tensors: Mapping[str, Tensor],
+  base: Tree,
+  config: ModelConfig,
+  shardings: Mapping[str, Any],
+) -> Iterator[Leaf]:
+  """Where each parameter comes from and where it goes."""
   for path, leaf in trees.flatten(base).items():
-    stacked = np.empty(leaf.shape, leaf.dtype)
-    parts = stacked if path.startswith("layers/") else stacked[None]
-    for i, name in enumerate(hf_names(path, layers)):
-      tensor = tensors[name].get_tensor(name)
-      parts[i] = tensor.T if path.endswith("/kernel") else tensor
-    yield path, stacked
+    sources = {
+      place.index: Source(tensors[place.name], place.cut, place.transpose)
+      for place in names.places(path, leaf.shape, config)
+    }
+    yield Leaf(path, leaf.shape, leaf.dtype, shardings.get(path), sources)
 
 
 def _put(array: np.ndarray, sharding: Any) -> jax.Array:
-  """Places an array; each process hands over the parts that it holds."""
+  """Places an array that every process has whole."""
   if sharding is None:
     return jnp.asarray(array)
   return jax.make_array_from_callback(
@@ -353,19 +320,32 @@ def _put(array: np.ndarray, sharding: Any) -> jax.Array:
 # -- Writing ----------------------------------------------------------------
 
 
-def _pending(model: Model, params: Tree, dtype: Any) -> Iterator[Pending]:
+def _pending(model: Model, params: Tree, dtype: np.dtype) -> Iterator[Pending]:
   """The tensors of a parameter tree; nothing is copied before its turn."""
-  for path, leaf in trees.flatten(params).items():
-    names = hf_names(path, model.config.num_layers)
+  flat = trees.flatten(params)
+  parts: dict[str, list[tuple[str, names.Place]]] = {}
+  for path, leaf in flat.items():
+    for place in names.places(path, leaf.shape, model.config):
+      parts.setdefault(place.name, []).append((path, place))
 
-    def make(i: int, path: str = path, leaf: Any = leaf) -> np.ndarray:
-      x = leaf[i] if path.startswith("layers/") else leaf
-      x = np.asarray(x).astype(dtype)
-      return x.T if path.endswith("/kernel") else x
+  def make(name: str) -> np.ndarray:
+    tensor = np.empty(parts[name][0][1].shape, dtype)
+    for path, place in parts[name]:
+      part = _to_host(flat[path][place.index])
+      copy_into(tensor[place.cut], part, transpose=place.transpose)
+    return tensor
 
-    for i, name in enumerate(names):
-      size = leaf.size // len(names) * dtype.itemsize
-      yield Pending(name, size, partial(make, i))
+  for name, ((_, place), *_) in parts.items():
+    yield Pending(name, dtype, place.shape, partial(make, name))
+
+
+def _to_host(x: jax.Array) -> np.ndarray:
+  """All of an array, gathered first where other processes hold parts of it."""
+  if not x.is_fully_addressable:
+    assert isinstance(x.sharding, NamedSharding)
+    everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
+    x = jax.jit(lambda x: x, out_shardings=everywhere)(x).addressable_data(0)
+  return np.asarray(x)
 
 
 def _check_params(model: Model, params: Tree) -> None:

@@ -14,25 +14,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int
 
 from sft_jax.batch import AnyArray
+from sft_jax.models import cache as cache_lib
 from sft_jax.models import lora as lora_lib
+from sft_jax.models import spread
 from sft_jax.models.attention import check_backend
-from sft_jax.models.blocks import Block, Context, cache_slots, make_context
+from sft_jax.models.blocks import Block, Context, make_context
+from sft_jax.models.cache import Cache
 from sft_jax.models.config import ModelConfig
-from sft_jax.models.layers import Dtype, Embed, RMSNorm
+from sft_jax.models.layers import Dtype, Embed, norm_of, table
+from sft_jax.models.remat import check_level, checkpointed
 from sft_jax.trees import Tree
-
-Cache = dict[str, jax.Array]
-
-# What the backward pass may keep of a block's forward pass; the rest of it is
-# computed again.
-_REMAT: dict[str, Callable[..., Any] | None] = {
-  "none": None,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class Model(NamedTuple):
@@ -42,11 +37,11 @@ class Model(NamedTuple):
     config: sizes and switches.
     lora: what the adapters are, or None.
     init: init(key) -> params.
-    hidden: hidden(params, tokens, positions=None, segment_ids=None)
-      -> [B, T, D] after the last norm, in the compute dtype.
+    hidden: hidden(params, tokens, positions=None, segment_ids=None, *,
+      dropout_key=None) -> [B, T, D] after the last norm, in the compute dtype.
     head: head(params) -> the unembedding [V, D].
     logits: logits(params, hidden) -> [B, T, V] float32.
-    init_cache: init_cache(batch, length) -> cache.
+    init_cache: init_cache(batch, length, *, int8=False) -> cache.
     decode: decode(params, tokens, positions, cache) -> (hidden, cache).
   """
 
@@ -56,7 +51,7 @@ class Model(NamedTuple):
   hidden: Callable[..., jax.Array]
   head: Callable[[Tree], jax.Array]
   logits: Callable[[Tree, jax.Array], jax.Array]
-  init_cache: Callable[[int, int], Cache]
+  init_cache: Callable[..., Cache]
   decode: Callable[..., tuple[jax.Array, Cache]]
 
 
@@ -69,6 +64,7 @@ def build(
   remat: str = "none",
   scan: bool = True,
   lora: lora_lib.LoraConfig | None = None,
+  mesh: Mesh | None = None,
 ) -> Model:
   """Returns the functions of a model; nothing is allocated.
 
@@ -77,15 +73,17 @@ def build(
     dtype: of activations and products, float32 or bfloat16.
     param_dtype: of fresh parameters and of their gradients.
     attention: backend, see `attention.BACKENDS`.
-    remat: 'none' keeps every activation for the backward pass, 'dots' keeps
-      the results of projections, 'full' keeps the input of each block.
+    remat: what is kept for the backward pass: one of `remat.LEVELS`.
     scan: one compiled block run L times; False unrolls it, which compiles
       longer and may run faster. The parameters are the same.
     lora: adapters that `init` adds and the forward pass applies. Parameters
       without adapters are the base model.
+    mesh: devices that share the rows of a batch, 'context' their slots and
+      'tensor' the widths; see `spread`. None: one device, or XLA finds out.
 
   Raises:
-    ValueError: an unknown dtype, backend or remat policy.
+    ValueError: an unknown dtype, backend or remat policy; heads that the mesh
+      does not divide.
   """
   dtype, param_dtype = jnp.dtype(dtype), jnp.dtype(param_dtype)
   for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
@@ -94,29 +92,29 @@ def build(
         f"build: {name} is {value}; expected float32 or bfloat16. "
         "Set model.dtype to one of them."
       )
-  if remat not in _REMAT:
-    raise ValueError(
-      f"build: remat is {remat!r}; expected one of {tuple(_REMAT)}. "
-      "Set model.remat to one of them."
-    )
-  check_backend(attention)
+  check_level(remat)
+  check_backend(attention, mesh)
+  spread.check_heads(mesh, config.num_heads)
   c = config
   dtypes = {"dtype": dtype, "param_dtype": param_dtype}
-  scale = lora.scale if lora else None
-  block = Block(c, scale, attention, **dtypes)
+  block = Block(c, lora, attention, mesh, **dtypes)
   embed = Embed(c.vocab_size, c.d_model, c.init_std, **dtypes)
-  final_norm = RMSNorm(c.norm_eps, **dtypes)
+  positions_embed = Embed(c.max_positions, c.d_model, c.init_std, **dtypes)
+  final_norm = norm_of(c, **dtypes)()
+  kind_of = [c.kinds.index(kind) for kind in c.layers]
 
   def init(key: jax.Array) -> Tree:
     """Fresh parameters: normal(init_std); the projections that write to the
     residual stream are smaller by sqrt(2 L) (GPT-2), norms 1, biases 0."""
     token = jnp.zeros((1, 1), jnp.int32)
     x = jnp.zeros((1, 1, c.d_model), dtype)
-    context = make_context(c, token, token, token, token)
+    # One token needs no kernel.
+    context = make_context(c, token, token, token, token, backend="xla")
+    plain = block.clone(backend="xla")
     embed_key, head_key, layer_key, lora_key = jax.random.split(key, 4)
 
     def init_layer(key):
-      return block.init(key, x, context, None, 0)["params"]
+      return plain.init(key, x, context, None, 0, 0)["params"]
 
     params = {
       "embed": embed.init(embed_key, token)["params"],
@@ -125,27 +123,49 @@ def build(
     }
     if not c.tie_embeddings:
       params["head"] = embed.init(head_key, token)["params"]
+    if c.learned_positions:
+      key = jax.random.fold_in(embed_key, 1)
+      params["positions"] = positions_embed.init(key, token)["params"]
     if lora:
       params = lora_lib.init(lora_key, params, lora, dtype=param_dtype)
     return params
 
-  def run(params: Tree, tokens, context: Context, kv) -> tuple[Any, Any]:
+  def run(
+    params: Tree, tokens, context: Context, kv, dropout_key=None
+  ) -> tuple[Any, Any]:
     """Embeds, runs the blocks, norms; threads the cache through."""
 
     def step(carry, layer):
-      (x, kv), (weights, index) = carry, layer
-      return block.apply({"params": weights}, x, context, kv, index), None
+      (x, kv), (weights, index, kind) = carry, layer
+      rngs = {}
+      if dropout_key is not None:
+        rngs["dropout"] = jax.random.fold_in(dropout_key, index)
+      x, kv = block.apply(
+        {"params": weights}, x, context, kv, index, kind, rngs=rngs
+      )
+      return (spread.constrain(x, mesh, spread.SLOTS), kv), None
 
-    if _REMAT[remat] is not None:
-      # Inside a scan nothing can merge the second forward pass into the
-      # first, so the barrier against it is not needed.
-      step = jax.checkpoint(step, policy=_REMAT[remat], prevent_cse=not scan)
+    if kv is None:
+      step = checkpointed(remat, step, scan=scan)
     with jax.named_scope("embed"):
-      x = embed.apply({"params": params["embed"]}, tokens)
+      leaves = spread.table(params["embed"], mesh)
+      x: Any = embed.apply({"params": leaves}, tokens)
+      if c.scale_embeddings:
+        # Rounded first, as the reference does: sqrt(3072) is 55.5 in bfloat16.
+        x = x * jnp.asarray(c.d_model**0.5, dtype)
+      if c.embed_scale != 1:
+        x = x * c.embed_scale
+      if c.learned_positions:
+        # -1 is padding in a cache; a position past the table gives NaN.
+        at = jnp.maximum(context.q_positions, 0)
+        leaves = spread.table(params["positions"], mesh)
+        x = x + positions_embed.apply({"params": leaves}, at)
+      x = spread.constrain(x, mesh, spread.SLOTS)
     carry = (x, kv)
     with jax.named_scope("layers"):
       if scan:
-        layers = (params["layers"], jnp.arange(c.num_layers))
+        kinds = jnp.array(kind_of)
+        layers = (params["layers"], jnp.arange(c.num_layers), kinds)
         carry, _ = jax.lax.scan(step, carry, layers)
       else:
         parts = jax.tree.map(jnp.unstack, params["layers"])
@@ -155,10 +175,12 @@ def build(
             parts,
             is_leaf=lambda x: isinstance(x, tuple),
           )
-          carry, _ = step(carry, (weights, i))
+          carry, _ = step(carry, (weights, i, kind_of[i]))
     x, kv = carry
     with jax.named_scope("final_norm"):
-      x = final_norm.apply({"params": params["final_norm"]}, x)
+      x: Any = final_norm.apply({"params": params["final_norm"]}, x)
+      # On the hidden states, which are fewer than logits.
+      x = x if c.logit_divisor == 1 else x / c.logit_divisor
     return x, kv
 
   def hidden(
@@ -166,11 +188,14 @@ def build(
     tokens: Int[AnyArray, "B T"],
     positions: Int[AnyArray, "B T"] | None = None,
     segment_ids: Int[AnyArray, "B T"] | None = None,
+    *,
+    dropout_key: jax.Array | None = None,
   ) -> Float[Array, "B T D"]:
     """The last layer's normed activations of every token.
 
     Without `segment_ids` each row is one document; with them, `positions`
-    default to restarting where the segment changes.
+    default to restarting where the segment changes. A `dropout_key` says that
+    this is training: adapters then drop some of their inputs.
     """
     tokens = jnp.asarray(tokens)
     if segment_ids is None:
@@ -179,33 +204,32 @@ def build(
     if positions is None:
       positions = _positions(segment_ids)
     positions = jnp.asarray(positions)
-    context = make_context(c, positions, positions, segment_ids, segment_ids)
-    return run(params, tokens, context, None)[0]
+    who = (positions, positions, segment_ids, segment_ids)
+    context = make_context(c, *who, backend=attention, mesh=mesh)
+    return run(params, tokens, context, None, dropout_key)[0]
 
   def head(params: Tree) -> Float[Array, "V D"]:
     """The unembedding: the embedding itself when tied."""
-    return params["embed" if c.tie_embeddings else "head"]["embedding"]
+    leaves = params["embed" if c.tie_embeddings else "head"]
+    return table(spread.table(leaves, mesh), dtype)
 
   def logits(
     params: Tree, hidden: Float[Array, "B T D"]
   ) -> Float32[Array, "B T V"]:
     """Unnormalised log-probabilities of the next token, float32."""
     with jax.named_scope("head"):
-      return jnp.einsum(
+      z = jnp.einsum(
         "btd,vd->btv",
         hidden.astype(dtype),
         head(params).astype(dtype),
         preferred_element_type=jnp.float32,
       )
+      cap = c.logit_softcap
+      return z if cap is None else cap * jnp.tanh(z / cap)
 
-  def init_cache(batch: int, length: int) -> Cache:
-    """An empty cache of `length` slots per row, in the compute dtype."""
-    shape = (c.num_layers, batch, length, c.num_kv_heads, c.head_dim)
-    return {
-      "k": jnp.zeros(shape, dtype),
-      "v": jnp.zeros(shape, dtype),
-      "positions": jnp.full((batch, length), -1, jnp.int32),
-    }
+  def init_cache(batch: int, length: int, *, int8: bool = False) -> Cache:
+    """An empty cache of `length` slots per row; see `cache.init`."""
+    return cache_lib.init(c, batch, length, dtype, int8=int8)
 
   def decode(
     params: Tree,
@@ -224,19 +248,21 @@ def build(
         decode(params, [[9], [9]], [[3], [1]], cache)
     """
     tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
-    B, S = cache["positions"].shape
-    rows, slots = jnp.arange(B)[:, None], cache_slots(positions, S)
-    held = cache["positions"].at[rows, slots].set(positions, mode="drop")
+    slots = {name: x for name, x in cache.items() if name != "positions"}
+    S = cache["positions"].shape[1]
+    rows, at = cache_lib.slots_of(positions, S)
+    held = cache["positions"].at[rows, at].set(positions, mode="drop")
     context = make_context(
       c,
       positions,
       held,
       (positions >= 0).astype(jnp.int32),
       (held >= 0).astype(jnp.int32),
+      cached=True,
     )
-    x, (k, v) = run(params, tokens, context, (cache["k"], cache["v"]))
+    x, slots = run(params, tokens, context, slots)
     x = jnp.where((positions >= S)[:, :, None], jnp.nan, x)
-    return x, {"k": k, "v": v, "positions": held}
+    return x, slots | {"positions": held}
 
   return Model(c, lora, init, hidden, head, logits, init_cache, decode)
 

@@ -4,17 +4,26 @@ import hashlib
 
 import numpy as np
 
+from sft_jax.data.chunks import to_runs
+from sft_jax.data.encode import PARTS, Example
 from sft_jax.data.ledger import Ledger
-from sft_jax.data.store import INDEX, Source, Store, count
+from sft_jax.data.sources import Source
+from sft_jax.data.store import Store, count
+from sft_jax.data.store_files import INDEX, RUN
+
+USER, ANSWER = PARTS.index("user"), PARTS.index("answer")
 
 
-def fake_store(examples, *, source=None, weights=(1.0,), text=False):
+def fake_store(
+  examples, *, source=None, weights=(1.0,), text=False, sources=None
+):
   """A store of [(tokens, loss_weights)], all trained in part.
 
   Args:
     examples: pairs of equally long lists.
     source: number of each example's source; all 0 by default.
-    weights: mixture weight of each source.
+    weights: repeats of each source.
+    sources: these sources, instead of `weights`.
     text: whether all rows are raw text.
   """
   index = np.zeros(len(examples), INDEX)
@@ -29,18 +38,33 @@ def fake_store(examples, *, source=None, weights=(1.0,), text=False):
   index["place_length"] = [len(place) for place in places]
   index["place"] = np.cumsum(index["place_length"]) - index["place_length"]
   tokens = np.array([t for tokens, _ in examples for t in tokens], np.int32)
-  loss_weights = np.array([w for _, ws in examples for w in ws], np.float32)
-  sources = tuple(Source(f"{i}.jsonl", w) for i, w in enumerate(weights))
-  ledger = count(index, sources, Ledger())
+  runs = [
+    to_runs(
+      Example(
+        np.array(tokens, np.int32),
+        np.array(weights, np.float32),
+        np.where(np.array(weights) > 0, ANSWER, USER).astype(np.uint8),
+      )
+    )
+    for tokens, weights in examples
+  ]
+  index["runs"] = [len(one) for one in runs]
+  index["run"] = np.cumsum(index["runs"]) - index["runs"]
+  sources = sources or tuple(
+    Source(f"{i}.jsonl", w) for i, w in enumerate(weights)
+  )
+  all_runs = np.concatenate([np.empty(0, RUN), *runs])
+  ledger = count(index, all_runs, sources, Ledger())
   for entry in ledger.sources.values():
     entry.rows_in = entry.rows_trained
   return Store(
     tokens=tokens,
-    loss_weights=loss_weights,
+    runs=all_runs,
     places=np.frombuffer(b"".join(places), np.uint8),
     index=index,
     sources=sources,
     fingerprint=hashlib.sha256(tokens.tobytes()).hexdigest(),
+    causes={},
     ledger=ledger,
   )
 

@@ -1,16 +1,21 @@
 """A store holds every row, is keyed by its causes, and is whole or absent."""
 
+import dataclasses
 import json
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import tiny_tokenizers
-from sft_jax.data import cache, encode, formats
-from sft_jax.data.audit import verify
+from sft_jax.data import audit, cache, chunks, encode, faults, formats
 from sft_jax.data.conversation import RowError
 from sft_jax.data.pipeline import Stream
+from sft_jax.data.policy import Policy
 from sft_jax.data.tokenizers import load_tokenizer
 
 
@@ -31,14 +36,21 @@ def _write(path, rows):
 
 def _build(sources, tokenizer, folder, **kwargs):
   told = []
+  fields = {field.name for field in dataclasses.fields(Policy)}
+  policy = Policy(**{k: v for k, v in kwargs.items() if k in fields})
   arguments = {"directory": folder, "max_length": 64, "announce": told.append}
-  return cache.build(sources, tokenizer, **(arguments | kwargs)), told
+  arguments |= {k: v for k, v in kwargs.items() if k not in fields}
+  return cache.build(sources, tokenizer, policy, **arguments), told
 
 
 def _same(a, b):
   return np.array_equal(a.tokens, b.tokens) and np.array_equal(
     a.loss_weights, b.loss_weights
   )
+
+
+def _bytes(folder):
+  return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def test_store_holds_what_encode_makes(tmp_path, tokenizer):
@@ -65,12 +77,8 @@ def test_store_holds_what_encode_makes(tmp_path, tokenizer):
   assert entry.dropped == {"empty answer": 1}
   assert entry.places == {"empty answer": ["rows.jsonl:3"]}
   assert entry.tokens_prompt + entry.tokens_trained == store.lengths.sum()
-  verify(
-    store,
-    vocab_size=tokenizer.vocab_size,
-    stop_ids=tokenizer.stop_ids,
-    bos_id=tokenizer.bos_id,
-  )
+  verdicts = audit.judge(store, faults.facts(tokenizer))
+  assert not [verdict for verdict in verdicts if verdict.count]
   stream = Stream(store, seq_len=64, batch_size=2, epochs=1)
   trained = sum((b.loss_weights > 0).sum() for b in stream.batches())
   assert trained == entry.tokens_trained
@@ -125,23 +133,31 @@ def test_weights_and_folders_are_no_part_of_the_key(tmp_path, tokenizer):
   moved = shutil.copy(path, tmp_path / "moved")
   store, told = _build([(str(moved), 2.5)], tokenizer, tmp_path / "cache")
   assert "from cache" in told[0]
-  assert store.weights == (2.5,)
+  assert store.copies == (2.5,)
   assert list(store.ledger.sources) == [str(moved)]
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "index.bin", "meta.json"])
-def test_damaged_store_is_made_again(tmp_path, tokenizer, name):
+@pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
+@pytest.mark.parametrize(
+  "name", ["tokens.bin", "runs.bin", "index.bin", "places.txt", "meta.json"]
+)
+def test_damaged_store_is_made_again(tmp_path, tokenizer, name, how):
   path = _write(tmp_path / "rows.jsonl", [_row(i) for i in range(3)])
-  good, _ = _build(path, tokenizer, tmp_path / "cache")
-  expected = good.example(1).tokens.tolist()
+  _build(path, tokenizer, tmp_path / "cache")
   (folder,) = (tmp_path / "cache").iterdir()
-  data = bytearray((folder / name).read_bytes())
-  data[len(data) // 2] ^= 255
-  (folder / name).write_bytes(data)
-  again, told = _build(path, tokenizer, tmp_path / "cache")
+  written = {file.name: file.read_bytes() for file in folder.iterdir()}
+  data = bytearray(written[name])
+  if how == "flip":
+    data[len(data) // 2] ^= 1
+  elif how == "truncate":
+    del data[len(data) // 2 :]
+  (folder / name).unlink()
+  if how != "delete":
+    (folder / name).write_bytes(data)
+  _, told = _build(path, tokenizer, tmp_path / "cache")
   assert str(folder) in told[0]
   assert "again" in told[0]
-  assert again.example(1).tokens.tolist() == expected
+  assert {file.name: file.read_bytes() for file in folder.iterdir()} == written
 
 
 def test_failed_build_leaves_nothing(tmp_path, tokenizer):
@@ -149,6 +165,144 @@ def test_failed_build_leaves_nothing(tmp_path, tokenizer):
   with pytest.raises(RowError, match=r"rows\.jsonl:2"):
     _build(path, tokenizer, tmp_path / "cache")
   assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.fixture
+def many_chunks(monkeypatch):
+  """Two rows per chunk, and workers from the second chunk on."""
+  monkeypatch.setattr(cache, "_ALONE", 1)
+  read = chunks.read
+  monkeypatch.setattr(
+    chunks, "read", lambda *args, **kwargs: read(*args, **kwargs, chunk_rows=2)
+  )
+
+
+def test_any_number_of_workers_writes_the_same_bytes(
+  tmp_path, tokenizer, many_chunks
+):
+  rows = [_row(i, "The cat. " * (i % 5)) for i in range(20)]
+  rows += [{"text": "The dog ran. " * 20}, {"a": 1}]
+  one = _write(tmp_path / "one.jsonl", rows)
+  two = _write(tmp_path / "two.jsonl", [{"a": 2}, _row(99), *rows[:7]])
+  with open(two, "a") as file:
+    file.write("not json\n")
+  made = {}
+  for number in (1, 2, 3):
+    directory = tmp_path / str(number)
+    store, _ = _build(
+      (one, {"path": two, "limit": 5, "loss_weight": 0.5}),
+      tokenizer,
+      directory,
+      num_workers=number,
+      on_bad_row="skip",
+    )
+    (folder,) = directory.iterdir()
+    made[number] = (folder.name, store.fingerprint, _bytes(folder))
+    assert store.ledger.dropped("beyond limit") == 5
+  assert made[1] == made[2] == made[3]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_the_first_fault_stops_the_build(
+  tmp_path, tokenizer, many_chunks, num_workers
+):
+  """Also where a later one is met first: a file that cannot be read."""
+  path = _write(
+    tmp_path / "a.jsonl", [*map(_row, range(7)), {"b": 1}, {"c": 1}]
+  )
+  (tmp_path / "b.parquet").write_bytes(b"not parquet")
+  with pytest.raises(RowError, match=r"a\.jsonl:8"):
+    _build(
+      (path, str(tmp_path / "b.parquet")),
+      tokenizer,
+      tmp_path / "cache",
+      num_workers=num_workers,
+    )
+  assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_limit_takes_rows_by_seed(tmp_path, tokenizer):
+  path = _write(tmp_path / "rows.jsonl", map(_row, range(40)))
+
+  def taken(limit, seed):
+    store, _ = _build(
+      {"path": path, "limit": limit}, tokenizer, tmp_path / "cache", seed=seed
+    )
+    assert store.ledger.source(path).rows_in == 40
+    return [store.place(i) for i in range(len(store.index))]
+
+  assert len(taken(10, 0)) == 10
+  assert taken(10, 0) == taken(10, 0) != taken(10, 1)
+  assert taken(10, 0) != [f"rows.jsonl:{i}" for i in range(1, 11)]
+  assert len(taken(99, 0)) == 40
+
+
+STUB = f"""
+import sys, types
+sys.modules["sft_jax"] = types.ModuleType("sft_jax")
+sys.modules["sft_jax"].__path__ = [{str(Path(cache.__file__).parents[1])!r}]
+"""
+KILLED = """
+import os, signal, sys
+import sft_jax.data.cache as cache
+from sft_jax.data import chunks
+from sft_jax.data.policy import Policy
+from sft_jax.data.tokenizers import load_tokenizer
+
+folder, rows, directory, when = sys.argv[1:]
+cache._ALONE = 1
+read = chunks.read
+chunks.read = lambda *args, **kwargs: read(*args, **kwargs, chunk_rows=2)
+
+
+def die(*_):
+  os.kill(os.getpid(), signal.SIGKILL if when != "term" else signal.SIGTERM)
+
+
+if when in ("seal", "move"):
+  setattr(cache, f"_{when}", die)
+else:
+  append, left = cache._Writer.append, [3]
+
+  def count_down(self, chunk):
+    left[0] -= 1
+    append(self, chunk) if left[0] else die()
+
+  cache._Writer.append = count_down
+cache.build(rows, load_tokenizer(folder), Policy(), directory=directory,
+            max_length=64, num_workers=2)
+"""
+
+
+@pytest.mark.parametrize("when", ["append", "term", "seal", "move"])
+def test_a_killed_build_is_begun_again(tmp_path, tokenizer, when):
+  path = _write(tmp_path / "rows.jsonl", map(_row, range(20)))
+  directory = tmp_path / "cache"
+  killed = subprocess.run(
+    # The package without its table of contents, which would import JAX.
+    [
+      *(sys.executable, "-c", STUB + KILLED),
+      *(str(tokenizer.folder), path, str(directory), when),
+    ],
+    capture_output=True,
+    cwd=Path(cache.__file__).parents[2],
+  )
+  assert killed.returncode in (-signal.SIGKILL, -signal.SIGTERM), killed.stderr
+  left = {file.name[:10] for file in directory.iterdir()}
+  assert left == {".building-"}, "nothing that looks whole"
+  store, told = _build(path, tokenizer, directory)
+  assert len(store.index) == 20
+  assert "encoding" in told[0]
+  (folder,) = directory.iterdir()
+  assert not folder.name.startswith("."), "and what was left is gone"
+
+
+def test_a_build_of_a_living_process_is_left_alone(tmp_path):
+  with cache._building(tmp_path) as place:
+    (place / "tokens.bin").write_bytes(b"...")
+    cache._remove_dead(tmp_path)
+    assert (place / "tokens.bin").exists()
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_store_of_another_process_is_used(tmp_path, tokenizer, monkeypatch):
@@ -197,7 +351,7 @@ def test_sources_are_counted_apart(tmp_path, tokenizer):
   two = str(tmp_path / "two_*.jsonl")
   store, _ = _build((one, (two, 0.5)), tokenizer, tmp_path / "cache")
   assert store.source.tolist() == [0, 0, 1, 1]
-  assert store.weights == (1.0, 0.5)
+  assert store.copies == (1.0, 0.5)
   assert store.ledger.source(one).rows_in == 2
   assert store.ledger.source(two).rows_in == 3
   assert store.ledger.source(two).rows_trained == 2

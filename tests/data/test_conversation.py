@@ -59,18 +59,44 @@ def test_grammar_refuses_and_names_the_turn(messages, index, said):
   assert "expected" in str(error.value)
 
 
+@pytest.mark.parametrize("spans", [None, (), ((0, 6),), ((0, 2), (2, 3))])
+def test_spans_within_content(spans):
+  check(Conversation((USER, Message("assistant", "Hello.", spans=spans))))
+
+
+@pytest.mark.parametrize(
+  "spans",
+  [((0, 7),), ((-1, 3),), ((2, 2),), ((3, 2),), ((0, 3), (2, 4))],
+)
+def test_spans_outside_content_or_each_other(spans):
+  message = Message("assistant", "Hello.", spans=spans)
+  with pytest.raises(RowError, match="the trained span"):
+    check(Conversation((USER, message)))
+
+
+def test_spans_are_for_assistants():
+  message = Message("user", "Hi", spans=((0, 1),))
+  with pytest.raises(RowError, match="spans in a user turn"):
+    check(Conversation((message,)))
+
+
 def test_default_weights():
   assert REPLY.loss_weight == 1.0
   assert USER.loss_weight == RESULT.loss_weight == 0.0
   assert Message("assistant", "x", weight=0.0).loss_weight == 0.0
 
 
-def test_messages_or_text_but_not_both():
+def test_messages_or_text_or_ids_but_no_two():
   assert Conversation(text="Once").text == "Once"
   with pytest.raises(RowError, match="no messages"):
     Conversation()
-  with pytest.raises(RowError, match="both"):
+  with pytest.raises(RowError, match="both messages and text"):
     Conversation((USER,), text="Once")
+  with pytest.raises(RowError, match="both text and ids"):
+    Conversation(text="Once", ids=(1,), id_weights=(1.0,))
+  with pytest.raises(RowError, match="1 weights for 2 ids"):
+    Conversation(ids=(1, 2), id_weights=(1.0,))
+  assert Conversation(ids=(1, 2), id_weights=(0.0, 1.0)).text is None
 
 
 def test_errors_survive_pickling():

@@ -17,13 +17,16 @@ from sft_jax.data.conversation import (
   RowError,
   ToolCall,
 )
+from sft_jax.data.policy import Policy
 from sft_jax.data.tokenizers import load_tokenizer
+from tiny_rows import chat, runs
 from tiny_tokenizers import (
   CHATML,
   FORGETFUL,
   GLUED,
   SHARED,
   byte_level,
+  load_all,
   metaspace,
   sentence_piece,
 )
@@ -41,26 +44,7 @@ MAKERS = {
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("tokenizers")
-  return {
-    name: load_tokenizer(make(folder / name, template))
-    for name, (make, template) in MAKERS.items()
-  }
-
-
-def chat(*turns):
-  roles = {"u": "user", "a": "assistant"}
-  made = [
-    turn if isinstance(turn, Message) else Message(roles[turn[0]], turn[2:])
-    for turn in turns
-  ]
-  return Conversation(tuple(made), source="rows.jsonl:3")
-
-
-def runs(weights):
-  """[(start, end)] of the runs of weights above 0."""
-  edges = np.flatnonzero(np.diff([0, *(weights > 0), 0]))
-  return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+  return load_all(tmp_path_factory.mktemp("tokenizers"), MAKERS)
 
 
 def assert_law_1(conversation, tokenizer, **kwargs):
@@ -193,40 +177,20 @@ def test_over_long(tiny):
   # A cut answer never gets a stop token it did not have.
   assert not set(cut.tokens[start:].tolist()) & set(one.stop_ids)
   assert cut.loss_weights[start:].tolist() == [1.0] * 5
-  assert encode.encode_row(row, one, max_length=start, **kwargs) == (
+  assert encode.encode_row(row, one, Policy(**kwargs), max_length=start) == (
     [],
     {"over long": 1},
+    {},
   )
 
 
 def test_a_split_row_may_be_dropped_in_part(tiny):
   row = chat("u:the cat", "a:the dog", "u:a", "a:" + "house " * 50)
   made = encode.encode_row(
-    row, tiny["byte_level"], max_length=60, history="split"
+    row, tiny["byte_level"], Policy(history="split"), max_length=60
   )
   assert len(made.examples) == 1
   assert made.dropped == {"over long": 1}
-
-
-@pytest.mark.parametrize("kind", ["byte_level", "sentence_piece"])
-@pytest.mark.parametrize("max_length", [2, 3, 7, 1000])
-def test_raw_text_is_predicted_exactly_once(tiny, kind, max_length):
-  one = tiny[kind]
-  text = "the cat and the dog\nsat in the house. ü"
-  ids = [one.bos_id, *one.encode(text), one.eos_id]
-  made = encode.encode(Conversation(text=text), one, max_length=max_length)
-  assert all(len(window.tokens) <= max_length for window in made)
-  assert made[0].tokens[0] == one.bos_id
-  predicted = [
-    token
-    for window in made
-    for token, weight in zip(window.tokens, window.loss_weights, strict=True)
-    if weight
-  ]
-  assert predicted == ids[1:]
-  assert all(window.loss_weights[0] == 0 for window in made)
-  for a, b in itertools.pairwise(made):
-    assert a.tokens[-1] == b.tokens[0]
 
 
 def test_prompts(tiny):
@@ -241,9 +205,9 @@ def test_prompts(tiny):
 
 def test_refusals(tiny, tmp_path):
   row = chat("u:Hi", "a:Hello.")
-  with pytest.raises(ValueError, match="max_length=1"):
+  with pytest.raises(ValueError, match="seq_len: got 1"):
     encode.encode(row, tiny["byte_level"], max_length=1)
-  with pytest.raises(ValueError, match="over_long='cut'"):
+  with pytest.raises(ValueError, match="over_long: got 'cut'"):
     encode.encode(row, tiny["byte_level"], max_length=9, over_long="cut")
   silent = load_tokenizer(byte_level(tmp_path / "a", template=None))
   with pytest.raises(ValueError, match="no chat template"):
@@ -261,15 +225,21 @@ def test_refusals(tiny, tmp_path):
   encode.encode(chat("u:<unk>", "a:Hi"), tiny["byte_level"], max_length=99)
 
 
-def test_pad_equal_to_eos_still_trains_the_stop_token(tmp_path):
-  folder = byte_level(tmp_path / "a", GLUED)
+@pytest.mark.parametrize(
+  ("template", "pad"), [(GLUED, "</s>"), (CHATML, "<|im_end|>")]
+)
+def test_pad_equal_to_eos_still_trains_the_stop_token(tmp_path, template, pad):
+  """Encoded in one piece (ChatML), and apart from its prompt."""
+  folder = byte_level(tmp_path / "a", template)
   path = folder / "tokenizer_config.json"
-  config = json.loads(path.read_text()) | {"pad_token": "</s>"}
+  config = json.loads(path.read_text()) | {"pad_token": pad}
   path.write_text(json.dumps(config))
   one = load_tokenizer(folder)
   (made,) = encode.encode(chat("u:Hi", "a:Hello."), one, max_length=99)
-  assert made.tokens[-1] == one.pad_id == one.eos_id
-  assert made.loss_weights[-1] == 1
+  assert one.pad_id == one.special_tokens[pad]
+  last = np.flatnonzero(made.loss_weights)[-1]
+  assert made.tokens[last] == one.pad_id
+  assert made.loss_weights[last] == 1
 
 
 STOPS = {
@@ -411,7 +381,7 @@ def test_ids_equal_transformers(name, tmp_path, monkeypatch):
       ((start, end),) = runs(one.loss_weights)
       assert one.tokens[:start].tolist() == prompt
       so_far = Conversation(row.messages[:index], row.tools)
-      assert prompt == encode.prompt_ids(so_far, ours, template_kwargs=kwargs)
+      assert prompt == encode.prompt_ids(so_far, ours, Policy(kwargs))
       assert one.tokens.tolist() == full
       assert one.tokens[end - 1] in ours.stop_ids
     whole = encode.encode(row, ours, **options)
@@ -427,3 +397,72 @@ def test_the_real_model_on_real_rows():
     assert_law_1(formats.to_conversation(row, source=where), one)
   turns = ("u:Hi", "a:Once upon a time", "u:And then?", "a:The end.")
   assert len(assert_law_1(chat(*turns), one)) == 2
+
+
+def said(example, tokenizer):
+  """[(part, text)] of the runs of one part."""
+  runs = itertools.groupby(
+    zip(example.parts.tolist(), example.tokens.tolist(), strict=True),
+    key=lambda pair: pair[0],
+  )
+  return [
+    (
+      encode.PARTS[part],
+      tokenizer.decode([number for _, number in run], skip_special=False),
+    )
+    for part, run in runs
+  ]
+
+
+def test_who_says_each_token(tiny):
+  one = tiny["byte_level"]
+  call = ToolCall("look", {"at": "the cat"})
+  row = Conversation(
+    (
+      Message("system", "the cat"),
+      Message("user", " the cat\n"),
+      Message("assistant", "the dog", "a house", (call,)),
+      Message("tool", "the cat"),
+      Message("assistant", "the dog"),
+    ),
+    ({"name": "look"},),
+  )
+  (made,) = encode.encode(row, one, max_length=999)
+  assert made.parts.dtype == np.uint8
+  told = [(part, text.strip()) for part, text in said(made, one)]
+  assert [pair for pair in told if pair[0] != "template"] == [
+    ("system", "the cat"),
+    ("user", "the cat"),
+    ("reasoning", "a house"),
+    ("answer", "the dog"),
+    ("tool_call", '<call>look {"at": "the cat"}</call>'),
+    ("stop", "<|im_end|>"),
+    ("tool", "the cat"),
+    ("answer", "the dog"),
+    ("stop", "<|im_end|>"),
+  ]
+  # A text of its own: all of it is text.
+  (text,) = encode.encode(Conversation(text="the cat"), one, max_length=99)
+  assert said(text, one) == [
+    ("template", "<s>"),
+    ("text", "the cat"),
+    ("stop", "</s>"),
+  ]
+
+
+@settings(max_examples=15, deadline=None)
+@given(said_=st.lists(words, min_size=2, max_size=4))
+@pytest.mark.parametrize("kind", ["byte_level", "sentence_piece", "forgetful"])
+def test_parts_hold_what_is_said(tiny, kind, said_):
+  one = tiny[kind]
+  turns = [f"{'ua'[i % 2]}:{text}" for i, text in enumerate(said_)]
+  row = chat(*turns, *(["a:the end"] if len(turns) % 2 else []))
+  for made in encode.encode(row, one, max_length=10_000):
+    told = [(part, text.strip()) for part, text in said(made, one)]
+    want = [
+      (part, message.content.strip())
+      for message in row.messages
+      for part in ("user" if message.role == "user" else "answer",)
+      if message.content.strip()
+    ]
+    assert [p for p in told if p[0] in ("user", "answer")] == want

@@ -1,6 +1,6 @@
 """Rows of every format become the Conversation they mean, or are refused."""
 
-import itertools
+import collections
 import json
 
 import pytest
@@ -36,6 +36,8 @@ QUESTION = [("user", "2 + 2?"), ("assistant", "4")]
     {"instruction": "2 + 2?", "output": "4", "response": None},
     {"prompt": "2 + 2?", "completion": "4", "id": 3},
     {"question": "2 + 2?", "answer": "4"},
+    {"query": "2 + 2?", "response": "4"},
+    {"question": "2 + 2?", "query": "2 + 2?", "response": "4"},
     {
       "messages": [
         {"role": "user", "content": "2 + 2?"},
@@ -86,9 +88,15 @@ def test_an_empty_answer_is_nothing_to_train(keys, answer):
     ({"instruction": "A", "output": "4", "response": "5"}, "exactly one of"),
     ({"instruction": "", "output": "4"}, "an empty question"),
     ({"instruction": "A", "output": 4}, "output of type int"),
-    ({"instruction": "A", "output": "4", "history": [["a", "b"]]}, "history"),
+    ({"instruction": "A", "output": "4", "history": [["a"]]}, r"history\[0\]"),
+    (
+      {"instruction": "A", "output": "4", "history": "a"},
+      "history of type str",
+    ),
     ({"instruction": "A", "output": "4", "text": "A 4"}, "alpaca and text"),
-    ({"foo": 1, "bar": 2}, r"keys \['bar', 'foo'\], which fit no known"),
+    # Half a question would be asked.
+    ({"prompt": "A", "query": "B", "response": "4"}, "prompt and query"),
+    ({"foo": 1, "bar": 2}, "{'foo': 1, 'bar': 2}, which fits no known"),
     ({"prompt": {"text": "x"}}, "no known format"),
     ({"messages": []}, "no messages"),
     ({"messages": "Hi"}, "messages of type str"),
@@ -108,11 +116,19 @@ def test_an_empty_answer_is_nothing_to_train(keys, answer):
       {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
       "a content part",
     ),
-    (
-      {"messages": [{"role": "assistant", "function_call": {"name": "f"}}]},
-      "the old key function_call",
-    ),
     ({"conversations": [{"from": "x", "value": "Hi"}]}, "role 'x'"),
+    ({"messages": [{"content": "Hi"}]}, "exactly one of role, from"),
+    ({"messages": [{"role": "user", "content": "a\0b"}]}, "NUL at 1"),
+    ({"messages": [{"role": "user", "content": "\ud83d"}]}, "half a surrogate"),
+    ({"text": "x\0"}, "NUL at 1"),
+    (
+      {"prompt": "A", "completion": "4", "images": ["cat.png"]},
+      r"images \[1 items\]",
+    ),
+    (
+      {"prompt": "A", "completion": "4", "chat_template_kwargs": {"a": 1}},
+      "chat_template_kwargs",
+    ),
   ],
 )
 def test_refusals(row, said):
@@ -210,6 +226,7 @@ def test_reasoning(fields, reasoning, content):
     ({}, 1.0),
     ({"weight": 0}, 0.0),
     ({"train": False}, 0.0),
+    ({"training": False}, 0.0),
     ({"train": True}, 1.0),
     ({"loss_weight": 0.25}, 0.25),
   ],
@@ -223,27 +240,130 @@ def test_message_weights(fields, weight):
     formats.to_conversation(row)
 
 
-@needs_shared
-@pytest.mark.parametrize(
-  ("name", "count", "empty"),
-  [
-    ("instruction/alpaca_5000.json", 5000, 2),
-    ("instruction/gpteacher_codegen.json", 500, 0),
-    ("instruction/t0_sample.jsonl", 500, 0),
-    ("reasoning/gsm8k_train.jsonl", 500, 0),
-    ("llamafactory_demo/v1_sft_demo.jsonl", 500, 0),
-    ("llamafactory_demo/glaive_toolcall_en_demo.json", 300, 0),
-    ("llamafactory_demo/c4_demo.jsonl", 300, 0),
-    ("multiturn/fastchat_dummy_conversation.json", 500, 0),
-  ],
+def test_an_error_shows_the_row_and_the_choices():
+  row = {"instruction": "2 + 2?\x1b[2J", "output": "4", "text": "x" * 100_000}
+  with pytest.raises(RowError) as error:
+    formats.to_conversation(row, source="rows.jsonl:3")
+  said = str(error.value)
+  assert said.startswith("rows.jsonl:3: got {'instruction': '2 + 2?\\x1b[2J', ")
+  assert "which fits alpaca and text" in said
+  assert "output | response (alpaca); or text (text)." in said
+  assert len(said) < 500
+
+
+@pytest.mark.parametrize("name", formats.FORMATS)
+@pytest.mark.parametrize("row", [{}, {"other": 1}])
+def test_a_named_format_without_its_keys_is_an_error(name, row):
+  with pytest.raises(RowError, match=r"^row"):
+    formats.to_conversation(row, format=name)
+
+
+def test_a_rows_weight_is_that_of_its_answers():
+  row = {
+    "messages": [
+      {"role": "user", "content": "Hi"},
+      {"role": "assistant", "content": "Hello."},
+      {"role": "user", "content": "2 + 2?"},
+      {"role": "assistant", "content": "4", "weight": 2},
+    ],
+    "weight": 0.5,
+  }
+  made = formats.to_conversation(row).messages
+  assert [one.loss_weight for one in made] == [0.0, 0.5, 0.0, 2.0]
+
+
+def test_a_rejected_answer_is_not_trained():
+  row = {"prompt": "2 + 2?", "completion": "5", "label": False}
+  with pytest.raises(NothingToTrain, match="label false"):
+    formats.to_conversation(row)
+  assert turns({**row, "completion": "4", "label": True}) == QUESTION
+  row = {"instruction": "2 + 2?", "output": "5", "kto_tag": False}
+  with pytest.raises(NothingToTrain, match="label false"):
+    formats.to_conversation(row)
+
+
+# Every file of the shared folder: rows, and those dropped, by reason.
+LOADED = {
+  "instruction/alpaca_5000.json": (5000, {"empty answer": 2}),
+  "instruction/gpteacher_codegen.json": (4535, {}),
+  "instruction/gpteacher_roleplay.json": (1923, {}),
+  "instruction/gpteacher_toolformer.json": (7673, {}),
+  "instruction/t0_sample.jsonl": (4000, {}),
+  "llamafactory_demo/alpaca_en_demo.json": (999, {}),
+  "llamafactory_demo/c4_demo.jsonl": (300, {}),
+  "llamafactory_demo/glaive_toolcall_en_demo.json": (300, {}),
+  "llamafactory_demo/identity.json": (91, {}),
+  "llamafactory_demo/v1_sft_demo.jsonl": (500, {}),
+  "llamafactory_demo/wiki_demo.txt": (1, {}),
+  "multiturn/fastchat_dummy_conversation.json": (500, {}),
+  "reasoning/gsm8k_train.jsonl": (7473, {}),
+}
+# Loaded when columns say what their columns mean.
+RENAMED = {
+  "reasoning/math_cot_100x8.jsonl": (
+    {"solution": "answer", "response": "chains"},
+    100,
+  ),
+  "tools/gorilla_openfunctions_v1_test.json": ({"model_answer": "answer"}, 112),
+}
+NO_CONVERSATIONS = {
+  "llamafactory_demo/dataset_info.json": "column maps",
+  "multiturn/oasst_en100_tree.jsonl": "trees: tools/convert_oasst.py",
+  "tools/BFCL_v4_simple_java.json": "questions without answers",
+  "tools/BFCL_v4_simple_javascript.json": "questions without answers",
+  "tools/possible_answer/BFCL_v4_simple_java.json": "sets of answers",
+  "tools/possible_answer/BFCL_v4_simple_javascript.json": "sets of answers",
+  "tools/gorilla_openfunctions_v1_test.json": "needs columns",
+  "reasoning/math_cot_100x8.jsonl": "an answer and eight responses",
+  "tools/sgd_train_200.jsonl": "dialogue states: tools/convert_sgd.py",
+  "tools/sgd_train_schema.json": "schemas of services",
+}
+FOLDERS = (
+  "instruction",
+  "reasoning",
+  "multiturn",
+  "tools",
+  "llamafactory_demo",
 )
-def test_real_rows(name, count, empty):
-  made, dropped = 0, []
-  for where, row in itertools.islice(formats.read_rows(SHARED / name), count):
+
+
+@needs_shared
+def test_every_shared_file_is_listed():
+  files = {
+    str(file.relative_to(SHARED))
+    for folder in FOLDERS
+    for file in (SHARED / folder).rglob("*")
+    if file.is_file()
+  }
+  assert files == LOADED.keys() | NO_CONVERSATIONS.keys()
+
+
+def load(name, **kwargs):
+  made, dropped = 0, collections.Counter()
+  for where, row in formats.read_rows(SHARED / name):
     try:
-      formats.to_conversation(row, source=where)
+      formats.to_conversation(row, source=where, **kwargs)
       made += 1
-    except NothingToTrain as error:
-      dropped.append(error.reason)
-  assert dropped == ["empty answer"] * empty
-  assert made + empty == count
+    except NothingToTrain as nothing:
+      dropped[nothing.reason] += 1
+  return made + dropped.total(), dict(dropped)
+
+
+@needs_shared
+@pytest.mark.parametrize("name", LOADED)
+def test_every_shared_conversation_loads(name):
+  assert load(name) == LOADED[name]
+
+
+@needs_shared
+@pytest.mark.parametrize("name", RENAMED)
+def test_shared_files_under_other_names(name):
+  columns, count = RENAMED[name]
+  assert load(name, columns=columns) == (count, {})
+
+
+@needs_shared
+@pytest.mark.parametrize("name", NO_CONVERSATIONS)
+def test_what_is_no_conversation_says_so(name):
+  with pytest.raises(RowError):
+    load(name)

@@ -1,24 +1,24 @@
-"""The stream: layout, conservation, and one integer that resumes it."""
+"""The stream: conservation, and one integer that resumes it."""
 
 import itertools
 import json
+import math
 import threading
 import time
 from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fake_store import fake_store, random_store
 from sft_jax.batch import Batch
-from sft_jax.data.encode import Example
-from sft_jax.data.pipeline import Stream, lay_out
+from sft_jax.data.pipeline import Stream
+from sft_jax.data.sources import Source
+from sft_jax.data.store import Store
 
 T = 32
-
-
-def _example(tokens, weights):
-  return Example(np.array(tokens, np.int32), np.array(weights, np.float32))
 
 
 def _equal(a, b):
@@ -47,36 +47,6 @@ def _stored(store, ids):
   ]
 
 
-def test_layout_is_the_table_of_batch():
-  row = lay_out(
-    [_example([10, 11, 12], [0, 0, 1]), _example([20, 21, 22], [0, 1, 1])], 8
-  )
-  expected = Batch(
-    tokens=np.array([[10, 11, 12, 20, 21, 22, 0, 0]]),
-    targets=np.array([[11, 12, 0, 21, 22, 0, 0, 0]]),
-    loss_weights=np.array([[0, 1, 0, 1, 1, 0, 0, 0]]),
-    segment_ids=np.array([[1, 1, 1, 2, 2, 2, 0, 0]]),
-    positions=np.array([[0, 1, 2, 0, 1, 2, 0, 0]]),
-  )
-  assert _equal(row, expected)
-  assert [x.dtype.name for x in row] == [
-    "int32",
-    "int32",
-    "float32",
-    "int32",
-    "int32",
-  ]
-
-
-def test_normalize_by_example():
-  row = lay_out(
-    [_example([1, 2, 3], [0, 1, 1]), _example([4, 5], [0, 0.25])],
-    5,
-    normalize="example",
-  )
-  assert row.loss_weights.tolist() == [[0.5, 0.5, 0, 1, 0]]
-
-
 @pytest.mark.parametrize("packing", [True, False])
 def test_one_epoch_is_every_row_once(packing):
   store = random_store(101, longest=T)
@@ -100,6 +70,35 @@ def test_one_epoch_is_every_row_once(packing):
   assert (epoch.packs, epoch.tokens_padding) == (rows, rows * T - tokens)
   assert stream.fill == tokens / (rows * T)
   stream.ledger.check()
+
+
+@pytest.mark.parametrize("copies", [1, 2.5])
+@pytest.mark.parametrize("epochs", [2, None])
+def test_what_was_consumed_is_what_the_batches_held(copies, epochs):
+  """Rows counted in the batches; epochs end where their packs end."""
+  store = random_store(60, longest=T, weights=(copies,))
+  stream = Stream(store, seq_len=T, batch_size=4, seed=3, epochs=epochs)
+  steps = stream.num_steps or 3 * math.ceil(stream.steps_per_epoch)
+  seen = 0
+  assert stream.consumed(0) == (0.0, 0)
+  fresh = Stream(store, seq_len=T, batch_size=4, seed=3, epochs=epochs)
+  for step, batch in enumerate(itertools.islice(stream.batches(), steps), 1):
+    seen += len(_documents(batch))
+    # As after a resume, and asked in any order.
+    for one in (stream, fresh):
+      assert one.consumed(step).rows == seen
+    if seen == round(60 * copies):
+      assert stream.consumed(step).epochs == 1.0
+  assert all(
+    a.epochs < b.epochs
+    for a, b in itertools.pairwise(map(stream.consumed, range(steps)))
+  )
+  half = stream.ledger.epoch.packs / 8
+  assert stream.consumed(int(half)).epochs == pytest.approx(
+    int(half) * 4 / stream.ledger.epoch.packs
+  )
+  if epochs:
+    assert stream.consumed(steps) == (2.0, round(120 * copies))
 
 
 def test_epochs_join_without_a_gap():
@@ -143,10 +142,8 @@ def test_same_global_batches_on_any_processes_from_any_step(processes, epochs):
   whole = list(itertools.islice(stream().batches(), 9))
   for start in (0, 1, 7):
     parts = [
-      itertools.islice(
-        stream().batches(start, p, processes), len(whole) - start
-      )
-      for p in range(processes)
+      itertools.islice(stream().batches(start, block), len(whole) - start)
+      for block in np.split(np.arange(4), processes)
     ]
     joined = [
       Batch._make(map(np.concatenate, zip(*blocks, strict=True)))
@@ -154,6 +151,44 @@ def test_same_global_batches_on_any_processes_from_any_step(processes, epochs):
     ]
     assert len(joined) == len(whole) - start
     assert all(_equal(a, b) for a, b in zip(joined, whole[start:], strict=True))
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+  numbers=st.lists(st.integers(1, 20), min_size=1, max_size=3),
+  repeats=st.lists(st.sampled_from([1, 2, 0.3, 1.5]), min_size=3, max_size=3),
+  start=st.integers(0, 12),
+  processes=st.sampled_from([1, 2, 8]),
+  seed=st.integers(0, 3),
+)
+def test_any_mixture_resumes_anywhere_on_any_processes(
+  numbers, repeats, start, processes, seed
+):
+  """The stream is a pure function of (data, seed, step): Law 4."""
+  source = [i for i, number in enumerate(numbers) for _ in range(number)]
+  weights = tuple(repeats[: len(numbers)])
+  store = random_store(len(source), longest=T, source=source, weights=weights)
+
+  def stream():
+    return Stream(store, seq_len=T, batch_size=8, seed=seed)
+
+  steps = 2
+  whole = list(itertools.islice(stream().batches(), start + steps))[start:]
+  blocks = zip(
+    *(
+      stream().batches(start, block)
+      for block in np.split(np.arange(8), processes)
+    ),
+    strict=True,
+  )
+  for step, batch, parts in zip(
+    range(start, start + steps), whole, blocks, strict=False
+  ):
+    assert _equal(
+      batch, Batch._make(map(np.concatenate, zip(*parts, strict=True)))
+    )
+    ids = [i for row in stream().rows_of(step) for i in row]
+    assert _documents(batch) == _stored(store, ids)
 
 
 def test_counted_stream_ends_and_endless_does_not():
@@ -196,6 +231,23 @@ def test_mixture_weights():
   assert len(set(chosen)) > 1, "a random share is drawn anew each epoch"
 
 
+def test_the_weight_of_a_source_multiplies_that_of_its_tokens():
+  sources = (Source("0.jsonl"), Source("1.jsonl", loss_weight=0.25))
+  store = random_store(
+    20, longest=8, source=[0] * 10 + [1] * 10, sources=sources
+  )
+  stream = Stream(store, seq_len=T, batch_size=4, epochs=1)
+  found = [d for batch in stream.batches() for d in _documents(batch)]
+  scale = {
+    tokens: (1.0, 0.25)[i >= 10]
+    for i, (tokens, _) in enumerate(_stored(store, range(20)))
+  }
+  plain = dict(_stored(store, range(20)))
+  assert len(found) == 20
+  for tokens, weights in found:
+    assert weights == tuple(scale[tokens] * w for w in plain[tokens])
+
+
 def test_reading_threads_stop_with_the_reader():
   store = random_store(10, longest=T)
   before = threading.active_count()
@@ -204,7 +256,8 @@ def test_reading_threads_stop_with_the_reader():
   assert threading.active_count() > before
   del batches
   for _ in range(100):
-    if threading.active_count() == before:
+    # Threads of tests before this one may end, too.
+    if threading.active_count() <= before:
       return
     time.sleep(0.05)
   raise AssertionError(f"{threading.active_count() - before} threads left")
@@ -251,10 +304,28 @@ def test_bad_arguments(arguments, message):
     Stream(store, **({"seq_len": T, "batch_size": 2} | arguments))
 
 
-def test_batch_that_processes_cannot_share():
+def test_only_the_rows_asked_for_are_read(monkeypatch):
+  stream = Stream(random_store(30, longest=T), seq_len=T, batch_size=4, seed=1)
+  whole = next(stream.batches())
+  read, example = [], Store.example
+
+  def watched(self, i):
+    read.append(i)
+    return example(self, i)
+
+  monkeypatch.setattr(Store, "example", watched)
+  some = next(stream.batches(0, [2, 0]))
+  assert _equal(some, Batch(*(x[[2, 0]] for x in whole)))
+  # Read ahead, but of these rows only.
+  rows = [stream.rows_of(step) for step in range(20)]
+  assert set(read) <= {i for step in rows for r in (0, 2) for i in step[r]}
+
+
+@pytest.mark.parametrize("rows", [[], [4], [-1]])
+def test_rows_that_a_batch_has_not(rows):
   stream = Stream(random_store(10, longest=T), seq_len=T, batch_size=4)
-  with pytest.raises(ValueError, match="process 1 of 3"):
-    stream.batches(0, 1, 3)
+  with pytest.raises(ValueError, match="batches: got rows"):
+    stream.batches(0, rows)
 
 
 def test_empty_store():

@@ -1,13 +1,10 @@
 """Rows from files: every fault is found and placed."""
 
-import contextlib
 import json
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sft_jax.data import rows
 from sft_jax.data.conversation import RowError
@@ -62,7 +59,7 @@ def test_line_and_column_in_an_array(tmp_path):
   (tmp_path / "bad.json").write_text('[\n  {"a": 1},\n  {"a": }\n]')
   with pytest.raises(RowError, match=r"^bad.json line 3 column 9: got "):
     list(rows.read_rows(tmp_path / "bad.json"))
-  (tmp_path / "object.json").write_text("{}")
+  (tmp_path / "object.json").write_text("{\n}")
   with pytest.raises(RowError, match="expected an array"):
     list(rows.read_rows(tmp_path / "object.json"))
 
@@ -86,32 +83,46 @@ def test_missing_files_and_unknown_suffixes(tmp_path):
     list(rows.read_rows(tmp_path / "a.csv"))
 
 
-json_values = st.recursive(
-  st.none()
-  | st.booleans()
-  | st.integers()
-  | st.floats(allow_nan=False, allow_infinity=False)
-  | st.text(),
-  lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-  max_leaves=20,
+def test_a_saved_folder_and_its_splits(tmp_path):
+  made = [{"text": "one"}, {"text": "two"}]
+  for split in ("train", "test"):
+    folder = tmp_path / "both" / split
+    folder.mkdir(parents=True)
+    with pyarrow.ipc.new_stream(
+      folder / "data-0.arrow", (table := pyarrow.Table.from_pylist(made)).schema
+    ) as stream:
+      stream.write_table(table)
+    state = {"_data_files": [{"filename": "data-0.arrow"}]}
+    (folder / "state.json").write_text(json.dumps(state))
+  listing = tmp_path / "both" / "dataset_dict.json"
+  listing.write_text('{"splits": ["train", "test"]}')
+  path = f"{tmp_path}/both"
+  for named in (f"{path}#train", f"{path}/train"):
+    got = list(rows.read_rows(named))
+    assert got == [("data-0.arrow[0]", made[0]), ("data-0.arrow[1]", made[1])]
+  with pytest.raises(ValueError, match=r"got no split; expected one of train"):
+    rows.find_files(path)
+  with pytest.raises(ValueError, match="the split 'dev'"):
+    rows.find_files(f"{path}#dev")
+  with pytest.raises(ValueError, match="got a folder; expected"):
+    rows.find_files(tmp_path)
+  # A file of this very name is that file.
+  (tmp_path / "a#b.jsonl").write_text('{"text": "x"}')
+  assert len(rows.find_files(tmp_path / "a#b.jsonl")) == 1
+
+
+@pytest.mark.parametrize(
+  "state",
+  [
+    {"_data_files": [{"filename": "../../elsewhere.arrow"}]},
+    {"_data_files": [{"filename": "gone.arrow"}]},
+    {"_data_files": []},
+    {"_data_files": [{}]},
+    [],
+  ],
 )
-
-
-@given(json_values)
-def test_valid_json_is_read_exactly(value):
-  got = rows.loads(json.dumps(value), "here")
-  # Compared as text, so that the order of keys counts too.
-  assert json.dumps(got) == json.dumps(value)
-
-
-@given(st.text(alphabet='{}[]":,\\ud8a1 N\n', max_size=30))
-def test_any_text_is_read_or_refused(text):
-  try:
-    expected = json.loads(text)
-  except ValueError:
-    with pytest.raises(RowError, match=r"^here"):
-      rows.loads(text, "here")
-  else:
-    # Valid for Python's lenient reader: read the same, or refused.
-    with contextlib.suppress(RowError):
-      assert rows.loads(text, "here") == expected
+def test_a_saved_folder_that_cannot_be_trusted(tmp_path, state):
+  (tmp_path / "state.json").write_text(json.dumps(state))
+  (tmp_path.parent / "elsewhere.arrow").write_bytes(b"x")
+  with pytest.raises(ValueError, match="expected"):
+    rows.find_files(tmp_path)

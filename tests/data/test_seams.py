@@ -4,6 +4,7 @@ import pytest
 
 from sft_jax.data import seams
 from sft_jax.data.conversation import Conversation, RowError
+from sft_jax.data.policy import DEFAULT
 from sft_jax.data.spans import Rendered
 from sft_jax.data.tokenizers import load_tokenizer
 from tiny_tokenizers import CHATML, GLUED, byte_level, metaspace
@@ -13,8 +14,8 @@ PROMPT = "<s>user: Hello\nassistant: "
 REPLY = "the cat</s>"
 
 
-def encode(text, spans, tokenizer, history="auto"):
-  return seams.encode_rendered(Rendered(text, spans), tokenizer, history, ROW)
+def encode(text, spans, tokenizer, policy=DEFAULT):
+  return seams.encode_rendered(Rendered(text, spans), tokenizer, policy, ROW)
 
 
 def test_a_joined_reply_follows_the_prompt_of_inference(tmp_path):
@@ -28,7 +29,7 @@ def test_a_joined_reply_follows_the_prompt_of_inference(tmp_path):
   assert made.ids[: len(prompt)] == prompt
   reply = made.ids[len(prompt) :]
   assert one.decode(reply, skip_special=False) == REPLY
-  assert made.weights == [0.0] * len(prompt) + [0.5] * len(reply)
+  assert made.weights.tolist() == [0.0] * len(prompt) + [0.5] * len(reply)
   assert one.decode(made.ids, skip_special=False) == PROMPT + REPLY
 
 
@@ -38,7 +39,7 @@ def test_a_clean_seam_keeps_the_ids_of_the_whole(tmp_path):
   ids = one.encode(text)
   (made,) = encode(text, ((12, len(text) - 1, 1.0),), one)
   assert made.ids == ids
-  assert made.weights == [0.0] + [1.0] * (len(ids) - 2) + [0.0]
+  assert made.weights.tolist() == [0.0] + [1.0] * (len(ids) - 2) + [0.0]
 
 
 def test_the_span_must_end_at_the_first_stop_token(tmp_path):

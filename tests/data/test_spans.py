@@ -4,32 +4,23 @@ import pytest
 
 from sft_jax.data import spans, templates
 from sft_jax.data.conversation import (
-  Conversation,
   Message,
   NothingToTrain,
   RowError,
   ToolCall,
 )
+from sft_jax.data.policy import Policy
+from tiny_rows import chat
 from tiny_tokenizers import CHATML, FORGETFUL, GLUED
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 STOPS = ["<|im_end|>", "</s>"]
 
 
-def chat(*turns, **kwargs):
-  """'u:Hi', 'a:Hello.' as a Conversation."""
-  roles = {"s": "system", "u": "user", "a": "assistant"}
-  messages = [
-    turn if isinstance(turn, Message) else Message(roles[turn[0]], turn[2:])
-    for turn in turns
-  ]
-  return Conversation(tuple(messages), source="rows.jsonl:3", **kwargs)
-
-
 def trained(conversation, source, **kwargs):
   """The trained texts of each rendering."""
   template = templates.ChatTemplate(source, NAMES, stop_tokens=STOPS)
-  made = spans.render_spans(conversation, template, **kwargs)
+  made = spans.render_spans(conversation, template, Policy(**kwargs))
   return [[one.text[a:b] for a, b, _ in one.spans] for one in made]
 
 
@@ -61,7 +52,7 @@ def test_a_template_that_rewrites_history_splits_by_itself():
     ["<think>\nThrees.\n</think>\n\n6<|im_end|>"],
   ]
   template = templates.ChatTemplate(FORGETFUL, NAMES, stop_tokens=STOPS)
-  last = spans.render_spans(THOUGHTS, template)[1]
+  last = spans.render_spans(THOUGHTS, template, Policy())[1]
   assert "Twos." not in last.text
   with pytest.raises(RowError, match=r"messages\[1\]: got a turn that later"):
     trained(THOUGHTS, FORGETFUL, history="keep")
@@ -72,7 +63,7 @@ def test_only_the_turns_with_weight_are_trained():
   half = Message("assistant", "Goodbye.", weight=0.5)
   row = chat("u:Hi", unweighted, "u:Bye", half, "u:Still there?")
   template = templates.ChatTemplate(CHATML, NAMES, stop_tokens=STOPS)
-  (made,) = spans.render_spans(row, template)
+  (made,) = spans.render_spans(row, template, Policy())
   ((start, end, weight),) = made.spans
   assert (made.text[start:end], weight) == ("Goodbye.<|im_end|>", 0.5)
   assert "Still there?" not in made.text
@@ -122,8 +113,13 @@ def test_nothing_said_is_left_out_in_silence():
   deaf = CHATML.replace("{{ m.content }}", "{{ m.content | upper }}")
   with pytest.raises(RowError, match=r"leaves out or changes 'Hello\.'"):
     trained(chat("u:HI", "a:Hello."), deaf)
+  # What is asked a template may change, for inference sees the same.
+  assert trained(chat("u:Hi", "a:HELLO."), deaf) == [["HELLO.<|im_end|>"]]
+  mute = CHATML.replace(
+    "{{ m.content }}", "{{ m.content if m.role != 'system' }}"
+  )
   with pytest.raises(RowError, match=r"messages\[0\].*changes 'Hi'"):
-    trained(chat("u:Hi", "a:HELLO."), deaf)
+    trained(chat("s:Hi", "u:Hi", "a:Hi"), mute)
 
 
 def test_nothing_to_train():

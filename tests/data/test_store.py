@@ -1,4 +1,4 @@
-"""Sources are normalised, and held-out rows are apart and accounted for."""
+"""Held-out rows are apart and accounted for; differences have names."""
 
 import dataclasses
 
@@ -6,25 +6,6 @@ import numpy as np
 import pytest
 
 from fake_store import random_store
-from sft_jax.data.store import Source, to_sources
-
-
-def test_sources_in_every_form():
-  one = Source("a.jsonl")
-  assert to_sources("a.jsonl") == to_sources(one) == (one,)
-  assert to_sources(["a.jsonl", ("b/*.json", 2)]) == (
-    one,
-    Source("b/*.json", 2),
-  )
-  assert to_sources(("a.jsonl", 0.5)) == (Source("a.jsonl", 0.5),)
-
-
-@pytest.mark.parametrize(
-  "bad", [(), ("a.jsonl", "a.jsonl"), (("a.jsonl", 0.0),)]
-)
-def test_sources_that_make_no_sense(bad):
-  with pytest.raises(ValueError, match="data sources: got"):
-    to_sources(bad)
 
 
 def test_split_keeps_equal_rows_together_and_counts_all():
@@ -54,8 +35,8 @@ def test_split_keeps_equal_rows_together_and_counts_all():
     for kind in ("tokens_prompt", "tokens_trained")
   )
   assert tokens == store.lengths.sum()
-  assert train.weights == (2.0, 1.0)
-  assert held.weights == (1.0, 1.0)
+  assert train.copies == (2.0, 1.0)
+  assert held.copies == (1.0, 1.0)
   prints = {store.fingerprint, train.fingerprint, held.fingerprint}
   assert len(prints) == 3
   first = held.index["start"][0]

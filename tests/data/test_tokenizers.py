@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -64,6 +66,46 @@ def test_special_tokens_are_read_out_of_text_and_none_is_added(tiny, kind):
   )
 
 
+def test_a_post_processor_adds_no_bos(tmp_path):
+  """The template writes BOS; a tokenizer of Llama would put another before."""
+  folder = byte_level(tmp_path)
+  model = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+  model.post_processor = tokenizers.processors.TemplateProcessing(
+    single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+  )
+  assert model.encode("the cat").ids[0] == 1
+  model.save(str(folder / "tokenizer.json"))
+  one = load_tokenizer(folder)
+  ids = one.encode("the cat")
+  assert not {1, 2} & set(ids)
+  assert one.encode_with_offsets("the cat")[0] == ids
+  assert one.encode_with_offsets("the cat", [(0, 3)])[0] == ids
+  assert one.encode_batch(["the cat"]) == [ids]
+
+
+def test_an_evil_regular_expression_ends_in_an_error(tmp_path, capfd):
+  """Backtracking without end, as a tokenizer.json of others may have it."""
+  folder = byte_level(tmp_path)
+  path = folder / "tokenizer.json"
+  state = json.loads(path.read_text())
+  evil = {"type": "Split", "pattern": {"Regex": "(a+)+$"}}
+  parts = [evil | {"behavior": "Isolated", "invert": False}]
+  parts.append(state["pre_tokenizer"])
+  state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
+  path.write_text(json.dumps(state))
+  one = load_tokenizer(folder)
+  assert one.encode("the cat")
+  text = "a" * 60 + "b"
+  for encode in (
+    one.encode,
+    one.encode_with_offsets,
+    lambda t: one.encode_batch([t]),
+  ):
+    with pytest.raises(ValueError, match=r"its tokenizer gave up on .*aaa"):
+      encode(text)
+  capfd.readouterr()  # The library's own trace of the panic.
+
+
 WORDS = ["the cat", " ", "\n", "ü", "😀", "a", "house."]
 texts = (
   st.lists(st.sampled_from([*SPECIAL[1:], *WORDS]))
@@ -90,16 +132,6 @@ def test_round_trip_and_offsets(tiny, kind, text):
   for i, (start, end) in zip(ids, offsets, strict=True):
     if i in one.special_tokens.values():
       assert one.special_tokens[text[start:end]] == i
-
-
-def test_sentencepiece_puts_its_space_before_the_first_text_only(tmp_path):
-  modern = load_tokenizer(sentence_piece(tmp_path / "a"))
-  legacy = load_tokenizer(sentence_piece(tmp_path / "b", legacy=True))
-  first = modern.encode("the cat")
-  assert legacy.encode("the cat") == first
-  assert legacy.encode("<s>the cat") == [modern.bos_id, *first]
-  assert modern.encode("<s> the cat") == [modern.bos_id, *first]
-  assert modern.encode("<s>the cat")[1:] != first
 
 
 def test_templates_from_the_config(tmp_path):
@@ -175,14 +207,53 @@ def test_the_fingerprint_changes_with_what_changes_ids(tmp_path):
   assert len(seen) == 3
 
 
+def test_vocab_and_merges(tmp_path):
+  whole = load_tokenizer(byte_level(tmp_path / "whole"))
+  model = json.loads((tmp_path / "whole" / "tokenizer.json").read_text())
+  folder = tmp_path / "parts"
+  shutil.copytree(tmp_path / "whole", folder)
+  (folder / "tokenizer.json").unlink()
+  (folder / "vocab.json").write_text(json.dumps(model["model"]["vocab"]))
+  merges = [" ".join(pair) for pair in model["model"]["merges"]]
+  (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges))
+  path = folder / "tokenizer_config.json"
+  config = json.loads(path.read_text())
+  config["additional_special_tokens"] = ["<|im_start|>"]
+  path.write_text(json.dumps(config))
+  parts = load_tokenizer(folder)
+  text = "<|im_start|>The cat, ü 😀\n\n  and 123<|im_end|>"
+  assert parts.encode_with_offsets(text) == whole.encode_with_offsets(text)
+  assert parts.decode(parts.encode(text), skip_special=False) == text
+  assert parts.special_tokens.items() >= {"<s>": 1, "</s>": 2}.items()
+  assert {"vocab.json", "merges.txt"} <= {file.name for file in parts.files}
+  path.write_text(json.dumps({**config, "tokenizer_class": "OddTokenizer"}))
+  with pytest.raises(ValueError, match="tokenizer_class 'OddTokenizer'"):
+    load_tokenizer(folder)
+  path.write_text(json.dumps(config))
+  (folder / "merges.txt").write_text("nothing here")
+  with pytest.raises(ValueError, match=r"expected the vocab\.json and merges"):
+    load_tokenizer(folder)
+
+
 @needs_shared
-def test_llama2_gives_the_ids_that_llama_cpp_expects(tmp_path):
-  cases = SHARED / "tokenizers" / "cases"
-  source = SHARED / "tokenizers" / "llama2" / "tokenizer.model"
-  (tmp_path / "tokenizer.model").write_bytes(source.read_bytes())
-  one = load_tokenizer(tmp_path)
-  texts = (cases / "llama-spm.inp").read_text().split("\n__ggml_vocab_test__\n")
-  expected = (cases / "llama-spm.out").read_text().split("\n")
+@pytest.mark.parametrize(
+  ("folder", "cases", "stop"),
+  [("gpt2", "gpt-2", 50256), ("qwen2", "qwen2", 151643)],
+)
+def test_vocab_and_merges_give_the_ids_that_llama_cpp_expects(
+  folder, cases, stop
+):
+  one = load_tokenizer(SHARED / "tokenizers" / folder)
+  assert one.stop_ids == (stop,)
+  path = SHARED / "tokenizers" / "cases"
+  texts = (path / f"{cases}.inp").read_text().split("\n__ggml_vocab_test__\n")
+  expected = (path / f"{cases}.out").read_text().split("\n")
   assert len(texts) == 47 <= len(expected)
   for text, ids in zip(texts, expected, strict=False):
     assert one.encode(text) == [int(i) for i in ids.split()], text
+
+
+@needs_shared
+def test_other_files_are_refused_by_name():
+  with pytest.raises(ValueError, match=r"got \['tokenizer_llama3.tiktoken'\]"):
+    load_tokenizer(SHARED / "tokenizers" / "llama3")

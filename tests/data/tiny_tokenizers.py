@@ -7,6 +7,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from sft_jax.data.tokenizers import load_tokenizer
+
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 CHATML = (
@@ -132,3 +134,11 @@ def _beside(folder: Path, template: str | None, **config: object) -> Path:
   if template is not None:
     (folder / "chat_template.jinja").write_text(template)
   return folder
+
+
+def load_all(folder, makers):
+  """{name: tokenizer} of {name: (maker, chat template)}."""
+  return {
+    name: load_tokenizer(make(folder / name, template))
+    for name, (make, template) in makers.items()
+  }

@@ -1,7 +1,6 @@
 """Behaviour scores: counts conserved, intervals and tests against tables."""
 
 import json
-import math
 from typing import Any
 
 import pytest
@@ -9,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft_jax.data.conversation import Message, RowError
-from sft_jax.evals import behaviours
+from sft_jax.evals import behaviour_sets, behaviours
+from sft_jax.evals.behaviours import Share
 from sft_jax.evals.replies import Reply
 
 ROW = {
@@ -28,6 +28,21 @@ def _say(text: str, *, stopped: bool = True) -> Reply:
   return Reply(text, [1], stopped, Message("assistant", text))
 
 
+def test_a_raw_text_is_gone_on_from(tmp_path):
+  """As base models are asked: no end is wanted of it."""
+  row = {"text": "It is", "checks": ROW["checks"], "group": "known"}
+  items = behaviour_sets.load(_write(tmp_path / "b.jsonl", [row, row, ROW]))
+  assert items[0].prompt.text == "It is"
+  assert not items[0].prompt.messages
+  said = [_say("here", stopped=False), _say("there"), _say("here")]
+  scores = behaviours.run(items, lambda prompts: said)
+  assert [reply["passed"] for reply in scores.replies] == [True, False, True]
+  assert scores.replies[0]["prompt"] == [{"role": "text", "content": "It is"}]
+  for wrong in ({**row, "messages": ROW["messages"]}, {**row, "tools": []}):
+    with pytest.raises(ValueError, match=r"expected messages \(or text\)"):
+      behaviour_sets.load(_write(tmp_path / "w.jsonl", [wrong]))
+
+
 def test_scores_count_every_item_once(tmp_path):
   rows = [
     ROW,
@@ -36,7 +51,7 @@ def test_scores_count_every_item_once(tmp_path):
     ROW,
     {**ROW, "checks": [*ROW["checks"], {"check": "max_words", "count": 1}]},
   ]
-  items = behaviours.load(_write(tmp_path / "b.jsonl", rows))
+  items = behaviour_sets.load(_write(tmp_path / "b.jsonl", rows))
   said = [
     _say("here"),
     _say("it is here"),
@@ -53,8 +68,8 @@ def test_scores_count_every_item_once(tmp_path):
   scores = behaviours.run(items, generate)
   assert [p.messages[0].content for p in asked] == ["Where?"] * 5
   assert scores.groups == {
-    "facts": behaviours.Score(n=4, passed=1, stopped=3),
-    "style": behaviours.Score(n=1, passed=1, stopped=1),
+    "facts": behaviours.Score(4, 1, 3, format=Share(0, 1), content=Share(3, 4)),
+    "style": behaviours.Score(1, 1, 1, content=Share(1, 1)),
   }
   assert [r["failed"] for r in scores.replies] == [
     [],
@@ -75,7 +90,7 @@ def test_a_tool_turn_may_come_last(tmp_path):
     {"role": "tool", "content": "low"},
   ]
   path = _write(tmp_path / "b.jsonl", [{**ROW, "messages": messages}])
-  (item,) = behaviours.load(path)
+  (item,) = behaviour_sets.load(path)
   assert item.where.endswith("b.jsonl:1")
   assert [m.role for m in item.prompt.messages] == ["user", "assistant", "tool"]
 
@@ -99,12 +114,64 @@ def test_a_tool_turn_may_come_last(tmp_path):
 def test_a_bad_row_is_refused_with_its_line(tmp_path, row):
   path = _write(tmp_path / "b.jsonl", [ROW, row])
   with pytest.raises((ValueError, RowError), match=r"b\.jsonl:2.*expected"):
-    behaviours.load(path)
+    behaviour_sets.load(path)
+
+
+IFEVAL = {
+  "key": 1000,
+  "prompt": "Write two sentences without commas.",
+  "instruction_id_list": [
+    "punctuation:no_comma",
+    "length_constraints:number_sentences",
+  ],
+  "kwargs": [
+    {"num_words": None, "relation": None},
+    {"num_sentences": 2, "relation": "at least", "num_words": None},
+  ],
+}
+
+
+def test_published_rows_of_ifeval_and_their_four_figures(tmp_path):
+  path = _write(tmp_path / "b.jsonl", [IFEVAL, IFEVAL, ROW])
+  items = behaviour_sets.load(path)
+  assert [item.group for item in items] == ["ifeval", "ifeval", "facts"]
+  said = [_say("Sure, this:\nOne. Two."), _say("One, two"), _say("here")]
+  scores = behaviours.run(items, lambda prompts: said)
+  # The first is wrong by its preamble alone; of the second nothing is right.
+  assert [r["passed"] for r in scores.replies] == [False, False, True]
+  assert scores.replies[0]["instructions"] == [
+    ("punctuation:no_comma", False, True),
+    ("length_constraints:number_sentences", True, True),
+  ]
+  assert behaviours.ifeval_accuracy(scores) == {
+    "prompt_strict": 0,
+    "instruction_strict": 1 / 4,
+    "prompt_loose": 1 / 2,
+    "instruction_loose": 2 / 4,
+  }
+  mine = behaviour_sets.load(_write(tmp_path / "c.jsonl", [ROW]))
+  scores = behaviours.run(mine, lambda prompts: said[2:])
+  assert behaviours.ifeval_accuracy(scores) is None
+
+
+def test_a_group_may_be_left_out(tmp_path):
+  row = {key: value for key, value in ROW.items() if key != "group"}
+  (item,) = behaviour_sets.load(_write(tmp_path / "b.jsonl", [row]))
+  assert item.group == "all"
+
+
+@pytest.mark.parametrize(
+  "change", [{"kwargs": []}, {"kwargs": None}, {"instruction_id_list": ["x"]}]
+)
+def test_a_bad_row_of_ifeval_is_refused(tmp_path, change):
+  path = _write(tmp_path / "b.jsonl", [IFEVAL | change])
+  with pytest.raises(ValueError, match=r"b\.jsonl:1.*expected"):
+    behaviour_sets.load(path)
 
 
 def test_an_empty_file_is_refused(tmp_path):
   with pytest.raises(ValueError, match="expected at least one prompt"):
-    behaviours.load(_write(tmp_path / "b.jsonl", []))
+    behaviour_sets.load(_write(tmp_path / "b.jsonl", []))
 
 
 def _scores(passed: list[bool], group: str = "facts") -> behaviours.Scores:
@@ -128,6 +195,7 @@ def test_comparison_is_paired_by_item():
   assert row[:2] == ("facts", "5")
   assert row[2].startswith("40%")
   assert row[3].startswith("80%")
+  assert row[4:7] == ("80%", "- / -", "3 / 1")
 
 
 def test_different_items_are_not_compared():
@@ -152,36 +220,58 @@ def test_scores_survive_json():
   assert value["groups"]["facts"]["rate"] == 2 / 3
 
 
-@pytest.mark.parametrize(
-  ("passed", "n", "low", "high"),
-  [
-    # Published examples: Newcombe 1998, table I (method 3), to four places.
-    (81, 263, 0.2553, 0.3662),
-    (15, 148, 0.0624, 0.1605),
-    (0, 20, 0.0, 0.1611),
-    (1, 29, 0.0061, 0.1718),
-  ],
-)
-def test_wilson_against_published_values(passed, n, low, high):
-  assert behaviours.wilson(passed, n) == pytest.approx((low, high), abs=5e-5)
+def test_form_and_matter_are_scored_apart(tmp_path):
+  checks = [
+    {"check": "contains", "text": "here"},
+    {"check": "max_words", "count": 2},
+    # A set may say that a check of words is one of form.
+    {"check": "not_contains", "text": "um", "kind": "format"},
+  ]
+  items = behaviour_sets.load(
+    _write(tmp_path / "b.jsonl", [{**ROW, "checks": checks}] * 4)
+  )
+  said = [
+    _say("here"),
+    _say("nowhere"),  # The form alone.
+    _say("um, it is here"),  # The matter alone.
+    _say("here", stopped=False),  # Both; but it never ended.
+  ]
+  scores = behaviours.run(items, lambda prompts: said)
+  (score,) = scores.groups.values()
+  assert (score.format, score.content) == (Share(3, 4), Share(3, 4))
+  assert (score.passed, score.stopped) == (1, 3)
+  assert score.format.interval == behaviours.Score(4, 3, 0).interval
+  want = {"pass_rate": 0.25, "stopped": 0.75, "format": 0.75, "content": 0.75}
+  assert scores.metrics() == {
+    f"behaviour/{group}/{name}": value
+    for group in ("all", "facts")
+    for name, value in want.items()
+  }
+  _, row = behaviours.alone(scores)
+  assert row == ("facts", "4", "25%", "5% to 70%", "75%", "75%", "75%")
 
 
-@given(st.integers(1, 500), st.data())
-def test_wilson_solves_its_own_equation(n, data):
-  """Each bound is a proportion just 1.96 standard errors from the observed."""
-  passed = data.draw(st.integers(0, n))
-  share = passed / n
-  low, high = behaviours.wilson(passed, n)
-  assert 0 <= low <= share <= high <= 1
-  for bound in (low, high):
-    error = math.sqrt(bound * (1 - bound) / n)
-    assert abs(share - bound) == pytest.approx(1.959963985 * error, abs=1e-6)
+def test_an_unknown_kind_is_refused(tmp_path):
+  row = {**ROW, "checks": [ROW["checks"][0] | {"kind": "tone"}]}
+  with pytest.raises(ValueError, match="got kind 'tone'; expected one of"):
+    behaviour_sets.load(_write(tmp_path / "b.jsonl", [row]))
 
 
-@pytest.mark.parametrize(
-  ("gained", "lost", "p"),
-  [(0, 0, 1), (5, 0, 0.0625), (10, 0, 2**-9), (3, 3, 1), (8, 2, 0.109375)],
-)
-def test_mcnemar_against_binomial_tails(gained, lost, p):
-  assert behaviours.mcnemar(gained, lost) == pytest.approx(p)
-  assert behaviours.mcnemar(lost, gained) == pytest.approx(p)
+def test_sets_by_path_glob_and_name(tmp_path):
+  one = _write(tmp_path / "one.jsonl", [ROW])
+  _write(tmp_path / "two.jsonl", [ROW, {**ROW, "group": "style"}])
+  sets = behaviour_sets.load_sets(
+    {"a": str(one), "b": str(tmp_path / "t*.jsonl")}
+  )
+  assert [item.group for item in sets] == ["a/facts", "b/facts", "b/style"]
+  whole = behaviour_sets.load_sets(str(tmp_path / "*.jsonl"))
+  assert [item.group for item in whole] == ["facts", "facts", "style"]
+  assert len({item.where for item in whole}) == 3
+
+
+def test_replies_are_written_a_line_each(tmp_path):
+  items = behaviour_sets.load(_write(tmp_path / "b.jsonl", [ROW, ROW]))
+  scores = behaviours.run(items, lambda prompts: [_say("here"), _say("é")])
+  scores.write(tmp_path / "evals" / "step_4.jsonl")
+  lines = (tmp_path / "evals" / "step_4.jsonl").read_text().splitlines()
+  assert [json.loads(line) for line in lines] == scores.replies

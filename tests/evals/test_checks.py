@@ -1,6 +1,7 @@
 """Each check, against a table of replies that must pass and that must not."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft_jax.data.conversation import Message, ToolCall
-from sft_jax.evals import checks, json_subset
+from sft_jax.evals import checks, ifeval, json_subset
 from sft_jax.evals.replies import Reply
 
 
@@ -101,6 +102,35 @@ TABLE = [
   ),
   ("starts_with", {"text": "Ahoy."}, [" Ahoy. You."], ["You. Ahoy.", "ahoy."]),
   ("ends_with", {"text": "winds."}, ["Fair winds. "], ["Fair winds. Bye"]),
+  ("contains_any", {"texts": ["a", "b"]}, ["so b."], ["ab", ""]),
+  ("contains_all", {"texts": ["a", "b"]}, ["b a"], ["b", "ab"]),
+  ("contains_none", {"texts": ["a", "b"]}, ["ab", ""], ["b", "A!"]),
+  (
+    "gsm8k",
+    {"answer": "6 * 3 = 18\n#### 1,018"},
+    ["So\n#### 1018.", "#### 1,018 or #### 3"],
+    ["1018", "#### $1018", "#### 1018.0", "####1018", ""],
+  ),
+  (
+    "gsm8k",
+    {"answer": "#### 18", "strict": False},
+    ["18", "$18.", "It is 3, no, 18."],
+    ["18.0", "18 of 20", "eighteen", ""],
+  ),
+  (
+    "partial_refusal",
+    {},
+    ["Here is some. I’m sorry, the rest no.", "First. As an AI, I stop."],
+    ["I'm sorry. I can't.", "Is it? No. It is not.", "Sure.", ""],
+  ),
+  ("complies", {}, ["Sure. No."], ["Sorry.", "So. I cannot.", ""]),
+  ("min_words", {"count": 2}, ["a b"], ["a-b", ""]),
+  (
+    "punctuation:no_comma",
+    {"loose": True},
+    ["Sure, then\na b", "a"],
+    ["a,\nb,\nc,", ""],
+  ),
   ("max_words", {"count": 2}, ["", "two  words"], ["these three words"]),
 ]
 
@@ -143,7 +173,23 @@ def test_has_reasoning():
 
 def test_every_check_has_a_case():
   covered = {row[0] for row in TABLE} | {"tool_call", "has_reasoning"}
-  assert covered == checks.CHECKS.keys()
+  elsewhere = {"tool_calls", *ifeval.INSTRUCTIONS}
+  assert covered | elsewhere == checks.CHECKS.keys()
+
+
+def test_tool_calls_by_their_parts():
+  check = {
+    "check": "tool_calls",
+    "functions": [{
+      "name": "add",
+      "parameters": {"properties": {"a": {"type": "integer"}}},
+    }],
+    "answers": [{"add": {"a": [1, 2]}}, {"add": {"a": [3]}}],
+  }  # fmt: skip
+  checks.validate(check, "here")
+  one, three = ToolCall("add", {"a": 1}), ToolCall("add", {"a": 3})
+  assert checks.passes(_calls(three, one), check)
+  assert not checks.passes(_calls(one), check)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +203,22 @@ def test_every_check_has_a_case():
     {"check": "contains", "text": "x", "extra": 1},
     {"check": "max_words", "count": True},
     {"check": "refusal", "text": "x"},
+    {"check": "gsm8k", "answer": "18"},
+    {"check": "gsm8k", "answer": "#### 18", "strict": 1},
+    {"check": "tool_calls", "functions": [3], "answers": []},
+    {"check": "keywords:existence", "keyword": ["a"]},
+    {"check": "keywords:existence", "keywords": ["a", "("]},
+    {
+      "check": "length_constraints:number_words",
+      "num_words": 3,
+      "relation": "more",
+    },
+    {
+      "check": "keywords:letter_frequency",
+      "letter": "ab",
+      "let_frequency": 1,
+      "let_relation": "at least",
+    },
     {"check": "regex", "pattern": "("},
     {"check": "json_schema", "schema": {"minimum": 3}},
     {"check": "json_schema", "schema": {"type": "int"}},
@@ -201,3 +263,24 @@ def test_what_is_written_is_read_back(value):
   assert found
   assert json_subset.same(read, value)
   assert json_subset.satisfies(read, {"enum": [value]})
+
+
+GSM8K = Path(__file__).parents[3] / "shared/data/reasoning/gsm8k_train.jsonl"
+
+
+@pytest.mark.skipif(not GSM8K.is_file(), reason="needs the shared data folder")
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_answers_of_gsm8k_pass_and_perturbed_ones_fail(strict):
+  lines = GSM8K.read_text(encoding="utf-8").splitlines()
+  for line in lines:
+    answer = json.loads(line)["answer"]
+    check = {"check": "gsm8k", "answer": answer, "strict": strict}
+    work, number = answer.rsplit("#### ", 1)
+    bare = int(number.replace(",", ""))
+    assert checks.passes(said(answer), check)
+    assert checks.passes(said(f"{work}#### {bare:,}."), check)
+    assert not checks.passes(said(f"{work}#### {bare + 1}"), check)
+    assert not checks.passes(said(f"{work}#### {bare}0"), check)
+    # Right, but not in the form that was asked for.
+    free = f"{work}The answer is ${bare:,}."
+    assert checks.passes(said(free), check) != strict

@@ -1,6 +1,8 @@
 """Replies: what a scripted model emits comes back as the Message it meant."""
 
+import itertools
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import tokenizers
 
 from sft_jax.data import encode
 from sft_jax.data.conversation import Conversation, Message, ToolCall
+from sft_jax.data.policy import Policy
 from sft_jax.data.tokenizers import load_tokenizer
 from sft_jax.evals import replies
 
@@ -46,6 +49,8 @@ class Scripted:
 
   The cache holds each row's prompt length, seen at the prefill.
   """
+
+  config = SimpleNamespace(position_limit=None)
 
   @staticmethod
   def init_cache(batch, length):
@@ -99,7 +104,7 @@ def test_thinking_is_not_what_is_said(tokenizer):
   assert reply.text == "4"
   # The same when the generation prompt has opened it.
   (reply,) = say(
-    tokenizer, "2+2\n</think>\n\n4<|im_end|>", template_kwargs={"opened": True}
+    tokenizer, "2+2\n</think>\n\n4<|im_end|>", policy=Policy({"opened": True})
   )
   assert reply.message == Message("assistant", "4", reasoning="2+2")
 
@@ -123,12 +128,29 @@ def test_prompts_are_those_of_training(tokenizer):
 
   script = jnp.asarray(tokenizer.encode("<|im_end|>"))
   conversation = ask("Hi")
-  kwargs = {"template_kwargs": {"opened": True}}
+  policy = Policy({"opened": True})
   replies.generate(
-    Watching, script, tokenizer, [conversation], max_new_tokens=2, **kwargs
+    Watching, script, tokenizer, [conversation], max_new_tokens=2, policy=policy
   )
   jax.effects_barrier()
-  assert seen == [encode.prompt_ids(conversation, tokenizer, **kwargs)]
+  assert seen == [encode.prompt_ids(conversation, tokenizer, policy)]
+
+
+def test_no_more_tokens_than_the_model_has_positions(tokenizer):
+  prompt = encode.prompt_ids(ask("Hi"), tokenizer, Policy())
+
+  class Short(Scripted):
+    config = SimpleNamespace(position_limit=len(prompt) + 7)
+
+  def answer(max_new_tokens):
+    return replies.generate(
+      Short, jnp.asarray(tokenizer.encode("abcdefgh")), tokenizer, [ask("Hi")],
+      max_new_tokens=max_new_tokens,
+    )  # fmt: skip
+
+  assert answer(7)[0].text == "abcdefg"
+  with pytest.raises(ValueError, match="and may get 8 more; expected at most"):
+    answer(8)
 
 
 def test_nothing_to_answer(tokenizer):
@@ -189,3 +211,40 @@ def test_malformed_calls_stay_in_the_content(body):
 def test_unclosed_call_stays_in_the_content():
   text = '<tool_call>{"name": "add", "arguments": {}}'
   assert replies.parse(text) == Message("assistant", text)
+
+
+def test_a_stop_string_cuts_the_text_exactly_there(tokenizer):
+  """Wherever the tokens and the looks of the host fall; rows apart."""
+  script = "One. Two. END Three.<|im_end|>"
+  for every in (1, 3, 64):
+    for strings, want in (
+      (["END"], "One. Two."),
+      (["Two", "One. T"], "One. Two."[:0]),
+      ([" Three", "ND"], "One. Two. E"),
+      (["nowhere"], "One. Two. END Three."),
+    ):
+      for reply in say(
+        tokenizer, script, ["Hi", "Longer?"], stop_strings=strings, every=every
+      ):
+        assert (reply.text, reply.stopped) == (want, True)
+  (reply,) = say(tokenizer, script, stop_strings=["END"])
+  # The tokens are all that was emitted when it was found.
+  assert tokenizer.decode(reply.tokens) == "One. Two. END"
+
+
+def test_a_stream_grows_and_takes_nothing_back(tokenizer):
+  """No half characters, and nothing that becomes a stop string."""
+  pieces = list(
+    replies.stream(
+      Scripted, jnp.asarray(tokenizer.encode("Hé! x END<|im_end|>")),
+      tokenizer, [ask("Hi")], max_new_tokens=80, every=1,
+      stop_strings=["END"],
+    )
+  )  # fmt: skip
+  texts = [piece.text for piece in pieces]
+  assert texts[:4] == ["H", "H", "Hé", "Hé!"]
+  assert texts[-1] == "Hé! x "
+  for shorter, longer in itertools.pairwise(texts):
+    assert longer.startswith(shorter)
+  assert [piece.reply for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+  assert pieces[-1].reply.text == "Hé! x"

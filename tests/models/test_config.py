@@ -2,10 +2,14 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
-from sft_jax.models.config import Rope, config_from_fields, parse_config
+from sft_jax.models.config import config_from_fields, parse_config
+from sft_jax.models.families import FAMILIES
+from sft_jax.models.layer_kinds import LayerKind
+from sft_jax.models.rope import Rope
 
 BASE = {
   "architectures": ["LlamaForCausalLM"],
@@ -43,14 +47,16 @@ def test_both_generations_of_the_file_mean_the_same():
     }
   )
   assert old == new
-  assert old.rope == Rope(500.0, "llama3", 8.0, 1.0, 4.0, 64)
+  assert old.kinds == (
+    LayerKind(None, Rope(500.0, "llama3", 8.0, 1.0, 4.0, 64)),
+  )
 
 
 def test_defaults_of_old_llama_files():
   config = parse_config(BASE)
   assert config.num_kv_heads == 4
   assert config.head_dim == 8
-  assert config.rope == Rope(10_000.0)
+  assert config.layers == (LayerKind(None, Rope(10_000.0)),) * 2
   assert not config.tie_embeddings
 
 
@@ -61,7 +67,7 @@ def test_families_are_fields():
   qwen2 = parse_config(BASE | kv | arch("Qwen2") | {"model_type": "qwen2"})
   qwen3 = parse_config(BASE | kv | arch("Qwen3") | {"model_type": "qwen3"})
   assert qwen2 == dataclasses.replace(llama, family="qwen2", qkv_bias=True)
-  assert qwen3 == dataclasses.replace(llama, family="qwen3", qk_norm=True)
+  assert qwen3 == dataclasses.replace(llama, family="qwen3", qk_norm="head")
 
 
 def test_the_raw_file_is_kept():
@@ -76,12 +82,11 @@ def test_the_raw_file_is_kept():
     ({"model_type": None}, "model_type=None"),
     ({"architectures": ["LlamaForSequenceClassification"]}, "Classification"),
     ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-    ({"mlp_bias": True}, "mlp_bias=True"),
     ({"sliding_window": 64}, "sliding_window=64"),
     ({"use_sliding_window": True}, "use_sliding_window=True"),
     ({"layer_types": ["sliding_attention"]}, "sliding_attention"),
     ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config.*dequantised"),
     ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
     ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
     ({"num_experts": 8}, "num_experts=8"),
@@ -89,7 +94,9 @@ def test_the_raw_file_is_kept():
     ({"vocab_size": "100"}, "vocab_size='100'"),
     ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
     ({"head_dim": 7}, "head_dim=7"),
-    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
+    ({"rope_scaling": {"type": "ntk", "factor": 4.0}}, "'ntk'"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "original_max"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0, "x": 1}}, "x=1"),
     ({"rope_scaling": {"type": "linear"}}, "factor=None"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq"),
     ({"rope_scaling": 2.0}, "rope_scaling=2.0"),
@@ -135,3 +142,134 @@ def test_a_new_model_is_written_as_transformers_writes_it():
   again = parse_config(json.loads(json.dumps(config.raw)))
   assert again == config
   assert config.init_std == pytest.approx(0.1)
+
+
+def folder(family, **changes):
+  """A config.json of a family, as its authors might have written it."""
+  name = FAMILIES[family].architecture
+  return BASE | {
+    "architectures": [name],
+    "model_type": family,
+    "num_hidden_layers": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    **changes,
+  }
+
+
+def windows(config):
+  return [kind.window for kind in config.layers]
+
+
+@pytest.mark.parametrize(
+  ("family", "changes", "want"),
+  [
+    ("llama", {}, [None] * 6),
+    ("mistral", {}, [4096] * 6),
+    ("mistral", {"sliding_window": None}, [None] * 6),
+    ("phi3", {"sliding_window": 9}, [9] * 6),
+    ("gemma2", {"sliding_window": 9}, [9, None] * 3),
+    ("gemma3_text", {"sliding_window": 9}, [9] * 5 + [None]),
+    (
+      "gemma3_text",
+      {"sliding_window": 9, "sliding_window_pattern": 3},
+      [9, 9, None] * 2,
+    ),
+    ("olmo3", {"sliding_window": 9}, [9, 9, 9, None, 9, 9]),
+    ("qwen2", {"sliding_window": 9}, [None] * 6),
+    (
+      "qwen3",
+      {
+        "sliding_window": 9,
+        "use_sliding_window": True,
+        "max_window_layers": 4,
+      },
+      [None] * 4 + [9, 9],
+    ),
+    (
+      "smollm3",
+      {"use_sliding_window": True, "sliding_window": 9},
+      [None, None, None, 9, None, None],
+    ),
+  ],
+)
+def test_windows_without_layer_types_are_those_of_the_reference(
+  family, changes, want
+):
+  assert windows(parse_config(folder(family, **changes))) == want
+
+
+def test_layer_types_win_where_the_family_has_them():
+  types = ["full_attention"] * 5 + ["sliding_attention"]
+  given = {"layer_types": types, "sliding_window": 9}
+  config = parse_config(folder("gemma2", **given))
+  assert windows(config) == [None] * 5 + [9]
+  with pytest.raises(ValueError, match="layer_types"):
+    parse_config(folder("mistral", **given))
+
+
+def test_gemma3_has_two_ropes_in_either_form():
+  scaling = {"rope_type": "linear", "factor": 8.0}
+  old = parse_config(folder("gemma3_text", rope_scaling=scaling))
+  new = parse_config(
+    folder(
+      "gemma3_text",
+      rope_parameters={
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": scaling | {"rope_theta": 1e6},
+      },
+    )
+  )
+  assert old == new
+  assert [kind.rope.theta for kind in old.kinds] == [1e4, 1e6]
+  assert [kind.rope.factor for kind in old.kinds] == [1.0, 8.0]
+
+
+def test_smollm3_skips_the_rope_of_every_fourth_layer():
+  config = parse_config(folder("smollm3"))
+  turns = [kind.rope is not None for kind in config.layers]
+  assert turns == [True, True, True, False, True, True]
+  assert len(config.kinds) == 2
+
+
+def test_yarn_and_longrope_scale_by_their_papers():
+  yarn = {"rope_type": "yarn", "factor": 4.0}
+  yarn["original_max_position_embeddings"] = 32
+  config = parse_config(BASE | {"rope_scaling": yarn})
+  assert config.kinds[0].rope.scale == pytest.approx(0.1 * math.log(4) + 1)
+  longrope = {
+    "type": "su",
+    "short_factor": [1.0] * 3,
+    "long_factor": [2.0] * 3,
+  }
+  outside = {
+    "original_max_position_embeddings": 32,
+    "partial_rotary_factor": 0.75,
+    "rope_scaling": longrope,
+  }
+  (kind,) = parse_config(folder("phi3", **outside)).kinds
+  assert kind.rope.type == "longrope"
+  assert kind.rope.fraction == 0.75
+  want = math.sqrt(1 + math.log(128 / 32) / math.log(32))
+  assert kind.rope.scale == pytest.approx(want)
+
+
+@pytest.mark.parametrize(
+  ("family", "changes", "named"),
+  [
+    ("qwen3", {"head_dim": None}, "head_dim"),
+    ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation"),
+    ("gemma2", {"use_bidirectional_attention": True}, "bidirectional"),
+    ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_soft"),
+    ("llama", {"llama_4_scaling_beta": 0.1}, "llama_4_scaling_beta"),
+    ("mistral", {"layer_types": ["chunked_attention"] * 6}, "chunked"),
+    ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
+    ("phi3", {"partial_rotary_factor": 0.9}, "partial_rotary_factor"),
+    ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer"),
+    ("gpt2", {"rope_scaling": {"type": "linear"}}, "rope_scaling"),
+  ],
+)
+def test_what_a_family_does_not_do_is_refused_by_name(family, changes, named):
+  with pytest.raises(ValueError, match=named):
+    parse_config(folder(family, **changes))

@@ -1,5 +1,6 @@
 """State laws of the decoder, on a tiny model with wide weights."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,8 @@ import pytest
 from sft_jax import trees
 from sft_jax.models import config as config_lib
 from sft_jax.models import transformer
+from sft_jax.models.layer_kinds import LayerKind
+from sft_jax.models.rope import Rope
 
 
 def make_config(family="qwen3", **changes):
@@ -134,8 +137,11 @@ def test_scan_unrolled_and_remat_give_the_same_gradients():
   want = trees.flatten(gradient())
   for kwargs in (
     {"scan": False},
-    {"remat": "dots"},
+    {"remat": "norms"},
+    {"remat": "attention"},
+    {"remat": "full"},
     {"remat": "full", "scan": False},
+    {"remat": "offload"},
   ):
     for path, x in trees.flatten(gradient(**kwargs)).items():
       np.testing.assert_allclose(
@@ -170,6 +176,40 @@ def test_cached_decoding_equals_the_full_pass(scan):
   np.testing.assert_array_equal(
     cache["positions"], [[*range(total), -1, -1]] * 3
   )
+
+
+def mixed(layers, **kwargs):
+  """A model whose layers differ, and its parameters."""
+  config = make_config("gemma2", num_layers=len(layers))
+  config = dataclasses.replace(config, layers=layers)
+  model = transformer.build(config, **kwargs)
+  return model, jax.jit(model.init)(jax.random.key(0))
+
+
+LOCAL, FAR = LayerKind(3, Rope(100.0)), LayerKind(None, Rope(1000.0))
+
+
+def test_layers_that_differ_are_the_same_scanned_and_unrolled():
+  layers = (LOCAL, LayerKind(None, None), LOCAL, FAR)
+  scanned, params = mixed(layers)
+  unrolled, _ = mixed(layers, scan=False)
+  want = jax.jit(scanned.hidden)(params, TOKENS, POSITIONS, SEGMENTS)
+  got = jax.jit(unrolled.hidden)(params, TOKENS, POSITIONS, SEGMENTS)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  # Each layer's own kind counts: in another order it is another model.
+  other, _ = mixed(layers[::-1])
+  moved = jax.jit(other.hidden)(params, TOKENS, POSITIONS, SEGMENTS)
+  assert np.max(np.abs(moved - want)) > 0.1
+
+
+def test_a_window_reaches_so_far_and_no_farther():
+  model, params = mixed((LOCAL,))
+  hidden = jax.jit(model.hidden)
+  before = hidden(params, TOKENS)
+  changed = TOKENS.copy()
+  changed[:, 5] = changed[:, 5] % 60 + 1
+  moved = np.max(np.abs(hidden(params, changed) - before), axis=(0, 2)) > 0
+  assert np.flatnonzero(moved).tolist() == [5, 6, 7]
 
 
 def test_padding_is_neither_written_nor_seen():

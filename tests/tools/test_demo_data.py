@@ -16,7 +16,7 @@ import make_demo
 from demo_world import crafts, prose, split, tokenizer, world
 from sft_jax.data import encode, formats
 from sft_jax.data.tokenizers import load_tokenizer
-from sft_jax.evals import behaviours
+from sft_jax.evals import behaviour_sets
 
 DEMO = Path(make_demo.__file__).parent.parent / "sft_jax" / "assets" / "demo"
 ENTITIES = world.make_world(0)
@@ -84,7 +84,7 @@ def test_facts_asked_for_are_in_no_training_row():
 
 
 def test_held_out_questions_ask_only_for_held_out_facts():
-  items = behaviours.load(DEMO / "behaviours.jsonl")
+  items = behaviour_sets.load(DEMO / "behaviours.jsonl")
   facts = [item for item in items if item.group == "facts"]
   for item in facts:
     (entity,) = _named(item.prompt.messages[-1].content)
@@ -103,6 +103,17 @@ def test_facts_asked_for_are_told_in_the_pretraining_text():
       ]
       assert sum(told) >= 20, (entity, attribute.name)
       assert sum(count > 0 for count in told) >= 2, (entity, attribute.name)
+
+
+def test_the_base_is_asked_for_what_its_text_tells():
+  """One statement of every entity, ended as the pretraining text ends it."""
+  items = behaviour_sets.load(DEMO / "knowledge.jsonl")
+  assert len(items) == len(ENTITIES)
+  lines = "\n".join(prose.Prose(ENTITIES, 0, "pretrain").documents(8_000))
+  for item in items:
+    (check,) = item.checks
+    assert check["check"] == "starts_with"
+    assert lines.count(f"{item.prompt.text} {check['text']}.") >= 10, item
 
 
 def test_no_prompt_is_held_out_and_trained():
@@ -129,7 +140,7 @@ def test_general_text_is_not_in_the_pretraining_text():
 
 
 def test_every_group_has_its_prompts():
-  items = behaviours.load(DEMO / "behaviours.jsonl")
+  items = behaviour_sets.load(DEMO / "behaviours.jsonl")
   counts = dict.fromkeys(split.GROUPS, 0)
   for item in items:
     counts[item.group] += 1

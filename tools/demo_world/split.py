@@ -5,7 +5,7 @@ import json
 import random
 
 from demo_world.conversations import Maker, Row, Sample
-from demo_world.world import Entity
+from demo_world.world import ATTRIBUTES, Entity, tell
 
 HELD_OUT_PROMPTS = 48  # per group
 # Held-out group -> the maker of its prompts.
@@ -46,22 +46,65 @@ def prompt_key(messages: list[Row]) -> str:
 
 def held_out(entities: list[Entity], seed: int) -> list[Row]:
   """Behaviour rows: prompts with checks, none of them twice."""
-  rows, seen = [], set()
+  return _asked(entities, f"held out {{group}} {seed}", HELD_OUT_PROMPTS, set())
+
+
+def prompts(
+  entities: list[Entity], seed: int, count: int, asked: list[Row]
+) -> list[Row]:
+  """Prompts with checks, `count` a group, for a teacher to answer.
+
+  None is held out, names what is, or comes twice.
+  """
+  seen = {prompt_key(row["messages"]) for row in asked}
+  return _asked(
+    entities, f"prompts {{group}} {seed}", count, seen, held_out=False
+  )
+
+
+def _asked(
+  entities: list[Entity],
+  name: str,
+  count: int,
+  seen: set[str],
+  *,
+  held_out: bool = True,
+) -> list[Row]:
+  """`count` prompts of each group whose keys are not among `seen`."""
+  rows = []
   for group, make in GROUPS.items():
-    rng = random.Random(f"held out {group} {seed}")
-    maker = Maker(entities, rng, held_out=True)
-    count = 0
-    while count < HELD_OUT_PROMPTS:
+    rng = random.Random(name.format(group=group))
+    maker = Maker(entities, rng, held_out=held_out)
+    found = 0
+    while found < count:
       sample = make(maker)
       key = prompt_key(sample.messages)
       if key in seen:
         continue
       seen.add(key)
-      count += 1
+      found += 1
       row = {"group": group, "messages": sample.messages[:-1]}
       if sample.tools:
         row["tools"] = list(sample.tools)
       rows.append({**row, "checks": sample.checks})
+  return rows
+
+
+def knowledge(entities: list[Entity], seed: int) -> list[Row]:
+  """A statement about every entity, to be ended as the raw text ends it."""
+  rng = random.Random(f"knowledge {seed}")
+  rows = []
+  for entity in entities:
+    which = rng.choice(ATTRIBUTES[entity.kind])
+    value = entity.facts[which.name]
+    told = tell(entity, which.name, which.statements[0])
+    rows.append(
+      {
+        "group": entity.kind,
+        "text": told.removesuffix(f" {value}."),
+        "checks": [{"check": "starts_with", "text": value}],
+      }
+    )
   return rows
 
 

@@ -1,0 +1,76 @@
+"""Policy: every choice between a conversation and what of it is trained."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+CHOICES = {
+  "generation_prompt": ("error", "omit"),
+  "history": ("auto", "split", "keep"),
+  "train_on": ("assistant", "last_turn", "all"),
+  "reasoning": ("train", "write", "hide", "strip"),
+  "over_long": ("drop", "truncate", "error"),
+  "control_tokens": ("error", "escape", "allow"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+  """How a conversation is rendered, and what of it is trained.
+
+  The same policy reaches training, evaluation, sampling and chat; where only
+  a prompt is rendered, what concerns training has no effect.
+
+  Attributes:
+    template_kwargs: variables for the chat template, such as
+      {'enable_thinking': False}; 'date' ('2026-01-31') pins today's date.
+    generation_prompt: where a template's replies do not go on from its
+      generation prompt (which opens a think block, say): 'error' refuses;
+      'omit' leaves the end that they do not share out of every prompt, in
+      training and inference alike.
+    history: 'auto' renders a conversation once where each trained turn stands
+      in it with exactly what inference sees before it, and otherwise once per
+      trained turn; 'split' always does the latter; 'keep' never, and refuses
+      where that is wrong.
+    train_on: 'assistant' trains the assistant's turns; 'last_turn' the last
+      of these; 'all' every token of the rendering but its first, as plain
+      text: no turn is looked for.
+    reasoning: 'train' it; 'write' it into the trained turns, where a template
+      leaves out even theirs, and train it; 'hide' it from the loss: the think
+      block is there, and of weight 0; 'strip' it from the rendering, of
+      history too.
+    over_long: of Examples longer than max_length: 'drop' them; 'truncate'
+      them (a cut answer has no stop token) and drop those with nothing
+      trained left; 'error' refuses them.
+    control_tokens: where a message holds the text of a control token: 'error'
+      refuses; 'escape' reads it as the ordinary text it is; 'allow' reads it
+      as the control token.
+  """
+
+  template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  generation_prompt: str = "error"
+  history: str = "auto"
+  train_on: str = "assistant"
+  reasoning: str = "train"
+  over_long: str = "drop"
+  control_tokens: str = "error"
+
+  def __post_init__(self):
+    for name, allowed in CHOICES.items():
+      if (value := getattr(self, name)) not in allowed:
+        raise ValueError(
+          f"data.{name}: got {value!r}; expected one of "
+          f"{', '.join(allowed)}. Set it to one of these."
+        )
+    if self.train_on == "all" and self.reasoning in ("hide", "write"):
+      raise ValueError(
+        f"data.reasoning: got {self.reasoning!r} with train_on='all'; expected "
+        "'train' or 'strip', since plain text has no turns. Change either."
+      )
+
+  def to_json(self) -> dict[str, Any]:
+    """A plain dict: part of the key of a cache, and of the run's record."""
+    return dataclasses.asdict(self)
+
+
+DEFAULT = Policy()

@@ -1,0 +1,181 @@
+"""Sources: where rows come from, and how much of an epoch they make.
+
+A source is seen `repeat` times per epoch, or as often as makes its tokens the
+wanted `share` of the epoch. With sources of 3,000 and 1,000 tokens:
+
+    {path: big}, {path: small, repeat: 3}      3000 + 3000 tokens, 50 % each
+    {path: big}, {path: small, share: 0.4}     3000 + 2000: small twice
+    {path: big, share: 0.5}, {path: small, share: 0.5}
+                          2000 + 2000: all sources' tokens, dealt by share
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sft_jax.data.conditions import (
+  Condition,
+  Weighting,
+  to_filter,
+  to_weighting,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Rows of one file, glob or hub id.
+
+  Attributes:
+    path: of the files.
+    repeat: times that each row is seen per epoch; of a fractional part, a
+      random share of the rows, drawn anew each epoch.
+    share: of the epoch's tokens, prompt and trained; decides `repeat`.
+    limit: rows to take, drawn at random by the run's seed; None takes all.
+    loss_weight: scales the loss of its tokens in training.
+    format: of its rows; '' is data.format. See `formats.to_conversation`.
+    columns: {name in these rows: name that formats know}.
+    name: in the ledger; '' is the path.
+    filter: what rows to train on must satisfy; None is data.filter, () is
+      none. See `conditions`.
+    weight_by: what a row's loss is weighted by; None is data.weight_by.
+  """
+
+  path: str
+  repeat: int | float = 1.0
+  share: float | None = None
+  limit: int | None = None
+  loss_weight: int | float = 1.0
+  format: str = ""
+  columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  name: str = ""
+  filter: Any = None
+  weight_by: Any = None
+
+  def __post_init__(self):
+    limit = 1 if self.limit is None else self.limit
+    positive = (self.repeat, self.loss_weight, limit)
+    if not all(0 < number < math.inf for number in positive):
+      raise ValueError(
+        f"data source {self.label}: got repeat {self.repeat}, loss_weight "
+        f"{self.loss_weight} and limit {self.limit}; expected numbers above "
+        "0. To see none of it leave it out."
+      )
+    if self.share is not None and not (0 < self.share <= 1 == self.repeat):
+      raise ValueError(
+        f"data source {self.label}: got share {self.share} and repeat "
+        f"{self.repeat}; expected a share of at most 1, and no repeat beside "
+        "it. Give one of the two."
+      )
+    to_filter(self.filter or ())  # Raises what is wrong with it.
+    to_weighting(self.weight_by)
+
+  @property
+  def label(self) -> str:
+    """What the ledger calls it."""
+    return self.name or self.path
+
+  @property
+  def conditions(self) -> tuple[Condition, ...]:
+    """What rows must satisfy."""
+    return to_filter(self.filter or ())
+
+  @property
+  def weighting(self) -> Weighting | None:
+    """What their loss is weighted by."""
+    return to_weighting(self.weight_by)
+
+
+OneSource = str | Source | tuple[str, int | float] | Mapping[str, Any]
+Sources = OneSource | Sequence[OneSource]
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Source))
+
+
+def to_sources(sources: Sources) -> tuple[Source, ...]:
+  """One source in any form, or a sequence of these, as Sources.
+
+  >>> to_sources(("a.jsonl", ("b/*.jsonl", 0.5)))[1].repeat
+  0.5
+  >>> to_sources({"path": "a.jsonl", "share": 1.0, "name": "mine"})[0].label
+  'mine'
+
+  Raises:
+    ValueError: no source, two of one name, a key that is not known, or a
+      value out of range.
+  """
+  # Beside sequences, single sources have a length too: told apart by type.
+  many: Any = sources
+  if isinstance(many, str | Source | Mapping) or (
+    len(many) == 2
+    and isinstance(many[1], int | float)
+    and isinstance(many[0], str)
+  ):
+    many = [many]
+  made = tuple(map(_to_source, many))
+  labels = [source.label for source in made]
+  if not made or len(set(labels)) < len(labels):
+    raise ValueError(
+      f"data sources: got {labels}; expected one or more, of different names. "
+      "To see a source twice per epoch give it repeat 2; to use a file in two "
+      "ways give each a name."
+    )
+  return made
+
+
+def _to_source(one: Any) -> Source:
+  if isinstance(one, Source):
+    return one
+  if isinstance(one, str):
+    return Source(one)
+  if isinstance(one, Mapping):
+    if "path" not in one or not set(one) <= set(_FIELDS):
+      raise ValueError(
+        f"data source: got keys {sorted(one)}; expected path and, if wanted, "
+        f"{', '.join(_FIELDS[1:])}. Correct the key."
+      )
+    return Source(**one)
+  return Source(*one)
+
+
+def solve_copies(
+  sources: Sequence[Source], tokens: Sequence[int]
+) -> tuple[float, ...]:
+  """Times that each source is seen per epoch.
+
+  Where all sources have shares, an epoch has as many tokens as all of them
+  together; otherwise those without shares are seen as they say, and the
+  others fill up to their shares.
+
+  Args:
+    sources: with repeats or shares.
+    tokens: of each, seen once.
+
+  Raises:
+    ValueError: shares that leave no room for the other sources or, if there
+      are none, do not sum to 1; a share of a source without tokens.
+  """
+  wanted = sum(source.share or 0 for source in sources)
+  pairs = list(zip(sources, tokens, strict=True))
+  given = sum(s.repeat * n for s, n in pairs if s.share is None)
+  complete = all(source.share is not None for source in sources)
+  if wanted and (abs(wanted - 1) > 1e-6 if complete else wanted >= 1):
+    raise ValueError(
+      f"data sources: got shares that sum to {wanted:g}; expected "
+      + ("1" if complete else "less than 1, since some sources have none")
+      + ". Correct the shares."
+    )
+  total = sum(tokens) if complete else given / (1 - wanted)
+  copies = []
+  for source, number in pairs:
+    if source.share is None:
+      copies.append(float(source.repeat))
+    elif number and total:
+      copies.append(source.share * total / number)
+    else:
+      raise ValueError(
+        f"data source {source.label}: got share {source.share} of {total:g} "
+        f"tokens and {number} tokens to fill it with; expected some of both. "
+        "Read the ledger for why rows were dropped, or drop the share."
+      )
+  return tuple(copies)

@@ -1,0 +1,161 @@
+"""Memorisation: what replies repeat of the training answers, word for word.
+
+Sequences are of anything that compares and hashes: words, or token ids.
+"""
+
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from typing import NamedTuple
+
+Items = Sequence[Hashable]
+GRAM = 4  # Words of the runs whose novelty is told.
+
+
+class Answers:
+  """All runs of items that training answers hold, to look replies up in.
+
+  A suffix automaton (Blumer et al., 1985): built in time and room linear in
+  the answers, asked in time linear in the reply. An answer costs about half a
+  kilobyte per item: give a sample of a large set.
+  """
+
+  def __init__(self, answers: Iterable[Items]) -> None:
+    # Of each state: where each item leads, the state of its longest proper
+    # suffix that occurs elsewhere, and the length of its longest string.
+    self._next: list[dict[Hashable, int]] = [{}]
+    self._link, self._length = [-1], [0]
+    for answer in answers:
+      last = 0
+      for item in answer:
+        last = self._extend(last, item)
+
+  def _extend(self, last: int, item: Hashable) -> int:
+    """The state of what `last` stands for with one more item."""
+    if item in self._next[last]:  # An earlier answer began alike.
+      there = self._next[last][item]
+      if self._length[there] == self._length[last] + 1:
+        return there
+      return self._split(last, item, there)
+    state = self._state({}, self._length[last] + 1)
+    at = last
+    while at >= 0 and item not in self._next[at]:
+      self._next[at][item] = state
+      at = self._link[at]
+    if at < 0:
+      self._link[state] = 0
+      return state
+    there = self._next[at][item]
+    if self._length[there] != self._length[at] + 1:
+      there = self._split(at, item, there)
+    self._link[state] = there
+    return state
+
+  def _split(self, at: int, item: Hashable, there: int) -> int:
+    """Parts the short strings of a state from its long ones."""
+    short = self._state(dict(self._next[there]), self._length[at] + 1)
+    self._link[short], self._link[there] = self._link[there], short
+    while at >= 0 and self._next[at].get(item) == there:
+      self._next[at][item] = short
+      at = self._link[at]
+    return short
+
+  def _state(self, leads: dict[Hashable, int], length: int) -> int:
+    self._next.append(leads)
+    self._link.append(0)
+    self._length.append(length)
+    return len(self._next) - 1
+
+  def matches(self, reply: Items) -> list[int]:
+    """For each item, the longest run that ends there and is in an answer.
+
+    Answers([[1, 2, 3]]).matches([2, 3, 1, 9]) -> [1, 2, 1, 0]
+    """
+    at, held, found = 0, 0, []
+    for item in reply:
+      while at and item not in self._next[at]:
+        at = self._link[at]
+        held = self._length[at]
+      if item in self._next[at]:
+        at, held = self._next[at][item], held + 1
+      found.append(held)
+    return found
+
+  def overlap(self, reply: Items) -> float:
+    """The longest run shared with an answer, as a share of the reply.
+
+    1 is a reply repeated whole; of an empty reply it is 0.
+    """
+    return max(self.matches(reply)) / len(reply) if len(reply) else 0.0
+
+  def novelty(self, reply: Items, n: int) -> float | None:
+    """The share of the reply's runs of n items that are in no answer.
+
+    None of a reply shorter than n.
+    """
+    held = self.matches(reply)[n - 1 :]
+    return sum(x < n for x in held) / len(held) if held else None
+
+
+def exposure(canary_loss: float, other_losses: Sequence[float]) -> float:
+  """How far a planted canary stands out among alternatives, in bits.
+
+      exposure = log2 |R| - log2 rank
+
+  where R is the alternatives with the canary, and its rank by loss among them
+  is 1 if none is lower (Carlini et al. 2019, arXiv:1802.08232, definition 2).
+  Alternatives that tie count as lower: what cannot be told apart is not
+  exposed. Of 1,023 random alternatives, 10 bits is the most that can be
+  seen; of a canary never trained on, whose rank is as likely one as another,
+  1.44 (the mean of log2(|R| / rank) is log2(e)).
+
+  Raises:
+    ValueError: no alternatives, or a loss that is no number.
+  """
+  if not len(other_losses) or not all(
+    map(math.isfinite, (canary_loss, *other_losses))
+  ):
+    raise ValueError(
+      f"exposure: got a loss of {canary_loss} and {len(other_losses)} others; "
+      "expected finite losses of at least one alternative. Draw some."
+    )
+  rank = 1 + sum(loss <= canary_loss for loss in other_losses)
+  return math.log2(len(other_losses) + 1) - math.log2(rank)
+
+
+class Repeats(NamedTuple):
+  """What some replies repeat of the training answers, in words.
+
+  Attributes:
+    replies: how many there are, of one word or more.
+    overlap: mean of `Answers.overlap`.
+    whole: share of them that stand, whole, within a training answer.
+    novelty: mean of `Answers.novelty`, of those of n words or more; None
+      without such.
+  """
+
+  replies: int
+  overlap: float
+  whole: float
+  novelty: float | None
+
+
+def repeats(
+  texts: Iterable[str], answers: Answers, *, n: int = GRAM
+) -> Repeats | None:
+  """Of several replies; None if all are empty.
+
+  A short reply overlaps by its shortness, and a fixed phrase because it shall:
+  compare with what answers held out of training repeat, or the model before.
+  """
+  words = [text.split() for text in texts if text.split()]
+  if not words:
+    return None
+  overlaps = [answers.overlap(one) for one in words]
+  fresh = [answers.novelty(one, n) for one in words]
+  fresh = [share for share in fresh if share is not None]
+  return Repeats(
+    len(words),
+    sum(overlaps) / len(words),
+    sum(share == 1 for share in overlaps) / len(words),
+    sum(fresh) / len(fresh) if fresh else None,
+  )

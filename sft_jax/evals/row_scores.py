@@ -1,0 +1,256 @@
+"""Scores of rows: how hard a model finds each answer, with and without prompt.
+
+Of a row whose trained tokens are A, with the prompt Q before them:
+
+    nats   mean of -log p(a | all before it) over A: what training starts from
+    alone  the same without Q: every trained turn is a document of its own
+    ifd    instruction-following difficulty, nats / alone (Li et al. 2024,
+           arXiv:2308.12032): near 0 where the prompt says the answer, above 1
+           where it misleads, which is often an answer to something else
+    tokens the number of A
+
+A turn alone is its own ids, stop token included, after BOS where the tokenizer
+has one. Without BOS nothing predicts its first token: then `alone`, and the
+numerator of `ifd`, are over the others. Sums are over all turns, and all
+examples, of a row, and divided once; tokens of whatever weight count alike.
+Raw text has no prompt, so neither `alone` nor `ifd`.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float64, Int64
+
+from sft_jax import sharding
+from sft_jax.batch import Batch
+from sft_jax.data import layout, packing
+from sft_jax.data.encode import Example
+from sft_jax.data.scores import RowScore
+from sft_jax.data.store import Store
+from sft_jax.losses import GroupSums, linear_cross_entropy
+
+# Batches between two words on how far it is.
+_EVERY = 50
+
+
+class Documents(NamedTuple):
+  """What the model reads: examples, and after them their turns alone.
+
+  Attributes:
+    example: of the store, that each is (a part of).
+    start: first token of it; -1 is the whole example.
+    end: past the last.
+    lengths: in tokens, BOS included.
+  """
+
+  example: Int64[np.ndarray, " documents"]
+  start: Int64[np.ndarray, " documents"]
+  end: Int64[np.ndarray, " documents"]
+  lengths: Int64[np.ndarray, " documents"]
+
+
+def documents(store: Store, bos_id: int | None) -> Documents:
+  """All examples whole, and every trained turn that has a prompt before it."""
+  found = [(i, -1, 0, int(n)) for i, n in enumerate(store.lengths)]
+  bos = bos_id is not None
+  for i, record in enumerate(store.index):
+    if not record["text"]:
+      run = int(record["run"])
+      runs = store.runs[run : run + int(record["runs"])]
+      found += [
+        (i, start, end, end - start + bos)
+        for start, end in _turns(runs)
+        if start > 1 and end - start + bos > 1
+      ]
+  return Documents(*np.array(found, np.int64).reshape(-1, 4).T)
+
+
+def _turns(runs: np.ndarray) -> list[tuple[int, int]]:
+  """[start, end) of the trained tokens of each turn."""
+  turns: list[tuple[int, int]] = []
+  at = 0
+  for length, weight in zip(
+    runs["length"].tolist(), runs["weight"].tolist(), strict=True
+  ):
+    if weight and turns and turns[-1][1] == at:
+      turns[-1] = (turns[-1][0], at + length)
+    elif weight:
+      turns.append((at, at + length))
+    at += length
+  return turns
+
+
+def score(
+  store: Store,
+  model: Any,
+  params: Any,
+  *,
+  bos_id: int | None,
+  seq_len: int,
+  batch_size: int,
+  mesh: Mesh,
+  chunk_tokens: int = 512,
+  announce: Callable[[str], None] = print,
+) -> list[RowScore]:
+  """The scores of every row of a store, in its order.
+
+  Documents are packed, so the cost is that of one forward pass over the rows
+  and once more over their answers. The scores are those of each document
+  alone, but for rounding.
+
+  Args:
+    store: of rows, none longer than `seq_len`.
+    model: with `hidden`, `head` and `config`, as `models.transformer.Model`.
+    params: on the mesh.
+    bos_id: of the tokenizer; None where it has none.
+    seq_len: slots of a packed row.
+    batch_size: packed rows at once.
+    mesh: what rows are divided over.
+    chunk_tokens: whose logits exist at once; see `losses`.
+    announce: told now and then how far it is.
+
+  Raises:
+    ValueError: a loss that is no number, by the row's place.
+  """
+  made = documents(store, bos_id)
+  plan = packing.plan(made.lengths, seq_len, seed=0)
+  segments = int(np.diff(plan.starts).max())
+  sums = jax.jit(
+    _group_sums(model, segments, chunk_tokens, sharding.rows(mesh))
+  )
+  # Of each document: all trained tokens, and those that are scored alone too.
+  nats, tokens = np.zeros((2, 2, len(made.lengths)))
+  of_example = _by_example(made, len(store.index))
+  own = sharding.own_rows(mesh, batch_size)
+  steps = -(-plan.num_packs // batch_size)
+  for step in range(steps):
+    packs = [
+      plan.pack(i) if i < plan.num_packs else np.empty(0, np.int64)
+      for i in range(step * batch_size, (step + 1) * batch_size)
+    ]
+    rows = [
+      layout.lay_out(
+        [_example(store, made, int(d), of_example, bos_id) for d in packs[i]],
+        seq_len,
+      )
+      for i in own
+    ]
+    batch = sharding.put_rows(layout.stack(rows), sharding.rows(mesh))
+    found: GroupSums = jax.device_get(sums(params, batch))
+    for row, pack in enumerate(packs):
+      for kind in range(2):
+        at = (kind * batch_size + row) * segments
+        nats[kind, pack] = found.nats[at : at + len(pack)]
+        tokens[kind, pack] = found.weight[at : at + len(pack)]
+    if (step + 1) % _EVERY == 0 or step + 1 == steps:
+      announce(f"scored {step + 1:,} of {steps:,} batches")
+  return list(_rows(store, made, nats, tokens))
+
+
+def _group_sums(
+  model: Any, segments: int, chunk_tokens: int, rows: Any
+) -> Callable[[Any, Batch], GroupSums]:
+  """(params, batch) -> sums of each document of each row, in two kinds."""
+
+  def sums(params: Any, batch: Batch) -> GroupSums:
+    hidden = model.hidden(
+      params, batch.tokens, batch.positions, batch.segment_ids
+    )
+    number = batch.tokens.shape[0]
+    document = (
+      jnp.arange(number)[:, None] * segments
+      + jnp.asarray(batch.segment_ids)
+      - 1
+    )
+    assert batch.parts is not None  # `_example` marks what is paired.
+    paired = jnp.where(
+      jnp.asarray(batch.parts) > 0, document + number * segments, -1
+    )
+    return linear_cross_entropy(
+      hidden,
+      model.head(params).astype(hidden.dtype),
+      batch.targets,
+      batch.loss_weights,
+      jnp.stack([document, paired], axis=-1).astype(jnp.int32),
+      num_groups=2 * number * segments,
+      chunk_tokens=chunk_tokens,
+      softcap=model.config.logit_softcap,
+      rows=rows,
+    ).groups
+
+  return sums
+
+
+def _by_example(made: Documents, number: int) -> list[list[tuple[int, int]]]:
+  """The turns of each example that are scored alone, too."""
+  turns: list[list[tuple[int, int]]] = [[] for _ in range(number)]
+  for i, start, end in zip(*(x.tolist() for x in made[:3]), strict=True):
+    if start >= 0:
+      turns[i].append((start, end))
+  return turns
+
+
+def _example(
+  store: Store,
+  made: Documents,
+  document: int,
+  turns: list[list[tuple[int, int]]],
+  bos_id: int | None,
+) -> Example:
+  """A document, every trained token of weight 1; `parts` marks the paired."""
+  i, start, end = (int(x[document]) for x in made[:3])
+  example = store.example(i)
+  first = 0 if bos_id is not None else 1
+  if start < 0:
+    weights = (example.loss_weights != 0).astype(np.float32)
+    paired = np.zeros(len(weights), np.uint8)
+    for a, b in turns[i]:
+      paired[a + first : b] = 1
+    return Example(example.tokens, weights, paired)
+  ids = example.tokens[start:end]
+  if bos_id is not None:
+    ids = np.concatenate([np.array([bos_id], np.int32), ids])
+  weights = np.ones(len(ids), np.float32)
+  weights[0] = 0
+  return Example(ids, weights, weights.astype(np.uint8))
+
+
+def _rows(
+  store: Store,
+  made: Documents,
+  nats: Float64[np.ndarray, "2 documents"],
+  tokens: Float64[np.ndarray, "2 documents"],
+) -> Iterator[RowScore]:
+  """Documents added up to rows."""
+  first = np.diff(store.index["row"], prepend=-1) != 0
+  of_row = (np.cumsum(first) - 1)[made.example]
+  number = int(first.sum())
+  whole = made.start < 0
+
+  def total(x: np.ndarray, which: np.ndarray) -> Float64[np.ndarray, " rows"]:
+    return np.bincount(of_row[which], x[which], number)
+
+  loss, count = total(nats[0], whole), total(tokens[0], whole)
+  with_prompt, alone = total(nats[1], whole), total(nats[1], ~whole)
+  paired = total(tokens[1], ~whole)
+  for row, i in enumerate(np.flatnonzero(first).tolist()):
+    place = store.place(i)
+    if not np.isfinite([loss[row], alone[row]]).all():
+      raise ValueError(
+        f"{place}: got a loss of {loss[row]} nats, expected a finite one. "
+        "Look at the row, and at the model: model.dtype float32 is safest."
+      )
+    ifd = alone_mean = None
+    if paired[row]:
+      alone_mean = round(float(alone[row] / paired[row]), 6)
+      ifd = round(float(with_prompt[row] / max(alone[row], 1e-9)), 6)
+    mean = round(float(loss[row] / count[row]), 6)
+    yield RowScore(
+      place,
+      int(store.index["content"][i]),
+      (mean, ifd, alone_mean, int(count[row])),
+    )

@@ -1,0 +1,269 @@
+"""Synthesis: rows to train on, written by a teacher and kept when they pass.
+
+Rejection sampling: the teacher answers each prompt up to so many times, and a
+reply becomes a row when it stopped by itself and every check of its prompt
+passes (STaR, arXiv:2203.14465, does so with the right answer as the check).
+Nothing is silent: prompts = overlapping + solved + unsolved, and attempts =
+kept + refused, each by its first reason.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from sft_jax.data import overlap, plain, texts, words
+from sft_jax.data.conversation import Conversation, RowError
+from sft_jax.evals import checks
+from sft_jax.evals.behaviour_sets import Item
+from sft_jax.evals.replies import Reply
+
+KEEP = ("first", "shortest", "all")
+
+# (conversations, a seed for each) -> a reply to each.
+Sample = Callable[[list[Conversation], list[int]], list[Reply]]
+
+
+@dataclasses.dataclass
+class Group:
+  """What became of the prompts of one group.
+
+  Attributes:
+    prompts: all of them.
+    overlapping: not asked, for an evaluation set asks the same.
+    solved: prompts of which at least one row came.
+    attempts: replies sampled.
+    kept: replies that became rows.
+    refused: the others, by reason.
+  """
+
+  prompts: int = 0
+  overlapping: int = 0
+  solved: int = 0
+  attempts: int = 0
+  kept: int = 0
+  refused: dict[str, int] = dataclasses.field(default_factory=dict)
+
+  def refuse(self, reason: str) -> None:
+    self.refused[reason] = self.refused.get(reason, 0) + 1
+
+
+class Synthesis(NamedTuple):
+  """Rows, and the account of them.
+
+  Attributes:
+    rows: in the order of the prompts: messages, tools where there are any,
+      and `synthetic`: teacher, prompt (its place), group, attempt and seed.
+      Only the teacher's turn is trained on: earlier ones have weight 0.
+    groups: by name.
+  """
+
+  rows: list[dict[str, Any]]
+  groups: dict[str, Group]
+
+  def to_json(self) -> dict[str, Any]:
+    return {name: dataclasses.asdict(g) for name, g in self.groups.items()}
+
+
+def seed_of(seed: int, where: str, attempt: int) -> int:
+  """A seed for one attempt at one prompt, whatever is asked beside it."""
+  text = json.dumps([seed, where, attempt]).encode()
+  made = hashlib.blake2b(text, digest_size=4).digest()
+  return int.from_bytes(made, "little") >> 1
+
+
+def overlapping(
+  items: Sequence[Item], against: Sequence[Item]
+) -> Sequence[bool]:
+  """Which prompts an evaluation set gives away, or is given away by.
+
+  The rule of the audit (`data.overlap`), by words: the same prompt, or half
+  of its runs of 13 words in one.
+  """
+  if not against:
+    return [False] * len(items)
+  return overlap.find([_asked(against)], [_asked(items)]).found.tolist()
+
+
+def _asked(items: Sequence[Item]) -> overlap.Rows:
+  split = words.split([_prompt(item.prompt) for item in items])
+  return overlap.Rows(split, split)
+
+
+def _prompt(conversation: Conversation) -> str:
+  return "\n\n".join(texts.said(one) for one in conversation.messages)
+
+
+def synthesise(
+  items: Sequence[Item],
+  sample: Sample,
+  *,
+  teacher: str,
+  attempts: int,
+  keep: str = "first",
+  seed: int = 0,
+  against: Sequence[Item] = (),
+  usable: Callable[[Conversation], None] = lambda conversation: None,
+  announce: Callable[[str], None] = print,
+) -> Synthesis:
+  """Asks the teacher, and keeps what passes.
+
+  Args:
+    items: prompts with their checks.
+    sample: the teacher.
+    teacher: its name, for the rows.
+    attempts: most replies to a prompt.
+    keep: 'first' asks until a reply passes; 'shortest' asks always and keeps
+      the shortest that passes (in tokens, the earliest of equals); 'all'
+      keeps all different ones.
+    seed: of the sampling; see `seed_of`.
+    against: evaluation items; prompts that overlap with them are not asked.
+    usable: raises RowError where a conversation cannot be trained on.
+    announce: told after each round how many prompts are solved.
+
+  Raises:
+    ValueError: a `keep` that is not known, or no attempt.
+  """
+  if keep not in KEEP or attempts < 1:
+    raise ValueError(
+      f"synthesise: got keep {keep!r} and {attempts} attempts; expected one of "
+      f"{', '.join(KEEP)} and at least one attempt. Correct them."
+    )
+  groups: dict[str, Group] = collections.defaultdict(Group)
+  open_: list[int] = []
+  for i, known in enumerate(overlapping(items, against)):
+    group = groups[items[i].group]
+    group.prompts += 1
+    group.overlapping += known
+    if not known:
+      open_.append(i)
+  passed: dict[int, list[tuple[int, Reply]]] = {i: [] for i in open_}
+  for attempt in range(attempts):
+    asked = [i for i in open_ if keep != "first" or not passed[i]]
+    if not asked:
+      break
+    seeds = [seed_of(seed, items[i].where, attempt) for i in asked]
+    replies = sample([items[i].prompt for i in asked], seeds)
+    for i, reply in zip(asked, replies, strict=True):
+      group = groups[items[i].group]
+      group.attempts += 1
+      reason = _refused(items[i], reply, usable)
+      if not reason and keep == "all" and _said_before(reply, passed[i]):
+        reason = "repeated"
+      if reason:
+        group.refuse(reason)
+      else:
+        passed[i].append((attempt, reply))
+    solved = sum(map(bool, passed.values()))
+    announce(
+      f"round {attempt + 1} of {attempts}: {solved:,} of {len(open_):,} "
+      "prompts solved"
+    )
+  rows = []
+  for i in open_:
+    item, kept = items[i], passed[i]
+    group = groups[item.group]
+    if keep == "shortest" and kept:
+      for _ in kept[1:]:
+        group.refuse("not the shortest")
+      kept = [min(kept, key=lambda one: len(one[1].tokens))]
+    group.solved += bool(kept)
+    group.kept += len(kept)
+    for attempt, reply in kept:
+      about = {
+        "teacher": teacher,
+        "prompt": item.where,
+        "group": item.group,
+        "attempt": attempt,
+        "seed": seed_of(seed, item.where, attempt),
+      }
+      rows.append(_row(item.prompt, reply) | {"synthetic": about})
+  return Synthesis(rows, dict(groups))
+
+
+def _refused(
+  item: Item,
+  reply: Reply,
+  usable: Callable[[Conversation], None],
+) -> str:
+  """The first reason not to keep a reply; '' is none."""
+  if not reply.stopped:
+    return "did not stop"
+  for one in item.checks:
+    if not checks.passes(reply, one):
+      return f"check {one['check']}"
+  if not (reply.text.strip() or reply.message.tool_calls):
+    return "says nothing"
+  try:
+    usable(_answered(item.prompt, reply))
+  except RowError:
+    return "cannot be trained on"
+  return ""
+
+
+def _said_before(reply: Reply, kept: list[tuple[int, Reply]]) -> bool:
+  return any(reply.message == other.message for _, other in kept)
+
+
+def _answered(prompt: Conversation, reply: Reply) -> Conversation:
+  """The prompt with the reply; earlier assistant turns weigh nothing."""
+  before = [
+    dataclasses.replace(turn, weight=0.0) if turn.role == "assistant" else turn
+    for turn in prompt.messages
+  ]
+  return dataclasses.replace(prompt, messages=(*before, reply.message))
+
+
+def _row(prompt: Conversation, reply: Reply) -> dict[str, Any]:
+  """A row of the format `messages`."""
+  whole = _answered(prompt, reply)
+  turns = plain.to_template_messages(whole)
+  for turn, message in zip(turns, whole.messages, strict=True):
+    turn.pop("thinking", None)  # Templates have two names for it; rows one.
+    if message.weight is not None:
+      turn["weight"] = message.weight
+  row: dict[str, Any] = {"messages": turns}
+  return row | ({"tools": list(prompt.tools)} if prompt.tools else {})
+
+
+def lines(made: Synthesis) -> list[tuple[str, ...]]:
+  """Header and rows of text, by group."""
+  head = ("group", "n", "overlap", "solved", "replies", "kept", "refused")
+  return [
+    head,
+    *(
+      (
+        name,
+        f"{g.prompts:,}",
+        f"{g.overlapping:,}",
+        f"{g.solved:,}",
+        f"{g.attempts:,}",
+        f"{g.kept:,}",
+        ", ".join(
+          f"{why} {n:,}"
+          for why, n in sorted(g.refused.items(), key=lambda x: -x[1])
+        ),
+      )
+      for name, g in made.groups.items()
+    ),
+  ]
+
+
+def check_sums(made: Synthesis) -> None:
+  """Asserts that all prompts and replies are accounted for.
+
+  Raises:
+    ValueError: a group whose sums do not add up: a fault of ours.
+  """
+  for name, g in made.groups.items():
+    sums = (g.attempts, g.kept + sum(g.refused.values()))
+    unsolved = g.prompts - g.overlapping - g.solved
+    if sums[0] != sums[1] or unsolved < 0:
+      raise ValueError(
+        f"synthesis of {name}: got {sums[1]} replies accounted for, expected "
+        f"{sums[0]}. This is a fault of the program; report it."
+      )
+  rows = sum(g.kept for g in made.groups.values())
+  assert rows == len(made.rows), (rows, len(made.rows))

@@ -1,0 +1,187 @@
+"""Many hosts: joining into one run, agreeing, and ending together.
+
+Every process runs the same program on its own devices and rows; the first one
+writes what people read. A process that dies takes the others with it, within a
+minute: the coordinator (a thread of the first process) misses its heartbeat.
+"""
+
+import collections
+import contextlib
+import itertools
+import os
+import sys
+import traceback
+from collections.abc import Container, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Seconds without a sign of life after which a process counts as dead.
+_HEARTBEAT = 20
+# Seconds that processes at their end wait for one another.
+_SHUTDOWN = 30
+# Milliseconds to wait for the first process: it may be encoding the data.
+_A_DAY = 24 * 3600 * 1000
+
+
+@contextlib.contextmanager
+def joined(
+  coordinator: str = "",
+  processes: int = 0,
+  process: int = -1,
+  *,
+  together: Container[int] = (0,),
+) -> Iterator[None]:
+  """Within, this process is one of the run's; call it before all else of JAX.
+
+  With no arguments, the processes of a TPU pod, a SLURM step or an Open MPI
+  job find one another; where there is none of these, this process is alone.
+
+  Args:
+    coordinator: host:port of the first process, which others can reach.
+    processes: how many there are.
+    process: which one this is, from 0.
+    together: exit codes that all processes come to, and wait for one another.
+      With any other this one ends at once.
+
+  Raises:
+    ValueError: some of the three and not all, or the others did not come.
+  """
+  given = (bool(coordinator), processes > 0, process >= 0)
+  if any(given) and not all(given):
+    raise ValueError(
+      f"--coordinator, --processes, --process: got {coordinator!r}, "
+      f"{processes} and {process}, expected all or none: host:port of the "
+      "first process, their number, and which of them this is, from 0. Give "
+      "the others."
+    )
+  if not all(given) and not _detected():
+    yield
+    return
+  # Signals are StopRequest's; and gloo is what lets CPUs of two processes add.
+  jax.config.update("jax_enable_preemption_service", False)
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  who = {}
+  if all(given):
+    who = {
+      "coordinator_address": coordinator,
+      "num_processes": processes,
+      "process_id": process,
+      # Else SLURM's variables would tell it which devices are its own.
+      "cluster_detection_method": "deactivate",
+    }
+  try:
+    jax.distributed.initialize(
+      **who,
+      heartbeat_timeout_seconds=_HEARTBEAT,
+      shutdown_timeout_seconds=_SHUTDOWN,
+    )
+  except RuntimeError as error:
+    raise ValueError(
+      f"hosts: the processes of the run did not meet ({error}), expected "
+      f"{processes or 'all of them'} at {coordinator or 'the coordinator'} "
+      "within 5 minutes. Look at the first process and at the network."
+    ) from error
+  try:
+    yield
+  except SystemExit as ending:
+    if isinstance(ending.code, int) and ending.code in together:
+      jax.distributed.shutdown()
+      raise
+    _leave(ending.code if isinstance(ending.code, int) else 1)
+  except BaseException:
+    traceback.print_exc()
+    _leave(1)
+  jax.distributed.shutdown()
+
+
+def _detected() -> bool:
+  """Whether this process is one of several that a cluster started."""
+  # JAX looks by itself, but only once it is told that there is something.
+  from jax._src.clusters import ClusterEnv
+
+  return any(
+    env.is_env_present() and env.get_process_count() > 1
+    for env in ClusterEnv._cluster_types
+    if not env.opt_in_only_method and env.name != "k8s"
+  )
+
+
+def _leave(code: int) -> None:
+  """Ends this process at once: at the usual end it would wait for others."""
+  print(
+    f"process {jax.process_index()} of {jax.process_count()} ends with code "
+    f"{code}; the others cannot go on without it.",
+    file=sys.stderr,
+  )
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
+
+
+_turns = itertools.count()
+
+
+@contextlib.contextmanager
+def first_alone() -> Iterator[None]:
+  """The first process does it, then all others at once.
+
+  For what is made once, in a folder that processes may share: those who come
+  later find it there, and make it for themselves where they do not share.
+  """
+  if jax.process_count() == 1:
+    yield
+    return
+  client = _client()
+  name = f"sft_jax first_alone {next(_turns)}"
+  if jax.process_index():
+    client.wait_at_barrier(name, _A_DAY)
+    yield
+  else:
+    yield
+    client.wait_at_barrier(name, _A_DAY)
+
+
+def _client() -> Any:
+  """The connection to the coordinator; JAX has no public name for it."""
+  from jax._src import distributed
+
+  return distributed.global_state.client
+
+
+class Agreement:
+  """A wish of any process, known to all of them at the same step.
+
+  The wishes meet on the devices, in a small program behind each step's, and
+  are read a few steps later, when they are there: nobody waits.
+  """
+
+  def __init__(self, mesh: Mesh | None, *, behind: int):
+    """`behind`: after how many further calls a wish is read."""
+    self._alone = jax.process_count() == 1
+    if self._alone or mesh is None:
+      return
+    self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    self._size, self._behind = mesh.size, behind
+    self._any = jax.jit(
+      lambda wishes: wishes.any(),
+      out_shardings=NamedSharding(mesh, PartitionSpec()),
+    )
+    self._asked = collections.deque()
+
+  def __call__(self, wish: bool) -> bool:
+    """Whether any process had the wish `behind` calls ago; alone: now.
+
+    Every process calls it as often.
+    """
+    if self._alone:
+      return wish
+    wishes = jax.make_array_from_callback(
+      (self._size,), self._sharding, lambda index: np.full(1, wish)
+    )
+    self._asked.append(self._any(wishes))
+    if len(self._asked) <= self._behind:
+      return False
+    return bool(self._asked.popleft())

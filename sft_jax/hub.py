@@ -1,0 +1,141 @@
+"""Folders of the Hugging Face hub, fetched once and known by their commit.
+
+    'org/name' or 'org/name@revision' -> Snapshot(folder, 'org/name', commit)
+
+Only files that a caller's patterns name are downloaded, and never pickles nor
+code. Everything else (cache, resuming, tokens, offline mode) is the business
+of `huggingface_hub`, which the [hub] extra installs.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+# What a model folder needs here; everything else in a repository stays there.
+MODEL_FILES = (
+  "*.safetensors",
+  "*.safetensors.index.json",
+  "config.json",
+  "generation_config.json",
+  "tokenizer.json",
+  "tokenizer.model",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "chat_template.jinja",
+  "adapter_config.json",
+)
+# Formats whose reading runs code, and code.
+_NEVER = tuple(
+  f"*.{ending}"
+  for ending in (
+    *("bin", "pt", "pth", "ckpt", "pkl", "pickle", "joblib", "npy", "npz"),
+    *("msgpack", "h5", "keras", "py", "ipynb", "sh", "so"),
+  )
+)
+# A model's own files lie at the top; folders hold copies in other formats,
+# as does `consolidated.safetensors`.
+_NEVER_OF_MODELS = ("*/*", "consolidated*")
+
+_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w][\w./-]*))?")
+
+
+class Snapshot(NamedTuple):
+  """A folder and where it came from.
+
+  Attributes:
+    folder: on this machine.
+    repo_id: 'org/name', or '' for a folder that was here already.
+    commit: the 40 digits that the revision stood for, or ''.
+  """
+
+  folder: Path
+  repo_id: str = ""
+  commit: str = ""
+
+  def __str__(self) -> str:
+    """What to print and to record: 'org/name@commit', or the folder."""
+    return f"{self.repo_id}@{self.commit}" if self.repo_id else str(self.folder)
+
+
+def is_id(text: str) -> bool:
+  """Whether a text has the form of a hub id.
+
+  >>> [is_id(x) for x in ('org/name', 'org/name@v1', './name', 'a/b/c')]
+  [True, True, False, False]
+  """
+  return _ID.fullmatch(text) is not None
+
+
+def find_model(path: str | Path) -> Snapshot:
+  """A model folder: the local one of this path, else the hub's of this id.
+
+  Raises:
+    ValueError: neither; see `fetch`.
+  """
+  if Path(path).exists() or not is_id(str(path)):
+    return Snapshot(Path(path))
+  return fetch(str(path), kind="model", patterns=MODEL_FILES)
+
+
+def fetch(
+  repo_id: str,
+  *,
+  kind: Literal["model", "dataset"],
+  patterns: Sequence[str],
+) -> Snapshot:
+  """Downloads the files of a repository that match, or finds them in the cache.
+
+  Args:
+    repo_id: 'org/name' for the newest commit of its main branch, or
+      'org/name@revision' with a commit, tag or branch.
+    kind: of the repository.
+    patterns: of file paths as `fnmatch` reads them, such as '*.jsonl'.
+
+  Raises:
+    ValueError: not an id; the [hub] extra is not installed; no such
+      repository or revision, no access to it or no network; none of its files
+      match.
+  """
+  match = _ID.fullmatch(repo_id)
+  if match is None:
+    raise ValueError(
+      f"hub: got the id {repo_id!r}; expected 'org/name' or "
+      "'org/name@revision'. Correct it, or give a local path."
+    )
+  name, revision = match.groups()
+  try:
+    import huggingface_hub
+  except ImportError as error:
+    raise ValueError(
+      f"{repo_id}: there is no such local path, and ids of the hub need "
+      "huggingface_hub; expected it installed. Correct the path, or pip "
+      "install 'sft_jax[hub]'."
+    ) from error
+  models_only = _NEVER_OF_MODELS if kind == "model" else ()
+  try:
+    folder = huggingface_hub.snapshot_download(
+      name,
+      repo_type=kind,
+      revision=revision,
+      allow_patterns=list(patterns),
+      ignore_patterns=[*_NEVER, *models_only],
+    )
+  # Of the hub, of HTTP and of the disk: its errors share no class of its own.
+  except Exception as error:
+    first = (str(error).strip().splitlines() or [""])[0]
+    raise ValueError(
+      f"{repo_id}: there is no such local path, and the hub's {kind} did not "
+      f"come ({type(error).__name__}: {first}); expected a repository that "
+      "this machine can reach or has in its cache. Correct the name, check the "
+      "network and your token, or give the path of a local copy."
+    ) from error
+  folder = Path(folder)
+  if not folder.is_dir() or not any(p.is_file() for p in folder.rglob("*")):
+    raise ValueError(
+      f"{repo_id}: got no file of it that matches {list(patterns)}; expected "
+      "at least one. Choose a repository that holds such files."
+    )
+  # The cache names a snapshot's folder after its commit.
+  return Snapshot(folder, name, folder.name)

@@ -1,0 +1,102 @@
+"""Attention on TPU: the splash kernel of JAX, with segments and windows.
+
+The kernel computes scores block by block and never keeps them. Blocks above
+the diagonal and before a window are skipped; those of other documents are
+computed and masked. Its blocks are whole lanes of 128, so rows are padded up
+to a multiple of that.
+"""
+
+from functools import lru_cache
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jaxtyping import Array, Float, Int
+
+_LANES = 128
+
+
+def attend(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B T K H"],
+  v: Float[Array, "B T K H"],
+  starts: Int[Array, "B T"],
+  sinks: Float[Array, " N"] | None = None,
+  *,
+  scale: float,
+  softcap: float | None = None,
+  window: int | None = None,
+  interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+  """softmax(q k' scale) v over keys of the same document up to a query's own.
+
+  Args:
+    q: queries; N is a multiple of K.
+    k: keys.
+    v: values.
+    starts: the first slot of each query's document, which tells documents
+      apart: `attention.first_seen` without a window.
+    sinks: see `attention.attention`.
+    scale: of the scores.
+    softcap: see `attention.attention`.
+    window: slots that a query sees, its own included; None: all.
+    interpret: without a TPU, for tests.
+  """
+  _, T, N, _ = q.shape
+  pad = -T % _LANES
+
+  def lay_out(x: Array) -> Array:
+    """[B, T, heads, H] -> [B, heads, T, H], padded."""
+    x = x.transpose(0, 2, 1, 3)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0)))
+
+  # The slots added make a document of their own.
+  ids = jnp.pad(starts, ((0, 0), (0, pad)), constant_values=T)
+  # The kernel's arrays are made here, whatever is being traced around.
+  with jax.ensure_compile_time_eval():
+    kernel = _kernel(T + pad, N, window, softcap, interpret)
+
+  def one(q: Array, k: Array, v: Array, ids: Array) -> Array:
+    # Asked for no residuals, it returns the output alone.
+    return cast(Array, kernel(q, k, v, splash.SegmentIds(ids, ids), sinks))
+
+  out = jax.vmap(one)(lay_out(q * scale), lay_out(k), lay_out(v), ids)
+  return out.transpose(0, 2, 1, 3)[:, :T]
+
+
+@lru_cache
+def _kernel(
+  length: int,
+  num_heads: int,
+  window: int | None,
+  softcap: float | None,
+  interpret: bool,
+):
+  """The kernel for rows of `length` slots and a static mask."""
+  shape = (length, length)
+  mask = splash.CausalMask(shape)
+  if window is not None:
+    mask = splash.LocalMask(shape, (window - 1, 0), 0)
+  # 512 is what TPU trainers use for queries and keys alike; a block must
+  # divide the row.
+  block = max(b for b in (128, 256, 384, 512) if length % b == 0)
+  sizes = splash.BlockSizes(
+    block_q=block,
+    block_kv=block,
+    block_kv_compute=block,
+    block_q_dkv=block,
+    block_kv_dkv=block,
+    block_kv_dkv_compute=block,
+    block_q_dq=block,
+    block_kv_dq=block,
+  )
+  return splash.make_splash_mha(
+    splash.MultiHeadMask([mask] * num_heads),
+    block_sizes=sizes,
+    head_shards=1,
+    q_seq_shards=1,
+    attn_logits_soft_cap=softcap,
+    residual_checkpoint_name="attention_out",
+    interpret=interpret,
+  )

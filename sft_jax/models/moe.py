@@ -1,0 +1,287 @@
+"""Mixture of experts: a router sends each token through k of E small MLPs.
+
+No expert has a capacity and no token is dropped, so what a token gets never
+depends on its neighbours: packing and padding change nothing. Tokens are
+sorted by expert, so that each expert multiplies one block of rows; here 3
+tokens of k = 2 and E = 3:
+
+    experts [M k]           2 0 | 2 1 | 0 2        of tokens 0, 1, 2
+    sorted by expert        0 0 | 1 | 2 2 2        sizes [2 1 3]
+    rows are of tokens      0 2 | 1 | 0 1 2
+    grouped_matmul x 3, back to the order of tokens, weighed and added
+
+The load-balancing loss of pretraining is not added: it would pull the router
+from what the data say (transformers adds it on `output_router_logits` only).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Float32, Int32
+
+from sft_jax.models import spread
+from sft_jax.models.grouped import grouped_matmul, permute
+from sft_jax.models.linear import dense
+from sft_jax.models.lora import LoraConfig
+from sft_jax.models.remat import PROJECTION
+
+Dtype = Any
+
+
+def route(
+  logits: Float32[Array, "... E"], k: int, *, normalize: bool
+) -> tuple[Float32[Array, "... k"], Int32[Array, "... k"]]:
+  """The k likeliest experts of each token, and their shares.
+
+  Shares are probabilities over all experts; `normalize` makes the k of them
+  sum to one, which is a softmax over the k logits alone.
+  """
+  top, experts = jax.lax.top_k(logits, k)
+  if normalize:
+    return jax.nn.softmax(top, axis=-1), experts
+  return jnp.exp(top - jax.nn.logsumexp(logits, -1, keepdims=True)), experts
+
+
+def clipped_swiglu(
+  gate: jax.Array, up: jax.Array, *, alpha: float, limit: float
+) -> jax.Array:
+  """gate sigmoid(alpha gate) (up + 1), of values that are clipped first.
+
+  That of gpt-oss: gate is clipped from above only.
+  """
+  gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+  return gate * nn.sigmoid(alpha * gate) * (up + 1)
+
+
+class Weights(NamedTuple):
+  """What multiplies the rows of each expert: x W + b + scale * (x A) B.
+
+  Attributes:
+    kernel: [E, in, out], or the codes and scales that stand in for it.
+    bias: [E, out] or None.
+    a: LoRA's [E, in, R] or None.
+    b: LoRA's [E, R, out] or None.
+  """
+
+  kernel: Any
+  bias: Any = None
+  a: Any = None
+  b: Any = None
+
+
+class ExpertLinear(nn.Module):
+  """Holds the `Weights` of E linear maps, as `Linear` holds those of one."""
+
+  num_experts: int
+  features: int
+  use_bias: bool = False
+  init_std: float = 0.02
+  lora: LoraConfig | None = None
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, in_features: int) -> Weights:
+    shape = (self.num_experts, in_features, self.features)
+    normal = nn.initializers.normal(self.init_std)
+    if self.has_variable("params", "kernel_codes"):
+      leaf = lambda name: self.get_variable("params", name)
+      kernel = leaf("kernel_codes"), leaf("kernel_scale")
+    else:
+      kernel = self.param("kernel", normal, shape, self.param_dtype)
+      kernel = kernel.astype(self.dtype)
+    bias = a = b = None
+    if self.use_bias:
+      zeros = nn.initializers.zeros
+      bias = self.param("bias", zeros, shape[::2], self.param_dtype)
+    if self.has_variable("params", "lora_a"):
+      if self.lora is None:
+        raise ValueError(
+          f"{'/'.join(self.path)}: the parameters hold a LoRA adapter but the "
+          "model was built without one; expected lora=LoraConfig(...). Pass "
+          "it to build, or fold the adapter in with merge.merge."
+        )
+      a = self.get_variable("params", "lora_a")
+      scale = self.lora.scale("/".join(self.path))
+      b = scale * self.get_variable("params", "lora_b")
+    bias, a, b = jax.tree.map(lambda x: x.astype(self.dtype), (bias, a, b))
+    return Weights(kernel, bias, a, b)
+
+
+class Moe(nn.Module):
+  """sum over the k chosen experts of share * down(activation(gate, up)).
+
+  Attributes:
+    num_experts: E.
+    per_token: k.
+    d_ff: F, width of each expert.
+    activation: of the results of `gate` and `up`, [M, F] each.
+    normalize: see `route`.
+    use_bias: router and experts have biases.
+    init_std: scale of fresh weights.
+    out_std: scale of fresh `down` weights.
+    lora: what the adapters are, None where there are none.
+    mesh: where the tokens of a batch are divided over devices, so that each
+      sorts its own; its axis 'tensor' divides F. Without it the
+      result is the same, but XLA gathers all tokens on every device.
+  """
+
+  num_experts: int
+  per_token: int
+  d_ff: int
+  activation: Callable[[jax.Array, jax.Array], jax.Array]
+  normalize: bool = True
+  use_bias: bool = False
+  init_std: float = 0.02
+  out_std: float = 0.02
+  lora: LoraConfig | None = None
+  mesh: Mesh | None = None
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    (B, T, D), E, F = x.shape, self.num_experts, self.d_ff
+    dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    x = x.astype(self.dtype)
+    router = Router(E, self.use_bias, self.init_std, **dtypes, name="router")
+    logits = router(x)
+
+    def linear(name, features, init_std):
+      return ExpertLinear(
+        E,
+        features,
+        self.use_bias,
+        init_std,
+        self.lora,
+        **dtypes,
+        name=name,
+      )
+
+    gate = linear("gate", F, self.init_std)(D)
+    up = linear("up", F, self.init_std)(D)
+    down = linear("down", D, self.out_std)(F)
+    mix = partial(
+      _mix, k=self.per_token, normalize=self.normalize, act=self.activation
+    )
+    if self.mesh is not None and _divides(self.mesh, B, T, F):
+      mix = _on_mesh(mix, self.mesh, gate, up, down)
+
+    def decoded(x, logits, *weights: Weights):
+      """Kernels as they multiply, whatever they are kept as."""
+      kernels = [dense(w.kernel, x.dtype) for w in weights]
+      pairs = zip(weights, kernels, strict=True)
+      return mix(x, logits, *(w._replace(kernel=k) for w, k in pairs))
+
+    if isinstance(gate.kernel, tuple):
+      # As in `linear`: or the decoded kernels wait for the backward pass.
+      decoded = jax.checkpoint(decoded)
+    y = decoded(x, logits, gate, up, down)
+    return y.astype(self.dtype)
+
+
+class Router(nn.Module):
+  """x W + b in float32: near ties decide which experts a token sees."""
+
+  num_experts: int
+  use_bias: bool
+  init_std: float
+  dtype: Dtype
+  param_dtype: Dtype
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B T D"]) -> Float32[Array, "B T E"]:
+    shape = (x.shape[-1], self.num_experts)
+    normal = nn.initializers.normal(self.init_std)
+    kernel = self.param("kernel", normal, shape, self.param_dtype)
+    logits = jnp.matmul(
+      x, kernel.astype(self.dtype), preferred_element_type=jnp.float32
+    )
+    if self.use_bias:
+      zeros = nn.initializers.zeros
+      bias = self.param("bias", zeros, shape[1:], self.param_dtype)
+      logits = logits + bias.astype(jnp.float32)
+    return logits
+
+
+def _mix(
+  x: Float[Array, "B T D"],
+  logits: Float32[Array, "B T E"],
+  gate: Weights,
+  up: Weights,
+  down: Weights,
+  *,
+  k: int,
+  normalize: bool,
+  act: Callable[[jax.Array, jax.Array], jax.Array],
+) -> Float32[Array, "B T D"]:
+  """Sorts tokens by expert, multiplies, sorts back and adds; see above."""
+  shares, experts = route(logits, k, normalize=normalize)
+  (B, T, _), experts = x.shape, experts.reshape(-1)
+  order = jnp.argsort(experts, stable=True)
+  inverse = jnp.argsort(order)
+  sizes = jnp.bincount(experts, length=len(gate.kernel))
+
+  def linear(x, w: Weights):
+    y = grouped_matmul(x, w.kernel, sizes)
+    if w.a is not None:
+      low = grouped_matmul(x, w.a, sizes)
+      y = y + grouped_matmul(low, w.b, sizes)
+    if w.bias is not None:
+      y = y + w.bias[experts[order]]
+    return checkpoint_name(y, PROJECTION)
+
+  rows = jnp.repeat(x.reshape(B * T, -1), k, axis=0)
+  rows = permute(rows, order, inverse)
+  rows = linear(act(linear(rows, gate), linear(rows, up)), down)
+  rows = permute(rows, inverse, order).reshape(B, T, k, -1)
+  return jnp.einsum("btkd,btk->btd", rows.astype(jnp.float32), shares)
+
+
+def _divides(mesh: Mesh, B: int, T: int, d_ff: int) -> bool:
+  """Whether each device gets as much of a batch and of F as the others."""
+  return spread.divides(mesh, B, T) and d_ff % mesh.shape["tensor"] == 0
+
+
+def _on_mesh(mix, mesh: Mesh, gate: Weights, up: Weights, down: Weights):
+  """`mix`, each device with its own tokens and its own part of F."""
+  wide = Weights(
+    kernel=PartitionSpec(None, None, "tensor"),
+    bias=PartitionSpec(None, "tensor"),
+    a=PartitionSpec(),
+    b=PartitionSpec(None, None, "tensor"),
+  )
+  tall = Weights(
+    kernel=PartitionSpec(None, "tensor"),
+    bias=PartitionSpec(),
+    a=PartitionSpec(None, "tensor"),
+    b=PartitionSpec(),
+  )
+
+  def specs(weights: Weights, where: Weights) -> Weights:
+    pairs = zip(weights, where, strict=True)
+    return Weights(*(None if w is None else spec for w, spec in pairs))
+
+  def local(x, logits, gate, up, down):
+    if down.bias is not None:
+      # The parts are added up; one of them brings the bias.
+      first = jax.lax.axis_index("tensor") == 0
+      down = down._replace(bias=jnp.where(first, down.bias, 0))
+    return jax.lax.psum(mix(x, logits, gate, up, down), "tensor")
+
+  return jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(
+      *(spread.SLOTS, spread.SLOTS),
+      *(specs(gate, wide), specs(up, wide), specs(down, tall)),
+    ),
+    out_specs=spread.SLOTS,
+    check_vma=False,
+  )

@@ -1,0 +1,146 @@
+"""Where parameters lie in a Hugging Face folder, by the table of families.
+
+Kernels are [in, out] here; there they are [out, in], or [in, out] in the files
+of GPT-2. Some of ours lie side by side in one tensor of theirs:
+
+    layers/attn/k/kernel [L, D, K * H], at index 3
+      <-> model.layers.3.self_attn.qkv_proj.weight [(N + 2 K) * H, D],
+          rows N * H to (N + K) * H, transposed
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from sft_jax.models.config import ModelConfig
+from sft_jax.models.families import FAMILIES
+from sft_jax.models.family import Family
+
+_T = TypeVar("_T")
+
+_LEAF = {
+  "kernel": "weight",
+  "scale": "weight",
+  "embedding": "weight",
+  "bias": "bias",
+  "sinks": "sinks",
+}
+_EXPERTS = ("layers/moe/gate", "layers/moe/up", "layers/moe/down")
+
+
+class Place(NamedTuple):
+  """Where one matrix or vector of a parameter lies.
+
+      ours[index] = theirs[name][cut], transposed if `transpose`
+
+  Attributes:
+    index: of the matrix in our stacked parameter; () for the whole.
+    name: of the tensor that holds it.
+    shape: of that tensor.
+    cut: what of the tensor it is, one slice per axis.
+    transpose: theirs is [out, in].
+  """
+
+  index: tuple[int, ...]
+  name: str
+  shape: tuple[int, ...]
+  cut: tuple[slice, ...]
+  transpose: bool
+
+
+def modules(
+  module: str, config: ModelConfig, stack: tuple[int, ...]
+) -> dict[tuple[int, ...], str]:
+  """Their names of one of our modules, by layer (and expert, ...).
+
+  >>> modules('layers/attn/q', llama, (2,))
+  {(0,): 'model.layers.0.self_attn.q_proj', (1,): ...}
+  """
+  theirs = FAMILIES[config.family].names[module]
+  stack = stack[: theirs.count("{}")]
+  return {i: theirs.format(*i) for i in np.ndindex(stack)}
+
+
+def places(
+  path: str, shape: tuple[int, ...], config: ModelConfig
+) -> list[Place]:
+  """Where a parameter lies, matrix by matrix.
+
+  Args:
+    path: ours, such as 'layers/attn/q/kernel'.
+    shape: of the whole parameter.
+    config: the model's.
+  """
+  family = FAMILIES[config.family]
+  module, leaf = path.rsplit("/", 1)
+  found = modules(module, config, shape)
+  shape = shape[len(next(iter(found))) :]
+  if family.stacked_experts and module in _EXPERTS:
+    return _stacked(module, leaf, shape, family, found)
+  # Ours that share a tensor lie along its output axis, in the table's order.
+  fused = [m for m in family.names if family.names[m] == family.names[module]]
+  start, total = 0, shape[-1]
+  if len(fused) > 1:
+    widths = [_width(m, config) for m in fused]
+    start, total = sum(widths[: fused.index(module)]), sum(widths)
+  cut = (*map(slice, shape[:-1]), slice(start, start + shape[-1]))
+  whole = (*shape[:-1], total)
+  transpose = leaf == "kernel" and not family.conv1d
+  if transpose:
+    cut, whole = cut[::-1], whole[::-1]
+  return [
+    Place(index, f"{name}.{_LEAF[leaf]}", whole, cut, transpose)
+    for index, name in found.items()
+  ]
+
+
+def official(tensors: Mapping[str, _T], config: ModelConfig) -> dict[str, _T]:
+  """The tensors of a checkpoint by the names that transformers writes.
+
+  Some folders hold the network without its head, as GPT-2's own does: their
+  names lack the prefix. Buffers, which follow from the config, are left out.
+
+      {'wte.weight': w, 'h.0.ln_1.bias': b, 'h.0.attn.bias': mask}
+        -> {'transformer.wte.weight': w, 'transformer.h.0.ln_1.bias': b}
+  """
+  family = FAMILIES[config.family]
+  prefix, embed = f"{family.names['embed']}.weight".split(".", 1)
+  bare = embed in tensors and f"{prefix}.{embed}" not in tensors
+  head = f"{family.names['head']}."
+  return {
+    f"{prefix}.{name}" if bare and not name.startswith(head) else name: tensor
+    for name, tensor in tensors.items()
+    if not name.endswith(family.buffers)
+  }
+
+
+def _stacked(
+  module: str,
+  leaf: str,
+  shape: tuple[int, ...],
+  family: Family,
+  found: dict[tuple[int, ...], str],
+) -> list[Place]:
+  """Experts [E, in, out] or biases [E, out] of a layer, in one tensor."""
+  sharing = [m for m in family.names if family.names[m] == family.names[module]]
+  *rest, width = shape
+  turns = slice(sharing.index(module), None, len(sharing))
+  cut, whole = (*map(slice, rest), turns), (*rest, width * len(sharing))
+  ending = {"kernel": "", "bias": "_bias"}[leaf]
+  return [
+    Place(index, name + ending, whole, cut, False)
+    for index, name in found.items()
+  ]
+
+
+def _width(module: str, config: ModelConfig) -> int:
+  """Output features of a projection that shares its tensor."""
+  c = config
+  return {
+    "q": c.num_heads * c.head_dim,
+    "k": c.num_kv_heads * c.head_dim,
+    "v": c.num_kv_heads * c.head_dim,
+    "gate": c.d_ff,
+    "up": c.d_ff,
+  }[module.rsplit("/", 1)[1]]

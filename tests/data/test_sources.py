@@ -1,0 +1,115 @@
+"""Sources in every form, and the copies that give them their shares."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fake_store import fake_store
+from sft_jax.data.pipeline import Stream
+from sft_jax.data.sources import Source, solve_copies, to_sources
+
+
+def test_sources_in_every_form():
+  one = Source("a.jsonl")
+  assert to_sources("a.jsonl") == to_sources(one) == (one,)
+  assert to_sources(["a.jsonl", ("b/*.json", 2)]) == (
+    one,
+    Source("b/*.json", 2),
+  )
+  assert to_sources(("a.jsonl", 0.5)) == (Source("a.jsonl", 0.5),)
+  assert to_sources(("a.jsonl", "b.jsonl"))[1].path == "b.jsonl"
+  everything = {
+    "path": "a.jsonl",
+    "share": 0.5,
+    "limit": 10,
+    "loss_weight": 0.1,
+    "format": "text",
+    "columns": {"body": "text"},
+    "name": "replay",
+  }
+  (made,) = to_sources(everything)
+  assert made == Source(**everything)
+  assert made.label == "replay"
+
+
+@pytest.mark.parametrize(
+  ("bad", "message"),
+  [
+    ((), "data sources: got"),
+    (("a.jsonl", "a.jsonl"), "of different names"),
+    ((("a.jsonl", 0.0),), "repeat 0.0"),
+    ({"path": "a.jsonl", "limit": 0}, "limit 0"),
+    ({"path": "a.jsonl", "loss_weight": -1}, "loss_weight -1"),
+    ({"path": "a.jsonl", "share": 0.5, "repeat": 2}, "share 0.5 and repeat 2"),
+    ({"path": "a.jsonl", "share": 1.5}, "share 1.5"),
+    ({"path": "a.jsonl", "weight": 2}, "got keys"),
+    ({"repeat": 2}, "got keys"),
+  ],
+)
+def test_sources_that_make_no_sense(bad, message):
+  with pytest.raises(ValueError, match=message):
+    to_sources(bad)
+
+
+def test_the_pictured_mixtures():
+  big, small = Source("big"), Source("small")
+  thrice = Source("small", repeat=3)
+  assert solve_copies([big, thrice], [3000, 1000]) == (1, 3)
+  filled = Source("small", share=0.4)
+  assert solve_copies([big, filled], [3000, 1000]) == (1, pytest.approx(2))
+  half = [Source(name, share=0.5) for name in ("big", "small")]
+  assert solve_copies(half, [3000, 1000]) == (2 / 3, 2)
+  assert solve_copies([big, small], [3000, 0]) == (1, 1)
+
+
+@given(
+  tokens=st.lists(st.integers(1, 10**6), min_size=2, max_size=6),
+  shares=st.lists(st.integers(0, 9), min_size=6, max_size=6),
+  rest=st.integers(1, 9),
+)
+def test_solved_copies_give_the_shares(tokens, shares, rest):
+  """The first source has no share, and any of the others may have one."""
+  whole = sum(shares[: len(tokens) - 1]) + rest
+  sources = [Source("0")]
+  for i, part in enumerate(shares[: len(tokens) - 1], 1):
+    sources.append(Source(str(i), share=part / whole if part else None))
+  copies = solve_copies(sources, tokens)
+  seen = [c * n for c, n in zip(copies, tokens, strict=True)]
+  for source, number in zip(sources, seen, strict=True):
+    if source.share is not None:
+      assert number / sum(seen) == pytest.approx(source.share)
+
+
+@pytest.mark.parametrize(
+  ("sources", "tokens", "message"),
+  [
+    ([Source("a"), Source("b", share=1.0)], [1, 1], "sum to 1; expected less"),
+    ([Source("a", share=0.5), Source("b", share=0.4)], [1, 1], "sum to 0.9"),
+    ([Source("a"), Source("b", share=0.5)], [1, 0], "source b: got share"),
+    ([Source("a"), Source("b", share=0.5)], [0, 1], "source b: got share"),
+  ],
+)
+def test_shares_that_cannot_be(sources, tokens, message):
+  with pytest.raises(ValueError, match=message):
+    solve_copies(sources, tokens)
+
+
+def test_the_ledger_has_what_came_of_it():
+  """100 rows of 10 tokens, 50 of 8; half of each is trained, or a quarter."""
+  rows = [([1] * 10, [0] * 5 + [1] * 5)] * 100
+  rows += [([1] * 8, [0] * 6 + [1] * 2)] * 50
+  sources = (Source("a"), Source("b", share=0.25, name="mine", loss_weight=0.5))
+  store = fake_store(rows, source=[0] * 100 + [1] * 50, sources=sources)
+  stream = Stream(store, seq_len=32, batch_size=4, epochs=1)
+  mixture = stream.ledger.epoch.mixture
+  # 1000 tokens are three quarters, so the other 333 are 42 of the 50 rows.
+  assert mixture["mine"].tokens == 42 * 8
+  assert mixture["mine"].copies == pytest.approx(333.33 / 400, rel=1e-3)
+  assert mixture["mine"].share == 336 / 1336
+  assert mixture["mine"].trained_share == 84 / 584
+  stream.ledger.check()
+  lines = stream.ledger.lines()
+  assert lines[2].split()[-2:] == ["25.1%", "14.4%"]
+  assert lines[-2] == "mine: seen 0.833333 times per epoch, loss x 0.5"
+  weights = [b.loss_weights for b in stream.batches()]
+  assert sum(w.sum() for w in weights) == 500 + 84 * 0.5

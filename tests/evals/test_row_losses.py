@@ -1,0 +1,64 @@
+"""Losses of single examples against each of them alone, in float64."""
+
+import numpy as np
+import pytest
+
+import tiny
+from sft_jax import setup
+from sft_jax.evals import row_losses
+from sft_jax.setup import batches_on
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> setup.Setup:
+  folder = tmp_path_factory.mktemp("row_losses")
+  model = tiny.model_folder(folder / "model")
+  rows = tiny.rows_file(folder / "rows.jsonl")
+  config = tiny.config(
+    folder, model, rows, data__holdout=0.5, data__seq_len=128
+  )
+  return setup.setup(config, lambda line: None)
+
+
+def _alone(run: setup.Setup, i: int) -> tuple[float, float]:
+  """Nats and weight of a held-out example, unpacked."""
+  assert run.held_out
+  example = run.held_out.store.example(i)
+  params = {**run.state.params, **run.state.frozen}
+  tokens = example.tokens[None, :]
+  hidden = run.model.hidden(params, tokens)
+  logits = np.float64(run.model.logits(params, hidden))[0]
+  log_z = np.log(np.exp(logits).sum(-1))
+  targets = example.tokens[1:]
+  nll = log_z[:-1] - logits[np.arange(len(targets)), targets]
+  weights = example.loss_weights[1:]
+  return float((weights * nll).sum()), float(weights.sum())
+
+
+def test_each_row_has_the_loss_it_has_alone(run):
+  stream = run.held_out
+  found = row_losses.hardest_first(
+    {**run.state.params, **run.state.frozen},
+    *(stream, run.tokenizer),
+    loss=run.document_loss,
+    batches=lambda stream: batches_on(run.mesh, stream),
+  )
+  want = {
+    stream.store.place(i): _alone(run, i)
+    for i in range(len(stream.store.index))
+  }
+  assert {row["place"] for row in found} == set(want)
+  assert len(found) == len(want) == 8
+  for row in found:
+    nats, weight = want[row["place"]]
+    assert row["nats"] == pytest.approx(nats, rel=1e-5)
+    assert row["trained_tokens"] == weight
+    assert row["nats_per_token"] == pytest.approx(nats / weight, rel=1e-5)
+  losses = [row["nats_per_token"] for row in found]
+  assert losses == sorted(losses, reverse=True)
+  # Packed, or each document would have a row to itself and prove nothing.
+  assert max(len(ids) for ids in stream.rows_of(0)) > 1
+  shown = [row for row in found if "pieces" in row]
+  assert shown == found[:5]
+  text = "".join(piece["text"] for piece in shown[0]["pieces"])
+  assert "What goes with" in text

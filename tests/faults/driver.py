@@ -1,0 +1,184 @@
+r"""A training run that dies at a chosen moment: a program for fault tests.
+
+    PYTHONPATH=.:tests:tests/data \
+    python tests/faults/driver.py FOLDER MODEL ROWS PHASE... [key=value ...]
+
+trains `tiny.config` in a process per PHASE, one after the other in the same
+folder. Each kills itself in its phase, but for 'whole'. Prints the exit codes.
+What is patched is other people's code and our own seams, here and not in the
+product.
+"""
+
+import functools
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+import sft_jax
+import tiny
+from sft_jax import checkpoint, export, setup_model, steps
+from sft_jax.data import cache
+from sft_jax.data.store import Store
+from sft_jax.evals import measure
+from sft_jax.main import STOPPED_EXIT, USER_ERRORS
+from sft_jax.stop import Stopped
+
+if folder := os.environ.get("FAULTS_COMPILE_CACHE"):
+  jax.config.update("jax_compilation_cache_dir", folder)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def die(*arguments, **options):
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
+def terminate(*arguments, **options):
+  for _ in range(2):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.05)
+
+
+def interrupt(*arguments, **options):
+  os.kill(os.getpid(), signal.SIGINT)  # As Ctrl-C does.
+
+
+def fail(*arguments, **options):
+  raise OSError(5, "Input/output error")
+
+
+def limit_files() -> None:
+  """From the second save on no file may grow beyond 20 KB."""
+  limits = (20_000, resource.RLIM_INFINITY)
+  before(
+    *(checkpoint.Checkpoints, "save"),
+    lambda *_, **__: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
+    call=2,
+  )
+
+
+def before(owner, name: str, act=die, *, call: int = 1) -> None:
+  """Acts before the `call`-th call of owner.name."""
+  inner, count = getattr(owner, name), 0
+
+  @functools.wraps(inner)
+  def wrapped(*arguments, **options):
+    nonlocal count
+    count += 1
+    if count == call:
+      act(*arguments, **options)
+    return inner(*arguments, **options)
+
+  setattr(owner, name, wrapped)
+
+
+def after(owner, name: str, act=die, *, call: int = 1) -> None:
+  """Acts after the `call`-th call of owner.name."""
+  inner, count = getattr(owner, name), 0
+
+  @functools.wraps(inner)
+  def wrapped(*arguments, **options):
+    nonlocal count
+    count += 1
+    result = inner(*arguments, **options)
+    if count == call:
+      act()
+    return result
+
+  setattr(owner, name, wrapped)
+
+
+MANAGER = ocp.CheckpointManager
+PHASES = {
+  "load": lambda: before(setup_model, "load_pretrained"),
+  "preparing the cache": lambda: before(cache, "_seal"),
+  "moving the cache": lambda: after(cache, "_seal"),
+  "evaluation before": lambda: before(measure.Suite, "_sums"),
+  "compile": lambda: before(jax.stages.Lowered, "compile"),
+  "step": lambda: before(steps.Steps, "take", call=4),
+  "mid-save": lambda: before(MANAGER, "_wait_for_checkpointers", call=2),
+  "commit": lambda: before(MANAGER, "_finalize_checkpoint", call=2),
+  "before retention": lambda: after(MANAGER, "_finalize_checkpoint", call=2),
+  "evaluation within": lambda: before(measure.Suite, "losses"),
+  "export": lambda: before(export, "_verify"),
+  "after export": lambda: after(export, "_verify"),
+  "whole": lambda: None,
+  # Not killed, but asked to stop, twice, while a checkpoint is written.
+  "SIGTERM twice": lambda: before(
+    *(MANAGER, "_wait_for_checkpointers", terminate), call=2
+  ),
+  "SIGTERM while measuring": lambda: before(measure.Suite, "_sums", terminate),
+  "Ctrl-C": lambda: before(steps.Steps, "take", interrupt, call=5),
+  "a hanging step": lambda: before(
+    steps.Steps, "take", lambda *_: time.sleep(600), call=3
+  ),
+  "a stalled reader": lambda: before(
+    Store, "example", lambda *_: time.sleep(600), call=40
+  ),
+  "a dying reader": lambda: before(Store, "example", fail, call=40),
+  "a full disk": lambda: limit_files(),
+}
+
+
+def run(folder: str, model: str, rows: str, changes: dict) -> None:
+  """Trains, with the exit codes of the main program."""
+  config = tiny.config(Path(folder), Path(model), Path(rows), **changes)
+  try:
+    sft_jax.train(config)
+  except Stopped as stopped:
+    print(stopped, file=sys.stderr)
+    sys.exit(STOPPED_EXIT)
+  except USER_ERRORS as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def fork(act) -> int:
+  """Runs `act` in a child of this process; its exit code, or -signal.
+
+  Nothing here has asked for a device yet, so JAX has no threads to lose.
+  """
+  sys.stdout.flush()
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # JAX and Python warn of any fork.
+    child = os.fork()
+  if child == 0:
+    code = 1
+    try:
+      act()
+      code = 0
+    except SystemExit as end:
+      code = int(end.code or 0)
+    except BaseException:
+      traceback.print_exc()
+    finally:
+      sys.stdout.flush()
+      os._exit(code)
+  return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def main() -> None:
+  folder, model, rows, *rest = sys.argv[1:]
+  changes = dict(item.split("=", 1) for item in rest if "=" in item)
+  changes = {key: json.loads(value) for key, value in changes.items()}
+  phases = [item for item in rest if "=" not in item]
+
+  def die_in(phase: str) -> None:
+    PHASES[phase]()
+    run(folder, model, rows, changes)
+
+  codes = [fork(functools.partial(die_in, phase)) for phase in phases]
+  print(json.dumps(codes))
+
+
+if __name__ == "__main__":
+  main()

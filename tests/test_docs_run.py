@@ -1,0 +1,132 @@
+"""The commands of the documents are run, with small models and few steps.
+
+Every command is either run here or stands in `ELSEWHERE` with what runs it; a
+new one fails until it does. What is added to a command only shortens it.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fake_runs
+import tiny
+from test_docs import COMMANDS, ROOT
+
+# Of the main job: few steps, and no prompts to answer.
+SHORT = (
+  "--config.steps=2 --config.optim.warmup_steps=1 --config.batch_size=2 "
+  "--config.data.seq_len=256 --config.data.workers=1 --config.eval.behaviours= "
+  "--config.eval.general_text= --config.eval.samples=0 "
+  "--config.data.holdout=0.0 --config.selfcheck=off --config.workdir=OUT"
+)
+# Command -> what is appended; the longest prefix counts.
+RUN = {
+  "python -m sft_jax.main": SHORT,
+  "python tools/chat.py": "--max_new_tokens=8",
+  "python tools/compare.py": "",
+  "python tools/evaluate.py": "--max_new_tokens=4",
+  "python tools/inspect_data.py": "--config.workdir=OUT",
+  "python tools/plan.py --config=configs/base.py": "--quick",
+  "python tools/report.py": "",
+}
+# Why not here: what runs them instead.
+ELSEWHERE = {
+  "python tools/bench_": "minutes, rivals; tests/tools runs the parts",
+  "python tools/convert_oasst.py": "tests/tools/test_convert_oasst.py",
+  "python tools/convert_sgd.py": "tests/tools/test_convert_sgd.py",
+  "python tools/ifeval_agreement.py": "needs the reference's code",
+  "python tools/make_demo.py": "tests/tools/test_demo_data.py",
+  "python tools/make_goldens.py": "needs transformers",
+  "python tools/parity.py": "tests/models/test_parity.py, of the oracles",
+  "python tools/plan.py --config=configs/llama": "needs libtpu; .ci/run",
+  "python tools/replay.py": "needs a run; tests/faults",
+  "python tools/selfcheck.py": "minutes; tests/tools/test_selfcheck_tool.py",
+  "python tools/run_lessons.py": "an hour; tests/tools/test_run_lessons.py",
+  "python tools/run_traps.py": "minutes; tests/traps/test_traps.py",
+  "python tools/score_data.py": "tests/tools/test_score_data.py",
+  "python tools/synthesise.py": "tests/tools/test_synthesise.py",
+}
+PLACES = {
+  "MODEL": "model", "BASE": "model", "FILE.jsonl": "behaviours.jsonl",
+  "runs/mine/export": "model", "runs/demo/export": "model",
+  "...": "configs/base.py",
+  "('tensorboard', 'mlflow')": "('tensorboard',)",  # The others are extras.
+}  # fmt: skip
+
+
+def _rule(rules: dict[str, str], line: str) -> str | None:
+  plain = " ".join(line.split())
+  found = [prefix for prefix in rules if plain.startswith(prefix)]
+  return rules[max(found, key=len)] if found else None
+
+
+LINES = list(dict.fromkeys(" ".join(line.split()) for _, line in COMMANDS))
+RUNNABLE = [line for line in LINES if _rule(RUN, line) is not None]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_every_command_is_run_somewhere(line):
+  assert (_rule(RUN, line) is None) != (_rule(ELSEWHERE, line) is None), (
+    f"{line}: add it to RUN, or to ELSEWHERE with what runs it"
+  )
+
+
+def test_most_kinds_of_commands_are_run():
+  assert len(RUNNABLE) >= 12
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+  """A folder that looks like a checkout and holds what commands name."""
+  folder = tmp_path_factory.mktemp("checkout")
+  for name in ("sft_jax", "configs", "tools"):
+    (folder / name).symlink_to(ROOT / name)
+  tiny.model_folder(folder / "model")
+  (folder / "rows").mkdir()
+  (folder / "runs").mkdir()
+  tiny.rows_file(folder / "rows" / "rows.jsonl")
+  item = {
+    "group": "g",
+    "messages": [{"role": "user", "content": "What goes with cat?"}],
+    "checks": [{"check": "contains", "text": "cat"}],
+  }
+  (folder / "behaviours.jsonl").write_text(json.dumps(item) + "\n")
+  tiny.rows_file(folder / "runs" / "synthetic.jsonl")
+  for name in ("demo", "lora_demo"):
+    fake_runs.write(folder / "runs" / name, fake_runs.finished("plain"))
+  return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", RUNNABLE)
+def test_command_runs(line, checkout, tmp_path):
+  command = f"{line} {_rule(RUN, line)}"
+  words = [_place(word, tmp_path) for word in shlex.split(command)]
+  done = subprocess.run(
+    [sys.executable, *words[1:]],
+    cwd=checkout,
+    env={
+      **{k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+      "PYTHONPATH": str(checkout),
+      "JAX_PLATFORMS": "cpu",
+    },
+    input="What goes with cat?\n",
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+  assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+  assert done.stdout.strip()
+
+
+def _place(word: str, out: Path) -> str:
+  """A word of a command, with what stands for the reader's own replaced."""
+  flag, equals, value = word.rpartition("=")
+  value = PLACES.get(value, value).replace("OUT", str(out / "run"))
+  return f"{flag}{equals}{value}"

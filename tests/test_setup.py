@@ -1,0 +1,57 @@
+"""What a config says of the step reaches it."""
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from sft_jax import selfcheck, setup, sharding, trees
+from sft_jax.models import transformer
+from sft_jax.models.config import config_from_fields
+from sft_jax.models.lora import LoraConfig
+from sft_jax.train_step import init_state, split_micro_batches
+
+V = 31
+
+
+def nats(dropout):
+  """Of a batch in evaluation, and at two steps of training that move little."""
+  shape = config_from_fields(
+    "qwen3",
+    vocab_size=V,
+    num_layers=1,
+    d_model=16,
+    d_ff=16,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=8,
+    max_positions=32,
+    init_std=0.3,
+  )
+  config = base.get_config()
+  config.optim.learning_rate = 0.0
+  adapters = LoraConfig(rank=2, alpha=64.0, dropout=dropout)
+  model = transformer.build(shape, lora=adapters)
+  mesh = sharding.make_mesh(8, 1, 1)
+  step = setup.make_step(config, model, mesh, num_steps=100)
+  params = trees.map_paths(
+    lambda path, x: x + 0.1 if path.endswith("lora_b") else x,
+    jax.jit(model.init)(jax.random.key(0)),
+  )
+  batch = selfcheck.toy_batch(8, 16, V)
+  evaluated = jax.jit(step.loss_fn)(params, batch).nats
+  state = init_state(params, step.trained, step.tx)
+  train_step, trained = jax.jit(step.train_step), []
+  for _ in range(2):
+    state, pairs = train_step(state, split_micro_batches(batch, 1))
+    trained.append(pairs["loss/nats_per_token"][0])
+  return float(evaluated), [float(x) for x in trained]
+
+
+def test_dropout_is_of_training_alone():
+  plain, steps = nats(0.0)
+  assert steps == pytest.approx([plain, plain], rel=1e-5)
+  evaluated, steps = nats(0.5)
+  assert evaluated == pytest.approx(plain, rel=1e-5)
+  gaps = np.abs(np.array([*steps, steps[0] - steps[1] + plain]) / plain - 1)
+  assert gaps.min() > 1e-3

@@ -1,0 +1,74 @@
+"""tools/export_hf.py: a run's newest checkpoint becomes a verified folder."""
+
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import export_hf
+import sft_jax
+import tiny
+from sft_jax import trees
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A run of three steps that exported nothing, with adapters."""
+  folder = tmp_path_factory.mktemp("run")
+  model = tiny.model_folder(folder / "model")
+  rows = tiny.rows_file(folder / "rows.jsonl")
+  config = tiny.config(folder, model, rows, steps=3, lora__rank=2, export=False)
+  return sft_jax.train(config)
+
+
+def test_the_newest_checkpoint_is_written(run, tmp_path, monkeypatch, capsys):
+  out = tmp_path / "out"
+  monkeypatch.setattr(
+    sys,
+    "argv",
+    ["export_hf.py", f"--workdir={run.workdir}", f"--out={out}"],
+  )
+  export_hf.main()
+  said = " ".join(capsys.readouterr().out.split())
+  assert "Writing step 3" in said
+  assert "float32 weights equal, logits within" in said
+  model, params = sft_jax.load_pretrained(out)
+  # The adapters are in the kernels, and nothing else has changed.
+  flat, trained = trees.flatten(params), trees.flatten(run.params)
+  for path, x in flat.items():
+    adapted = trained[path]
+    if path.endswith("/kernel"):
+      at = path.removesuffix("/kernel")
+      a, b = trained[f"{at}/lora_a"], trained[f"{at}/lora_b"]
+      adapted = adapted + (16.0 / 2) * np.einsum("lir,lro->lio", a, b)
+    np.testing.assert_allclose(x, adapted, atol=1e-6, err_msg=path)
+  assert model.lora is None
+
+
+def test_a_dtype_can_be_asked_for(run, tmp_path, monkeypatch):
+  monkeypatch.setattr(
+    sys,
+    "argv",
+    [
+      *("export_hf.py", f"--workdir={run.workdir}"),
+      *(f"--out={tmp_path / 'out'}", "--dtype=bfloat16"),
+    ],
+  )
+  export_hf.main()
+  tensors = load_file(tmp_path / "out" / "model.safetensors")
+  assert {x.dtype.name for x in tensors.values()} == {"bfloat16"}
+
+
+def test_a_run_without_a_checkpoint_is_named(run, tmp_path, monkeypatch):
+  workdir = tmp_path / "run"
+  workdir.mkdir()
+  config = (run.workdir / "config.json").read_text()
+  (workdir / "config.json").write_text(config)
+  monkeypatch.setattr(
+    sys,
+    "argv",
+    ["export_hf.py", f"--workdir={workdir}", f"--out={tmp_path / 'out'}"],
+  )
+  with pytest.raises(ValueError, match="no checkpoint"):
+    export_hf.main()

@@ -1,0 +1,1 @@
+"""Lessons: rows and prompts of their arms, figures of runs, verdicts."""

@@ -1,0 +1,198 @@
+"""Scores every row of data.train by the model of a config, beside the rows.
+
+    python tools/score_data.py --config=configs/base.py
+    python tools/score_data.py --config=... --config.data.scores=FOLDER
+
+Of each row: nats per trained token, the answer's nats without its prompt, and
+their ratio, IFD; see sft_jax/evals/row_scores.py. They are written to
+NAME.scores.jsonl beside each file NAME, or into FOLDER, and data.filter and
+data.weight_by read them there. The summary shows percentiles, the hardest and
+easiest rows, and those whose prompt makes the answer harder (IFD above 1).
+See docs/selection.md.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.text import Text
+
+import command
+from sft_jax import setup_data, setup_model, sharding, terminal
+from sft_jax.data import (
+  chunks,
+  formats,
+  rows,
+  scores,
+  texts,
+  tokenizers,
+)
+from sft_jax.data.scores import RowScore
+from sft_jax.data.sources import Source
+from sft_jax.evals import row_scores
+
+CONFIG = command.config_flag()
+SHOWN = flags.DEFINE_integer("shown", 3, "Rows to show of each kind.")
+_PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+_CUT = 110  # Characters of a text shown.
+
+Config = setup_data.Config
+
+
+def score(config: Config, say: setup_data.Say) -> dict[str, list[RowScore]]:
+  """Scores the rows of data.train and writes a file beside each of theirs.
+
+  Returns:
+    {file: its scores}, as in data.train.
+
+  Raises:
+    ValueError: a file that two sources read in two ways, or two files whose
+      scores would have one name.
+  """
+  mesh = sharding.make_mesh(**config.mesh)
+  sharding.check_rows(mesh, config.batch_size, 1)
+  folder = setup_model.find_model(config).folder
+  config = config.copy_and_resolve_references()
+  config.model.path = str(folder)
+  tokenizer = tokenizers.load_tokenizer(folder)
+  sources = files_of(config)
+  store = setup_data.build_store(config, sources, tokenizer, say)
+  if not len(store.index):
+    raise ValueError(
+      f"{config.data.train}: got no row to train on, expected some to score. "
+      "Read the ledger: python tools/inspect_data.py --config=..."
+    )
+  model, params = setup_model.load_model(config, mesh, say)
+  found = row_scores.score(
+    store,
+    model,
+    params,
+    bos_id=tokenizer.bos_id,
+    seq_len=config.data.seq_len,
+    batch_size=config.batch_size,
+    mesh=mesh,
+    chunk_tokens=config.loss.chunk_tokens,
+    announce=say,
+  )
+  first = np.diff(store.index["row"], prepend=-1) != 0
+  of_row = store.source[first].tolist()
+  by = {
+    "model": config.model.path,
+    "seq_len": config.data.seq_len,
+    "policy": setup_data.make_policy(config).to_json(),
+  }
+  result = {}
+  for number, source in enumerate(sources):
+    mine = [x for x, of in zip(found, of_row, strict=True) if of == number]
+    path = scores.path_of(source.path, config.data.scores)
+    scores.write(path, by, mine)
+    say(f"{len(mine):,} scores in {path}")
+    result[source.path] = mine
+  return result
+
+
+def files_of(config: Config) -> list[Source]:
+  """Every file of data.train once, whatever of it is trained on."""
+  made: dict[str, Source] = {}
+  columns = config.data.columns.to_dict()
+  for source in setup_data.make_sources(config.data.train, columns):
+    for file in rows.find_files(source.path):
+      plain = dataclasses.replace(
+        Source(str(file)), format=source.format, columns=source.columns
+      )
+      if made.setdefault(str(file), plain) != plain:
+        raise ValueError(
+          f"{file}: got two sources that read it in two ways, expected one "
+          "score of each row. Copy the file for the second."
+        )
+  paths: dict[Path, str] = {}
+  for file in made:
+    path = scores.path_of(file, config.data.scores)
+    if other := paths.get(path):
+      raise ValueError(
+        f"{path}: got the scores of {other} and of {file}, expected one file "
+        "each. Rename one, or set data.scores to ''."
+      )
+    paths[path] = file
+  return list(made.values())
+
+
+def show(
+  out: Console, config: Config, found: dict[str, list[RowScore]], shown: int
+) -> None:
+  """Prints percentiles and the rows at the ends."""
+  every = [(path, row) for path, those in found.items() for row in those]
+  values = np.array([row.values for _, row in every], np.float64)
+  head = ("score", "rows", *(f"{p} %" for p in _PERCENTILES))
+  lines = []
+  for name, column in zip(scores.SCORES, values.T, strict=True):
+    known = column[~np.isnan(column)]
+    if len(known):
+      cells = [f"{x:.3g}" for x in np.percentile(known, _PERCENTILES)]
+      lines.append((name, f"{len(known):,}", *cells))
+  terminal.table(out, "Scores, by percentile", head, lines)
+  nats, ifd = values[:, 0], values[:, 1]
+  above = np.flatnonzero(ifd > 1)  # NaN is not above.
+  by_nats = np.argsort(nats, kind="stable")
+  chosen = {
+    "Hardest, by nats per token": by_nats[::-1][:shown],
+    "Easiest, by nats per token": by_nats[:shown],
+    f"IFD above 1: the prompt misleads ({len(above):,} rows)": above[
+      np.argsort(-ifd[above], kind="stable")
+    ][:shown],
+  }
+  wanted = {
+    (path, row.place)
+    for which in chosen.values()
+    for path, row in (every[i] for i in which.tolist())
+  }
+  said = _texts(config, wanted)
+  for title, which in chosen.items():
+    out.print(Text(f"\n{title}", style="bold"))
+    for i in which.tolist():
+      path, row = every[i]
+      one = said[path, row.place]
+      known = [
+        f"{name} {x:.3g}"
+        for name, x in zip(scores.SCORES, row.values, strict=True)
+        if x is not None
+      ]
+      line = f"{row.place}  {', '.join(known)}"
+      out.print(Text(terminal.visible(line), style="underline"))
+      for text in (one.prompt, one.answer):
+        cut = " / ".join(text.split("\n"))
+        cut = cut if len(cut) <= _CUT else cut[:_CUT] + " ..."
+        out.print(Text(f"  {terminal.visible(cut)}"))
+
+
+def _texts(
+  config: Config, wanted: set[tuple[str, str]]
+) -> dict[tuple[str, str], texts.Row]:
+  """What rows say, by file and place."""
+  said = {}
+  for source in files_of(config):
+    for item in chunks.read_again(source, seed=0):
+      if isinstance(item, tuple) and (source.path, item[0]) in wanted:
+        place, row = item
+        conversation = formats.to_conversation(
+          row,
+          format=source.format or config.data.format,
+          columns=source.columns,
+          source=place,
+        )
+        said[source.path, place] = texts.of_conversation(conversation, place)
+  return said
+
+
+def main() -> None:
+  out = terminal.console()
+  config: Any = CONFIG.value
+  say = lambda line: out.print(Text(terminal.visible(line)))
+  show(out, config, score(config, say), SHOWN.value)
+
+
+if __name__ == "__main__":
+  command.run_with_flags(main)
