@@ -164,7 +164,7 @@ def known(
   """(trained, frozen, optimizer, gradients, activations) of `Memory`.
 
   Args:
-    loss_fn: of a run, see `setup.Step`.
+    loss_fn: of a run, see `setup_step.Step`.
     state: `train_step.TrainState` of arrays or shapes, with shardings.
     batch: shapes with shardings, [A, B / A, T]: A micro-batches.
   """

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sft_jax import setup, setup_data, sharding, trees
+from sft_jax import setup, setup_data, setup_step, sharding, trees
 from sft_jax.batch import Batch
 from sft_jax.data import encode, tokenizers
 from sft_jax.data.store import Store
@@ -23,7 +23,7 @@ def make_suite(config: Config, run_: Setup) -> measure.Suite:
     held_out=run_.held_out,
     general_text=run_.general_text,
     items=run_.items,
-    group_names=setup.group_names,
+    group_names=setup_step.group_names,
     train_rows=run_.train_rows,
     knowledge=run_.knowledge,
     repeats=make_repeats(config, run_),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from sft_jax import setup, sharding, steps, trees
+from sft_jax import setup, setup_step, sharding, steps, trees
 from sft_jax.batch import Batch
 from sft_jax.models.config import ModelConfig
 from sft_jax.models.transformer import Model
@@ -34,7 +34,7 @@ class Outline(NamedTuple):
   mesh: Mesh
   model: Model
   dtype: Any
-  step: setup.Step
+  step: setup_step.Step
   state: TrainState
   batch: Batch
 
@@ -63,9 +63,9 @@ def outline(config: Config, shape: ModelConfig, mesh: Mesh) -> Outline:
   built = build_model(config, shape, mesh)
   # How long a run is decides its learning rates, not the program's shape.
   num_steps = config.steps or config.optim.warmup_steps + 1
-  step = setup.make_step(config, built.model, mesh, num_steps)
+  step = setup_step.make_step(config, built.model, mesh, num_steps)
   params = jax.eval_shape(built.init, jax.random.key(config.seed))
-  params = setup.hold_base(config, step, params, lambda x: x)
+  params = setup_step.hold_base(config, step, params, lambda x: x)
   state = jax.eval_shape(lambda p: init_state(p, step.trained, step.tx), params)
   return Outline(
     mesh=mesh,
@@ -75,7 +75,7 @@ def outline(config: Config, shape: ModelConfig, mesh: Mesh) -> Outline:
     state=jax.tree.map(
       lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies),
       state,
-      setup.state_shardings(step, params, mesh),
+      setup_step.state_shardings(step, params, mesh),
     ),
     batch=batch_shapes(config, mesh),
   )

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from sft_jax import (
   plan,
-  setup,
   setup_plan,
+  setup_step,
   sharding,
   terminal,
   trees,
@@ -149,7 +149,7 @@ def _describe(stream: Stream | None) -> str:
 
 def _schedule(config: Config, num_steps: int) -> str:
   """The learning rate as a sketch, with the figures at its corners."""
-  schedule: Any = setup.schedule(config, num_steps)
+  schedule: Any = setup_step.schedule(config, num_steps)
   rate = lambda step: float(schedule(step))
   at = np.linspace(0, num_steps - 1, min(_SKETCH, num_steps))
   values = [rate(step) for step in at.astype(int).tolist()]

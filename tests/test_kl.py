@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from sft_jax import selfcheck, setup, sharding, steps, trees
+from sft_jax import selfcheck, setup_step, sharding, steps, trees
 from sft_jax.models import reference, transformer
 from sft_jax.models.config import config_from_fields
 from sft_jax.models.lora import LoraConfig
@@ -44,9 +44,9 @@ def world(kind: str, kl: float = K, mesh=None, measure=False, eps=1.0):
   config.loss.kl, config.eval.kl = kl, measure
   model = transformer.build(SHAPE, lora=ADAPTERS[kind])
   mesh = mesh or sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-  step = setup.make_step(config, model, mesh, num_steps=100)
+  step = setup_step.make_step(config, model, mesh, num_steps=100)
   params = jax.jit(model.init)(jax.random.key(0))
-  params = setup.hold_base(config, step, params, jnp.copy)
+  params = setup_step.hold_base(config, step, params, jnp.copy)
   rng = np.random.default_rng(2)
   params = trees.map_paths(
     lambda path, x: (
@@ -114,7 +114,7 @@ def test_neither_accumulation_nor_the_mesh_matters():
     _, step, state = world("embedding too", mesh=mesh)
     cut = split_micro_batches(rows, parts)
     if mesh:
-      shardings = setup.state_shardings(
+      shardings = setup_step.state_shardings(
         step, trees.merge(state.params, state.frozen), mesh
       )
       state = jax.device_put(state, shardings)
@@ -166,12 +166,12 @@ def test_off_leaves_no_trace_in_the_program(kind):
 def test_a_base_that_knows_nothing_is_refused():
   config = base.get_config()
   model = transformer.build(SHAPE)
-  step = setup.make_step(config, model, None, num_steps=100)
+  step = setup_step.make_step(config, model, None, num_steps=100)
   params = jax.eval_shape(model.init, jax.random.key(0))
   for kl, fresh in ((0.1, True), (-0.1, False)):
     config.loss.kl, config.model.from_scratch = kl, fresh
     with pytest.raises(ValueError, match=r"loss\.kl: got .*expected 0 or more"):
-      setup.hold_base(config, step, params, lambda x: x)
+      setup_step.hold_base(config, step, params, lambda x: x)
 
 
 def test_a_large_coefficient_holds_the_model_where_it_was():

@@ -55,6 +55,7 @@ FLOORS = [
     "setup_evals",
     "setup_model",
     "setup_selfcheck",
+    "setup_step",
   },
   {"bad_steps", "early_stop", "watchdog", "workdir", "record"},
   {

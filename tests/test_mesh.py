@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from configs import base
-from sft_jax import optim, setup, sharding, trees
+from sft_jax import optim, setup, setup_step, sharding, trees
 from sft_jax.batch import Batch
 from sft_jax.collectives import collectives
 from sft_jax.losses import linear_cross_entropy
@@ -192,11 +192,11 @@ def test_moments_lie_where_their_parameters_lie():
     decay_patterns=("kernel$",),
     clip_norm=1.0,
   )
-  unused = dict.fromkeys(setup.Step._fields)
-  step = setup.Step(
+  unused = dict.fromkeys(setup_step.Step._fields)
+  step = setup_step.Step(
     **{**unused, "trained": lambda path: "norm" not in path, "tx": tx}
   )
-  where = setup.state_shardings(step, params, mesh)
+  where = setup_step.state_shardings(step, params, mesh)
   (moments,) = (
     part
     for part in jax.tree.leaves(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from sft_jax import selfcheck, setup, sharding, trees
+from sft_jax import selfcheck, setup_step, sharding, trees
 from sft_jax.models import transformer
 from sft_jax.models.config import config_from_fields
 from sft_jax.models.lora import LoraConfig
@@ -33,7 +33,7 @@ def nats(dropout):
   adapters = LoraConfig(rank=2, alpha=64.0, dropout=dropout)
   model = transformer.build(shape, lora=adapters)
   mesh = sharding.make_mesh(8, 1, 1)
-  step = setup.make_step(config, model, mesh, num_steps=100)
+  step = setup_step.make_step(config, model, mesh, num_steps=100)
   params = trees.map_paths(
     lambda path, x: x + 0.1 if path.endswith("lora_b") else x,
     jax.jit(model.init)(jax.random.key(0)),

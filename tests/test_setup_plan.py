@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import tiny
-from sft_jax import setup, setup_plan, sharding, steps
+from sft_jax import setup, setup_plan, setup_step, sharding, steps
 from sft_jax.models.config import parse_config, read_config
 from sft_jax.train_step import split_micro_batches
 
@@ -51,7 +51,7 @@ def test_the_planned_step_is_the_one_that_runs(world, changes):
   batch = sharding.put_rows(batch, rows)
   assert said(outline.batch) == said(batch)
   # But for the names of the data's sources, which a plan does not know.
-  step = setup.make_step(config, run.model, run.mesh, run.num_steps)
+  step = setup_step.make_step(config, run.model, run.mesh, run.num_steps)
   theirs = steps.lower(step.train_step, run.state, batch)
   assert outline.lower().as_text() == theirs.as_text()
 

@@ -30,7 +30,7 @@ import numpy as np
 
 import command
 from configs import base
-from sft_jax import fit, setup, setup_plan, sharding, trees
+from sft_jax import fit, setup_plan, setup_step, sharding, trees
 from sft_jax.batch import Batch
 from sft_jax.data.packing import plan
 from sft_jax.models import attention
@@ -217,7 +217,7 @@ def ours(case: Case, overrides: dict[str, Any]) -> dict[str, Any]:
   seconds = time.perf_counter() - started
   device = jax.devices()[0]
   params = trees.merge(state.params, state.frozen)
-  flops = setup.flops_per_token(
+  flops = setup_step.flops_per_token(
     outline.step, outline.model, params, lengths.tolist()
   )
   tokens = int(lengths.sum()) * case.steps / seconds

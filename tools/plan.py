@@ -19,9 +19,9 @@ import command
 from sft_jax import (
   hub,
   plan,
-  setup,
   setup_data,
   setup_plan,
+  setup_step,
   sharding,
   terminal,
   topology,
@@ -60,7 +60,7 @@ def main() -> None:
 
   def tried(config) -> plan.Plan:
     one = outline(config)
-    useful = tokens_of(config, fill) * setup.flops_per_token(
+    useful = tokens_of(config, fill) * setup_step.flops_per_token(
       one.step, one.model, one.params, lengths
     )
     quick = QUICK.value

@@ -23,7 +23,15 @@ from jax.sharding import AxisType, Mesh
 from rich.text import Text
 
 import command
-from sft_jax import export, selfcheck, setup, sharding, terminal, trees
+from sft_jax import (
+  export,
+  selfcheck,
+  setup,
+  setup_step,
+  sharding,
+  terminal,
+  trees,
+)
 from sft_jax.models import transformer
 from sft_jax.selfcheck import Finding
 from sft_jax.setup_data import Config, Say, make_policy
@@ -93,7 +101,7 @@ def _invariances(
       lora=run_.model.lora,
       mesh=mesh,
     )
-    step = setup.make_step(other, model, mesh, run_.num_steps)
+    step = setup_step.make_step(other, model, mesh, run_.num_steps)
     put = lambda batch: selfcheck.put(batch, mesh)
     return selfcheck.measurer(step.loss_fn, params, step.trained, put)
 
