@@ -11,7 +11,8 @@ turn: rounds alternate. First all train on the same few padded batches, and
 their losses must agree: else the table compares different work.
 
 Rivals run in the environments that `--trl_python` and `--tunix_python` name;
-one that is missing is said and left out.
+one that is missing is said and left out. `--tuned_malloc` has every side keep
+the memory it frees, in huge pages: torch then spends no time on page faults.
 """
 
 import argparse
@@ -68,6 +69,16 @@ RIVALS = {
   "TRL packed": ("trl", "trl_python"),
   "Tunix": ("tunix", "tunix_python"),
 }
+# glibc's allocator: freed memory is kept, and lies in huge pages.
+TUNED_MALLOC = ":".join(
+  f"glibc.malloc.{name}={value}"
+  for name, value in (
+    ("hugetlb", 1),
+    ("mmap_threshold", 1 << 33),
+    ("trim_threshold", 1 << 33),
+    ("top_pad", 1 << 28),
+  )
+)
 # Losses of the first batches, relative: sums of float32 in another order,
 # and what a few steps of training make of it.
 AGREEMENT = 2e-3
@@ -123,7 +134,9 @@ def write_rows(folder: Path, train: list[str], seq_len: int) -> np.ndarray:
 class Side:
   """A process that trains when it is told to."""
 
-  def __init__(self, name: str, python: str, folder: Path, log: Path):
+  def __init__(
+    self, name: str, python: str, folder: Path, log: Path, tuned: bool
+  ):
     script = Path(__file__).parent / "bench_step_sides.py"
     self.name, self.log, self.results = name, log, []
     self.process = subprocess.Popen(
@@ -133,7 +146,7 @@ class Side:
       stderr=log.open("w"),
       text=True,
       cwd=script.parent.parent,
-      env=environment(name),
+      env=environment(name, tuned),
     )
     self.losses = self._read()["losses"]
 
@@ -163,12 +176,14 @@ class Side:
     return max(one[key] / one["seconds"] for one in self.results)
 
 
-def environment(side: str) -> dict[str, str]:
+def environment(side: str, tuned: bool) -> dict[str, str]:
   """Ours finds this checkout; rivals must not find our packages' choices."""
   root = str(Path(__file__).parent.parent)
   kept = {"JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
   if side == "sft_jax":
     kept["PYTHONPATH"] = root
+  if tuned:
+    kept["GLIBC_TUNABLES"] = TUNED_MALLOC
   return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | kept
 
 
@@ -195,7 +210,8 @@ def compare(
     sides: list[Side] = []
     try:
       for side, python in pythons.items():
-        sides.append(Side(side, python, folder, folder / f"{side}.log"))
+        log = folder / f"{side}.log"
+        sides.append(Side(side, python, folder, log, args.tuned_malloc))
       check_losses(sides)
       for _ in range(args.rounds):
         for side in sides:
@@ -279,6 +295,7 @@ def main() -> None:
   add("--data", nargs="+", choices=bench_data.FILES, default=list(DATA))
   add("--sides", nargs="*", choices=RIVALS, default=list(RIVALS))
   add("--quick", action="store_true", help="one short round, Tunix left out")
+  add("--tuned_malloc", action="store_true", help="of every side")
   add("--rounds", type=int, default=3)
   add("--seconds", type=float, default=15.0, help="of a round of one side")
   add("--seq_len", type=int, default=512)
