@@ -86,7 +86,6 @@ def main() -> None:
     state, *_ = step(state, batch, np.float32(np.inf), np.int32(0))
     jax.block_until_ready(state)
     taken = status("VmHWM") - before + held
-    print("step", taken, before, held, status("VmRSS"))
   print(predicted, taken)
 
 

@@ -40,11 +40,12 @@ def test_uneven_rows_end_as_in_one_process(tmp_path, model):
     "eval__behaviours": str(
       tiny.rows_file(tmp_path / "behaviours.jsonl", [item("cat")])
     ),
-    "eval__every": 2,
+    "eval__every": 1,
     "eval__max_new_tokens": 4,
     "eval__gap": True,
     "steps": 0,
-    "epochs": 3,
+    "epochs": 2,
+    "optim__warmup_steps": 1,
     "batch_size": 8,
     "export": False,
     **MESH,
