@@ -98,10 +98,14 @@ def test_another_config_is_refused_by_its_keys(tmp_path, monkeypatch):
     return tiny.config(tmp_path, "", tmp_path / "rows.jsonl", **auto | changes)
 
   heard = []
-  monkeypatch.setattr(hosts, "first_says", lambda x: heard.append(x) or x)
+
+  def first_says(mine):
+    """What was said first, whoever asks."""
+    heard.append(json.loads(json.dumps(mine)))
+    return heard[0]
+
+  monkeypatch.setattr(hosts, "first_says", first_says)
   same.check_config(config())
-  told = json.loads(json.dumps(heard[0]))
-  monkeypatch.setattr(hosts, "first_says", lambda x: told)
   # A host may keep its caches where it likes.
   same.check_config(config(data__cache_dir="/local"))
   (tmp_path / "general_text.jsonl").write_text("")
