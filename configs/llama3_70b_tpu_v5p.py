@@ -4,8 +4,8 @@
         --config.data.train=my_rows.jsonl
 
 Hardware: 64 chips of TPU v5p. Predicted, by
-`python tools/plan.py --config=... --topology=v5p:4x4x4 --quick`: 39.7 of
-102.8 GB per chip, at most 56,900 tokens/s. Not measured yet.
+`python tools/plan.py --config=... --topology=v5p:4x4x4 --quick`: 39.0 of
+102.8 GB per chip, at most 57,500 tokens/s. Not measured yet.
 """
 
 import ml_collections

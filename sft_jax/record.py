@@ -7,7 +7,8 @@ from typing import Any
 from sft_jax import metrics
 from sft_jax.workdir import Incidents
 
-_FILES = {
+# What is in which file: an object, and an object a line.
+FILES = {
   "start": "start.json",
   "config": "config.json",
   "data": "data.json",
@@ -17,6 +18,7 @@ _FILES = {
   "after": "evals/after.json",
   "result": "result.json",
 }
+LINES = {"metrics": "metrics.jsonl", "held_out": "evals/held_out_rows.jsonl"}
 
 
 def read(workdir: str | Path) -> dict[str, Any]:
@@ -32,13 +34,10 @@ def read(workdir: str | Path) -> dict[str, Any]:
       "folder that config.workdir named."
     )
   found: dict[str, Any] = {"title": str(workdir)}
-  for name, file in _FILES.items():
+  for name, file in FILES.items():
     if (workdir / file).exists():
       found[name] = json.loads((workdir / file).read_text(encoding="utf-8"))
-  for name, file in (
-    ("metrics", "metrics.jsonl"),
-    ("held_out", "evals/held_out_rows.jsonl"),
-  ):
+  for name, file in LINES.items():
     if (workdir / file).exists():
       found[name] = metrics.read_jsonl(workdir / file)
   found["incidents"] = Incidents(workdir).read()

@@ -84,7 +84,7 @@ def load_stores(
   if held_out:
     own_files = bool(config.data.eval)
     verdicts.append(audit.overlap(examples, held_out, own_files=own_files))
-  general_text = _beside(config, "general_text", say)
+  general_text = beside(config, "general_text", say)
   general = (
     store(make_sources(general_text), "general text") if general_text else None
   )
@@ -124,8 +124,8 @@ def load_data(
   if config.data.control_tokens == "allow":
     allow.add("control")
   audit.refuse(stores.verdicts, allow=allow, announce=say)
-  items = _beside(config, "behaviours", say)
-  knowledge = _beside(config, "knowledge", say)
+  items = beside(config, "behaviours", say)
+  knowledge = beside(config, "knowledge", say)
 
   def stream(store: Store | None) -> Stream | None:
     return make_stream(config, store, epochs=1) if store else None
@@ -246,7 +246,7 @@ def _by_file(source: Source) -> list[Source]:
   return [dataclasses.replace(source, path=str(file)) for file in files]
 
 
-def _beside(config: Config, name: str, say: Say) -> Any:
+def beside(config: Config, name: str, say: Say) -> Any:
   """What `eval.<name>` names; 'auto' looks beside the training data."""
   value = config.eval[name]
   if isinstance(value, ml_collections.ConfigDict):

@@ -18,6 +18,7 @@ from sft_jax import (
   folders,
   pace,
   present,
+  same,
   setup_model,
   setup_rows,
   setup_selfcheck,
@@ -108,6 +109,7 @@ def _run(
   if not force:
     check_same_config(breaks, workdir)
   writers.check(config.log.writers)
+  same.check_config(config)
 
   if folder := folders.writable_by_others(workdir / "checkpoints"):
     say(
@@ -116,6 +118,7 @@ def _run(
     )
   with clock.on("start"):
     run_ = setup(config, say)
+    same.check_data(run_)
   checkpoints = open_checkpoints(config, workdir)
   checkpoints.remove_unfinished()
 

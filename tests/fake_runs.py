@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sft_jax import record
+
 
 def behaviour(
   group: str, before: tuple, after: tuple, p: float, n: int = 9
@@ -106,29 +108,13 @@ def finished(x: str) -> dict[str, Any]:
   }  # fmt: skip
 
 
-FILES = {
-  "start": "start.json",
-  "config": "config.json",
-  "data": "data.json",
-  "ledger": "ledger.json",
-  "samples": "samples.json",
-  "before": "evals/before.json",
-  "after": "evals/after.json",
-  "result": "result.json",
-}
-LINES = {
-  "metrics": "metrics.jsonl",
-  "held_out": "evals/held_out_rows.jsonl",
-  "incidents": "incidents.jsonl",
-}
-
-
 def write(workdir: Path, run: dict[str, Any]) -> Path:
   """Writes a workdir as a run leaves it."""
   (workdir / "evals").mkdir(parents=True)
-  for name, file in FILES.items():
+  for name, file in record.FILES.items():
     (workdir / file).write_text(json.dumps(run[name]))
-  for name, file in LINES.items():
-    lines = (json.dumps(line) + "\n" for line in run[name])
-    (workdir / file).write_text("".join(lines))
+  lines = record.LINES | {"incidents": "incidents.jsonl"}
+  for name, file in lines.items():
+    objects = (json.dumps(line) + "\n" for line in run[name])
+    (workdir / file).write_text("".join(objects))
   return workdir

@@ -1,24 +1,19 @@
 """Two processes of four devices are one process of eight."""
 
 import json
-import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import sft_jax
 import tiny
+from host_runs import finish, records, start, wait_for_step
 from sft_jax import hosts, trees
 from sft_jax.models import hf
 
-ROOT = Path(__file__).parents[1]
 HELD_OUT = [
   {"instruction": f"What goes with {word}?", "output": f"The {word}."}
   for word in ("bee", "tea", "sea")
@@ -60,78 +55,6 @@ def inputs(tmp_path_factory) -> dict[str, str]:
     "data__eval": str(tiny.rows_file(folder / "held_out.jsonl", HELD_OUT)),
     "eval__behaviours": str(behaviours),
   }
-
-
-def free_port() -> int:
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    return free.getsockname()[1]
-
-
-def start(workdir: Path, choices: dict) -> list[subprocess.Popen]:
-  """Two processes of the door, which share a workdir."""
-  folder = workdir.parent
-  config = tiny.config(folder, "", "", **choices)
-  config.workdir = str(workdir)
-  keys = trees.flatten(config.to_dict())
-  base = trees.flatten(tiny.base.get_config().to_dict())
-  arguments = [
-    f"--config.{key.replace('/', '.')}={value}"
-    for key, value in keys.items()
-    if value != base[key]
-  ]
-  flags = re.sub(r"count=\d+", "count=4", os.environ["XLA_FLAGS"])
-  address = f"localhost:{free_port()}"
-  processes = []
-  for i in range(2):
-    with (folder / f"{workdir.name}.{i}.out").open("w") as out:
-      processes.append(
-        subprocess.Popen(
-          [
-            *(sys.executable, "-m", "sft_jax.main"),
-            *("--config=configs/base.py", *arguments),
-            *(f"--coordinator={address}", "--processes=2", f"--process={i}"),
-          ],
-          cwd=ROOT,
-          env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-          stdout=out,
-          stderr=subprocess.STDOUT,
-        )
-      )
-  return processes
-
-
-def finish(processes: list[subprocess.Popen], workdir: Path, limit: float):
-  """[(exit code, what it said)] of processes that must end in time."""
-  deadline = time.monotonic() + limit
-  try:
-    for process in processes:
-      process.wait(timeout=max(1, deadline - time.monotonic()))
-  finally:
-    for process in processes:
-      process.kill()
-      process.wait()
-  said = [
-    (workdir.parent / f"{workdir.name}.{i}.out").read_text() for i in range(2)
-  ]
-  return list(zip([p.returncode for p in processes], said, strict=True))
-
-
-def wait_for_step(workdir: Path, processes: list[subprocess.Popen], step: int):
-  """Returns when a record of the step is written."""
-  deadline = time.monotonic() + 300
-  path = workdir / "metrics.jsonl"
-  while time.monotonic() < deadline:
-    if path.exists() and len(path.read_text().splitlines()) >= step:
-      return
-    assert all(p.poll() is None for p in processes), workdir
-    time.sleep(0.05)
-  raise AssertionError("no step was taken")
-
-
-def records(workdir: Path) -> list[dict]:
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  return [json.loads(line) for line in lines]
 
 
 @pytest.mark.slow

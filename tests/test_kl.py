@@ -5,26 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tiny
 from configs import base
 from sft_jax import selfcheck, setup_step, sharding, steps, trees
 from sft_jax.models import reference, transformer
-from sft_jax.models.config import config_from_fields
 from sft_jax.models.lora import LoraConfig
 from sft_jax.train_step import init_state, split_micro_batches
 
-V, K = 31, 0.7
-SHAPE = config_from_fields(
-  "qwen3",
-  vocab_size=V,
-  num_layers=1,
-  d_model=16,
-  d_ff=16,
-  num_heads=1,
-  num_kv_heads=1,
-  head_dim=8,
-  max_positions=32,
-  init_std=0.3,
-)
+V, K = tiny.SPECK.vocab_size, 0.7
 ADAPTERS = {
   "full": None,
   "lora": LoraConfig(rank=2, alpha=8.0),
@@ -42,7 +30,7 @@ def world(kind: str, kl: float = K, mesh=None, measure=False, eps=1.0):
   config.optim.clip_norm, config.optim.weight_decay = 0.0, 0.0
   config.optim.eps = eps
   config.loss.kl, config.eval.kl = kl, measure
-  model = transformer.build(SHAPE, lora=ADAPTERS[kind])
+  model = transformer.build(tiny.SPECK, lora=ADAPTERS[kind])
   mesh = mesh or sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
   step = setup_step.make_step(config, model, mesh, num_steps=100)
   params = jax.jit(model.init)(jax.random.key(0))
@@ -165,7 +153,7 @@ def test_off_leaves_no_trace_in_the_program(kind):
 
 def test_a_base_that_knows_nothing_is_refused():
   config = base.get_config()
-  model = transformer.build(SHAPE)
+  model = transformer.build(tiny.SPECK)
   step = setup_step.make_step(config, model, None, num_steps=100)
   params = jax.eval_shape(model.init, jax.random.key(0))
   for kl, fresh in ((0.1, True), (-0.1, False)):

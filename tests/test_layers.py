@@ -61,6 +61,7 @@ FLOORS = [
   {
     *("present", "start_page", "setup_plan", "plan", "stop", "resume"),
     *("steps", "run_folder", "writers", "records"),
+    "same",
   },
   {"loop"},
   {"train"},

@@ -4,34 +4,22 @@ import jax
 import numpy as np
 import pytest
 
+import tiny
 from configs import base
 from sft_jax import selfcheck, setup_step, sharding, trees
 from sft_jax.models import transformer
-from sft_jax.models.config import config_from_fields
 from sft_jax.models.lora import LoraConfig
 from sft_jax.train_step import init_state, split_micro_batches
 
-V = 31
+V = tiny.SPECK.vocab_size
 
 
 def nats(dropout):
   """Of a batch in evaluation, and at two steps of training that move little."""
-  shape = config_from_fields(
-    "qwen3",
-    vocab_size=V,
-    num_layers=1,
-    d_model=16,
-    d_ff=16,
-    num_heads=1,
-    num_kv_heads=1,
-    head_dim=8,
-    max_positions=32,
-    init_std=0.3,
-  )
   config = base.get_config()
   config.optim.learning_rate = 0.0
   adapters = LoraConfig(rank=2, alpha=64.0, dropout=dropout)
-  model = transformer.build(shape, lora=adapters)
+  model = transformer.build(tiny.SPECK, lora=adapters)
   mesh = sharding.make_mesh(8, 1, 1)
   step = setup_step.make_step(config, model, mesh, num_steps=100)
   params = trees.map_paths(

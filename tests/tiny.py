@@ -11,7 +11,7 @@ from configs import base
 from sft_jax.data.tokenizers import load_tokenizer
 from sft_jax.losses import GroupSums, LossSums
 from sft_jax.models import hf, transformer
-from sft_jax.models.config import parse_config
+from sft_jax.models.config import config_from_fields, parse_config
 
 SHAPE = {
   "architectures": ["Qwen3ForCausalLM"],
@@ -30,6 +30,19 @@ SHAPE = {
   "tie_word_embeddings": True,
   "torch_dtype": "float32",
 }
+# The least that a model can be.
+SPECK = config_from_fields(
+  "qwen3",
+  vocab_size=31,
+  num_layers=1,
+  d_model=16,
+  d_ff=16,
+  num_heads=1,
+  num_kv_heads=1,
+  head_dim=8,
+  max_positions=128,
+  init_std=0.3,
+)
 # 16 questions whose answers nothing but training can give.
 WORDS = (
   *("cat", "dog", "hat", "mat", "log", "fog", "hen", "pen"),

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+import tiny
 from sft_jax.data.encode import Example
 from sft_jax.evals import forgetting, padded
 from sft_jax.models import transformer
-from sft_jax.models.config import config_from_fields
 
 
 def test_a_uniform_guess_among_v_has_perplexity_v():
@@ -33,19 +33,7 @@ def test_no_figure_from_nothing(sums):
 
 def models():
   """Two of one shape, other in all parameters."""
-  shape = config_from_fields(
-    "qwen3",
-    vocab_size=23,
-    num_layers=1,
-    d_model=16,
-    d_ff=16,
-    num_heads=1,
-    num_kv_heads=1,
-    head_dim=8,
-    max_positions=128,
-    init_std=0.3,
-  )
-  model = transformer.build(shape)
+  model = transformer.build(tiny.SPECK)
   return model, *(model.init(jax.random.key(seed)) for seed in (0, 1))
 
 
@@ -55,7 +43,7 @@ def examples():
   for n in (5, 70, 9, 2, 33):
     weights = rng.integers(0, 2, n).astype(np.float32)
     weights[0], weights[-1] = 0, 1
-    tokens = rng.integers(0, 23, n).astype(np.int32)
+    tokens = rng.integers(0, tiny.SPECK.vocab_size, n).astype(np.int32)
     found.append(Example(tokens, weights, np.zeros(n, np.uint8)))
   return found
 
@@ -101,7 +89,7 @@ def test_two_models_against_float64_by_hand(batch_size):
 
 def test_models_of_other_vocabularies_are_not_compared():
   model, ours, theirs = models()
-  wider = dataclasses.replace(model.config, vocab_size=24)
+  wider = dataclasses.replace(model.config, vocab_size=32)
   other = model._replace(config=wider)
   with pytest.raises(ValueError, match="expected the same of both"):
     forgetting.compare_models(
