@@ -17,7 +17,7 @@ from configs.lessons.common import Answers, Arm, Figure, Lesson, config_of
 
 _GROUPS = ("facts", "context", "json")
 _FRESH = ("fresh", {"counts": dict.fromkeys(_GROUPS, 80)})
-_ASKED = Answers(by="teacher", temperature=1.5, attempts=8, checked=True)
+_ASKED = Answers(by="teacher", temperature=1.7, attempts=8, checked=True)
 LESSON = Lesson(
   name="synthetic",
   claim="Synthetic data from a stronger model works",
