@@ -3,12 +3,12 @@
     python tools/run_lessons.py --only synthetic
 
 The teacher is the same base after 120 steps on 1,420 rows. It answers 240
-prompts that it has not seen, at a temperature where two in five of its
-replies are wrong. `checked` trains a student on replies that pass their checks (up to
+prompts that it has not seen, at a temperature where two in five of its replies
+are wrong. `checked` trains a student on replies that pass their checks (up to
 eight tries at a prompt), `unchecked` on the first that ends by itself,
 `written` on the replies of the demo's own makers to the same prompts, and
-`few` on an eighth of these. Expected: `checked` passes more prompts than
-`few` and than `unchecked`, and as many as `written`.
+`few` on an eighth of these. Expected: `checked` passes more prompts than `few`
+and than `unchecked`, and as many as `written`.
 """
 
 import ml_collections
