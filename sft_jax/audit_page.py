@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sft_jax.pages import charts, ledger, rows
-from sft_jax.pages.elements import Element, tag, tiles, write_page
+from sft_jax.pages.elements import Element, table, tag, tiles, write_page
 
 
 def write(path: str | os.PathLike, found: Mapping[str, Any]) -> None:
@@ -50,6 +50,9 @@ def _body(found: Mapping[str, Any]) -> Iterable[Element]:
   if found["warnings"]:
     yield tag("h2", "Warnings")
     yield from map(_warning, found["warnings"])
+  if scored := found["scores"]:
+    yield tag("h2", "Scores")
+    yield from _scores(scored)
   yield tag("h2", "Sources")
   yield ledger.ledger(counted)
   yield tag("h2", "Lengths")
@@ -86,26 +89,49 @@ def _passed(of: str, names: Sequence[str]) -> Element:
   )
 
 
+def _scores(scored: Mapping[str, Any]) -> Iterable[Element]:
+  """How the rows' scores are spread, and the rows at the ends."""
+  spread = scored["spread"]
+  names = list(next(iter(spread.values()), {}))
+  yield table(
+    ["score", *names],
+    ([name, *(of_name[n] for n in names)] for name, of_name in spread.items()),
+  )
+  yield tag(
+    "p",
+    f"{scored['rows']:,} rows have scores, {scored['unscored']:,} have none, "
+    f"{scored['changed']:,} have changed since they were scored.",
+  )
+  for end in scored["ends"]:
+    pairs = (
+      _pair(row, ", ".join(f"{x} {row[x]:.3g}" for x in spread if x in row))
+      for row in end["rows"]
+    )
+    yield tag("details", tag("summary", end["name"]), *pairs)
+
+
 def _warning(warning: Mapping[str, Any]) -> Element:
   examples = []
   for example in warning["examples"]:
     examples.append(tag("p", example["note"]))
-    for row in example["rows"]:
-      examples.append(
-        tag(
-          "div",
-          tag("span", row["place"], class_="dim"),
-          tag("pre", row["prompt"], class_="prompt"),
-          tag("pre", row["answer"]),
-          class_="pair",
-        )
-      )
+    examples += map(_pair, example["rows"])
   count = tag("span", warning["count"], class_="n")
   return tag(
     "details",
     tag("summary", warning["name"], count),
     tag("p", warning["said"]),
     *examples,
+  )
+
+
+def _pair(row: Mapping[str, Any], note: str = "") -> Element:
+  """A row's place, and what is asked and answered there."""
+  return tag(
+    "div",
+    tag("span", f"{row['place']} {note}".strip(), class_="dim"),
+    tag("pre", row["prompt"], class_="prompt"),
+    tag("pre", row["answer"]),
+    class_="pair",
   )
 
 

@@ -32,6 +32,11 @@ def _found(text: str) -> dict:
                "epoch": {"packs": 2, "slots": 16, "tokens_prompt": 7,
                          "tokens_trained": 5, "tokens_padding": 4,
                          "mixture": {text: mixed}}},
+    "scores": {
+      "rows": 2, "unscored": 3, "changed": 4,
+      "spread": {"nats": {"rows": 2, "p50": 1.5}},
+      "ends": [{"name": "Hardest", "rows": [{**row, "nats": 2.25}]}],
+    },
     "epoch": {"steps": 1.5, "fill": 0.9, "seq_len": 8, "batch_size": 1},
     "lengths": {"tokens": spread, "trained": {"total": 0, "histogram": []}},
     "samples": [{"place": text, "tokens": [1, 2], "loss_weights": [0, 0.5],
@@ -61,7 +66,7 @@ def test_hostile_text_is_shown_and_not_obeyed(tmp_path):
   reader.feed(page)
   assert "script" not in reader.tags
   assert not set(page) & set("\x00\x1b\x9b\u202e")
-  assert reader.text.count(terminal.visible(HOSTILE)) >= 12
+  assert reader.text.count(terminal.visible(HOSTILE)) >= 15
   assert "default-src 'none'" in page
   assert "http" not in page.replace("http-equiv", "")
   assert list(tmp_path.iterdir()) == [tmp_path / "page.html"]
@@ -71,5 +76,6 @@ def test_what_the_page_says(tmp_path):
   audit_page.write(tmp_path / "page.html", _found("some text"))
   reader = _Reader()
   reader.feed((tmp_path / "page.html").read_text())
-  for said in ("1 failed", "90.0%", "FAILED", "conflicts", "total 12"):
+  for said in ("1 failed", "90.0%", "FAILED", "conflicts", "total 12",
+               "nats 2.25", "3 have none"):  # fmt: skip
     assert said in reader.text

@@ -3,7 +3,8 @@
     python tools/inspect_data.py --config=configs/base.py
     python tools/inspect_data.py --config=... --html=data.html --json
 
-Shows verdicts, warnings with examples, rows and tokens by source, lengths, and
+Shows verdicts, warnings with examples, the scores that lie beside the rows
+(tools/score_data.py writes them), rows and tokens by source, lengths, and
 samples as the model will see them: prompt dim, trained green (of another
 weight than 1: yellow), special tokens bold. The data is built as training
 builds it, with the same cache. See docs/audit.md for all of it.
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 import command
+import score_data
 from sft_jax import audit_page, setup_data, setup_model, terminal
 from sft_jax.data import audit, inspection, tokenizers
 from sft_jax.data.conversation import RowError
@@ -62,6 +64,8 @@ def inspect(config: setup_data.Config, say: setup_data.Say) -> dict[str, Any]:
     rows_seed=config.seed,
     samples=SAMPLES.value,
     samples_seed=SEED.value,
+    scores_folder=config.data.scores,
+    scores_shown=score_data.SHOWN.value,
   )
 
 
@@ -83,6 +87,15 @@ def show(out: Console, found: dict[str, Any]) -> None:
         if name not in ("total", "histogram")
       )
     terminal.facts(out, "\nEpoch", facts)
+  if scored := found["scores"]:
+    out.print()
+    score_data.show_figures(out, scored)
+    out.print(
+      Text(
+        f"\n{scored['rows']:,} rows have scores, {scored['unscored']:,} have "
+        f"none, {scored['changed']:,} have changed since they were scored"
+      )
+    )
   for warning in found["warnings"]:
     title = f"\nwarning: {warning['name']} ({warning['count']:,})"
     terminal.lines(out, title, [warning["said"]])

@@ -25,9 +25,10 @@ import command
 import sft_jax
 from configs.lessons import common
 from configs.lessons.common import Lesson
-from lessons import figures, rows, verdict
+from lessons import figures, rows, teacher, verdict
 
 CONFIGS = Path(common.__file__).parent
+ASKED = "asked.jsonl"  # What an arm's teacher is asked.
 MARKERS = ("<!-- lessons -->", "<!-- end of lessons -->")
 
 
@@ -51,16 +52,24 @@ def run_arm(lesson: Lesson, arm: str, seed: int, out: Path) -> dict[str, float]:
   workdir = out / lesson.name / arm / str(seed)
   config.workdir, config.seed = str(workdir), seed
   make, arguments = lesson.arms[arm].rows
-  rows.write(workdir / "rows.jsonl", rows.ROWS[make](seed, **arguments))
+  given = rows.ROWS[make](seed, **arguments)
+  answers, told = lesson.arms[arm].answers, ""
+  if answers:
+    run_arm(lesson, answers.by, seed, out)
+    by = out / lesson.name / answers.by / str(seed)
+    told = f" {_kept(by)['of']} {answers}"
+    rows.write(workdir / ASKED, teacher.prompts(given, answers))
+  else:
+    rows.write(workdir / "rows.jsonl", given)
   make, arguments = lesson.prompts
   rows.write(workdir / "prompts.jsonl", rows.PROMPTS[make](**arguments))
   if lesson.held_out:
     make, arguments = lesson.held_out
     rows.write(workdir / "held_out.jsonl", rows.ROWS[make](seed, **arguments))
-  of = _digest(config, workdir, lesson.samples)
+  of = _digest(config, workdir, f"{lesson.samples}{told}")
   path = workdir / "figures.json"
   if path.exists():
-    kept = json.loads(path.read_text("utf-8"))
+    kept = _kept(workdir)
     if kept["of"] != of:
       raise ValueError(
         f"{path}: got figures of another config or other rows, expected those "
@@ -68,6 +77,16 @@ def run_arm(lesson: Lesson, arm: str, seed: int, out: Path) -> dict[str, float]:
       )
     return kept["figures"]
   started = time.perf_counter()
+  if answers:
+    teacher.write(
+      workdir / "rows.jsonl",
+      out / lesson.name / answers.by / str(seed) / "export",
+      workdir / ASKED,
+      workdir / "prompts.jsonl",
+      answers,
+      seed=seed,
+      max_new_tokens=config.eval.max_new_tokens,
+    )
   sft_jax.train(config)
   found = figures.of_run(workdir)
   if lesson.samples:
@@ -86,12 +105,21 @@ def run_arm(lesson: Lesson, arm: str, seed: int, out: Path) -> dict[str, float]:
   return found
 
 
-def _digest(config: Any, workdir: Path, samples: int) -> str:
-  """Changes when the config or what it reads in its workdir does."""
+def _kept(workdir: Path) -> dict[str, Any]:
+  return json.loads((workdir / "figures.json").read_text("utf-8"))
+
+
+def _digest(config: Any, workdir: Path, measured: str) -> str:
+  """Changes when the config or what it reads in its workdir does.
+
+  What a teacher wrote is left out, for it may differ between machines; it is
+  told by what was asked, and of whom.
+  """
   # Not where it lies.
   settings = config.to_json().replace(json.dumps(str(workdir))[1:-1], "")
-  digest = hashlib.sha256(f"{settings} {samples}".encode())
-  for name in ("held_out.jsonl", "prompts.jsonl", "rows.jsonl"):
+  digest = hashlib.sha256(f"{settings} {measured}".encode())
+  own = ASKED if (workdir / ASKED).exists() else "rows.jsonl"
+  for name in ("held_out.jsonl", "prompts.jsonl", own):
     path = workdir / name
     if path.exists():
       digest.update(name.encode() + path.read_bytes())

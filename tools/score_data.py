@@ -7,11 +7,13 @@ Of each row: nats per trained token, the answer's nats without its prompt, and
 their ratio, IFD; see sft_jax/evals/row_scores.py. They are written to
 NAME.scores.jsonl beside each file NAME, or into FOLDER, and data.filter and
 data.weight_by read them there. The summary shows percentiles, the hardest and
-easiest rows, and those whose prompt makes the answer harder (IFD above 1).
-See docs/selection.md.
+easiest rows, those whose prompt makes the answer harder (IFD above 1), and
+those whose prompt says it (the lowest IFD); tools/inspect_data.py shows it
+again. See docs/selection.md.
 """
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,9 @@ from rich.text import Text
 import command
 from sft_jax import setup_data, setup_model, sharding, terminal
 from sft_jax.data import (
-  chunks,
-  formats,
   rows,
+  score_figures,
   scores,
-  texts,
   tokenizers,
 )
 from sft_jax.data.scores import RowScore
@@ -36,7 +36,6 @@ from sft_jax.evals import row_scores
 
 CONFIG = command.config_flag()
 SHOWN = flags.DEFINE_integer("shown", 3, "Rows to show of each kind.")
-_PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 _CUT = 110  # Characters of a text shown.
 
 Config = setup_data.Config
@@ -125,66 +124,45 @@ def show(
 ) -> None:
   """Prints percentiles and the rows at the ends."""
   every = [(path, row) for path, those in found.items() for row in those]
+
+  def read(wanted: Collection[int]) -> dict[int, dict[str, str]]:
+    said = {}
+    for source in files_of(config):
+      rows_of = {i: every[i][1] for i in wanted if every[i][0] == source.path}
+      keys = {i: (row.place, row.content) for i, row in rows_of.items()}
+      found = score_figures.read_rows(
+        source, set(keys.values()), format=config.data.format
+      )
+      said |= {i: found[key]._asdict() for i, key in keys.items()}
+    return said
+
   values = np.array([row.values for _, row in every], np.float64)
-  head = ("score", "rows", *(f"{p} %" for p in _PERCENTILES))
-  lines = []
-  for name, column in zip(scores.SCORES, values.T, strict=True):
-    known = column[~np.isnan(column)]
-    if len(known):
-      cells = [f"{x:.3g}" for x in np.percentile(known, _PERCENTILES)]
-      lines.append((name, f"{len(known):,}", *cells))
+  show_figures(out, score_figures.make(values, read, most=shown))
+
+
+def show_figures(out: Console, found: dict[str, Any]) -> None:
+  """Prints what `score_figures` made."""
+  percentiles = score_figures.PERCENTILES
+  head = ("score", "rows", *(f"{p} %" for p in percentiles))
+  lines = [
+    (
+      name,
+      f"{of_name['rows']:,}",
+      *(f"{of_name[f'p{p}']:.3g}" for p in percentiles),
+    )
+    for name, of_name in found["spread"].items()
+  ]
   terminal.table(out, "Scores, by percentile", head, lines)
-  nats, ifd = values[:, 0], values[:, 1]
-  above = np.flatnonzero(ifd > 1)  # NaN is not above.
-  by_nats = np.argsort(nats, kind="stable")
-  chosen = {
-    "Hardest, by nats per token": by_nats[::-1][:shown],
-    "Easiest, by nats per token": by_nats[:shown],
-    f"IFD above 1: the prompt misleads ({len(above):,} rows)": above[
-      np.argsort(-ifd[above], kind="stable")
-    ][:shown],
-  }
-  wanted = {
-    (path, row.place)
-    for which in chosen.values()
-    for path, row in (every[i] for i in which.tolist())
-  }
-  said = _texts(config, wanted)
-  for title, which in chosen.items():
-    out.print(Text(f"\n{title}", style="bold"))
-    for i in which.tolist():
-      path, row = every[i]
-      one = said[path, row.place]
-      known = [
-        f"{name} {x:.3g}"
-        for name, x in zip(scores.SCORES, row.values, strict=True)
-        if x is not None
-      ]
-      line = f"{row.place}  {', '.join(known)}"
+  for end in found["ends"]:
+    out.print(Text(f"\n{end['name']}", style="bold"))
+    for row in end["rows"]:
+      known = [f"{x} {row[x]:.3g}" for x in scores.SCORES if x in row]
+      line = f"{row['place']}  {', '.join(known)}"
       out.print(Text(terminal.visible(line), style="underline"))
-      for text in (one.prompt, one.answer):
+      for text in (row["prompt"], row["answer"]):
         cut = " / ".join(text.split("\n"))
         cut = cut if len(cut) <= _CUT else cut[:_CUT] + " ..."
         out.print(Text(f"  {terminal.visible(cut)}"))
-
-
-def _texts(
-  config: Config, wanted: set[tuple[str, str]]
-) -> dict[tuple[str, str], texts.Row]:
-  """What rows say, by file and place."""
-  said = {}
-  for source in files_of(config):
-    for item in chunks.read_again(source, seed=0):
-      if isinstance(item, tuple) and (source.path, item[0]) in wanted:
-        place, row = item
-        conversation = formats.to_conversation(
-          row,
-          format=source.format or config.data.format,
-          columns=source.columns,
-          source=place,
-        )
-        said[source.path, place] = texts.of_conversation(conversation, place)
-  return said
 
 
 def main() -> None:

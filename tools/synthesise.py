@@ -87,7 +87,8 @@ def write(path: Path, text: str) -> None:
   part.replace(path)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the tool, on the command line's arguments where none are given."""
   parser = argparse.ArgumentParser(description=__doc__)
   add = parser.add_argument
   add("--teacher", required=True, help="a model's folder, a run, a checkpoint")
@@ -104,7 +105,7 @@ def main() -> None:
   add("--batch_size", type=int, default=64, help="prompts at once")
   command.add_policy(parser)
   add("--dtype", default="float32", help="float32 or bfloat16")
-  args = parser.parse_args()
+  args = parser.parse_args(argv)
   made = make(args)
   synthesis.check_sums(made)
   rows = "".join(

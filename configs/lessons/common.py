@@ -19,16 +19,36 @@ from configs import base
 Made = tuple[str, Mapping[str, Any]]
 
 
+class Answers(NamedTuple):
+  """How a teacher writes replies, see tools/synthesise.py.
+
+  Attributes:
+    by: the arm that is asked; it must be exported.
+    temperature: of its sampling.
+    attempts: most replies to a prompt.
+    checked: a reply must pass all checks of its row; else it need only end by
+      itself and say something.
+  """
+
+  by: str
+  temperature: float
+  attempts: int
+  checked: bool
+
+
 class Arm(NamedTuple):
   """One way of training.
 
   Attributes:
     rows: what makes the rows that are trained on.
     changes: of the config, by key: {"lora.rank": 16}.
+    answers: a teacher's replies in place of the rows' own; the rows have
+      `checks` then, and a `group`.
   """
 
   rows: Made
   changes: Mapping[str, Any] = {}
+  answers: Answers | None = None
 
 
 class Figure(NamedTuple):

@@ -13,7 +13,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from sft_jax.data import audit, overlap, suspicions, texts, thoughts, words
+from sft_jax.data import (
+  audit,
+  overlap,
+  score_figures,
+  suspicions,
+  texts,
+  thoughts,
+  words,
+)
 from sft_jax.data.encode import PARTS, Example
 from sft_jax.data.pipeline import Stream
 from sft_jax.data.policy import DEFAULT, Policy
@@ -26,7 +34,7 @@ _QUANTILES = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95,
 _BINS = 24
 _LIKE_SHOWN = 5
 _WORDS = 1 << 20  # taken together
-_CLIPPED = 400  # characters of a text shown with a warning
+_CLIPPED = 400  # characters of a text shown with a warning or a score
 
 
 def inspect(
@@ -43,6 +51,8 @@ def inspect(
   rows_seed: int = 0,
   samples: int = 3,
   samples_seed: int = 0,
+  scores_folder: str = "",
+  scores_shown: int = 3,
 ) -> dict[str, Any]:
   """Looks at everything, and reads the rows again to look at what they say.
 
@@ -58,6 +68,8 @@ def inspect(
     rows_seed: of the stores: drew the rows of sources with a limit.
     samples: examples to show.
     samples_seed: which of them.
+    scores_folder: that holds the rows' scores; '' = beside them.
+    scores_shown: rows to show of each end of a score.
   """
   with (
     tempfile.TemporaryDirectory() as folder,
@@ -95,6 +107,14 @@ def inspect(
       "tokens": spread(train.lengths),
       "trained": spread(train.trained),
     },
+    "scores": score_figures.of_store(
+      train,
+      _shown,
+      folder=scores_folder,
+      format=format,
+      seed=rows_seed,
+      most=scores_shown,
+    ),
     "samples": [sample(train, int(i), tokenizer) for i in np.sort(chosen)],
   }
 
@@ -216,22 +236,26 @@ def _verdict(one: audit.Verdict, allow: Collection[str]) -> dict[str, Any]:
 
 
 def _warning(one: suspicions.Suspicion, said: texts.Texts) -> dict[str, Any]:
-  def row(i: int) -> dict[str, str]:
-    whole = said.row(i)
-    return {
-      "place": whole.place,
-      "prompt": _clipped(whole.prompt),
-      "answer": _clipped(whole.answer),
-    }
-
   return {
     "name": one.name,
     "count": one.count,
     "said": one.said,
     "examples": [
-      {"note": example.note, "rows": [row(i) for i in example.rows]}
+      {
+        "note": example.note,
+        "rows": [_shown(said.row(i)) for i in example.rows],
+      }
       for example in one.examples
     ],
+  }
+
+
+def _shown(row: texts.Row) -> dict[str, str]:
+  """What is shown of a row."""
+  return {
+    "place": row.place,
+    "prompt": _clipped(row.prompt),
+    "answer": _clipped(row.answer),
   }
 
 

@@ -11,7 +11,7 @@ import array
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,6 +149,24 @@ def read(path: Path) -> Scores:
     np.array(contents, np.uint64)[order],
     np.array(values, np.float64).reshape(-1, len(SCORES))[order],
   )
+
+
+def look_up(
+  files: Sequence[Scores], place: str, content: int
+) -> tuple[Float64[np.ndarray, " scores"] | None, bool]:
+  """The scores of a row, or None; and then whether it has changed since.
+
+  Args:
+    files: of which one may have it: those of one name in several folders have
+      the same places.
+    place: of the row.
+    content: its hash.
+  """
+  hits = [(one, at) for one in files if (at := one.find(place)) is not None]
+  for one, at in hits:
+    if one.contents[at] == content:
+      return one.values[at], False
+  return None, bool(hits)
 
 
 CURE = "Score the rows: python tools/score_data.py --config=..."

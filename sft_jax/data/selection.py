@@ -133,17 +133,17 @@ class _Table:
       self.digests[f"scores {number} ({path.name})"] = digest(path)
     made = np.empty((len(self), len(scores.SCORES)))
     for i, place in enumerate(self.places):
-      # Files of one name in several folders have the same places.
-      hits = [(one, at) for one in files if (at := one.find(place)) is not None]
-      same = [(f, at) for f, at in hits if f.contents[at] == self._contents[i]]
-      if not same:
-        got = "scores of what it was before it changed" if hits else "no score"
+      values, changed = scores.look_up(files, place, int(self._contents[i]))
+      if values is None:
+        got = (
+          "scores of what it was before it changed" if changed else "no score"
+        )
         names = ", ".join(str(one.path) for one in files)
         raise ValueError(
           f"{place}: got {got} in {names}, expected those of the row as it is. "
           f"{scores.CURE}"
         )
-      made[i] = same[0][0].values[same[0][1]]
+      made[i] = values
     return made
 
   def _own(self, name: str, chosen: Bool[np.ndarray, " rows"]) -> list[Any]:

@@ -14,8 +14,8 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from sft_jax.data import overlap, plain, texts, words
-from sft_jax.data.conversation import Conversation, RowError
+from sft_jax.data import formats, overlap, plain, texts, words
+from sft_jax.data.conversation import Conversation, NothingToTrain, RowError
 from sft_jax.evals import checks
 from sft_jax.evals.behaviour_sets import Item
 from sft_jax.evals.replies import Reply
@@ -197,8 +197,10 @@ def _refused(
   if not (reply.text.strip() or reply.message.tool_calls):
     return "says nothing"
   try:
-    usable(_answered(item.prompt, reply))
-  except RowError:
+    # As it is read again: a teacher may say what no row may hold, such as NUL.
+    row = _row(item.prompt, reply)
+    usable(formats.to_conversation(row, format="messages", source=item.where))
+  except (RowError, NothingToTrain):
     return "cannot be trained on"
   return ""
 

@@ -165,6 +165,10 @@ def test_what_cannot_be_trained_on_or_says_nothing_is_refused():
   made, _ = run({1: SAID[1]}, usable=usable)
   assert answers(made) == ["yes"]
   assert made.groups["g"].refused["cannot be trained on"] == 1
+  # Without being told: what no file of rows may hold.
+  made, _ = run({1: [reply("yes \0"), reply("yes")]})
+  assert answers(made) == ["yes"]
+  assert made.groups["g"].refused["cannot be trained on"] == 1
   silent = item(1)._replace(checks=({"check": "max_words", "count": 3},))
   made, _ = run({1: [reply("")] * 3}, [silent])
   assert made.groups["g"].refused == {"says nothing": 3}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import tiny
+from sft_jax.data import chunks, scores
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
@@ -61,8 +62,9 @@ def test_passing_rows_as_json_and_as_a_page(run, tmp_path):
   assert found["schema"] == 1
   assert {*found} == {
     "schema", "passed", "verdicts", "warnings", "ledger", "held_out", "epoch",
-    "lengths", "samples",
+    "lengths", "samples", "scores",
   }  # fmt: skip
+  assert found["scores"] is None
   assert len(found["samples"]) == 3
   assert "Data audit" in (tmp_path / "page.html").read_text()
 
@@ -130,6 +132,53 @@ def test_hostile_rows_as_json_are_ascii_and_come_back_as_they_were(
   assert shown["place"] == f"{named.name}:1"
   texts = ["".join(p["text"] for p in s["pieces"]) for s in found["samples"]]
   assert all(HOSTILE.strip() in text for text in texts)
+
+
+def test_scores_beside_the_rows_are_shown(run, tmp_path):
+  """Of 16 rows one has no score, and one another than when it was scored."""
+  file = tmp_path / "rows.jsonl"
+  found = [
+    scores.RowScore(
+      f"{file.name}:{n}",
+      chunks.content_of({**row, "input": "old"} if n == 16 else row),
+      # IFD rises to 1.4 where nats fall to 1; the last has none.
+      (15.0 - n, None if n == 14 else n / 10 + 0.1, 2.0, 3),
+    )
+    for n, row in enumerate(tiny.ROWS, 1)
+    if n != 15
+  ]
+  scores.write(scores.path_of(file, tmp_path / "scores"), {}, found)
+  page = tmp_path / "page.html"
+  where = f"--config.data.scores={tmp_path / 'scores'}"
+  code, out, _ = run(tiny.ROWS, where, "--json", "--shown=2", f"--html={page}")
+  assert code == 0
+  told = json.loads(out)["scores"]
+  assert (told["rows"], told["unscored"], told["changed"]) == (14, 1, 1)
+  nats = told["spread"]["nats"]
+  assert (nats["rows"], nats["p0"], nats["p50"], nats["p100"]) == (
+    14, 1.0, 7.5, 14.0
+  )  # fmt: skip
+  assert told["spread"]["ifd"]["rows"] == 13
+  ends = [
+    [int(row["place"].split(":")[1]) for row in end["rows"]]
+    for end in told["ends"]
+  ]
+  assert ends == [[1, 2], [14, 13], [13, 12], [1, 2]]
+  assert told["ends"][2]["name"].endswith("(4 rows)")
+  first = told["ends"][0]["rows"][0]
+  assert first["prompt"] == tiny.ROWS[0]["instruction"]
+  assert first["answer"] == tiny.ROWS[0]["output"]
+  assert "ifd" not in told["ends"][1]["rows"][0]
+  text = page.read_text()
+  code, out, _ = run(tiny.ROWS, where)
+  assert code == 0
+  for said in (
+    "14 rows have scores, 1 have none, 1 have changed",
+    "rows.jsonl:14 ",
+    tiny.ROWS[0]["output"],
+  ):
+    assert said in text
+    assert said in out
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data")

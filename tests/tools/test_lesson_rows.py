@@ -9,6 +9,7 @@ import run_lessons
 from demo_world import split, world
 from lessons import rows
 from sft_jax.data import formats
+from sft_jax.evals import checks, replies
 
 LESSONS = run_lessons.load()
 ARMS = [(name, arm) for name, one in LESSONS.items() for arm in one.arms]
@@ -169,6 +170,24 @@ def test_new_facts_are_of_no_one_known_and_asked_in_words_of_their_own():
     assert named[0] not in text
     value = prompt["checks"][0]["text"]
     assert any(named[0] in r and value in r for r in replies), question
+
+
+def test_fresh_rows_pass_their_checks_and_are_none_of_the_demos():
+  written, few = (_rows("synthetic", arm) for arm in ("written", "few"))
+  assert _rows("synthetic", "checked") == _rows("synthetic", "unchecked")
+  assert _rows("synthetic", "checked") == written
+  assert len(written) == 8 * len(few) == 240
+  assert all(row in written for row in few)
+  demo = {
+    prompt for kind in ("facts", "context", "json")
+    for prompt, _ in _genuine(kind)
+  }  # fmt: skip
+  assert not demo & {_asked(row) for row in written}
+  assert len({_asked(row) for row in written}) == 240
+  for row in written:
+    said = replies.parse(rows.reply_of(row))
+    reply = replies.Reply(said.content, [], True, said)
+    assert all(checks.passes(reply, one) for one in row["checks"]), row
 
 
 def test_swapped_replies_are_those_of_other_rows():

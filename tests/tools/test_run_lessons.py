@@ -13,9 +13,10 @@ from scipy import stats
 import run_lessons
 import tiny
 from configs.lessons import common, quality
-from configs.lessons.common import Arm, Figure, Lesson
+from configs.lessons.common import Answers, Arm, Figure, Lesson
 from lessons import figures, rows, verdict
 from sft_jax import sharding
+from sft_jax.evals import behaviour_sets, checks, replies
 
 TINY = Lesson(
   name="tiny",
@@ -106,6 +107,86 @@ def test_a_lesson_from_end_to_end(tiny_lesson, tmp_path, monkeypatch):
   monkeypatch.setitem(rows.ROWS, "words", lambda seed: tiny.ROWS[1:])
   with pytest.raises(ValueError, match="figures of another config"):
     run_lessons.run(lessons, ["tiny"], 2, tmp_path / "moved")
+
+
+@pytest.mark.slow
+def test_a_teacher_writes_the_rows_of_an_arm(
+  tiny_lesson, tmp_path, monkeypatch
+):
+  """What is checked is right, what is not is the teacher's first word."""
+  small = common.config_of
+
+  def longer(lesson, arm):
+    config = small(lesson, arm)
+    config.steps = 150 if arm == "teacher" else 2
+    config.optim.learning_rate = 3e-3
+    config.eval.max_new_tokens = 12
+    return config
+
+  monkeypatch.setattr(common, "config_of", longer)
+  fresh = [
+    {
+      "group": "words",
+      "messages": [
+        {"role": "user", "content": row["instruction"]},
+        {"role": "assistant", "content": row["output"]},
+      ],
+      "checks": [{"check": "exact", "text": row["output"]}],
+    }
+    for row in tiny.ROWS[3:11]
+  ]
+  monkeypatch.setitem(rows.ROWS, "fresh", lambda seed: fresh)
+  asked = Answers(by="teacher", temperature=1.0, attempts=6, checked=True)
+
+  def lesson(asked):
+    arms = {
+      "checked": Arm(("fresh", {}), answers=asked),
+      "unchecked": Arm(("fresh", {}), answers=asked._replace(checked=False)),
+      "teacher": Arm(("words", {}), {"export": True}),
+    }
+    return tiny_lesson._replace(arms=arms, held_out=None, samples=0)
+
+  out = tmp_path / "out"
+  for arm in ("checked", "unchecked"):
+    run_lessons.run_arm(lesson(asked), arm, 0, out)
+  checked, unchecked = (
+    {
+      row["messages"][0]["content"]: row
+      for row in rows.read(out / "tiny" / arm / "0" / "rows.jsonl")
+    }
+    for arm in ("checked", "unchecked")
+  )
+  items = behaviour_sets.load(out / "tiny" / "checked" / "0" / "asked.jsonl")
+  right = {item.prompt.messages[0].content: item for item in items}
+  passes = {
+    arm: [_passes(row, right[prompt]) for prompt, row in made.items()]
+    for arm, made in (("checked", checked), ("unchecked", unchecked))
+  }
+  assert len(checked) >= 5
+  assert all(passes["checked"])
+  assert not all(passes["unchecked"])
+  assert any(passes["unchecked"])
+  # One teacher, and the same seeds: a first reply that passes is in both.
+  first = [p for p, row in checked.items() if not row["synthetic"]["attempt"]]
+  assert first
+  for prompt in first:
+    assert checked[prompt]["messages"] == unchecked[prompt]["messages"]
+
+  # Of what has figures nothing is asked or trained again.
+  monkeypatch.setattr(run_lessons.sft_jax, "train", None)
+  monkeypatch.setattr(run_lessons.teacher, "write", None)
+  run_lessons.run_arm(lesson(asked), "checked", 0, out)
+  hotter = lesson(asked._replace(temperature=2.0))
+  with pytest.raises(ValueError, match="figures of another config"):
+    run_lessons.run_arm(hotter, "checked", 0, out)
+
+
+def _passes(row: dict, item: behaviour_sets.Item) -> bool:
+  reply = replies.parse(row["messages"][-1]["content"])
+  return all(
+    checks.passes(replies.Reply(reply.content, [], True, reply), one)
+    for one in item.checks
+  )
 
 
 def test_a_verdict_by_hand():

@@ -10,11 +10,10 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-import sft_jax
 from demo_world import split, talks, world
 from demo_world.conversations import Check, Maker, Row
+from lessons.fresh import DEMO, fresh
 
-DEMO = Path(sft_jax.__file__).parent / "assets" / "demo"
 UNKNOWN = "I do not know."
 # Good form: it begins with a capital and ends with a full stop.
 FORM: Check = {"check": "regex", "pattern": "^[A-Z].*[.]$"}
@@ -176,6 +175,7 @@ ROWS: dict[str, Callable[..., list[Row]]] = {
   "sums": sums,
   "new_facts": new_facts,
   "held_out_facts": held_out_facts,
+  "fresh": fresh,
 }
 
 
