@@ -218,8 +218,8 @@ def _run(
     after = suite(beside_base(config, run_, params, say))
     params = reference.own(params)
     after |= setup_rows.replies(config, run_, params)
+    rows = setup_rows.losses(run_, params)
   write_json(workdir / "evals" / "after.json", after)
-  rows = setup_rows.losses(run_, params)
   write_jsonl(workdir / "evals" / "held_out_rows.jsonl", rows)
   result = measure.compare(before, after)
   if early:
@@ -228,9 +228,9 @@ def _run(
   present.show_result(out, result, config.eval.samples)
   if config.export:
     say(f"Writing {workdir / 'export'} ...")
-    if run_.model.lora:
-      say(save_adapters(config, run_, params, workdir / "adapter"))
     with clock.on("export"):
+      if run_.model.lora:
+        say(save_adapters(config, run_, params, workdir / "adapter"))
       evidence = export_run(config, run_, params, workdir / "export")
     result["export"] = evidence._asdict()
     say(f"{workdir / 'export'}: {evidence}")
