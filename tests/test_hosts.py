@@ -155,9 +155,10 @@ def test_what_two_processes_began_one_finishes(tmp_path, inputs):
   for record, other in zip(elsewhere(found), elsewhere(wanted), strict=True):
     assert record["step"] == other["step"]
     assert record.get("data/chain") == other.get("data/chain")
+    if "optim/grad_norm" not in record:
+      continue  # An evaluation's, not a step's.
     for name in ("loss/nats_per_token", "optim/grad_norm"):
-      if name in record:
-        np.testing.assert_allclose(record[name], other[name], rtol=2e-3)
+      np.testing.assert_allclose(record[name], other[name], rtol=2e-3)
     if record["step"] == at + 1:
       np.testing.assert_allclose(
         record["loss/nats_per_token"], other["loss/nats_per_token"], rtol=1e-4
