@@ -12,7 +12,7 @@ their losses must agree: else the table compares different work.
 
 Rivals run in the environments that `--trl_python` and `--tunix_python` name;
 one that is missing is said and left out. `--tuned_malloc` has every side keep
-the memory it frees, in huge pages: torch then spends no time on page faults.
+the memory it frees, in huge pages: torch as it comes takes it anew every step.
 """
 
 import argparse
