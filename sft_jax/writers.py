@@ -105,9 +105,10 @@ class Mlflow:
   def __init__(self, about: About, identity: str):
     """Opens the run of this id, or begins it."""
     import mlflow  # pyright: ignore[reportMissingImports]
+    from mlflow import entities  # pyright: ignore[reportMissingImports]
 
     self._client = mlflow.MlflowClient()
-    self._metric = mlflow.entities.Metric
+    self._metric = entities.Metric
     self.identity = identity
     if identity:
       self._client.update_run(identity, status="RUNNING")
@@ -122,7 +123,7 @@ class Mlflow:
     self.identity = run.info.run_id
     flat = trees.flatten(dict(about.config))
     params = [
-      mlflow.entities.Param(key.replace("/", "."), str(value)[:_MLFLOW_VALUE])
+      entities.Param(key.replace("/", "."), str(value)[:_MLFLOW_VALUE])
       for key, value in flat.items()
     ]
     for i in range(0, len(params), _MLFLOW_PARAMS):
