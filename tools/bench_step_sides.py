@@ -129,7 +129,7 @@ def ours(folder: Path, settings: dict[str, Any]) -> None:
   import jax
 
   from configs import base
-  from sft_jax import sharding
+  from sft_jax import compile_cache, sharding
   from sft_jax.batch import Batch
   from sft_jax.setup import setup
   from sft_jax.train_step import split_micro_batches
@@ -142,7 +142,6 @@ def ours(folder: Path, settings: dict[str, Any]) -> None:
   config.data.seq_len = settings["seq_len"]
   config.batch_size = settings["batch_size"]
   config.steps = 1_000_000
-  config.model.scan = False  # Faster on a CPU, for a longer compile.
   config.loss.chunk_tokens = 256  # As fast here as 512, and less memory.
   config.compile_cache = ""
   config.eval.behaviours = config.eval.general_text = ""
@@ -189,7 +188,7 @@ def ours(folder: Path, settings: dict[str, Any]) -> None:
     placed = sharding.put_rows(split_micro_batches(batch, 1), devices)
     if step is None:
       step = jax.jit(run.train_step, donate_argnums=0)
-      step = step.lower(state, placed).compile()
+      step, _ = compile_cache.compiled(step.lower(state, placed))
     state, pairs = step(state, placed)
     nats, weight = pairs["loss/nats_per_token"]
     pace.losses.append(nats / weight)

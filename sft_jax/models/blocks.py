@@ -192,7 +192,10 @@ def _with_window(attend, windows: list[int | None], kind):
 
 
 class Mlp(nn.Module):
-  """down(act(gate(x)) * up(x)), or without a gate down(act(up(x)))."""
+  """down(act(gate(x)) * up(x)), or without a gate down(act(up(x))).
+
+  Of the activation the backward pass keeps what went in, as of norms.
+  """
 
   config: ModelConfig
   linear: Callable[..., Linear]
@@ -203,9 +206,10 @@ class Mlp(nn.Module):
     act = _ACTIVATIONS[c.activation]
     up = self.linear(c.d_ff, c.mlp_bias, name="up")(x)
     if c.gated_mlp:
-      up = act(self.linear(c.d_ff, c.mlp_bias, name="gate")(x)) * up
+      gate = self.linear(c.d_ff, c.mlp_bias, name="gate")(x)
+      up = jax.checkpoint(lambda gate, up: act(gate) * up)(gate, up)
     else:
-      up = act(up)
+      up = jax.checkpoint(act)(up)
     down = self.linear(c.d_model, c.mlp_bias, _output_std(c), name="down")
     return down(up)
 
@@ -227,7 +231,7 @@ def _experts(
     num_experts=c.num_experts,
     per_token=c.experts_per_token,
     d_ff=c.d_ff,
-    activation=activation,
+    activation=jax.checkpoint(activation),
     normalize=c.norm_topk,
     use_bias=c.mlp_bias,
     init_std=c.init_std,

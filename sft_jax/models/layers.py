@@ -1,6 +1,9 @@
 """The parts every block is made of, beside Linear: norms and Embed.
 
 Parameters are kept in `param_dtype` and cast to `dtype` where they are used.
+Of a norm the backward pass keeps the input alone and computes the rest again:
+what is made on the way is as large as the input and takes longer to write and
+to read than to compute.
 """
 
 from functools import partial
@@ -33,12 +36,12 @@ class RMSNorm(nn.Module):
   def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
     init = nn.initializers.constant(1 - self.offset)
     scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+    return jax.checkpoint(self._normalise)(x, scale)
+
+  def _normalise(self, x: Array, scale: Array) -> Array:
     x = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(
-      jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps
-    )
     factor = scale.astype(jnp.float32) + self.offset
-    return (x * inverse * factor).astype(self.dtype)
+    return (x * _inverse_root(x, self.eps) * factor).astype(self.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -53,13 +56,19 @@ class LayerNorm(nn.Module):
     ones, zeros = nn.initializers.ones, nn.initializers.zeros
     scale = self.param("scale", ones, (x.shape[-1],), self.param_dtype)
     bias = self.param("bias", zeros, (x.shape[-1],), self.param_dtype)
+    return jax.checkpoint(self._normalise)(x, scale, bias)
+
+  def _normalise(self, x: Array, scale: Array, bias: Array) -> Array:
     x = x.astype(jnp.float32)
     x = x - jnp.mean(x, axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(
-      jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps
-    )
-    y = x * inverse * scale.astype(jnp.float32) + bias.astype(jnp.float32)
-    return y.astype(self.dtype)
+    y = x * _inverse_root(x, self.eps) * scale.astype(jnp.float32)
+    return (y + bias.astype(jnp.float32)).astype(self.dtype)
+
+
+def _inverse_root(x: Array, eps: float) -> Array:
+  """1 / sqrt(mean(x^2) + eps), over the last axis, which stays."""
+  mean = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+  return jax.lax.rsqrt(mean + eps)
 
 
 Norm = RMSNorm | LayerNorm

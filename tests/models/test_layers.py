@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sft_jax.models import layers
 
@@ -36,6 +37,17 @@ def test_layer_norm_is_its_formula():
     x.var(-1, keepdims=True) + 1e-5
   ) * np.linspace(0.5, 2, 8) + np.linspace(-1, 1, 8)
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [layers.RMSNorm, layers.LayerNorm])
+def test_a_norm_keeps_its_input_and_parameters_alone(kind):
+  norm = kind(eps=1e-5)
+  x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 8)))
+  params = norm.init(jax.random.key(0), x)
+  apply = lambda params, x: norm.apply(params, x).sum()
+  _, pull = jax.vjp(apply, params, x)
+  kept = sum(leaf.size for leaf in jax.tree.leaves(pull))
+  assert kept <= x.size + sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def test_embed_looks_rows_up_and_an_outside_id_is_nan():
