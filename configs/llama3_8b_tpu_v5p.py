@@ -5,7 +5,7 @@
 
 Hardware: four chips of TPU v5p, where attention is the splash kernel.
 Predicted, by `python tools/plan.py --config=... --topology=v5p:2x2x1 --quick`:
-53.9 of 102.8 GB per chip, at most 35,100 tokens/s. Not measured yet.
+54.4 of 102.8 GB per chip, at most 35,100 tokens/s. Not measured yet.
 """
 
 import ml_collections

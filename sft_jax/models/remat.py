@@ -4,7 +4,8 @@ Each rung of the ladder keeps less memory per layer and computes more again.
 With D the width, A = N H that of attention's output, P the sum of the widths
 of all projections (q, k, v, o, and of the MLP), per token and layer:
 
-    none        everything
+    none        all but      again: the inside of norms and activations, which
+                             `layers` and `blocks` never keep
     norms       D + P + A    again: norms, rotations, activations
     attention   D + A        again: projections too; attention itself is not,
                              where its backend keeps its log-sum-exp
