@@ -6,6 +6,7 @@ name: a setting that is not understood is never ignored.
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 from safetensors import safe_open
 
 from sft_jax import trees
-from sft_jax.models import names, transformer
+from sft_jax.models import names, peft_experts, transformer
 from sft_jax.models.config import ModelConfig
 from sft_jax.models.lora import LoraConfig
 from sft_jax.models.peft import CONFIG, PREFIX, WEIGHTS, fused_modules
@@ -55,46 +56,16 @@ def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
   )
   leaves: dict[str, np.ndarray] = {}
   targets, ranks, alphas, whole = [], [], [], []
-  for ours in fused_modules(config).values():
-    kernels = [f"{module}/kernel" for module in ours]
-    if kernels[0] not in shapes:
-      continue
-    stack = shapes[kernels[0]].shape[:-2]
-    modules = list(names.modules(ours[0], config, stack).values())
-    parts = {}
-    for half, end in _ENDS.items():
-      found = _take(folder, tensors, [f"{PREFIX}{m}{end}" for m in modules])
-      if found is not None:
-        parts[half] = np.swapaxes(found, 1, -1)
-    if not parts:
-      continue
-    settings = {
-      (
-        _by_pattern(theirs.get("rank_pattern"), name, theirs["r"]),
-        _by_pattern(theirs.get("alpha_pattern"), name, theirs["lora_alpha"]),
-      )
-      for name in modules
-    }
-    (rank, alpha), *more = settings
-    expected = {"a", "b", *("m" if theirs.get("use_dora") else "")}
-    if more or parts.keys() != expected or parts["a"].shape[-1] != rank:
-      raise ValueError(
-        f"{folder}: {modules[0]} has the parts {sorted(parts)} in "
-        f"{[x.shape for x in parts.values()]}, (rank, alpha) {settings} by "
-        f"{CONFIG}; expected {sorted(expected)} and one rank in all layers. "
-        "Save the adapter again."
-      )
-    start = 0
-    for module, kernel in zip(ours, kernels, strict=True):
-      stop = start + shapes[kernel].shape[-1]
-      leaves[f"{module}/lora_a"] = parts["a"]
-      leaves[f"{module}/lora_b"] = parts["b"][..., start:stop]
-      if "m" in parts:
-        leaves[f"{module}/lora_m"] = parts["m"][..., start:stop]
-      start, short = stop, module.removeprefix("layers/")
-      targets.append(rf"^{kernel}$")
-      ranks.append((rf"^{short}$", rank))
-      alphas.append((rf"^{short}$", float(alpha)))
+  found = [
+    *_of_modules(folder, tensors, theirs, shapes, config),
+    *_of_experts(folder, tensors, theirs, config),
+  ]
+  for module, rank, alpha, halves in found:
+    leaves |= {f"{module}/lora_{half}": x for half, x in halves.items()}
+    short = module.removeprefix("layers/")
+    targets.append(rf"^{module}/kernel$")
+    ranks.append((rf"^{short}$", rank))
+    alphas.append((rf"^{short}$", float(alpha)))
   for leaf, shape in shapes.items():
     places = names.places(leaf, shape.shape, config)
     if f"{PREFIX}{places[0].name}" in tensors:
@@ -131,6 +102,96 @@ def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
   return Adapter(lora, leaves)
 
 
+class _Found(NamedTuple):
+  """What a folder has for one of our modules: {'a' 'b' or 'm': its array}."""
+
+  module: str
+  rank: int
+  alpha: float
+  halves: dict[str, np.ndarray]
+
+
+def _of_modules(
+  folder: Path,
+  tensors: dict[str, np.ndarray],
+  theirs: dict[str, Any],
+  shapes: dict[str, Any],
+  config: ModelConfig,
+) -> Iterator[_Found]:
+  """Takes out the adapters of what is a module to PEFT."""
+  for ours in fused_modules(config).values():
+    kernels = [f"{module}/kernel" for module in ours]
+    if kernels[0] not in shapes:
+      continue
+    stack = shapes[kernels[0]].shape[:-2]
+    modules = list(names.modules(ours[0], config, stack).values())
+    parts = {}
+    for half, end in _ENDS.items():
+      found = _take(folder, tensors, [f"{PREFIX}{m}{end}" for m in modules])
+      if found is not None:
+        parts[half] = np.swapaxes(found, 1, -1)
+    if not parts:
+      continue
+    (rank, alpha), *more = {_settings(theirs, name) for name in modules}
+    expected = {"a", "b", *("m" if theirs.get("use_dora") else "")}
+    if more or parts.keys() != expected or parts["a"].shape[-1] != rank:
+      raise ValueError(
+        f"{folder}: {modules[0]} has the parts {sorted(parts)} in "
+        f"{[x.shape for x in parts.values()]}, (rank, alpha) "
+        f"{[(rank, alpha), *more]} by {CONFIG}; expected {sorted(expected)} "
+        "and one rank in all layers. Save the adapter again."
+      )
+    start = 0
+    for module, kernel in zip(ours, kernels, strict=True):
+      own = slice(start, start + shapes[kernel].shape[-1])
+      halves = {
+        half: x if half == "a" else x[..., own] for half, x in parts.items()
+      }
+      yield _Found(module, rank, alpha, halves)
+      start = own.stop
+
+
+def _of_experts(
+  folder: Path,
+  tensors: dict[str, np.ndarray],
+  theirs: dict[str, Any],
+  config: ModelConfig,
+) -> Iterator[_Found]:
+  """Takes out those of the experts, which are parameters to PEFT."""
+
+  def take(within: str) -> np.ndarray | None:
+    layers = range(config.num_layers)
+    at = [f"{PREFIX}model.layers.{i}.{within}" for i in layers]
+    return _take(folder, tensors, at)
+
+  declared = theirs.get("target_parameters") or []
+  try:
+    found = list(peft_experts.halves(declared, take, config))
+  except ValueError as error:
+    raise ValueError(f"{folder}: {error}") from error
+  for module, target, a, b in found:
+    settings = {
+      _settings(theirs, f"model.layers.{i}.{target}")
+      for i in range(config.num_layers)
+    }
+    (rank, alpha), *more = settings
+    if more or a.shape[-1] != rank:
+      raise ValueError(
+        f"{folder}: {target} has an A of the rank {a.shape[-1]}, and (rank, "
+        f"alpha) {sorted(settings)} by {CONFIG}; expected one rank in all "
+        "layers. Save the adapter again."
+      )
+    yield _Found(module, rank, alpha, {"a": a, "b": b})
+
+
+def _settings(theirs: dict[str, Any], name: str) -> tuple[int, float]:
+  """The rank and alpha of a module or parameter, by its whole name."""
+  return (
+    _by_pattern(theirs.get("rank_pattern"), name, theirs["r"]),
+    _by_pattern(theirs.get("alpha_pattern"), name, theirs["lora_alpha"]),
+  )
+
+
 _ENDS = {
   "a": ".lora_A.weight",
   "b": ".lora_B.weight",
@@ -162,6 +223,7 @@ def _take(
 # What we read, or what says nothing of the arithmetic.
 _READ = {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern"}
 _READ |= {"use_rslora", "use_dora", "modules_to_save", "ensure_weight_tying"}
+_READ |= {"target_parameters"}
 _SAY_NOTHING = {
   "target_modules",
   "exclude_modules",

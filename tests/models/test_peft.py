@@ -164,9 +164,10 @@ def test_adapters_of_experts(case, name, tmp_path):
     adapted = theirs.PeftModel.from_pretrained(base, tmp_path)
   np.testing.assert_allclose(logits_of(adapted, case), want, atol=1e-4)
   assert np.abs(want - start).max() > 0.5
-  # Reading them is refused by name.
-  with pytest.raises(ValueError, match="target_parameters"):
-    peft_load.load_adapter(tmp_path, model.config)
+  found = peft_load.load_adapter(tmp_path, model.config)
+  again, fresh = hf.load_pretrained(GOLDENS / case, lora=found.lora)
+  params = peft_load.place(fresh, found.leaves)
+  np.testing.assert_allclose(logits(again, params, case), want, atol=1e-4)
 
 
 def test_experts_that_were_trained_whole_are_refused(tmp_path):
@@ -299,3 +300,61 @@ def test_without_adapters_there_is_no_adapter_folder(tmp_path):
   bare = transformer.build(model.config)
   with pytest.raises(ValueError, match="no adapters"):
     peft.save_adapter(tmp_path / "out", bare, params, base="base")
+
+
+# PEFT looks for the pattern among modules, though it obeys it.
+@pytest.mark.filterwarnings("ignore:The following rank_pattern")
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("targets", [("gate_up", "down"), ("down",)])
+def test_we_compute_the_same_from_peft_s_adapter_of_experts(
+  case, targets, tmp_path
+):
+  base = base_model(case)
+  import peft as theirs
+  import torch
+
+  torch.manual_seed(0)
+  config = theirs.LoraConfig(
+    r=4,
+    lora_alpha=6,
+    target_modules=["q_proj"],
+    target_parameters=[f"mlp.experts.{target}_proj" for target in targets],
+    rank_pattern={"mlp.experts.down_proj": 2},
+    task_type="CAUSAL_LM",
+  )
+  adapted = theirs.get_peft_model(base, config)
+  with torch.no_grad():
+    for p in adapted.parameters():
+      if p.requires_grad:
+        p.add_(0.1 * torch.randn_like(p))
+  adapted.save_pretrained(tmp_path)
+  want = logits_of(adapted, case)
+  found = peft_load.load_adapter(tmp_path, read_config(GOLDENS / case))
+  model, fresh = hf.load_pretrained(GOLDENS / case, lora=found.lora)
+  params = peft_load.place(fresh, found.leaves)
+  np.testing.assert_allclose(logits(model, params, case), want, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["qwen3", "mixtral"])
+def test_parameters_that_are_no_experts_are_refused(case, tmp_path):
+  name = "plain" if case == "qwen3" else "some"
+  model, params = load(name, case)
+  peft.save_adapter(tmp_path, model, params, base="base")
+  path = tmp_path / peft.CONFIG
+  settings = json.loads(path.read_text("utf-8"))
+  settings["target_parameters"] = ["self_attn.q_proj.weight"]
+  path.write_text(json.dumps(settings), "utf-8")
+  with pytest.raises(ValueError, match=r"holds 'self_attn.q_proj.weight'"):
+    peft_load.load_adapter(tmp_path, model.config)
+
+
+def test_a_stack_that_is_declared_and_missing_is_refused(tmp_path):
+  model, params = load("ranks", "mixtral")
+  peft.save_adapter(tmp_path, model, params, base="base")
+  path = tmp_path / peft.CONFIG
+  settings = json.loads(path.read_text("utf-8"))
+  settings["target_parameters"] = ["mlp.experts.down_proj"]
+  path.write_text(json.dumps(settings), "utf-8")
+  # The one that is left is not down_proj, whatever its place.
+  with pytest.raises(ValueError, match="tensors are unknown|A and B of shapes"):
+    peft_load.load_adapter(tmp_path, model.config)
