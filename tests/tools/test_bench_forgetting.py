@@ -16,16 +16,24 @@ def test_each_way_changes_what_it_says():
     replay = isinstance(config.data.train, str) or any(
       bench_forgetting.REPLAY in path for path in config.data.train
     )
-    made[name] = (bool(config.lora.rank), replay, bool(config.loss.kl))
+    made[name] = (
+      bool(config.lora.rank),
+      replay,
+      config.loss.kl,
+      config.optim.learning_rate,
+      config.lora.also_train,
+    )
     if not replay:
       assert len(config.data.train) == 8
   assert made == {
-    "full": (False, False, False),
-    "full, replay": (False, True, False),
-    "full, KL 0.1": (False, False, True),
-    "LoRA": (True, False, False),
-    "LoRA, replay": (True, True, False),
-    "LoRA, KL 0.1": (True, False, True),
+    "full": (False, False, 0.0, 2e-3, ()),
+    "full, replay": (False, True, 0.0, 2e-3, ()),
+    "full, KL 0.1": (False, False, 0.1, 2e-3, ()),
+    "LoRA": (True, False, 0.0, 5e-3, ("embed/",)),
+    "LoRA, rate of full": (True, False, 0.0, 2e-3, ("embed/",)),
+    "LoRA, embeddings frozen": (True, False, 0.0, 5e-3, ()),
+    "LoRA, replay": (True, True, 0.0, 5e-3, ("embed/",)),
+    "LoRA, KL 0.1": (True, False, 0.1, 5e-3, ("embed/",)),
   }
 
 
