@@ -2,8 +2,9 @@
 
     python -m sft_jax.main --config=configs/lora_demo.py
 
-Hardware: 2 CPU cores. Time: as base. A tiny model keeps little in 16 ranks:
-expect it behind full fine-tuning in facts; general text +9 % (full: +5.5 %).
+Hardware: 2 CPU cores. Time: as base. It passes what full fine-tuning passes
+(facts 98 % and 96 %); general text +4.8 % (full: +5.5 %). At 5e-3, and not the
+2e-3 of base, facts are 79 % and general text +9 %.
 """
 
 import ml_collections
@@ -19,5 +20,4 @@ def get_config() -> ml_collections.ConfigDict:
   # The base never saw the tokens of tool calls and thinking: their rows are
   # all alike and, frozen, would stay so.
   config.lora.also_train = ("embed/",)
-  config.optim.learning_rate = 5e-3
   return config

@@ -29,11 +29,11 @@ def test_each_way_changes_what_it_says():
     "full": (False, False, 0.0, 2e-3, ()),
     "full, replay": (False, True, 0.0, 2e-3, ()),
     "full, KL 0.1": (False, False, 0.1, 2e-3, ()),
-    "LoRA": (True, False, 0.0, 5e-3, ("embed/",)),
-    "LoRA, rate of full": (True, False, 0.0, 2e-3, ("embed/",)),
-    "LoRA, embeddings frozen": (True, False, 0.0, 5e-3, ()),
-    "LoRA, replay": (True, True, 0.0, 5e-3, ("embed/",)),
-    "LoRA, KL 0.1": (True, False, 0.1, 5e-3, ("embed/",)),
+    "LoRA": (True, False, 0.0, 2e-3, ("embed/",)),
+    "LoRA, 5e-3": (True, False, 0.0, 5e-3, ("embed/",)),
+    "LoRA, embeddings frozen": (True, False, 0.0, 2e-3, ()),
+    "LoRA, replay": (True, True, 0.0, 2e-3, ("embed/",)),
+    "LoRA, KL 0.1": (True, False, 0.1, 2e-3, ("embed/",)),
   }
 
 
