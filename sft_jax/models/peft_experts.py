@@ -98,6 +98,7 @@ def halves(
   declared: Sequence[str],
   take: Callable[[str], np.ndarray | None],
   config: ModelConfig,
+  where: str,
 ) -> Iterator[Halves]:
   """Reads what `stacks` writes, or PEFT.
 
@@ -108,6 +109,7 @@ def halves(
     declared: PEFT's `target_parameters`.
     take: gives the tensors of one name within a layer, of all layers.
     config: the model's.
+    where: errors begin with it.
 
   Raises:
     ValueError: a parameter that is no stack of experts; a stack that is
@@ -123,7 +125,7 @@ def halves(
     ]
     if len(mine) != 1:
       raise ValueError(
-        f"target_parameters holds {target!r}; expected "
+        f"{where}: target_parameters holds {target!r}; expected "
         f"{[f'{_BLOCK}.{name}' for name in _PARAMETERS]}, and a model with "
         "experts. Merge the adapter with peft and load the merged model."
       )
@@ -135,8 +137,8 @@ def halves(
     if a is None or b is None or a.shape[1] % E or b.shape[2] != a.shape[1]:
       shapes = [x.shape[1:] if x is not None else None for x in (a, b)]
       raise ValueError(
-        f"{within} has A and B of shapes {shapes}; expected [E R, in] and "
-        f"[out, R E] with E = {E}. Save the adapter again."
+        f"{where}: {within} has A and B of shapes {shapes}; expected [E R, in] "
+        f"and [out, R E] with E = {E}. Save the adapter again."
       )
     L, rows, width = a.shape
     a = a.reshape(L, E, rows // E, width).swapaxes(2, 3)

@@ -165,10 +165,7 @@ def _of_experts(
     return _take(folder, tensors, at)
 
   declared = theirs.get("target_parameters") or []
-  try:
-    found = list(peft_experts.halves(declared, take, config))
-  except ValueError as error:
-    raise ValueError(f"{folder}: {error}") from error
+  found = peft_experts.halves(declared, take, config, str(folder))
   for module, target, a, b in found:
     settings = {
       _settings(theirs, f"model.layers.{i}.{target}")
