@@ -4,8 +4,13 @@ Compilation is most of a test's time, so LLVM optimises little, and XLA writes
 its code for fused operations without MLIR, in a quarter of the time. Modules
 with array types have them checked at every call; the check costs a
 millisecond, too much for code on text.
+
+Every compiled program is a few mappings of memory, of which Linux grants a
+process 65,530; where there is none left, XLA ends the process without a word.
+So programs of earlier files are let go when there are many.
 """
 
+import gc
 import importlib.metadata
 import os
 from pathlib import Path
@@ -30,6 +35,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jaxtyping
+import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -43,3 +49,15 @@ _TYPED = [
 jaxtyping.install_import_hook(
   _TYPED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 )
+
+_MAPPINGS = Path("/proc/self/maps")
+_MANY = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs():
+  """Lets compiled programs go after a file of tests, if there are many."""
+  yield
+  if _MAPPINGS.exists() and len(_MAPPINGS.read_bytes().splitlines()) > _MANY:
+    jax.clear_caches()
+    gc.collect()
