@@ -179,13 +179,26 @@ def test_experts_that_were_trained_whole_are_refused(tmp_path):
     peft.save_adapter(tmp_path, model, params, base="base")
 
 
-@pytest.mark.parametrize("kind", ["plain", "dora"])
-def test_we_compute_the_same_from_an_adapter_of_peft(kind, tmp_path):
-  base = base_model()
+def trained_by_peft(base, config, folder):
+  """A model with PEFT's adapters, far from their start; saved to the folder."""
   import peft as theirs
   import torch
 
   torch.manual_seed(0)
+  adapted = theirs.get_peft_model(base, config)
+  with torch.no_grad():
+    for p in adapted.parameters():
+      if p.requires_grad:
+        p.add_(0.1 * torch.randn_like(p))
+  adapted.save_pretrained(folder)
+  return adapted
+
+
+@pytest.mark.parametrize("kind", ["plain", "dora"])
+def test_we_compute_the_same_from_an_adapter_of_peft(kind, tmp_path):
+  base = base_model()
+  import peft as theirs
+
   config = theirs.LoraConfig(
     r=4,
     lora_alpha=6,
@@ -198,12 +211,7 @@ def test_we_compute_the_same_from_an_adapter_of_peft(kind, tmp_path):
     modules_to_save=["model.norm"],
     task_type="CAUSAL_LM",
   )
-  adapted = theirs.get_peft_model(base, config)
-  with torch.no_grad():
-    for p in adapted.parameters():
-      if p.requires_grad:
-        p.add_(0.1 * torch.randn_like(p))
-  adapted.save_pretrained(tmp_path)
+  adapted = trained_by_peft(base, config, tmp_path)
   want = logits_of(adapted)
   found = peft_load.load_adapter(tmp_path, read_config(GOLDENS / "qwen3"))
   assert found.lora.dropout == 0.1
@@ -311,9 +319,7 @@ def test_we_compute_the_same_from_peft_s_adapter_of_experts(
 ):
   base = base_model(case)
   import peft as theirs
-  import torch
 
-  torch.manual_seed(0)
   config = theirs.LoraConfig(
     r=4,
     lora_alpha=6,
@@ -322,12 +328,7 @@ def test_we_compute_the_same_from_peft_s_adapter_of_experts(
     rank_pattern={"mlp.experts.down_proj": 2},
     task_type="CAUSAL_LM",
   )
-  adapted = theirs.get_peft_model(base, config)
-  with torch.no_grad():
-    for p in adapted.parameters():
-      if p.requires_grad:
-        p.add_(0.1 * torch.randn_like(p))
-  adapted.save_pretrained(tmp_path)
+  adapted = trained_by_peft(base, config, tmp_path)
   want = logits_of(adapted, case)
   found = peft_load.load_adapter(tmp_path, read_config(GOLDENS / case))
   model, fresh = hf.load_pretrained(GOLDENS / case, lora=found.lora)
