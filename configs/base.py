@@ -27,7 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.compile_cache = "auto"
 
   config.model = model = ml_collections.ConfigDict()
-  model.path = "sft_jax/assets/demo/base"  # A folder, or org/name@rev.
+  model.path = "sft_jax/demo/base"  # A folder, or org/name@rev.
   model.from_scratch = False  # True: config.json's shapes, new weights.
   model.dtype = "float32"  # Of activations: float32 or bfloat16.
   model.param_dtype = "float32"  # Of parameters, while they train.
@@ -57,7 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
   # any of repeat, share, limit, loss_weight, format, columns and name: see
   # Source in sft_jax/data/sources.py.
   config.data = data = ml_collections.ConfigDict(type_safe=False)
-  data.train = "sft_jax/assets/demo/train_*.jsonl"
+  data.train = "sft_jax/demo/train_*.jsonl"
   data.eval = ""  # Held-out rows; '' = hold out a share of train.
   data.holdout = 0.02  # That share, chosen by content; 0 = none.
   data.format = "auto"  # By shape, or the name of a format.

@@ -1,15 +1,15 @@
 """The public API of sft_jax, and nothing else."""
 
+from sft_jax.checkpointing.export import save_pretrained
 from sft_jax.data.conversation import Conversation, Message, ToolCall
-from sft_jax.data.encode import Example, encode
-from sft_jax.data.formats import to_conversation
-from sft_jax.data.tokenizers import load_tokenizer
-from sft_jax.evals.replies import Reply, generate
-from sft_jax.export import save_pretrained
+from sft_jax.data.encoding.encode import Example, encode
+from sft_jax.data.formats.formats import to_conversation
+from sft_jax.data.tokenizers.tokenizer import load_tokenizer
+from sft_jax.inference.generate import Reply, generate
 from sft_jax.models.transformer import Model
-from sft_jax.setup_model import load_pretrained
-from sft_jax.train import Result
-from sft_jax.train import run as train
+from sft_jax.training.build.model import load_pretrained
+from sft_jax.training.run import Result
+from sft_jax.training.run import run as train
 
 __all__ = [
   "Conversation",

@@ -8,9 +8,9 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sft_jax import hosts
-from sft_jax.stop import Stopped
-from sft_jax.train import run
+from sft_jax.common import distributed
+from sft_jax.training.interrupts import Stopped
+from sft_jax.training.run import run
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file of configs/ with get_config()."
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
   logging.set_verbosity(logging.WARNING)  # Orbax and JAX narrate at INFO.
 
   try:
-    with hosts.joined(
+    with distributed.joined(
       *(COORDINATOR.value, PROCESSES.value, PROCESS.value),
       together=(0, STOPPED_EXIT),
     ):

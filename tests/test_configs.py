@@ -9,8 +9,8 @@ import pytest
 
 import tiny
 from configs import base
-from sft_jax import setup
-from sft_jax.train_step import split_micro_batches
+from sft_jax.step.train_step import split_micro_batches
+from sft_jax.training.build import build
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = sorted(
@@ -31,7 +31,7 @@ def test_config_traces_a_step(name, tmp_path):
   config.data.eval, config.data.holdout = "", 0.0
   config.eval.behaviours = config.eval.general_text = ""
   config.eval.knowledge = ""
-  run = setup.setup(config, lambda line: None)
+  run = build.setup(config, lambda line: None)
   batch = split_micro_batches(next(run.stream.batches()), config.accum_steps)
   state, metrics = jax.eval_shape(run.train_step, run.state, batch)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
@@ -63,4 +63,4 @@ def test_an_unknown_key_is_an_error():
 
 
 def test_every_config_is_found():
-  assert {"configs.base", "configs.lessons.quality"} <= set(NAMES)
+  assert {"configs.base", "examples.lessons.quality"} <= set(NAMES)

@@ -12,7 +12,7 @@ import pytest
 
 import sft_jax
 from configs import base
-from sft_jax.metrics import read_jsonl
+from sft_jax.reporting.metrics import read_jsonl
 from tiny_tokenizers import SHARED
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +24,7 @@ needs_shared = pytest.mark.skipif(
 
 
 def test_the_demo_is_small():
-  demo = ROOT / "sft_jax" / "assets"
+  demo = ROOT / "sft_jax"
   size = sum(p.stat().st_size for p in demo.rglob("*") if p.is_file())
   assert size < 12e6
 

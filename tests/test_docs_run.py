@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_docs import COMMANDS, ROOT
 
 import fake_runs
 import tiny
-from test_docs import COMMANDS, ROOT
 
 # Of the main job: few steps, and no prompts to answer.
 SHORT = (
@@ -39,15 +39,15 @@ ELSEWHERE = {
   "python tools/bench_": "minutes, rivals; tests/tools runs the parts",
   "python tools/convert_oasst.py": "tests/tools/test_convert_oasst.py",
   "python tools/convert_sgd.py": "tests/tools/test_convert_sgd.py",
-  "python tools/ifeval_agreement.py": "needs the reference's code",
-  "python tools/make_demo.py": "tests/tools/test_demo_data.py",
-  "python tools/make_goldens.py": "needs transformers",
-  "python tools/parity.py": "tests/models/test_parity.py, of the oracles",
+  "python tools/dev/ifeval_agreement.py": "needs the reference's code",
+  "python tools/dev/make_demo.py": "tests/tools/test_demo_data.py",
+  "python tools/dev/make_goldens.py": "needs transformers",
+  "python tools/dev/parity.py": "tests/models/test_parity.py, of the oracles",
   "python tools/plan.py --config=configs/llama": "needs libtpu; .ci/run",
   "python tools/replay.py": "needs a run; tests/faults",
   "python tools/selfcheck.py": "minutes; tests/tools/test_selfcheck_tool.py",
-  "python tools/run_lessons.py": "an hour; tests/tools/test_run_lessons.py",
-  "python tools/run_traps.py": "minutes; tests/traps/test_traps.py",
+  "python tools/dev/run_lessons.py": "an hour; tests/tools/test_run_lessons.py",
+  "python tools/dev/run_traps.py": "minutes; tests/mutations/test_traps.py",
   "python tools/score_data.py": "tests/tools/test_score_data.py",
   "python tools/synthesise.py": "tests/tools/test_synthesise.py",
 }

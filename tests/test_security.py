@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import tiny_tokenizers
-from sft_jax.data.tokenizers import load_tokenizer
-from sft_jax.models import hf
+from sft_jax.data.tokenizers.tokenizer import load_tokenizer
+from sft_jax.models.hf import load_save
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sft_jax"
@@ -82,7 +82,7 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path, monkeypatch):
     (folder / f"{name}.py").write_text(code)
   monkeypatch.chdir(folder)
   monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
-  hf.load_pretrained(folder)
+  load_save.load_pretrained(folder)
   assert load_tokenizer(folder).encode("the cat")
   assert not marker.exists()
 

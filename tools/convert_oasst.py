@@ -14,9 +14,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import command
-from sft_jax.data import rows
+from sft_jax.commands import command
 from sft_jax.data.conversation import RowError
+from sft_jax.data.readers import files
 
 ROLES = {"prompter": "user", "assistant": "assistant"}
 
@@ -83,7 +83,7 @@ def main() -> None:
   args = parser.parse_args()
   trees = conversations = other = 0
   with open(args.out, "w", encoding="utf-8") as out:
-    for where, tree in rows.read_rows(args.trees):
+    for where, tree in files.read_rows(args.trees):
       try:
         if args.lang and tree["prompt"]["lang"] != args.lang:
           other += 1

@@ -12,9 +12,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import command
-from sft_jax.data import rows
+from sft_jax.commands import command
 from sft_jax.data.conversation import RowError
+from sft_jax.data.readers import files
 
 
 def tools(service: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -121,11 +121,11 @@ def main() -> None:
   args = parser.parse_args()
   services = {
     service["service_name"]: service
-    for _, service in rows.read_rows(args.schema)
+    for _, service in files.read_rows(args.schema)
   }
   count = calls = 0
   with open(args.out, "w", encoding="utf-8") as out:
-    for where, dialogue in rows.read_rows(args.dialogues):
+    for where, dialogue in files.read_rows(args.dialogues):
       try:
         row = convert(dialogue, services)
       except (KeyError, TypeError) as error:

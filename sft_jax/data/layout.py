@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sft_jax.batch import Batch
-from sft_jax.data.encode import Example
+from sft_jax.common.batch import Batch
+from sft_jax.data.encoding.encode import Example
 
 
 def lay_out(

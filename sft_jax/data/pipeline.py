@@ -23,11 +23,11 @@ import grain
 import numpy as np
 from jaxtyping import Int64
 
-from sft_jax.batch import Batch
+from sft_jax.common.batch import Batch
 from sft_jax.data import layout
 from sft_jax.data import packing as packer
-from sft_jax.data.ledger import EpochLedger, Ledger, Mixed
-from sft_jax.data.store import Store
+from sft_jax.data.store.stats import EpochLedger, Ledger, Mixed
+from sft_jax.data.store.store import Store
 
 # Part of the fingerprint; a test pins the order of a small stream. Raise it
 # when that order changes, so that an old run is not resumed on other data.

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
-from sft_jax.data import chunks, conditions, rows, scores
+from sft_jax.data import conditions, scores
 from sft_jax.data.conditions import Condition, Weighting
 from sft_jax.data.conversation import RowError
+from sft_jax.data.readers import files as rows
 from sft_jax.data.sources import Source
-from sft_jax.data.store import Store
-from sft_jax.data.store_files import digest
+from sft_jax.data.store import shards
+from sft_jax.data.store.files import digest
+from sft_jax.data.store.store import Store
 
 
 def select(
@@ -149,14 +151,14 @@ class _Table:
   def _own(self, name: str, chosen: Bool[np.ndarray, " rows"]) -> list[Any]:
     """What the rows have under a name; they are read again, in their order."""
     found: list[Any] = []
-    for item in chunks.read_again(self._source, seed=self._seed):
+    for item in shards.read_again(self._source, seed=self._seed):
       at = len(found)
       if at == len(self):
         break
       if isinstance(item, RowError) or item[0] != self.places[at]:
         continue  # Was dropped when it was encoded, or is held out.
       row = item[1]
-      if chunks.content_of(row) != self._contents[at]:
+      if shards.content_of(row) != self._contents[at]:
         continue
       if chosen[at] and row.get(name) is None:
         raise ValueError(

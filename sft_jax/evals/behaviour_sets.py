@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sft_jax.data import formats, rows
 from sft_jax.data.conversation import Conversation
-from sft_jax.evals import checks
+from sft_jax.data.formats import formats
+from sft_jax.data.readers import files
+from sft_jax.evals.checks import checks
 
 _KEYS = {"messages", "checks"}
 _TEXT_KEYS = {"text", "checks"}
@@ -61,7 +62,7 @@ def load_sets(where: Any) -> list[Item]:
   groups of one name.
   """
   if not isinstance(where, Mapping):
-    return [item for path in rows.find_files(where) for item in load(path)]
+    return [item for path in files.find_files(where) for item in load(path)]
   return [
     item._replace(group=f"{name}/{item.group}")
     for name, path in where.items()

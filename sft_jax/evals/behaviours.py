@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sft_jax.data.conversation import Conversation
-from sft_jax.evals import checks, ifeval, proportions
+from sft_jax.evals import proportions
 from sft_jax.evals.behaviour_sets import Item
-from sft_jax.evals.replies import Reply
+from sft_jax.evals.checks import checks, ifeval
+from sft_jax.inference.generate import Reply
 
 Generate = Callable[[list[Conversation]], list[Reply]]
 

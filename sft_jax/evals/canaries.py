@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sft_jax.batch import Batch
-from sft_jax.data import encode
+from sft_jax.common.batch import Batch
+from sft_jax.data import padded
+from sft_jax.data.chat.options import Policy
 from sft_jax.data.conversation import Conversation, Message
-from sft_jax.data.policy import Policy
-from sft_jax.data.tokenizers import Tokenizer
-from sft_jax.evals import memorisation, padded
+from sft_jax.data.encoding import encode
+from sft_jax.data.tokenizers.tokenizer import Tokenizer
+from sft_jax.evals import memorization
 
 ALTERNATIVES = 255  # An exposure of 8 bits is the most they can show.
 
@@ -83,7 +84,7 @@ def measure(
       [nats(batch) for batch in padded.batches(examples, batch_size)]
     )[: len(codes)]
     kind = "planted" if canary.box in planted else "kept_back"
-    exposure = memorisation.exposure(losses[0], losses[1:].tolist())
+    exposure = memorization.exposure(losses[0], losses[1:].tolist())
     found[kind].append(
       {"box": canary.box, "code": canary.code, "exposure": exposure}
     )

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sft_jax.batch import Batch
-from sft_jax.data.encode import Example
-from sft_jax.evals import padded
-from sft_jax.losses import BaseSums, LossSums, linear_cross_entropy
-from sft_jax.trees import Tree
+from sft_jax.common.batch import Batch
+from sft_jax.common.trees import Tree
+from sft_jax.data import padded
+from sft_jax.data.encoding.encode import Example
+from sft_jax.step.loss import BaseSums, LossSums, linear_cross_entropy
 
 
 class Perplexity(NamedTuple):

@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from sft_jax.batch import Batch
-from sft_jax.data import inspection
+from sft_jax.common.batch import Batch
+from sft_jax.common.trees import Tree
+from sft_jax.data.audit import summary
 from sft_jax.data.pipeline import Stream
-from sft_jax.data.tokenizers import Tokenizer
-from sft_jax.losses import GroupSums
-from sft_jax.trees import Tree
+from sft_jax.data.tokenizers.tokenizer import Tokenizer
+from sft_jax.step.loss import GroupSums
 
 # Rows whose text is kept with their loss.
 _SHOWN = 5
@@ -63,7 +63,7 @@ def hardest_first(
       "nats": nats,
       "trained_tokens": weight,
       "nats_per_token": nats / weight,
-      **(inspection.sample(stream.store, row, tokenizer) if i < _SHOWN else {}),
+      **(summary.sample(stream.store, row, tokenizer) if i < _SHOWN else {}),
     }
     for i, (nats, weight, row) in enumerate(found)
   ]

@@ -25,13 +25,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float64, Int64
 
-from sft_jax import sharding
-from sft_jax.batch import Batch
+from sft_jax.common import sharding
+from sft_jax.common.batch import Batch
 from sft_jax.data import layout, packing
-from sft_jax.data.encode import Example
+from sft_jax.data.encoding.encode import Example
 from sft_jax.data.scores import RowScore
-from sft_jax.data.store import Store
-from sft_jax.losses import GroupSums, linear_cross_entropy
+from sft_jax.data.store.store import Store
+from sft_jax.step.loss import GroupSums, linear_cross_entropy
 
 # Batches between two words on how far it is.
 _EVERY = 50

@@ -14,11 +14,13 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from sft_jax.data import formats, overlap, plain, texts, words
+from sft_jax.data.audit import overlap, row_texts, text_hashing
+from sft_jax.data.chat import template_messages
 from sft_jax.data.conversation import Conversation, NothingToTrain, RowError
-from sft_jax.evals import checks
+from sft_jax.data.formats import formats
 from sft_jax.evals.behaviour_sets import Item
-from sft_jax.evals.replies import Reply
+from sft_jax.evals.checks import checks
+from sft_jax.inference.generate import Reply
 
 KEEP = ("first", "shortest", "all")
 
@@ -88,12 +90,12 @@ def overlapping(
 
 
 def _asked(items: Sequence[Item]) -> overlap.Rows:
-  split = words.split([_prompt(item.prompt) for item in items])
+  split = text_hashing.split([_prompt(item.prompt) for item in items])
   return overlap.Rows(split, split)
 
 
 def _prompt(conversation: Conversation) -> str:
-  return "\n\n".join(texts.said(one) for one in conversation.messages)
+  return "\n\n".join(row_texts.said(one) for one in conversation.messages)
 
 
 def synthesise(
@@ -221,7 +223,7 @@ def _answered(prompt: Conversation, reply: Reply) -> Conversation:
 def _row(prompt: Conversation, reply: Reply) -> dict[str, Any]:
   """A row of the format `messages`."""
   whole = _answered(prompt, reply)
-  turns = plain.to_template_messages(whole)
+  turns = template_messages.to_template_messages(whole)
   for turn, message in zip(turns, whole.messages, strict=True):
     turn.pop("thinking", None)  # Templates have two names for it; rows one.
     if message.weight is not None:

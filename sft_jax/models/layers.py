@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from sft_jax.models import quantize
 from sft_jax.models.config import ModelConfig
+from sft_jax.models.lora import quantize
 
 Dtype = Any
 

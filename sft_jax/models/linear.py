@@ -11,8 +11,8 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32
 
-from sft_jax.models import quantize
-from sft_jax.models.lora import LoraConfig, product
+from sft_jax.models.lora import quantize
+from sft_jax.models.lora.lora import LoraConfig, product
 from sft_jax.models.remat import PROJECTION
 
 Dtype = Any

@@ -25,10 +25,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int32
 
-from sft_jax.models import spread
+from sft_jax.common import sharding
+from sft_jax.models.attention import parallel
 from sft_jax.models.grouped import grouped_matmul, permute
 from sft_jax.models.linear import dense
-from sft_jax.models.lora import LoraConfig
+from sft_jax.models.lora.lora import LoraConfig
 from sft_jax.models.remat import PROJECTION
 
 Dtype = Any
@@ -246,7 +247,7 @@ def _mix(
 
 def _divides(mesh: Mesh, B: int, T: int, d_ff: int) -> bool:
   """Whether each device gets as much of a batch and of F as the others."""
-  return spread.divides(mesh, B, T) and d_ff % mesh.shape["tensor"] == 0
+  return parallel.divides(mesh, B, T) and d_ff % mesh.shape["tensor"] == 0
 
 
 def _on_mesh(mix, mesh: Mesh, gate: Weights, up: Weights, down: Weights):
@@ -279,9 +280,9 @@ def _on_mesh(mix, mesh: Mesh, gate: Weights, up: Weights, down: Weights):
     local,
     mesh=mesh,
     in_specs=(
-      *(spread.SLOTS, spread.SLOTS),
+      *(sharding.SLOTS, sharding.SLOTS),
       *(specs(gate, wide), specs(up, wide), specs(down, tall)),
     ),
-    out_specs=spread.SLOTS,
+    out_specs=sharding.SLOTS,
     check_vma=False,
   )

@@ -17,17 +17,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int
 
-from sft_jax.batch import AnyArray
-from sft_jax.models import cache as cache_lib
-from sft_jax.models import lora as lora_lib
-from sft_jax.models import spread
-from sft_jax.models.attention import check_backend
-from sft_jax.models.blocks import Block, Context, make_context
-from sft_jax.models.cache import Cache
+from sft_jax.common import sharding
+from sft_jax.common.batch import AnyArray
+from sft_jax.common.trees import Tree
+from sft_jax.models import kv_cache as cache_lib
+from sft_jax.models.attention import parallel
+from sft_jax.models.attention.attention import check_backend
+from sft_jax.models.block import Block, Context, make_context
 from sft_jax.models.config import ModelConfig
+from sft_jax.models.kv_cache import Cache
 from sft_jax.models.layers import Dtype, Embed, norm_of, table
+from sft_jax.models.lora import lora as lora_lib
 from sft_jax.models.remat import check_level, checkpointed
-from sft_jax.trees import Tree
 
 
 class Model(NamedTuple):
@@ -94,7 +95,7 @@ def build(
       )
   check_level(remat)
   check_backend(attention, mesh)
-  spread.check_heads(mesh, config.num_heads)
+  parallel.check_heads(mesh, config.num_heads)
   c = config
   dtypes = {"dtype": dtype, "param_dtype": param_dtype}
   block = Block(c, lora, attention, mesh, **dtypes)
@@ -143,12 +144,12 @@ def build(
       x, kv = block.apply(
         {"params": weights}, x, context, kv, index, kind, rngs=rngs
       )
-      return (spread.constrain(x, mesh, spread.SLOTS), kv), None
+      return (parallel.constrain(x, mesh, sharding.SLOTS), kv), None
 
     if kv is None:
       step = checkpointed(remat, step, scan=scan)
     with jax.named_scope("embed"):
-      leaves = spread.table(params["embed"], mesh)
+      leaves = parallel.table(params["embed"], mesh)
       x: Any = embed.apply({"params": leaves}, tokens)
       if c.scale_embeddings:
         # Rounded first, as the reference does: sqrt(3072) is 55.5 in bfloat16.
@@ -158,9 +159,9 @@ def build(
       if c.learned_positions:
         # -1 is padding in a cache; a position past the table gives NaN.
         at = jnp.maximum(context.q_positions, 0)
-        leaves = spread.table(params["positions"], mesh)
+        leaves = parallel.table(params["positions"], mesh)
         x = x + positions_embed.apply({"params": leaves}, at)
-      x = spread.constrain(x, mesh, spread.SLOTS)
+      x = parallel.constrain(x, mesh, sharding.SLOTS)
     carry = (x, kv)
     with jax.named_scope("layers"):
       if scan:
@@ -211,7 +212,7 @@ def build(
   def head(params: Tree) -> Float[Array, "V D"]:
     """The unembedding: the embedding itself when tied."""
     leaves = params["embed" if c.tie_embeddings else "head"]
-    return table(spread.table(leaves, mesh), dtype)
+    return table(parallel.table(leaves, mesh), dtype)
 
   def logits(
     params: Tree, hidden: Float[Array, "B T D"]

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from sft_jax.batch import Batch
-from sft_jax.data.encode import Example
+from sft_jax.common.batch import Batch
+from sft_jax.data.encoding.encode import Example
 from sft_jax.data.layout import lay_out
 
 

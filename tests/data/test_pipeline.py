@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fake_store import fake_store, random_store
-from sft_jax.batch import Batch
+from sft_jax.common.batch import Batch
 from sft_jax.data.pipeline import Stream
 from sft_jax.data.sources import Source
-from sft_jax.data.store import Store
+from sft_jax.data.store.store import Store
 
 T = 32
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 import tiny
-from sft_jax.data import rows, scores
+from sft_jax.data import scores
+from sft_jax.data.readers import files
 from sft_jax.data.scores import RowScore
 
 MADE = [
@@ -75,4 +76,4 @@ def test_a_glob_takes_rows_and_not_their_scores(tmp_path):
   # Named like scores, but of no file here: these are somebody's rows.
   orphan = tiny.rows_file(tmp_path / "b.jsonl.scores.jsonl")
   scores.write(scores.path_of(file), {}, MADE)
-  assert rows.find_files(tmp_path / "*.jsonl") == [file, orphan]
+  assert files.find_files(tmp_path / "*.jsonl") == [file, orphan]

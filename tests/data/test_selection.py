@@ -7,9 +7,12 @@ import pytest
 
 import tiny
 import tiny_tokenizers
-from sft_jax import setup_data
-from sft_jax.data import chunks, scores, texts, tokenizers
+from sft_jax.data import scores
+from sft_jax.data.audit import row_texts
 from sft_jax.data.scores import RowScore
+from sft_jax.data.store import shards
+from sft_jax.data.tokenizers import tokenizer as tokenizers
+from sft_jax.training.build import data as setup_data
 
 N = len(tiny.ROWS)
 ROWS = [
@@ -50,7 +53,7 @@ def score(file, rows=ROWS, ifd=IFD):
     scores.path_of(file),
     {"model": "m"},
     (
-      RowScore(f"{file.name}:{i}", chunks.content_of(row), (1.0 + x, x, 1.0, 5))
+      RowScore(f"{file.name}:{i}", shards.content_of(row), (1.0 + x, x, 1.0, 5))
       for i, (row, x) in enumerate(zip(rows, ifd, strict=True), 1)
     ),
   )
@@ -212,7 +215,7 @@ def test_values_that_are_not_there_or_cannot_be_compared(load):
 def test_raw_text_has_no_ifd_and_says_so(load, tmp_path):
   file = tiny.rows_file(tmp_path / "t.jsonl", [{"text": "A cat."}])
   line = RowScore(
-    "t.jsonl:1", chunks.content_of({"text": "A cat."}), (2.0, None, None, 3)
+    "t.jsonl:1", shards.content_of({"text": "A cat."}), (2.0, None, None, 3)
   )
   scores.write(scores.path_of(file), {}, [line])
   with pytest.raises(ValueError, match=r"t\.jsonl:1: got no ifd.*'filter': "):
@@ -252,7 +255,7 @@ def test_all_examples_of_a_split_row_share_its_fate(tmp_path, tokenizer):
 def test_the_audit_looks_at_the_rows_that_are_left(load, tmp_path):
   score(load.file)
   store, _, _ = load(data__filter=("ifd", "<", 0.25))
-  with texts.collect(store, None, folder=tmp_path) as said:
+  with row_texts.collect(store, None, folder=tmp_path) as said:
     assert [said.place(i) for i in range(len(said))] == [
       "rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:3"
     ]  # fmt: skip

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sft_jax.data.conversation import Message, RowError
 from sft_jax.evals import behaviour_sets, behaviours
 from sft_jax.evals.behaviours import Share
-from sft_jax.evals.replies import Reply
+from sft_jax.inference.generate import Reply
 
 ROW = {
   "group": "facts",

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from sft_jax.evals import checks, ifeval, replies
-from sft_jax.evals.replies import Reply
+from sft_jax.evals.checks import checks, ifeval
+from sft_jax.inference import generate
+from sft_jax.inference.generate import Reply
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
 (BLOCK,) = re.findall(r"```json\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
@@ -22,7 +23,7 @@ def test_example(example):
   check = {key: x for key, x in example.items() if key not in told}
   checks.validate(check, "here")
   for name in told:
-    message = replies.parse(example[name])
+    message = generate.parse(example[name])
     reply = Reply(message.content, [], True, message)
     assert checks.passes(reply, check) == (name == "passes"), name
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import tiny
-from sft_jax.data.encode import Example
-from sft_jax.evals import forgetting, padded
+from sft_jax.data import padded
+from sft_jax.data.encoding.encode import Example
+from sft_jax.evals import forgetting
 from sft_jax.models import transformer
 
 

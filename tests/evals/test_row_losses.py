@@ -4,23 +4,23 @@ import numpy as np
 import pytest
 
 import tiny
-from sft_jax import setup
 from sft_jax.evals import row_losses
-from sft_jax.setup import batches_on
+from sft_jax.training.build import build
+from sft_jax.training.build.build import batches_on
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> setup.Setup:
+def run(tmp_path_factory) -> build.Setup:
   folder = tmp_path_factory.mktemp("row_losses")
   model = tiny.model_folder(folder / "model")
   rows = tiny.rows_file(folder / "rows.jsonl")
   config = tiny.config(
     folder, model, rows, data__holdout=0.5, data__seq_len=128
   )
-  return setup.setup(config, lambda line: None)
+  return build.setup(config, lambda line: None)
 
 
-def _alone(run: setup.Setup, i: int) -> tuple[float, float]:
+def _alone(run: build.Setup, i: int) -> tuple[float, float]:
   """Nats and weight of a held-out example, unpacked."""
   assert run.held_out
   example = run.held_out.store.example(i)

@@ -6,10 +6,12 @@ import pytest
 
 import tiny
 from fake_store import fake_store
-from sft_jax import setup_model, sharding
-from sft_jax.data import cache, policy
-from sft_jax.data.tokenizers import load_tokenizer
+from sft_jax.common import sharding
+from sft_jax.data.chat import options
+from sft_jax.data.store import build
+from sft_jax.data.tokenizers.tokenizer import load_tokenizer
 from sft_jax.evals import row_scores
+from sft_jax.training.build import model as setup_model
 
 TALK = {
   "messages": [
@@ -39,10 +41,10 @@ def made(tmp_path_factory):
   tokenizer = load_tokenizer(folder)
   file = tiny.rows_file(root / "rows.jsonl", ROWS)
   stores = {
-    history: cache.build(
+    history: build.build(
       str(file),
       tokenizer,
-      policy.Policy(history=history),
+      options.Policy(history=history),
       directory=root / "cache",
       max_length=64,
       num_workers=1,

@@ -2,16 +2,11 @@
 
 import pytest
 
-from sft_jax.data import formats
-from sft_jax.data.conversation import (
-  Conversation,
-  Message,
-  RowError,
-  ToolCall,
-)
+from sft_jax.data.conversation import Conversation, Message, RowError, ToolCall
+from sft_jax.data.formats import formats
 from sft_jax.evals import synthesis
 from sft_jax.evals.behaviour_sets import Item
-from sft_jax.evals.replies import Reply
+from sft_jax.inference.generate import Reply
 
 
 def item(n, text="yes", group="g", **fields):

@@ -1,6 +1,6 @@
 r"""A training run that dies at a chosen moment: a program for fault tests.
 
-    PYTHONPATH=.:tests:tests/data \
+    PYTHONPATH=.:tests/support \
     python tests/faults/driver.py FOLDER MODEL ROWS PHASE... [key=value ...]
 
 trains `tiny.config` in a process per PHASE, one after the other in the same
@@ -25,12 +25,14 @@ import orbax.checkpoint as ocp
 
 import sft_jax
 import tiny
-from sft_jax import checkpoint, export, setup_model, steps
-from sft_jax.data import cache
-from sft_jax.data.store import Store
-from sft_jax.evals import measure
+from sft_jax.checkpointing import export, manager
+from sft_jax.data.store import build
+from sft_jax.data.store.store import Store
+from sft_jax.evals import suite
 from sft_jax.main import STOPPED_EXIT, USER_ERRORS
-from sft_jax.stop import Stopped
+from sft_jax.training import step_runner
+from sft_jax.training.build import model as setup_model
+from sft_jax.training.interrupts import Stopped
 
 if folder := os.environ.get("FAULTS_COMPILE_CACHE"):
   jax.config.update("jax_compilation_cache_dir", folder)
@@ -60,7 +62,7 @@ def limit_files() -> None:
   """From the second save on no file may grow beyond 20 KB."""
   limits = (20_000, resource.RLIM_INFINITY)
   before(
-    *(checkpoint.Checkpoints, "save"),
+    *(manager.Checkpoints, "save"),
     lambda *_, **__: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
     call=2,
   )
@@ -100,15 +102,15 @@ def after(owner, name: str, act=die, *, call: int = 1) -> None:
 MANAGER = ocp.CheckpointManager
 PHASES = {
   "load": lambda: before(setup_model, "load_pretrained"),
-  "preparing the cache": lambda: before(cache, "_seal"),
-  "moving the cache": lambda: after(cache, "_seal"),
-  "evaluation before": lambda: before(measure.Suite, "_sums"),
+  "preparing the cache": lambda: before(build, "_seal"),
+  "moving the cache": lambda: after(build, "_seal"),
+  "evaluation before": lambda: before(suite.Suite, "_sums"),
   "compile": lambda: before(jax.stages.Lowered, "compile"),
-  "step": lambda: before(steps.Steps, "take", call=4),
+  "step": lambda: before(step_runner.Steps, "take", call=4),
   "mid-save": lambda: before(MANAGER, "_wait_for_checkpointers", call=2),
   "commit": lambda: before(MANAGER, "_finalize_checkpoint", call=2),
   "before retention": lambda: after(MANAGER, "_finalize_checkpoint", call=2),
-  "evaluation within": lambda: before(measure.Suite, "losses"),
+  "evaluation within": lambda: before(suite.Suite, "losses"),
   "export": lambda: before(export, "_verify"),
   "after export": lambda: after(export, "_verify"),
   "whole": lambda: None,
@@ -116,10 +118,10 @@ PHASES = {
   "SIGTERM twice": lambda: before(
     *(MANAGER, "_wait_for_checkpointers", terminate), call=2
   ),
-  "SIGTERM while measuring": lambda: before(measure.Suite, "_sums", terminate),
-  "Ctrl-C": lambda: before(steps.Steps, "take", interrupt, call=5),
+  "SIGTERM while measuring": lambda: before(suite.Suite, "_sums", terminate),
+  "Ctrl-C": lambda: before(step_runner.Steps, "take", interrupt, call=5),
   "a hanging step": lambda: before(
-    steps.Steps, "take", lambda *_: time.sleep(600), call=3
+    step_runner.Steps, "take", lambda *_: time.sleep(600), call=3
   ),
   "a stalled reader": lambda: before(
     Store, "example", lambda *_: time.sleep(600), call=40

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 import tiny
-from sft_jax.metrics import read_jsonl
+from sft_jax.reporting.metrics import read_jsonl
 
 ROOT = Path(__file__).parents[2]
-PATHS = (ROOT, ROOT / "tests", ROOT / "tests" / "data")
+PATHS = (ROOT, ROOT / "tests" / "support")
 DRIVER = Path(__file__).with_name("driver.py")
 # One device, and compiled in a hurry: see conftest.py.
 QUICK = (

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sft_jax.models import linear, quantize
+from sft_jax.models import linear
 from sft_jax.models.linear import Linear
-from sft_jax.models.lora import LoraConfig
+from sft_jax.models.lora import quantize
+from sft_jax.models.lora.lora import LoraConfig
 
 IN, OUT, R = 12, 5, 2
 CONFIG = LoraConfig(rank=R, alpha=3.0)

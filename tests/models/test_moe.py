@@ -9,13 +9,16 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from sft_jax import sampler, sharding, train_step, trees
-from sft_jax.batch import Batch
-from sft_jax.losses import linear_cross_entropy
-from sft_jax.models import quantize, transformer
+from sft_jax.common import sharding, trees
+from sft_jax.common.batch import Batch
+from sft_jax.inference import sampler
+from sft_jax.models import transformer
 from sft_jax.models.config import parse_config
-from sft_jax.models.lora import LoraConfig
+from sft_jax.models.lora import quantize
+from sft_jax.models.lora.lora import LoraConfig
 from sft_jax.models.moe import Moe, clipped_swiglu, route
+from sft_jax.step import train_step
+from sft_jax.step.loss import linear_cross_entropy
 
 B, T, D, F = 8, 6, 8, 12
 

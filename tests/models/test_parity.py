@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sft_jax import sampler, trees
-from sft_jax.models import attention_blocks, hf, names
+from sft_jax.common import trees
+from sft_jax.inference import sampler
+from sft_jax.models.attention import blockwise
+from sft_jax.models.hf import load_save, parameter_map
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = sorted(path.parent.name for path in GOLDENS.glob("*/golden.npz"))
@@ -28,7 +30,7 @@ class Loaded(NamedTuple):
 
 @functools.cache
 def load(case, attention="auto"):
-  model, params = hf.load_pretrained(GOLDENS / case, attention=attention)
+  model, params = load_save.load_pretrained(GOLDENS / case, attention=attention)
   with np.load(GOLDENS / case / "golden.npz", allow_pickle=False) as file:
     golden = dict(file)
 
@@ -53,7 +55,7 @@ IN_BLOCKS = ("gemma2", "gemma3_text", "gpt_oss", "mistral")
   [(case, "auto") for case in CASES] + [(case, "blocks") for case in IN_BLOCKS],
 )
 def test_logits_and_gradients_equal_the_reference(case, attention, monkeypatch):
-  monkeypatch.setattr(attention_blocks, "BLOCK", 16)
+  monkeypatch.setattr(blockwise, "BLOCK", 16)
   model, params, golden, step = load(case, attention)
   tokens = golden["tokens"]
   (nats, logits), gradients = step(params, tokens, np.ones_like(tokens))
@@ -61,7 +63,7 @@ def test_logits_and_gradients_equal_the_reference(case, attention, monkeypatch):
   np.testing.assert_allclose(nats, golden["loss"], rtol=1e-5)
   squares = {}
   for path, leaf in trees.flatten(gradients).items():
-    for place in names.places(path, leaf.shape, model.config):
+    for place in parameter_map.places(path, leaf.shape, model.config):
       square = np.sum(np.square(leaf[place.index], dtype=np.float64))
       squares[place.name] = squares.get(place.name, 0.0) + square
   want = {k: v for k, v in golden.items() if k.startswith("gradient/")}

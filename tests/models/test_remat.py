@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from sft_jax import fit
+from sft_jax.common import flops
 from sft_jax.models import remat, transformer
 from sft_jax.models.config import config_from_fields
 
@@ -37,7 +37,7 @@ def test_memory_falls_down_the_ladder():
   for level in ("none", "norms", "attention", "full"):
     run, params = gradient(level)
     compiled = jax.jit(run).lower(params).compile()
-    found[level] = fit.program(compiled).temporaries
+    found[level] = flops.program(compiled).temporaries
   none, norms, attention, full = found.values()
   assert norms < 0.8 * none
   assert attention < 0.8 * norms

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sft_jax import trees
+from sft_jax.common import trees
 from sft_jax.models import config as config_lib
 from sft_jax.models import transformer
 from sft_jax.models.layer_kinds import LayerKind

@@ -6,11 +6,11 @@ import json
 import pytest
 from rich.console import Console
 
-import chat
 import tiny
-from sft_jax import run_folder
+from sft_jax.commands import chat
 from sft_jax.data.conversation import Conversation, Message
-from sft_jax.evals import replies
+from sft_jax.inference import generate
+from sft_jax.training.build import load_run
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +38,11 @@ def talk(monkeypatch, capsys, lines, *flags):
 def test_two_turns_each_with_what_was_said_before(folder, monkeypatch, capsys):
   flags = [f"--model={folder}", "--max_new_tokens=6", "--system=Be kind."]
   shown = talk(monkeypatch, capsys, ["Hi", "And?", "/new", "Hi", ""], *flags)
-  asked = run_folder.load(folder)
+  asked = load_run.load(folder)
   turns, want = (Message("system", "Be kind."),), []
   for said in ("Hi", "And?"):
     turns = (*turns, Message("user", said))
-    (reply,) = replies.generate(
+    (reply,) = generate.generate(
       asked.model, asked.params, asked.tokenizer,
       [Conversation(messages=turns)], max_new_tokens=6,
     )  # fmt: skip
@@ -58,7 +58,7 @@ def test_two_turns_each_with_what_was_said_before(folder, monkeypatch, capsys):
 def test_a_control_token_typed_in_is_an_error_and_the_talk_goes_on(
   folder, monkeypatch, capsys
 ):
-  tokenizer = run_folder.load(folder).tokenizer
+  tokenizer = load_run.load(folder).tokenizer
   (stop, *_) = tokenizer.stop_ids
   special = tokenizer.decode([stop], skip_special=False)
   flags = [f"--model={folder}", "--max_new_tokens=2"]
@@ -100,7 +100,7 @@ def test_on_a_terminal_they_stand_side_by_side(folder):
 def test_unknown_folders_are_named(tmp_path):
   (tmp_path / "run" / "checkpoints").mkdir(parents=True)
   with pytest.raises(ValueError, match="got no checkpoint"):
-    run_folder.load(tmp_path / "run")
+    load_run.load(tmp_path / "run")
   (tmp_path / "config.json").write_text(json.dumps({}))
   with pytest.raises(ValueError, match="expected"):
-    run_folder.load(tmp_path)
+    load_run.load(tmp_path)

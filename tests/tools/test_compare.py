@@ -2,10 +2,9 @@
 
 import pytest
 
-import compare
 import fake_runs
-import report
 from page_reader import Page
+from sft_jax.commands import compare, report
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import convert_oasst
-from sft_jax.data import formats
+from sft_jax.data.formats import formats
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

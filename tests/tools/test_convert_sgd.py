@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import convert_sgd
-from sft_jax.data import formats
 from sft_jax.data.conversation import ToolCall
+from sft_jax.data.formats import formats
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 SERVICE = {

@@ -14,11 +14,12 @@ from tokenizers import Tokenizer
 
 import make_demo
 from demo_world import crafts, prose, split, tokenizer, world
-from sft_jax.data import encode, formats
-from sft_jax.data.tokenizers import load_tokenizer
+from sft_jax.data.encoding import encode
+from sft_jax.data.formats import formats
+from sft_jax.data.tokenizers.tokenizer import load_tokenizer
 from sft_jax.evals import behaviour_sets
 
-DEMO = Path(make_demo.__file__).parent.parent / "sft_jax" / "assets" / "demo"
+DEMO = Path(make_demo.__file__).parents[2] / "sft_jax" / "demo"
 ENTITIES = world.make_world(0)
 HELD_OUT = {e.name: e for e in ENTITIES if e.held_out}
 HELD_OUT_NAMES = re.compile(rf"\b({'|'.join(HELD_OUT)})\b")

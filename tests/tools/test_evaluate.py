@@ -6,10 +6,12 @@ import re
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-import evaluate
 import sft_jax
 import tiny
-from sft_jax import manifest, metrics, run_folder
+from sft_jax.checkpointing import digests
+from sft_jax.commands import evaluate
+from sft_jax.reporting import metrics
+from sft_jax.training.build import load_run
 
 ITEMS = [
   {
@@ -54,7 +56,7 @@ def test_behaviours_are_figures_of_the_run(run):
   assert [reply["group"] for reply in kept] == ["mine/a"] * 3 + ["mine/b"] * 3
   # It is what `keep_best` goes by.
   saved = ocp.checkpointables_metadata(str(result.workdir / "checkpoints/2"))
-  score = manifest.unseal(saved.custom_metadata)["score"]
+  score = digests.unseal(saved.custom_metadata)["score"]
   assert score == record["behaviour/mine/b/content"]
   rate = sum(reply["content"] for reply in kept) / len(kept)
   assert record["behaviour/all/content"] == rate
@@ -99,7 +101,7 @@ def test_what_is_not_as_it_was_saved_is_refused(
   run, monkeypatch, part, path, match
 ):
   result, _, _ = run
-  unseal = manifest.unseal
+  unseal = digests.unseal
 
   def of_another(sealed):
     told = unseal(sealed)
@@ -107,23 +109,23 @@ def test_what_is_not_as_it_was_saved_is_refused(
     told[part] = told[part] | {path: entry | {"digest": "0" * 16}}
     return told
 
-  monkeypatch.setattr(manifest, "unseal", of_another)
+  monkeypatch.setattr(digests, "unseal", of_another)
   with pytest.raises(ValueError, match=match) as error:
-    run_folder.load(result.workdir / "checkpoints" / "2")
+    load_run.load(result.workdir / "checkpoints" / "2")
   assert path in str(error.value)
 
 
 def test_a_checkpoint_without_its_manifest_is_refused(run, monkeypatch):
   result, _, _ = run
-  monkeypatch.setattr(manifest, "_hash", lambda text: "another")
+  monkeypatch.setattr(digests, "_hash", lambda text: "another")
   with pytest.raises(ValueError, match="differs from its digest"):
-    run_folder.load(result.workdir)
+    load_run.load(result.workdir)
 
 
 def test_the_policy_of_a_run_is_remembered(run):
   result, base, _ = run
-  assert run_folder.load(result.workdir).policy.over_long == "drop"
-  assert run_folder.load(base).tokenizer.vocab_size > 0
+  assert load_run.load(result.workdir).policy.over_long == "drop"
+  assert load_run.load(base).tokenizer.vocab_size > 0
 
 
 def test_against_a_baseline_it_says_how_far_the_model_is(

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-import export_hf
 import sft_jax
 import tiny
-from sft_jax import trees
+from sft_jax.commands import export
+from sft_jax.common import trees
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_the_newest_checkpoint_is_written(run, tmp_path, monkeypatch, capsys):
     "argv",
     ["export_hf.py", f"--workdir={run.workdir}", f"--out={out}"],
   )
-  export_hf.main()
+  export.main()
   said = " ".join(capsys.readouterr().out.split())
   assert "Writing step 3" in said
   assert "float32 weights equal, logits within" in said
@@ -55,7 +55,7 @@ def test_a_dtype_can_be_asked_for(run, tmp_path, monkeypatch):
       *(f"--out={tmp_path / 'out'}", "--dtype=bfloat16"),
     ],
   )
-  export_hf.main()
+  export.main()
   tensors = load_file(tmp_path / "out" / "model.safetensors")
   assert {x.dtype.name for x in tensors.values()} == {"bfloat16"}
 
@@ -71,4 +71,4 @@ def test_a_run_without_a_checkpoint_is_named(run, tmp_path, monkeypatch):
     ["export_hf.py", f"--workdir={workdir}", f"--out={tmp_path / 'out'}"],
   )
   with pytest.raises(ValueError, match="no checkpoint"):
-    export_hf.main()
+    export.main()

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import tiny
-from sft_jax.data import chunks, scores
+from sft_jax.data import scores
+from sft_jax.data.store import shards
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
@@ -140,7 +141,7 @@ def test_scores_beside_the_rows_are_shown(run, tmp_path):
   found = [
     scores.RowScore(
       f"{file.name}:{n}",
-      chunks.content_of({**row, "input": "old"} if n == 16 else row),
+      shards.content_of({**row, "input": "old"} if n == 16 else row),
       # IFD rises to 1.4 where nats fall to 1; the last has none.
       (15.0 - n, None if n == 14 else n / 10 + 0.1, 2.0, 3),
     )

@@ -8,8 +8,9 @@ import pytest
 import run_lessons
 from demo_world import split, world
 from lessons import rows
-from sft_jax.data import formats
-from sft_jax.evals import checks, replies
+from sft_jax.data.formats import formats
+from sft_jax.evals.checks import checks
+from sft_jax.inference import generate as replies
 
 LESSONS = run_lessons.load()
 ARMS = [(name, arm) for name, one in LESSONS.items() for arm in one.arms]

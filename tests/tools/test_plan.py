@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import plan as tool
+from sft_jax.commands import plan as tool
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,11 +12,13 @@ from scipy import stats
 
 import run_lessons
 import tiny
-from configs.lessons import common, quality
-from configs.lessons.common import Answers, Arm, Figure, Lesson
+from examples.lessons import common, quality
+from examples.lessons.common import Answers, Arm, Figure, Lesson
 from lessons import figures, rows, verdict
-from sft_jax import sharding
-from sft_jax.evals import behaviour_sets, checks, replies
+from sft_jax.common import sharding
+from sft_jax.evals import behaviour_sets
+from sft_jax.evals.checks import checks
+from sft_jax.inference import generate
 
 TINY = Lesson(
   name="tiny",
@@ -182,9 +184,9 @@ def test_a_teacher_writes_the_rows_of_an_arm(
 
 
 def _passes(row: dict, item: behaviour_sets.Item) -> bool:
-  reply = replies.parse(row["messages"][-1]["content"])
+  reply = generate.parse(row["messages"][-1]["content"])
   return all(
-    checks.passes(replies.Reply(reply.content, [], True, reply), one)
+    checks.passes(generate.Reply(reply.content, [], True, reply), one)
     for one in item.checks
   )
 
@@ -262,7 +264,7 @@ def test_what_is_asked_for_must_exist(tmp_path):
 
 @pytest.mark.parametrize("name", run_lessons.load())
 def test_figures_name_arms_and_every_file_is_a_lesson(name):
-  module = importlib.import_module(f"configs.lessons.{name}")
+  module = importlib.import_module(f"examples.lessons.{name}")
   lesson = module.LESSON
   assert lesson.name == name
   assert f"--only {name}" in module.__doc__

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
-import score_data
 import tiny
-from sft_jax import setup_data, terminal
-from sft_jax.data import scores, tokenizers
+from sft_jax.commands import score
+from sft_jax.data import scores
+from sft_jax.data.tokenizers import tokenizer as tokenizers
+from sft_jax.reporting import terminal
+from sft_jax.training.build import data
 
 HOSTILE = "\x1b[31m [bold]x[/bold] \u202e"
 
@@ -34,13 +36,13 @@ def test_scores_of_a_glob_are_read_by_a_run(tmp_path, model, capsys):
   config = tiny.config(
     tmp_path, model, glob, data__workers=1, data__seq_len=128
   )
-  found = score_data.score(config, quiet)
+  found = score.score(config, quiet)
   path = tmp_path / "a.jsonl.scores.jsonl"
   lines = path.read_text().splitlines()
   assert json.loads(lines[0])["model"] == str(model)
   assert len(lines) == 1 + 17  # A head; of the unanswered row nothing.
   before = path.read_bytes()
-  assert score_data.score(config, quiet) == found
+  assert score.score(config, quiet) == found
   assert path.read_bytes() == before
 
   cut = sorted(row.values[0] for row in found[str(tmp_path / "a.jsonl")])[8]
@@ -48,14 +50,14 @@ def test_scores_of_a_glob_are_read_by_a_run(tmp_path, model, capsys):
   # A wider glob finds the same rows: scores are none.
   config.data.train = str(tmp_path / "*.jsonl")
   tokenizer = tokenizers.load_tokenizer(model)
-  train = setup_data.load_stores(config, tokenizer, quiet).train
+  train = data.load_stores(config, tokenizer, quiet).train
   entry = train.ledger.sources[str(tmp_path / "a.jsonl")]
   assert (entry.rows_in, entry.rows_trained) == (18, 9)
   assert entry.dropped == {
     "empty answer": 1, f"fails nats <= {cut}": 8
   }  # fmt: skip
 
-  score_data.show(terminal.console(), config, found, shown=30)
+  score.show(terminal.console(), config, found, shown=30)
   out = capsys.readouterr().out
   assert "\x1b[31m" not in out
   assert "\u202e" not in out
@@ -69,16 +71,16 @@ def test_one_file_in_two_ways_or_two_of_one_name(tmp_path, model):
   two = tiny.rows_file(tmp_path / "other" / "a.jsonl")
   config = tiny.config(tmp_path, model, one)
   config.data.train = (str(one), {"path": str(one), "name": "again"})
-  assert len(score_data.files_of(config)) == 1
+  assert len(score.files_of(config)) == 1
   way = {"path": str(one), "name": "again", "format": "alpaca"}
   config.data.train = (str(one), way)
   with pytest.raises(ValueError, match="two sources that read it in two ways"):
-    score_data.files_of(config)
+    score.files_of(config)
   config.data.train = (str(one), str(two))
-  assert len(score_data.files_of(config)) == 2
+  assert len(score.files_of(config)) == 2
   config.data.scores = str(tmp_path / "scores")
   with pytest.raises(ValueError, match="expected one file each"):
-    score_data.files_of(config)
+    score.files_of(config)
 
 
 def test_scores_may_lie_elsewhere(tmp_path, model):
@@ -87,10 +89,10 @@ def test_scores_may_lie_elsewhere(tmp_path, model):
   config = tiny.config(
     tmp_path, model, file, data__workers=1, data__scores=str(folder)
   )
-  score_data.score(config, quiet)
+  score.score(config, quiet)
   assert scores.path_of(file, folder).is_file()
   assert not scores.path_of(file).exists()
   config.data.filter = ("nats", "<", 100.0)
   tokenizer = tokenizers.load_tokenizer(model)
-  train = setup_data.load_stores(config, tokenizer, quiet).train
+  train = data.load_stores(config, tokenizer, quiet).train
   assert len(train.index) == 4

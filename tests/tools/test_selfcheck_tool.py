@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 import pytest
 
-import selfcheck as tool
 import tiny
-from sft_jax.models import attention
+from sft_jax.commands import selfcheck as tool
+from sft_jax.models.attention import attention
 
 
 @pytest.fixture(scope="module")

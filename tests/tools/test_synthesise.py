@@ -5,9 +5,10 @@ import json
 import pytest
 
 import sft_jax
-import synthesise
 import tiny
-from sft_jax.data import formats, rows
+from sft_jax.commands import synthesize
+from sft_jax.data.formats import formats
+from sft_jax.data.readers import files
 
 ITEMS = [
   {
@@ -21,7 +22,7 @@ ITEMS = [
 
 def call(monkeypatch, *arguments):
   monkeypatch.setattr("sys.argv", ["synthesise.py", *map(str, arguments)])
-  synthesise.main()
+  synthesize.main()
 
 
 @pytest.mark.slow
@@ -41,7 +42,7 @@ def test_a_tuned_teacher_writes_rows_that_pass(tmp_path, monkeypatch, capsys):
     "--max_new_tokens=12", "--keep=all",
   ]  # fmt: skip
   call(monkeypatch, *arguments)
-  made = [row for _, row in rows.read_rows(out)]
+  made = [row for _, row in files.read_rows(out)]
   told = json.loads((tmp_path / "made.jsonl.ledger.json").read_text())
   assert told["asked elsewhere"]["overlapping"] == 2
   assert told["asked elsewhere"]["attempts"] == 0

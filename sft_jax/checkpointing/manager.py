@@ -1,0 +1,339 @@
+"""Checkpoints on Orbax: saved whole, verified by digest when restored.
+
+Orbax writes asynchronously and commits atomically, but does not notice a
+flipped bit in a committed file. So a manifest with every array's digest is
+part of what is committed, and a checkpoint that does not hold what was saved
+is set aside for an older one, never loaded and never deleted.
+"""
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from sft_jax.checkpointing import digests
+
+
+class Restored(NamedTuple):
+  """What a checkpoint held.
+
+  Attributes:
+    step: the number of steps taken when it was saved.
+    state: the tree of arrays, on the shardings asked for.
+    meta: the JSON-like dict saved with it.
+  """
+
+  step: int
+  state: Any
+  meta: dict[str, Any]
+
+
+class Mismatch(ValueError):
+  """A checkpoint is whole, but not of what was asked for."""
+
+
+class Checkpoints:
+  """The checkpoints of one run, under `directory`."""
+
+  def __init__(
+    self,
+    directory: Path,
+    *,
+    keep: int,
+    keep_every: int = 0,
+    keep_best: str = "",
+  ):
+    """Opens (or creates) the folder.
+
+    Args:
+      directory: holds a folder per step.
+      keep: the newest so many are kept.
+      keep_every: and those of steps that this divides; 0 = none.
+      keep_best: and the one of the 'lowest' or 'highest' score; '' = none.
+    """
+    if keep < 1 or keep_best not in ("", "lowest", "highest"):
+      raise ValueError(
+        f"{directory}: got keep={keep} and keep_best={keep_best!r}, expected "
+        "1 or more, and '', 'lowest' or 'highest'. Change checkpoint.keep or "
+        "checkpoint.best_is."
+      )
+    self._directory = directory
+    self._keep, self._every, self._best_is = keep, keep_every, keep_best
+    self._scores: dict[int, float] = {}
+    self._saving = 0  # The step being written.
+    self._open()
+
+  def _open(self) -> None:
+    try:
+      self._directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise OSError(
+        f"{self._directory}: cannot be written ({error}), expected a folder "
+        "that can. Change its permissions, or choose another workdir."
+      ) from error
+    # Orbax's policies do not match its own protocol in a type checker's eyes.
+    every_save: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
+    retention: Any = self
+    self._orbax = ocp.training.Checkpointer(
+      str(self._directory.absolute()),
+      save_decision_policy=every_save,
+      preservation_policy=retention,
+    )
+    for step in self.steps() if self._best_is else ():
+      with contextlib.suppress(ValueError):  # Restoring it will say so.
+        score = self._manifest(step)["score"]
+        if score is not None:
+          self._scores[step] = score
+
+  def steps(self) -> list[int]:
+    """Committed steps, oldest first."""
+    return sorted(c.step for c in self._orbax.checkpoints)
+
+  def best(self) -> tuple[int, float] | None:
+    """(step, score) of the best that was scored; the oldest of equals."""
+    there = {s: x for s, x in self._scores.items() if s in self.steps()}
+    return self._best(there)
+
+  def _best(self, scores: dict[int, float]) -> tuple[int, float] | None:
+    if not scores:
+      return None
+    sign = -1 if self._best_is == "highest" else 1
+    step = min(scores, key=lambda step: (sign * scores[step], step))
+    return step, scores[step]
+
+  def should_preserve(
+    self, checkpoints: Sequence[Any], *, context: Any
+  ) -> list[bool]:
+    """Orbax's question, asked when a save begins: which steps shall stay.
+
+    It deletes the others once the new one is committed, so a whole checkpoint
+    is there at any moment.
+    """
+    del context
+    steps = [c.step for c in checkpoints]
+    kept = set(sorted(steps)[-self._keep :])
+    if self._every:
+      kept |= {step for step in steps if step % self._every == 0}
+    if best := self._best(
+      {s: self._scores[s] for s in steps if s in self._scores}
+    ):
+      kept.add(best[0])
+    return [step in kept for step in steps]
+
+  # -- Saving ---------------------------------------------------------------
+
+  def save(
+    self,
+    step: int,
+    state: Any,
+    meta: dict[str, Any],
+    *,
+    beside: Any = None,
+    score: float | None = None,
+  ) -> None:
+    """Starts a save of a tree of arrays and a JSON-like dict.
+
+    The arrays are copied before this returns; writing goes on behind. One
+    save is under way at a time: this waits for the one before.
+
+    Args:
+      step: the number of steps taken.
+      state: what is saved.
+      meta: saved with it, and sealed.
+      beside: a tree of arrays of which the digests are saved alone: whoever
+        restores has them already, and proves it.
+      score: what `keep_best` compares; None = this one is not compared.
+
+    Raises:
+      OSError: the save before failed.
+    """
+    self.wait()
+    sealed: Any = digests.seal(
+      {
+        "step": step,
+        "arrays": digests.describe(state),
+        "beside": digests.describe(beside),
+        "meta": meta,
+        "score": score,
+        "code": digests.code(),
+      }
+    )
+    if score is not None and self._best_is:
+      self._scores[step] = score
+    self._saving = step
+    with self._explained():
+      self._orbax.save_checkpointables_async(
+        step, {"state": state}, custom_metadata=sealed
+      )
+
+  def check(self) -> None:
+    """Raises OSError if the save under way has failed; does not wait."""
+    if not self._orbax.is_saving_in_progress():
+      self.wait()
+
+  def wait(self) -> None:
+    """Returns when the save under way is on disk; OSError if it failed."""
+    with self._explained():
+      self._orbax.wait()
+
+  def close(self) -> None:
+    """Waits for the save under way and lets go of the folder."""
+    with self._explained():
+      self._orbax.close()
+
+  @contextlib.contextmanager
+  def _explained(self) -> Iterator[None]:
+    """Whatever a full or broken disk makes Orbax raise, as one OSError."""
+    try:
+      yield
+    except Exception as error:
+      self._scores.pop(self._saving, None)
+      raise OSError(
+        f"checkpoint {self._saving} in {self._directory}: could not be saved "
+        f"({_line(error)}), expected a disk with room that can be written. "
+        f"The checkpoints {self.steps()} are whole; make room, and run the "
+        "same command again."
+      ) from error
+
+  # -- Restoring ------------------------------------------------------------
+
+  def restore(
+    self,
+    abstract: Any,
+    announce: Callable[[str], None],
+    *,
+    beside: Any = None,
+    cast: bool = False,
+    best: bool = False,
+  ) -> Restored | None:
+    """The newest checkpoint that verifies, or None if there is none at all.
+
+    Args:
+      abstract: tree of jax.ShapeDtypeStruct with shardings.
+      announce: called with a line for every checkpoint that is rejected.
+      beside: the arrays that were beside the state when it was saved.
+      cast: True gives arrays of another dtype the one asked for; else they
+        are an error.
+      best: the best that verifies of those that were scored, not the newest.
+
+    Raises:
+      Mismatch: a whole checkpoint of other shapes, dtypes or arrays beside it;
+        names each.
+      ValueError: there are checkpoints and none of them verifies.
+    """
+    self.wait()
+    steps = self.steps()
+    if best:
+      sign = 1 if self._best_is == "highest" else -1
+      scored = [step for step in steps if step in self._scores]
+      # The best last; of equals the oldest.
+      steps = sorted(scored, key=lambda s: (sign * self._scores[s], -s))
+    for step in reversed(steps):
+      try:
+        return self._load(step, abstract, beside, cast)
+      except (Mismatch, MemoryError, PermissionError):
+        raise  # Nothing is wrong with the checkpoint.
+      except Exception as error:
+        # Whatever a damaged file makes Orbax raise, the answer is the same:
+        # say so, and try the step before.
+        if "RESOURCE_EXHAUSTED: Out of memory" in str(error):
+          raise
+        aside = self._set_aside(step)
+        announce(
+          f"checkpoint {step} rejected ({type(error).__name__}: "
+          f"{_line(error)}); set aside as {aside}"
+        )
+    if steps:
+      raise ValueError(
+        f"{self._directory}: none of the checkpoints {steps} could be "
+        "restored, expected one that verifies. They are in "
+        f"{self._rejected()}; start again in a new workdir."
+      )
+    return None
+
+  def _manifest(self, step: int) -> dict[str, Any]:
+    """A ValueError where it is missing or damaged."""
+    metadata = self._orbax.checkpointables_metadata(step)
+    held = digests.unseal(metadata.custom_metadata)
+    if held["step"] != step:
+      raise ValueError(f"its manifest is of step {held['step']}")
+    return held
+
+  def _load(
+    self, step: int, abstract: Any, beside: Any, cast: bool
+  ) -> Restored:
+    held = self._manifest(step)
+    other = digests.differences(held["arrays"], abstract)
+    if cast:
+      other = [line for line in other if ": dtype " not in line]
+    other += digests.differences(held["beside"], beside)
+    if other:
+      raise Mismatch(
+        f"checkpoint {step}: is whole, but not of what the config now gives:\n"
+        "  " + "\n  ".join(other[:20]) + f"\n({len(other)} in all, saved -> "
+        "asked for); expected the same. Undo the change of config, or start "
+        "in a new workdir."
+      )
+    if changed := digests.damaged(held["beside"], beside):
+      raise Mismatch(
+        f"checkpoint {step}: the frozen parameters {changed[:3]} "
+        f"({len(changed)} arrays) are not those it was trained beside, "
+        "expected the same: the model's folder has changed. Put the files "
+        "back, or start in a new workdir."
+      )
+    as_saved = jax.tree_util.tree_map_with_path(
+      lambda path, x: jax.ShapeDtypeStruct(
+        x.shape,
+        held["arrays"][jax.tree_util.keystr(path)]["dtype"]
+        if cast
+        else x.dtype,
+        sharding=x.sharding,
+      ),
+      abstract,
+    )
+    state = self._orbax.load_checkpointables(step, {"state": as_saved})["state"]
+    if wrong := digests.damaged(held["arrays"], state):
+      raise ValueError(f"digest mismatch in {wrong[:3]} ({len(wrong)} arrays)")
+    if cast:
+      state = jax.tree.map(lambda x, y: x.astype(y.dtype), state, abstract)
+    return Restored(step, state, held["meta"])
+
+  def _rejected(self) -> Path:
+    return self._directory.with_name(self._directory.name + "_rejected")
+
+  def _set_aside(self, step: int) -> Path:
+    self._orbax.close()
+    target, number = self._rejected() / str(step), 0
+    while target.exists():
+      number += 1
+      target = self._rejected() / f"{step}.{number}"
+    _together("names of rejected checkpoints")
+    if jax.process_index() == 0:
+      self._rejected().mkdir(exist_ok=True)
+      shutil.move(self._directory / str(step), target)
+    _together("a checkpoint is set aside")
+    self._scores.pop(step, None)
+    self._open()
+    return target
+
+  def remove_unfinished(self) -> None:
+    """Removes what saves that were killed have left; none is under way."""
+    if jax.process_index() == 0:
+      for path in self._directory.glob("*.orbax-checkpoint-tmp"):
+        shutil.rmtree(path)
+    _together("unfinished checkpoints are removed")
+
+
+def _together(what: str) -> None:
+  """Waits until every process is here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)
+
+
+def _line(error: Exception) -> str:
+  return " ".join(str(error).split())[:300]

@@ -1,0 +1,81 @@
+"""The frame of a tool: what a user got wrong is one line and exit 2."""
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from sft_jax.data.chat.options import CHOICES, DEFAULT, Policy
+
+# As in sft_jax/main.py: anything else is our mistake and keeps its trace.
+USER_ERRORS = (ValueError, OSError)
+
+
+def run(main: Callable[[], None]) -> None:
+  """Runs a tool that reads its own arguments; --debug shows traces."""
+  debug = _debug()
+  logging.set_verbosity(logging.WARNING)  # Orbax and JAX narrate at INFO.
+  try:
+    main()
+  except USER_ERRORS as error:
+    if debug:
+      raise
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _debug() -> bool:
+  """Takes "--debug" off the command line; whether it was there."""
+  found = "--debug" in sys.argv
+  sys.argv[:] = [word for word in sys.argv if word != "--debug"]
+  return found
+
+
+@functools.cache
+def config_flag() -> flags.FlagHolder:
+  """The --config of a tool; once, also where a process has two, or main."""
+  holder = config_flags.DEFINE_config_file(
+    "config", None, "What to train.", allow_override=True
+  )
+  flags.mark_flag_as_required("config")
+  return holder
+
+
+def run_with_flags(main: Callable[[], None]) -> None:
+  """Runs a tool whose arguments are absl flags, such as a --config."""
+
+  debug = _debug()
+
+  def parsed(argv: list[str]) -> None:
+    if argv[1:]:
+      sys.exit(f"error: command line: unexpected argument {argv[1]!r}")
+    sys.argv += ["--debug"] * debug  # For `run`.
+    run(main)
+
+  app.run(parsed)
+
+
+# What of a policy concerns a prompt.
+_OF_PROMPTS = ("generation_prompt", "reasoning", "control_tokens")
+
+
+def add_policy(parser: argparse.ArgumentParser) -> None:
+  """Adds what training may have chosen for prompts; exports need none of it,
+  but for the date and reasoning=strip, and runs remember it."""
+  add = parser.add_argument
+  add("--template_kwargs", type=json.loads, help="as in training")
+  for name in _OF_PROMPTS:
+    add(f"--{name}", choices=CHOICES[name], help="as in training")
+
+
+def policy(args: argparse.Namespace, ours: Policy = DEFAULT) -> Policy:
+  """A model's own policy, with what `add_policy`'s arguments tell."""
+  names = ("template_kwargs", *_OF_PROMPTS)
+  given = {name: getattr(args, name) for name in names}
+  told = {name: x for name, x in given.items() if x is not None}
+  return dataclasses.replace(ours, **told)

@@ -1,0 +1,157 @@
+"""Scores a model on behaviour sets, against another model if one is given.
+
+    python tools/evaluate.py --model=runs/demo/export \\
+        --data=sft_jax/demo/behaviours.jsonl --baseline=BASE_FOLDER
+
+A model is a Hugging Face folder, the workdir of a run, or one of its
+checkpoints (runs/demo/checkpoints/200). With --baseline also how far the model
+is from it: KL(baseline || model) on the model's replies and on the rows of
+--text, from the logits of both, which are then both in memory.
+"""
+
+import argparse
+import functools
+from pathlib import Path
+
+import numpy as np
+from rich.text import Text
+
+from sft_jax.commands import command
+from sft_jax.data.conversation import Conversation
+from sft_jax.data.encoding import encode
+from sft_jax.data.formats import formats
+from sft_jax.evals import behaviour_sets, behaviours, forgetting
+from sft_jax.inference import generate as replies
+from sft_jax.reporting import terminal
+from sft_jax.training.build import load_run
+
+
+def scores(
+  asked: load_run.Asked,
+  items: list[behaviour_sets.Item],
+  args: argparse.Namespace,
+) -> tuple[behaviours.Scores, list[encode.Example]]:
+  """Greedy replies of a model, checked; and as rows, the replies trained on."""
+  policy = command.policy(args, asked.policy)
+  said = list[replies.Reply]()
+
+  def generate(prompts: list[Conversation]) -> list[replies.Reply]:
+    said[:] = replies.generate(
+      asked.model,
+      asked.params,
+      asked.tokenizer,
+      prompts,
+      max_new_tokens=args.max_new_tokens,
+      stop_strings=args.stop or (),
+      policy=policy,
+      batch_size=args.batch_size,
+      int8_cache=args.int8_cache,
+    )
+    return said
+
+  found = behaviours.run(items, generate)
+  rows_ = [
+    _row(encode.prompt_ids(item.prompt, asked.tokenizer, policy), reply.tokens)
+    for item, reply in zip(items, said, strict=True)
+  ]
+  return found, rows_
+
+
+def _row(prompt: list[int], reply: list[int]) -> encode.Example:
+  weights = np.array([0] * len(prompt) + [1] * len(reply), np.float32)
+  tokens = np.array(prompt + reply, np.int32)
+  return encode.Example(tokens, weights, np.zeros(len(tokens), np.uint8))
+
+
+def texts(
+  path: str, asked: load_run.Asked, args: argparse.Namespace
+) -> list[encode.Example]:
+  """The rows of a file, raw text or conversations, as training has them."""
+  policy = command.policy(args, asked.policy)
+  return [
+    example
+    for where, row in formats.read_rows(path)
+    for example in encode.encode_row(
+      formats.to_conversation(row, source=where),
+      asked.tokenizer,
+      policy,
+      max_length=args.max_length,
+    ).examples
+  ]
+
+
+def tell(
+  what: str,
+  examples: list[encode.Example],
+  asked: load_run.Asked,
+  baseline: load_run.Asked | None,
+  args: argparse.Namespace,
+) -> None:
+  """Prints how a model predicts a text, and what is left of the baseline's."""
+  out = terminal.console()
+  if baseline and (
+    baseline.tokenizer.fingerprint != asked.tokenizer.fingerprint
+  ):
+    out.print(Text(f"{what}: no KL, as the tokenizers differ."))
+    baseline = None
+  base = baseline and (baseline.model, baseline.params)
+  found = forgetting.compare_models(
+    asked.model, asked.params, base, examples, batch_size=args.text_batch
+  )
+  nats = forgetting.perplexity(lambda: (float(found.nats), float(found.weight)))
+  line = f"{what}: perplexity {nats.value:.3f} over {nats.tokens:,.0f} tokens"
+  if found.base is not None:
+    left = forgetting.left(found.base, found.weight)
+    line += (
+      f"; KL(baseline || model) {left['kl']:.4f} nats per token; the most "
+      f"likely token is the baseline's in {left['kept']:.1%}"
+    )
+    if "still_right" in left:
+      line += f"; of what it had right {left['still_right']:.1%} still is"
+  out.print(Text(f"{line}."))
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  add = parser.add_argument
+  add("--model", required=True, help="a model's folder, a run, a checkpoint")
+  add("--data", required=True, nargs="+", help="behaviour sets: path or glob")
+  add("--baseline", help="the model before")
+  add("--text", nargs="+", help="rows to predict: raw text, conversations")
+  add("--text_batch", type=int, default=8, help="of these, rows at once")
+  add("--max_length", type=int, default=1024, help="tokens of these rows")
+  add("--max_new_tokens", type=int, default=80, help="per reply")
+  add("--stop", action="append", help="ends a reply where this text begins")
+  add("--batch_size", type=int, default=64, help="prompts at once")
+  add("--int8_cache", action="store_true", help="keys and values in 8 bits")
+  command.add_policy(parser)
+  add("--dtype", default="float32", help="float32 or bfloat16")
+  add("--out", help="write every reply here, jsonl; the baseline's beside it")
+  args = parser.parse_args()
+  items = [item for one in args.data for item in behaviour_sets.load_sets(one)]
+  load = functools.partial(load_run.load, dtype=args.dtype)
+  baseline = load(args.baseline) if args.baseline else None
+  before = scores(baseline, items, args)[0] if baseline else None
+  asked = load(args.model)
+  after, said = scores(asked, items, args)
+  if before:
+    head, *rows = behaviours.table(behaviours.compare(before, after))
+  else:
+    head, *rows = behaviours.alone(after)
+  terminal.table(terminal.console(), args.model, head, rows)
+  if figures := behaviours.ifeval_accuracy(after):
+    shares = ", ".join(f"{name} {x:.1%}" for name, x in figures.items())
+    terminal.console().print(Text(f"IFEval: {shares}"))
+  if baseline and any(one.loss_weights.any() for one in said):
+    tell("its replies", said, asked, baseline, args)
+  for path in args.text or ():
+    tell(path, texts(path, asked, args), asked, baseline, args)
+  if args.out:
+    out = Path(args.out)
+    after.write(out)
+    if before:
+      before.write(out.with_suffix(f".baseline{out.suffix}"))
+
+
+if __name__ == "__main__":
+  command.run(main)

@@ -1,0 +1,50 @@
+"""Writes the newest checkpoint of a run as a verified Hugging Face folder.
+
+python tools/export_hf.py --workdir=runs/demo --out=my_model
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from rich.text import Text
+
+from sft_jax.checkpointing.resume import restore
+from sft_jax.commands import command
+from sft_jax.reporting import terminal
+from sft_jax.training.build import build
+from sft_jax.training.run import export_run, open_checkpoints, own_params
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--workdir", required=True, help="the folder of a run")
+  parser.add_argument("--out", required=True, help="the folder to write")
+  parser.add_argument("--dtype", help="of the weights; as trained by default")
+  args = parser.parse_args()
+  out = terminal.console()
+  say = lambda line: out.print(Text(line))
+  workdir = Path(args.workdir)
+  read = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+  config: Any = ml_collections.ConfigDict(read, type_safe=False)
+  run = build.setup(config, say)
+  checkpoints = open_checkpoints(config, workdir)
+  if not checkpoints.steps():
+    raise ValueError(
+      f"{workdir}/checkpoints: got no checkpoint; expected at least one. "
+      "Train first, or name another workdir."
+    )
+  state = restore(checkpoints, run, say).state
+  checkpoints.close()
+  params = own_params(state)
+  if args.dtype:
+    config.export_dtype = args.dtype
+  say(f"Writing step {int(state.step)} to {args.out} ...")
+  del state  # The moments make room for the folder's parameters.
+  say(f"{args.out}: {export_run(config, run, params, Path(args.out))}")
+
+
+if __name__ == "__main__":
+  command.run(main)

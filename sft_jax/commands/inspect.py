@@ -1,0 +1,158 @@
+"""What a config trains on, and what is wrong with it.
+
+    python tools/inspect_data.py --config=configs/base.py
+    python tools/inspect_data.py --config=... --html=data.html --json
+
+Shows verdicts, warnings with examples, the scores that lie beside the rows
+(tools/score_data.py writes them), rows and tokens by source, lengths, and
+samples as the model will see them: prompt dim, trained green (of another
+weight than 1: yellow), special tokens bold. The data is built as training
+builds it, with the same cache. See docs/audit.md for all of it.
+
+Exit codes: 0 fine, warnings allowed; 1 a verdict failed; 2 the config or the
+data cannot be read.
+"""
+
+import json
+import sys
+from typing import Any
+
+from absl import flags
+from rich.console import Console
+from rich.text import Text
+
+from sft_jax.commands import command, score
+from sft_jax.data.audit import checks, summary
+from sft_jax.data.conversation import RowError
+from sft_jax.data.store.stats import Ledger
+from sft_jax.data.tokenizers import tokenizer as tokenizers
+from sft_jax.reporting import terminal
+from sft_jax.reporting.html import audit_page
+from sft_jax.training.build import data, model
+
+CONFIG = command.config_flag()
+SAMPLES = flags.DEFINE_integer("samples", 3, "Examples to show.")
+SEED = flags.DEFINE_integer("seed", 0, "Which examples.")
+JSON = flags.DEFINE_bool("json", False, "Print JSON for other programs.")
+HTML = flags.DEFINE_string("html", None, "Write a page to this path.")
+
+
+def inspect(config: data.Config, say: data.Say) -> dict[str, Any]:
+  """Everything about the data of a config; see `inspection.inspect`."""
+  tokenizer = tokenizers.load_tokenizer(model.find_model(config).folder)
+  fault = None
+  try:
+    stores = data.load_stores(config, tokenizer, say)
+  except RowError as error:
+    # Training stops at the first such row; here all of them are wanted.
+    fault = str(error)
+    with config.unlocked():
+      config.data.on_bad_row = "skip"
+    stores = data.load_stores(config, tokenizer, say)
+  verdicts = [*stores.verdicts, checks.malformed(stores.train, fault)]
+  stream = None
+  if len(stores.train.index):
+    stream = data.make_stream(config, stores.train)
+  return summary.inspect(
+    stores.train,
+    stores.held_out,
+    stream,
+    verdicts,
+    tokenizer,
+    own_files=bool(config.data.eval),
+    allow=config.data.allow,
+    format=config.data.format,
+    policy=data.make_policy(config),
+    rows_seed=config.seed,
+    samples=SAMPLES.value,
+    samples_seed=SEED.value,
+    scores_folder=config.data.scores,
+    scores_shown=score.SHOWN.value,
+  )
+
+
+def show(out: Console, found: dict[str, Any]) -> None:
+  """Prints what was found, the most important last, above the prompt."""
+  for sample in found["samples"]:
+    show_sample(out, sample)
+  ledger = Ledger.from_json(found["ledger"])
+  terminal.lines(out, "\nData", [*ledger.lines(), *ledger.details()])
+  if epoch := found["epoch"]:
+    facts = {
+      "steps per epoch": f"{epoch['steps']:g} of {epoch['batch_size']} rows x "
+      f"{epoch['seq_len']} tokens, {epoch['fill']:.1%} full",
+    }
+    for kind, spread in found["lengths"].items():
+      facts[f"{kind} per example"] = ", ".join(
+        f"{name} {value:,.0f}"
+        for name, value in spread.items()
+        if name not in ("total", "histogram")
+      )
+    terminal.facts(out, "\nEpoch", facts)
+  if scored := found["scores"]:
+    out.print()
+    score.show_figures(out, scored)
+    out.print(
+      Text(
+        f"\n{scored['rows']:,} rows have scores, {scored['unscored']:,} have "
+        f"none, {scored['changed']:,} have changed since they were scored"
+      )
+    )
+  for warning in found["warnings"]:
+    title = f"\nwarning: {warning['name']} ({warning['count']:,})"
+    terminal.lines(out, title, [warning["said"]])
+    for example in warning["examples"]:
+      terminal.lines(out, f"  {example['note']}", map(_row, example["rows"]))
+  passed: dict[str, list[str]] = {}
+  for verdict in found["verdicts"]:
+    if verdict["passed"]:
+      passed.setdefault(verdict["of"], []).append(verdict["name"])
+  out.print()
+  for of, names in passed.items():
+    out.print(Text(f"passed  {of}: {', '.join(names)}", style="green"))
+  for verdict in found["verdicts"]:
+    if not verdict["passed"]:
+      word, style = "FAILED ", "bold red"
+      if verdict["allowed"]:
+        word, style = "allowed", "yellow"
+      out.print(Text(f"{word} {verdict['name']} ({verdict['of']})", style))
+      out.print(Text(f"        {terminal.visible(verdict['said'])}"))
+
+
+def show_sample(out: Console, sample: dict[str, Any]) -> None:
+  trained = sum(weight > 0 for weight in sample["loss_weights"])
+  title = f"\n{sample['place']}: {len(sample['tokens'])} tokens, {trained} "
+  out.print(Text(terminal.visible(title) + "trained", style="underline"))
+  text = Text()
+  for piece in sample["pieces"]:
+    weight = piece["weight"]
+    style = "dim" if not weight else "green" if weight == 1 else "yellow"
+    bold = " bold" if piece["special"] else ""
+    text.append(terminal.visible(piece["text"]), style=style + bold)
+  out.print(text)
+
+
+def _row(row: dict[str, str]) -> str:
+  one_line = lambda text: " / ".join(filter(None, text.splitlines()))[:110]
+  return f"{row['place']}: {one_line(row['prompt'])} -> " + one_line(
+    row["answer"]
+  )
+
+
+def main() -> None:
+  out = terminal.console()
+  say = lambda line: (
+    None if JSON.value else out.print(Text(terminal.visible(line)))
+  )
+  found = inspect(CONFIG.value, say)
+  if HTML.value:
+    audit_page.write(HTML.value, found)
+  if JSON.value:
+    print(json.dumps(found))
+  else:
+    show(out, found)
+  sys.exit(0 if found["passed"] else 1)
+
+
+if __name__ == "__main__":
+  command.run_with_flags(main)

@@ -1,0 +1,204 @@
+"""Know before you start: what a run needs, and how fast it can be.
+
+    python tools/plan.py --config=configs/models/llama3_8b_tpu_v5p.py \
+        --topology=v5p:2x2x1
+
+Compiles the very step that the run would take, for a machine that need not be
+here (see sft_jax/common/machines.py; '' is this one), from shapes: no weights
+are read. Where it does not fit, other settings are tried and the first that
+does is named; with --search, the largest batch that fits. See docs/planning.md.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+from rich.text import Text
+
+from sft_jax.commands import command
+from sft_jax.common import hub, machines, sharding
+from sft_jax.common.trees import Tree, flatten
+from sft_jax.data.tokenizers import tokenizer as tokenizers
+from sft_jax.models.config import ModelConfig, read_config
+from sft_jax.models.lora.quantize import num_scalars
+from sft_jax.reporting import terminal
+from sft_jax.training.build import abstract, data, step
+from sft_jax.training.planning import plan
+
+CONFIG = command.config_flag()
+TOPOLOGY = flags.DEFINE_string("topology", "", "v5e:2x4, cpu:8, gpu-80GB, ...")
+SEARCH = flags.DEFINE_bool("search", False, "Find the largest batch_size.")
+QUICK = flags.DEFINE_bool("quick", False, "Optimise less; figures 10 % off.")
+MEAN_LENGTH = flags.DEFINE_integer(
+  "mean_length", 0, "Tokens per document where no data is at hand; 0: a row."
+)
+
+# config.json of public models, by their names on the hub.
+SHAPES = Path(__file__).parents[2] / "configs" / "model_shapes"
+# How a TPU's program calls one, such as splash attention.
+_KERNEL = 'custom_call_target="tpu_custom_call"'
+
+
+def main() -> None:
+  machines.prepare(TOPOLOGY.value)
+  out = terminal.console()
+  config = CONFIG.value
+  machine = machines.find(TOPOLOGY.value)
+  shape = find_shape(config.model.path)
+
+  lengths, fill, whence = documents(config, lambda x: out.print(Text(x)))
+
+  def outline(config):
+    mesh = sharding.make_mesh(**config.mesh, devices=machine.devices)
+    return abstract.outline(config, shape, mesh)
+
+  def tried(config) -> plan.Plan:
+    one = outline(config)
+    useful = tokens_of(config, fill) * step.flops_per_token(
+      one.step, one.model, one.params, lengths
+    )
+    quick = QUICK.value
+    return plan.plan(one, machine, model_flops=useful, quick=quick)
+
+  first = outline(config)
+  facts = {
+    "model": f"{terminal.number(count(first.state.params))} trained, "
+    f"{terminal.number(count(first.state.frozen))} frozen parameters, "
+    f"{config.model.param_dtype}; computes in {config.model.dtype}",
+    "machine": f"{first.mesh.size} x {machine.chip.name}, mesh "
+    + " x ".join(f"{a}={n}" for a, n in first.mesh.shape.items()),
+    "batch": f"{config.batch_size} rows x {config.data.seq_len} slots in "
+    f"{config.accum_steps} parts, remat {config.model.remat}",
+    "documents": whence,
+  }
+  if machine.estimate:
+    facts["note"] = machine.estimate
+  terminal.facts(out, "Plan", facts)
+  out.print("Compiling ...")
+  found = tried(config)
+  show(out, config, first, found, fill)
+  if not found.fits:
+    recommend(out, config, first, tried)
+  if SEARCH.value:
+    search(out, config, first, tried, machine.chip.memory)
+
+
+def tokens_of(config, fill: float) -> float:
+  """Tokens of a step, padding left out."""
+  return config.batch_size * config.data.seq_len * fill
+
+
+def find_shape(path: str) -> ModelConfig:
+  """The config.json of a folder, of configs/model_shapes, or of the hub."""
+  for folder in (Path(path), SHAPES / path):
+    if (folder / "config.json").is_file():
+      return read_config(folder)
+  if hub.is_id(path):
+    found = hub.fetch(path, kind="model", patterns=("config.json",))
+    return read_config(found.folder)
+  return read_config(path)
+
+
+def count(tree: Tree) -> int:
+  """Parameters, however they are stored."""
+  leaves = flatten(tree)
+  return sum(num_scalars(path, leaves[path]) for path in leaves)
+
+
+def documents(config, say) -> tuple[list[int], float, str]:
+  """(lengths, share of slots that hold a token, where this is from)."""
+  files = ("tokenizer.json", "tokenizer.model")
+  if any((Path(config.model.path) / name).is_file() for name in files):
+    tokenizer = tokenizers.load_tokenizer(config.model.path)
+    stream = data.load_data(config, tokenizer, say).stream
+    return list(stream.store.lengths), stream.fill, f"{config.data.train}"
+  length = MEAN_LENGTH.value or config.data.seq_len
+  whence = f"assumed: documents of {length} tokens, no padding"
+  return [length], 1.0, whence
+
+
+def show(out, config, outline, found: plan.Plan, fill: float) -> None:
+  """Memory by kind, FLOPs, collectives, time."""
+  memory, chip, times = found.memory, found.machine.chip, found.times
+  gigabytes = lambda n: f"{n / 1e9:.3f} GB"
+  kinds = {f"  {k}": gigabytes(v) for k, v in memory._asdict().items()}
+  kinds.pop("  total")
+  terminal.facts(
+    out,
+    "Memory per device",
+    {
+      "total": f"{gigabytes(memory.total)} of {gigabytes(chip.memory)}, "
+      f"{memory.total / chip.memory:.0%}: "
+      + ("fits" if found.fits else "DOES NOT FIT"),
+      **kinds,
+    },
+  )
+  if times is None:
+    return
+  tokens = tokens_of(config, fill)
+  peak = chip.flops * outline.mesh.size
+  terminal.facts(
+    out,
+    "Step",
+    {
+      "FLOPs": f"{found.flops:.4g} or more, for {tokens:,.0f} tokens; the "
+      f"model's own are {found.model_flops:.4g}",
+      **{
+        kind: f"{one.count} x, {gigabytes(one.bytes)} received per device"
+        + ("" if one.exact else ", or more")
+        for kind, one in found.traffic.items()
+      },
+      "kernels": f"{found.text.count(_KERNEL)} of Pallas (splash attention)",
+      **{
+        name: "not known" if time is None else f"at least {time:.4g} s"
+        for name, time in times._asdict().items()
+      },
+      "step": f"at least {times.step:.4g} s, by {times.bound}",
+      "speed": f"at most {tokens / times.step:,.0f} tokens/s, an MFU of "
+      f"{found.model_flops / times.step / peak:.0%}",
+    },
+  )
+
+
+def recommend(out, config, outline, tried) -> None:
+  """Tries what may help, the cheapest first; names the first that fits."""
+  for change in plan.alternatives(config, outline.mesh.shape):
+    found = tried(plan.changed(config, change.keys))
+    total, bound = found.memory.total / 1e9, found.times
+    out.print(
+      f"tried {change.name}: {total:.3f} GB, "
+      + ("fits" if found.fits else "does not fit")
+      + (f", a step of at least {bound.step:.4g} s" if bound else "")
+    )
+    if found.fits:
+      flags_ = " ".join(f"--config.{k}={v}" for k, v in change.keys.items())
+      out.print(f"Change first: {flags_}")
+      return
+  out.print(
+    "Nothing tried fits. Take more devices, LoRA (lora.rank), parameters in "
+    "bfloat16 (model.param_dtype), or shorter rows (data.seq_len)."
+  )
+
+
+def search(out, config, outline, tried, limit) -> None:
+  """Finds the largest batch that fits, all else as it is."""
+  shape = outline.mesh.shape
+  unit = config.accum_steps * shape["data"] * shape["fsdp"]
+
+  def total(n: int) -> int:
+    found = tried(plan.changed(config, {"batch_size": n * unit}))
+    size, fits = found.memory.total, "fits" if found.fits else "does not fit"
+    out.print(f"batch_size={n * unit}: {size / 1e9:.3f} GB, {fits}")
+    sys.stdout.flush()
+    return size
+
+  best = plan.largest_batch(total, limit) * unit
+  out.print(
+    f"Largest batch_size that fits: {best}"
+    if best
+    else f"Not even batch_size={unit} fits."
+  )
+
+
+if __name__ == "__main__":
+  command.run_with_flags(main)

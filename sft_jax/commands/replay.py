@@ -1,0 +1,80 @@
+"""Shows the exact rows that one step of a run trained on.
+
+    python tools/replay.py --workdir=runs/demo --step=17
+
+Every example of the step's batch: its place in the data, its row of the batch,
+and its text: prompt dim, trained green (of another weight than 1: yellow),
+special tokens bold. Without colours (a pipe, NO_COLOR) what is trained stands
+in [[double brackets]]. The data are rebuilt, or taken from the run's cache, and
+must have the fingerprint that the run's data.json says.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from rich.console import Console
+from rich.text import Text
+
+from sft_jax.commands import command
+from sft_jax.data.audit.step_rows import step_rows
+from sft_jax.data.store import fingerprint
+from sft_jax.data.tokenizers import tokenizer as tokenizers
+from sft_jax.reporting import terminal
+from sft_jax.training.build import data, model
+
+
+def show(out: Console, row: dict[str, Any]) -> None:
+  """Prints one example."""
+  trained = sum(weight > 0 for weight in row["loss_weights"])
+  title = (
+    f"\nrow {row['row']}  {row['place']}  {len(row['tokens'])} tokens, "
+    f"{trained} trained"
+  )
+  out.print(Text(terminal.visible(title), style="underline"))
+  text = Text()
+  for piece in row["pieces"]:
+    weight = piece["weight"]
+    style = "dim" if not weight else "green" if weight == 1 else "yellow"
+    said = terminal.visible(piece["text"])
+    if weight and not out.color_system:
+      said = f"[[{said}]]"
+    text.append(said, style + (" bold" if piece["special"] else ""))
+  out.print(text)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--workdir", required=True, help="the folder of a run")
+  parser.add_argument("--step", required=True, type=int, help="1 is the first")
+  args = parser.parse_args()
+  out = terminal.console()
+  workdir = Path(args.workdir)
+  read = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+  config: Any = ml_collections.ConfigDict(read, type_safe=False)
+  with config.unlocked():
+    config.workdir = str(workdir)
+  folder = model.find_model(config).folder
+  tokenizer = tokenizers.load_tokenizer(folder)
+  say = lambda line: out.print(Text(terminal.visible(line)))
+  stream = data.make_train_stream(
+    config, data.load_stores(config, tokenizer, say).train
+  )
+  made_from = json.loads((workdir / "data.json").read_text(encoding="utf-8"))
+  if made_from["fingerprint"] != stream.fingerprint:
+    changed = fingerprint.differences(made_from["causes"], stream.causes)
+    raise ValueError(
+      f"{workdir}: was trained on other data than there now are:\n  "
+      + "\n  ".join(changed)
+      + "\nexpected the same. Undo the change to see the rows."
+    )
+  for row in step_rows(stream, tokenizer, args.step):
+    show(out, row)
+
+
+if __name__ == "__main__":
+  command.run(main)

@@ -1,0 +1,177 @@
+"""Scores every row of data.train by the model of a config, beside the rows.
+
+    python tools/score_data.py --config=configs/base.py
+    python tools/score_data.py --config=... --config.data.scores=FOLDER
+
+Of each row: nats per trained token, the answer's nats without its prompt, and
+their ratio, IFD; see sft_jax/evals/row_scores.py. They are written to
+NAME.scores.jsonl beside each file NAME, or into FOLDER, and data.filter and
+data.weight_by read them there. The summary shows percentiles, the hardest and
+easiest rows, those whose prompt makes the answer harder (IFD above 1), and
+those whose prompt says it (the lowest IFD); tools/inspect_data.py shows it
+again. See docs/selection.md.
+"""
+
+import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.text import Text
+
+from sft_jax.commands import command
+from sft_jax.common import sharding
+from sft_jax.data import scores
+from sft_jax.data.audit import score_summary
+from sft_jax.data.readers import files
+from sft_jax.data.scores import RowScore
+from sft_jax.data.sources import Source
+from sft_jax.data.tokenizers import tokenizer as tokenizers
+from sft_jax.evals import row_scores
+from sft_jax.reporting import terminal
+from sft_jax.training.build import data
+from sft_jax.training.build import model as setup_model
+
+CONFIG = command.config_flag()
+SHOWN = flags.DEFINE_integer("shown", 3, "Rows to show of each kind.")
+_CUT = 110  # Characters of a text shown.
+
+Config = data.Config
+
+
+def score(config: Config, say: data.Say) -> dict[str, list[RowScore]]:
+  """Scores the rows of data.train and writes a file beside each of theirs.
+
+  Returns:
+    {file: its scores}, as in data.train.
+
+  Raises:
+    ValueError: a file that two sources read in two ways, or two files whose
+      scores would have one name.
+  """
+  mesh = sharding.make_mesh(**config.mesh)
+  sharding.check_rows(mesh, config.batch_size, 1)
+  folder = setup_model.find_model(config).folder
+  config = config.copy_and_resolve_references()
+  config.model.path = str(folder)
+  tokenizer = tokenizers.load_tokenizer(folder)
+  sources = files_of(config)
+  store = data.build_store(config, sources, tokenizer, say)
+  if not len(store.index):
+    raise ValueError(
+      f"{config.data.train}: got no row to train on, expected some to score. "
+      "Read the ledger: python tools/inspect_data.py --config=..."
+    )
+  model, params = setup_model.load_model(config, mesh, say)
+  found = row_scores.score(
+    store,
+    model,
+    params,
+    bos_id=tokenizer.bos_id,
+    seq_len=config.data.seq_len,
+    batch_size=config.batch_size,
+    mesh=mesh,
+    chunk_tokens=config.loss.chunk_tokens,
+    announce=say,
+  )
+  first = np.diff(store.index["row"], prepend=-1) != 0
+  of_row = store.source[first].tolist()
+  by = {
+    "model": config.model.path,
+    "seq_len": config.data.seq_len,
+    "policy": data.make_policy(config).to_json(),
+  }
+  result = {}
+  for number, source in enumerate(sources):
+    mine = [x for x, of in zip(found, of_row, strict=True) if of == number]
+    path = scores.path_of(source.path, config.data.scores)
+    scores.write(path, by, mine)
+    say(f"{len(mine):,} scores in {path}")
+    result[source.path] = mine
+  return result
+
+
+def files_of(config: Config) -> list[Source]:
+  """Every file of data.train once, whatever of it is trained on."""
+  made: dict[str, Source] = {}
+  columns = config.data.columns.to_dict()
+  for source in data.make_sources(config.data.train, columns):
+    for file in files.find_files(source.path):
+      plain = dataclasses.replace(
+        Source(str(file)), format=source.format, columns=source.columns
+      )
+      if made.setdefault(str(file), plain) != plain:
+        raise ValueError(
+          f"{file}: got two sources that read it in two ways, expected one "
+          "score of each row. Copy the file for the second."
+        )
+  paths: dict[Path, str] = {}
+  for file in made:
+    path = scores.path_of(file, config.data.scores)
+    if other := paths.get(path):
+      raise ValueError(
+        f"{path}: got the scores of {other} and of {file}, expected one file "
+        "each. Rename one, or set data.scores to ''."
+      )
+    paths[path] = file
+  return list(made.values())
+
+
+def show(
+  out: Console, config: Config, found: dict[str, list[RowScore]], shown: int
+) -> None:
+  """Prints percentiles and the rows at the ends."""
+  every = [(path, row) for path, those in found.items() for row in those]
+
+  def read(wanted: Collection[int]) -> dict[int, dict[str, str]]:
+    said = {}
+    for source in files_of(config):
+      rows_of = {i: every[i][1] for i in wanted if every[i][0] == source.path}
+      keys = {i: (row.place, row.content) for i, row in rows_of.items()}
+      found = score_summary.read_rows(
+        source, set(keys.values()), format=config.data.format
+      )
+      said |= {i: found[key]._asdict() for i, key in keys.items()}
+    return said
+
+  values = np.array([row.values for _, row in every], np.float64)
+  show_figures(out, score_summary.make(values, read, most=shown))
+
+
+def show_figures(out: Console, found: dict[str, Any]) -> None:
+  """Prints what `score_figures` made."""
+  percentiles = score_summary.PERCENTILES
+  head = ("score", "rows", *(f"{p} %" for p in percentiles))
+  lines = [
+    (
+      name,
+      f"{of_name['rows']:,}",
+      *(f"{of_name[f'p{p}']:.3g}" for p in percentiles),
+    )
+    for name, of_name in found["spread"].items()
+  ]
+  terminal.table(out, "Scores, by percentile", head, lines)
+  for end in found["ends"]:
+    out.print(Text(f"\n{end['name']}", style="bold"))
+    for row in end["rows"]:
+      known = [f"{x} {row[x]:.3g}" for x in scores.SCORES if x in row]
+      line = f"{row['place']}  {', '.join(known)}"
+      out.print(Text(terminal.visible(line), style="underline"))
+      for text in (row["prompt"], row["answer"]):
+        cut = " / ".join(text.split("\n"))
+        cut = cut if len(cut) <= _CUT else cut[:_CUT] + " ..."
+        out.print(Text(f"  {terminal.visible(cut)}"))
+
+
+def main() -> None:
+  out = terminal.console()
+  config: Any = CONFIG.value
+  say = lambda line: out.print(Text(terminal.visible(line)))
+  show(out, config, score(config, say), SHOWN.value)
+
+
+if __name__ == "__main__":
+  command.run_with_flags(main)

@@ -1,0 +1,164 @@
+"""Do the laws hold here: with this model, on these devices, in this mesh.
+
+    python tools/selfcheck.py --config=configs/base.py
+
+Builds the run of a config and measures what must not matter: other documents
+of a row, packing, the cut into micro-batches, the placement of rows, devices,
+rematerialisation, the loss's slices; that stop tokens are trained; and that
+the export computes the model's logits. No step is taken and the workdir gets
+nothing but the encoded data. See docs/reliability.md.
+
+Exit codes: 0 all hold; 1 one does not; 2 the config or the data cannot be
+read.
+"""
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+from rich.text import Text
+
+from sft_jax.checkpointing import export
+from sft_jax.commands import command
+from sft_jax.common import sharding, trees
+from sft_jax.models import transformer
+from sft_jax.reporting import terminal
+from sft_jax.training import selfcheck
+from sft_jax.training.build import build
+from sft_jax.training.build import step as setup_step
+from sft_jax.training.build.data import Config, Say, make_policy
+from sft_jax.training.selfcheck import Finding
+from sft_jax.training.setup_selfcheck import quick, toy_shape
+
+CONFIG = command.config_flag()
+_BATCHES = 4  # Of the run's own data, to look for stop tokens.
+
+
+def check(config: Config, say: Say) -> list[Finding]:
+  """Every law, for the run of a config."""
+  run_ = build.setup(config, say)
+  params = _stirred(trees.merge(run_.state.params, run_.state.frozen))
+  run_ = run_._replace(state=None)
+  say("The quick form ...")
+  findings = quick(config, run_, params)
+  say("The cut, rematerialisation, slices of the loss, devices ...")
+  findings += _invariances(config, run_, params)
+  findings.append(_stops(run_))
+  say("The export ...")
+  with tempfile.TemporaryDirectory() as folder:
+    found = export.save_pretrained(
+      Path(folder) / "export",
+      run_.model,
+      params,
+      run_.tokenizer,
+      dtype=config.export_dtype or config.model.param_dtype,
+      policy=make_policy(config),
+      shardings=lambda shapes: sharding.param_shardings(shapes, run_.mesh),
+    )
+  difference, most = found.logit_difference, found.tolerance
+  return [*findings, Finding("export: logits", difference, most)]
+
+
+def _stirred(params: trees.Tree) -> trees.Tree:
+  """Adapters away from B = 0, where what they read does not matter yet."""
+
+  def stir(path: str, x: jax.Array) -> jax.Array:
+    if not path.endswith("lora_b"):
+      return x
+    noise = jax.random.normal(jax.random.key(0), x.shape, x.dtype)
+    return jax.device_put(x + 0.02 * noise, x.sharding)
+
+  return trees.map_paths(stir, params)
+
+
+def _invariances(
+  config: Config, run_: build.Setup, params: trees.Tree
+) -> list[Finding]:
+  """The toy batch by other programs, and by one device."""
+  rows, length = toy_shape(config, run_.mesh)
+  batch = selfcheck.toy_batch(2 * rows, length, run_.model.config.vocab_size)
+
+  def measure(
+    mesh: Mesh, params: trees.Tree, remat: str = "", slices: int = 0
+  ) -> Callable[..., selfcheck.Measured]:
+    other = config.copy_and_resolve_references()
+    with other.unlocked():
+      other.loss.chunk_tokens = slices or config.loss.chunk_tokens
+    model = transformer.build(
+      run_.model.config,
+      dtype=config.model.dtype,
+      param_dtype=config.model.param_dtype,
+      attention=config.model.attention,
+      remat=remat or config.model.remat,
+      scan=config.model.scan,
+      lora=run_.model.lora,
+      mesh=mesh,
+    )
+    step = setup_step.make_step(other, model, mesh, run_.num_steps)
+    put = lambda batch: selfcheck.put(batch, mesh)
+    return selfcheck.measurer(step.loss_fn, params, step.trained, put)
+
+  of_run = measure(run_.mesh, params)
+  base, found = of_run(batch, 1), []
+
+  def compare(law: str, other: selfcheck.Measured) -> None:
+    found.extend(selfcheck.same(law, base, other, config.model.dtype))
+
+  for parts in (2, 4):
+    compare(f"cut in {parts}", of_run(batch, parts))
+  for remat in ("none", "norms", "attention", "full"):
+    if remat != config.model.remat:
+      compare(f"remat {remat}", measure(run_.mesh, params, remat)(batch, 1))
+  compare("loss in slices", measure(run_.mesh, params, slices=rows)(batch, 1))
+  if run_.mesh.size > 1 and jax.process_count() == 1:
+    # A model that fits no one device would stop the check.
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None or 4 * trees.num_bytes(params) < limit:
+      mesh = Mesh(
+        np.array(jax.devices()[:1]).reshape((1,) * len(sharding.AXES)),
+        sharding.AXES,
+        axis_types=(AxisType.Auto,) * len(sharding.AXES),
+      )
+      there = jax.device_put(params, sharding.param_shardings(params, mesh))
+      compare("one device", measure(mesh, there)(batch, 1))
+  return found
+
+
+def _stops(run_: build.Setup) -> Finding:
+  """Of the first batches of the run, documents that must end in a stop."""
+  stream, tokens, weights, segments = run_.stream, [], [], []
+  steps = min(_BATCHES, run_.num_steps)
+  for step, batch in zip(range(steps), stream.batches(), strict=False):
+    held = batch.segment_ids.copy()
+    for row, ids in enumerate(stream.rows_of(step)):
+      # Raw text and cut answers may run on.
+      runs_on = 1 + np.flatnonzero(stream.store.index["may_run_on"][ids])
+      held[row, np.isin(held[row], runs_on)] = 0
+    tokens.append(batch.targets)
+    weights.append(batch.loss_weights)
+    segments.append(held)
+  return selfcheck.stops(
+    np.concatenate(tokens),
+    np.concatenate(weights),
+    np.concatenate(segments),
+    tuple(run_.tokenizer.stop_ids),
+  )
+
+
+def main() -> None:
+  out = terminal.console()
+  findings = check(CONFIG.value, lambda line: out.print(Text(line)))
+  header = ("law", "difference", "tolerance", "verdict")
+  terminal.table(out, "Self-check", header, selfcheck.table(findings))
+  failed = sum(not one.passed for one in findings)
+  devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+  out.print(f"{len(findings) - failed} of {len(findings)} hold on {devices}")
+  sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+  command.run_with_flags(main)

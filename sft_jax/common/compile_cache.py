@@ -1,0 +1,103 @@
+"""Compiled programs kept on disk, so that the second start does not compile.
+
+JAX does the keeping. Here is where: a folder of one user, for one kind of
+processor, since a program compiled for the CPU may hold instructions that
+another CPU lacks and JAX's key does not tell them apart.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from sft_jax.common import folders
+
+# Of what JAX asks to be kept; what compiles faster is not worth a file.
+_MIN_SECONDS = 0.2
+_HIT = "/jax/compilation_cache/cache_hits"
+
+
+@contextmanager
+def opened(path: str, say: Callable[[str], None]) -> Iterator[None]:
+  """Keeps what is compiled inside in a folder, and looks there first.
+
+  JAX's own settings are as they were afterwards.
+
+  Args:
+    path: the folder; 'auto' is one under the user's cache; '' is no cache:
+      JAX's settings, such as JAX_COMPILATION_CACHE_DIR, are left alone.
+    say: told if others may write there, as what is read there is run.
+
+  Raises:
+    OSError: the folder cannot be made.
+  """
+  if not path:
+    yield
+    return
+  folder = _own_folder() if path == "auto" else Path(path).resolve()
+  folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+  if place := folders.writable_by_others(folder):
+    say(
+      f"compile_cache: other users can write in {place}. Programs found there "
+      "are run as they are: name a folder that only you can write to, or '' "
+      "for none."
+    )
+  settings = {
+    "jax_compilation_cache_dir": str(folder),
+    "jax_persistent_cache_min_compile_time_secs": _MIN_SECONDS,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: getattr(jax.config, name) for name in settings}
+  _apply(settings)
+  try:
+    yield
+  finally:
+    _apply(before)
+
+
+def _apply(settings: dict[str, Any]) -> None:
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  # What has compiled before has fixed whether and where there is a cache.
+  compilation_cache.reset_cache()
+
+
+def compiled(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, bool]:
+  """The program, and whether it was found on disk rather than compiled.
+
+  What the compiler took and no longer needs is the system's again, where the
+  C library can give it back (glibc): a third of a gigabyte for the step of a
+  six-layer model, which would lie under the step's own for the whole run.
+  """
+  heard: list[str] = []
+  listen = lambda event, **_: heard.append(event)
+  jax.monitoring.register_event_listener(listen)
+  try:
+    program = lowered.compile()
+  finally:
+    jax.monitoring.unregister_event_listener(listen)
+  if sys.platform == "linux":
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+      trim(0)
+  return program, _HIT in heard
+
+
+def _own_folder() -> Path:
+  """Under the user's cache, one for each kind of processor."""
+  base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+  kind = platform.machine()
+  info = Path("/proc/cpuinfo")
+  if info.exists():  # Linux; elsewhere a home is seldom shared by machines.
+    lines = info.read_text().splitlines()
+    kinds = {x for x in lines if x.startswith(("model name", "flags"))}
+    kind += "-" + hashlib.sha256("\n".join(sorted(kinds)).encode()).hexdigest()
+  return Path(base) / "sft_jax" / "compiled" / kind[:24]

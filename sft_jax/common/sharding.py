@@ -1,0 +1,209 @@
+"""The device mesh, and where parameters, optimiser state and batches lie."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int64
+
+from sft_jax.common import trees
+
+ROWS = ("data", "fsdp")
+# Of an array [B, T, ...], and of one whose second axis is whole.
+SLOTS = PartitionSpec(ROWS, "context")
+WHOLE_ROWS = PartitionSpec(ROWS)
+
+# Of neighbours in a mesh the last axis makes the nearest: `tensor` and
+# `context` talk in every layer.
+AXES = ("data", "fsdp", "context", "tensor")
+
+# (pattern, spec) over parameter paths; layers are stacked on a leading axis.
+# Kernels are [L, in, out]: `tensor` divides what one device can multiply
+# alone (heads, ffn width), `fsdp` the other side. A quantised kernel's codes
+# and scales lie as the kernel would: their axes mean the same.
+RULES: Sequence[tuple[str, PartitionSpec]] = (
+  (r"(embed|head)/embedding", PartitionSpec("tensor", "fsdp")),
+  (r"positions/embedding", PartitionSpec(None, "fsdp")),
+  # Experts are [L, E, in, out], and lie as the kernels of a dense layer do.
+  (r"moe/router/kernel$", PartitionSpec(None, "fsdp", None)),
+  (r"moe/(gate|up)/kernel", PartitionSpec(None, None, "fsdp", "tensor")),
+  (r"moe/down/kernel", PartitionSpec(None, None, "tensor", "fsdp")),
+  (r"moe/(gate|up)/lora_a0?$", PartitionSpec(None, None, "fsdp", None)),
+  (r"moe/(gate|up)/lora_b0?$", PartitionSpec(None, None, None, "tensor")),
+  (r"moe/down/lora_a0?$", PartitionSpec(None, None, "tensor", None)),
+  (r"moe/down/lora_b0?$", PartitionSpec(None, None, None, "fsdp")),
+  (r"(q|k|v|gate|up)/kernel", PartitionSpec(None, "fsdp", "tensor")),
+  (r"(o|down)/kernel", PartitionSpec(None, "tensor", "fsdp")),
+  (r"(q|k|v|gate|up)/lora_a0?$", PartitionSpec(None, "fsdp", None)),
+  (r"(q|k|v|gate|up)/lora_b0?$", PartitionSpec(None, None, "tensor")),
+  (r"(o|down)/lora_a0?$", PartitionSpec(None, "tensor", None)),
+  (r"(o|down)/lora_b0?$", PartitionSpec(None, None, "fsdp")),
+  (r"lora_m$", PartitionSpec()),
+  (r"(bias|scale|sinks)$", PartitionSpec()),
+)
+
+
+class Placement(NamedTuple):
+  """One line of the sharding table.
+
+  Attributes:
+    path: the parameter.
+    shape: its global shape.
+    spec: where its axes lie.
+    note: axes kept whole because the mesh does not divide them, or ''.
+  """
+
+  path: str
+  shape: tuple[int, ...]
+  spec: PartitionSpec
+  note: str
+
+
+def make_mesh(
+  data: int,
+  fsdp: int,
+  tensor: int,
+  context: int = 1,
+  devices: Sequence[Any] | None = None,
+) -> Mesh:
+  """A mesh over all devices; one of the sizes may be -1: the rest.
+
+  Args:
+    data: copies of the model; each takes a part of the rows of a batch.
+    fsdp: devices that share a copy, and take a part of its rows each.
+    tensor: devices that share each matrix product: heads, and widths of MLPs.
+    context: devices that share each row: a part of its slots each.
+    devices: those of this program, or others that are elsewhere.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  sizes = [data, fsdp, context, tensor]
+  devices = jax.devices() if devices is None else devices
+  num_devices = len(devices)
+  got = ", ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
+  if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+    raise ValueError(
+      f"mesh: got {got}, expected positive sizes, at most one of them -1. "
+      "Set mesh.data to -1 and the others to 1 or more."
+    )
+  if -1 in sizes:
+    known = int(np.prod([s for s in sizes if s != -1]))
+    sizes[sizes.index(-1)] = num_devices // known
+  if int(np.prod(sizes)) != num_devices:
+    raise ValueError(
+      f"mesh: got {got} for {num_devices} devices, expected sizes that "
+      f"multiply to {num_devices}. Set one of mesh.data, mesh.fsdp, "
+      "mesh.tensor, mesh.context to -1."
+    )
+  # Auto: XLA propagates shardings from parameters and batch inwards.
+  return jax.make_mesh(
+    tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 4, devices=devices
+  )
+
+
+def place(path: str, shape: Sequence[int], mesh: Mesh) -> Placement:
+  """The placement of one parameter: the first rule, where sizes divide.
+
+  Raises:
+    ValueError: no rule matches the path.
+  """
+  spec = trees.first_match(RULES, path, "sharding")
+  axes, whole = list(spec), []
+  for i, axis in enumerate(axes):
+    if axis is not None and shape[i] % mesh.shape[axis]:
+      whole.append(f"{shape[i]} is not a multiple of {axis}")
+      axes[i] = None
+  return Placement(path, tuple(shape), PartitionSpec(*axes), "; ".join(whole))
+
+
+def table(params: trees.Tree, mesh: Mesh) -> list[Placement]:
+  """Placements of all parameters, in order of paths."""
+  return [place(p, x.shape, mesh) for p, x in trees.flatten(params).items()]
+
+
+def param_shardings(params: trees.Tree, mesh: Mesh) -> trees.Tree:
+  """The tree of shardings of a parameter tree (arrays or shapes)."""
+  return trees.map_paths(
+    lambda path, x: NamedSharding(mesh, place(path, x.shape, mesh).spec),
+    params,
+  )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """A copy on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def rows(mesh: Mesh, *, leading_axes: int = 0) -> NamedSharding:
+  """Of arrays [B, T, ...], after `leading_axes` others.
+
+  Rows are divided over `data` and `fsdp`, their slots over `context`.
+  """
+  spec = PartitionSpec(*[None] * leading_axes, *SLOTS)
+  return NamedSharding(mesh, spec)
+
+
+def check_rows(mesh: Mesh, num_rows: int, parts: int) -> None:
+  """Raises ValueError unless the mesh divides each of the parts of a batch."""
+  size = mesh.shape["data"] * mesh.shape["fsdp"]
+  if num_rows % (parts * size):
+    raise ValueError(
+      f"batch_size: got {num_rows} for accum_steps={parts}, mesh.data="
+      f"{mesh.shape['data']}, mesh.fsdp={mesh.shape['fsdp']}, expected a "
+      "multiple of their product. Change batch_size or accum_steps."
+    )
+
+
+def own_rows(
+  mesh: Mesh, num_rows: int, *, parts: int = 1
+) -> Int64[np.ndarray, " rows"]:
+  """Numbers of the rows of a global batch that this process must read.
+
+  The batch is cut into `parts` micro-batches, each of which is divided over
+  the mesh. Of 8 rows in 2 parts over 4 devices, the third and fourth of which
+  are this process's, they are [2, 3, 6, 7]. Processes whose devices hold the
+  same rows (other heads of them, other slots) read the same ones.
+
+  Raises:
+    ValueError: the mesh does not divide the rows.
+  """
+  check_rows(mesh, num_rows, parts)
+  part = num_rows // parts
+  own = np.zeros(part, bool)
+  sharding = NamedSharding(mesh, PartitionSpec(ROWS))
+  for index in sharding.addressable_devices_indices_map((part,)).values():
+    assert index is not None  # Only where a shape is not known.
+    own[index] = True
+  return np.flatnonzero(np.tile(own, parts))
+
+
+def put_rows(tree: Any, sharding: NamedSharding) -> Any:
+  """Global arrays from the rows that each process read (NumPy leaves).
+
+  Args:
+    tree: of arrays [B, T, ...] after the leading axes of the sharding; their
+      rows are those of `own_rows`, in that order.
+    sharding: see `rows`.
+  """
+  mesh, axis = sharding.mesh, list(sharding.spec).index(ROWS)
+  assert isinstance(mesh, Mesh)
+  blocks = mesh.shape["data"] * mesh.shape["fsdp"]
+  own_blocks = own_rows(mesh, blocks)
+
+  def put(x: np.ndarray) -> jax.Array:
+    size = x.shape[axis] // len(own_blocks)
+    shape = (*x.shape[:axis], blocks * size, *x.shape[axis + 1 :])
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+      assert index is not None
+      # A device holds one block; of the own ones it is the n-th.
+      n = np.searchsorted(own_blocks, (index[axis].start or 0) // size)
+      local = slice(n * size, (n + 1) * size)
+      return x[(*index[:axis], local, *index[axis + 1 :])]
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+  return jax.tree.map(put, tree)

@@ -1,0 +1,289 @@
+"""Audit: verdicts on encoded rows that would teach a model the wrong thing.
+
+A verdict is a fault that no run should start with. `judge` and `overlap` look
+at a store; `refuse` raises for those that fail, unless they are allowed:
+
+    malformed   rows that cannot be read or encoded, and may not be skipped
+    vocabulary  a token id outside the model's embedding
+    nothing     nothing is trained, of all rows or of one source
+    bos         a conversation begins with two BOS tokens, or with none where
+                the tokenizer adds one or other conversations have one
+    stop        a trained turn does not end in a stop token
+    pad         padding is trained, or a stop token is not trained because it
+                is the padding token too
+    control     control tokens inside what a message says
+    overlap     held-out rows that training rows give away
+    think       reasoning that rows hold and their examples do not
+
+The cost is a few passes over the tokens; see docs/audit.md.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+
+from sft_jax.data.audit import overlap as overlaps
+from sft_jax.data.audit import token_checks
+from sft_jax.data.store.store import Store
+
+NAMES = ("malformed", "vocabulary", "nothing", "bos", "stop", "pad",
+         "control", "overlap", "think")  # fmt: skip
+_SHOWN = 5  # places
+
+
+class Verdict(NamedTuple):
+  """One question asked of the data, and its answer.
+
+  Attributes:
+    name: one of `NAMES`.
+    count: rows (of 'nothing': sources) at fault; 0 is a pass.
+    said: what is wrong and how to mend it, in a line; '' for a pass.
+    places: the first few faults, as 'rows.jsonl:12'.
+    of: which rows were looked at: 'train', 'held out' or 'general text'.
+  """
+
+  name: str
+  count: int = 0
+  said: str = ""
+  places: tuple[str, ...] = ()
+  of: str = "train"
+
+
+def judge(
+  store: Store, known: token_checks.Facts, *, of: str = "train"
+) -> list[Verdict]:
+  """Verdicts on the examples of a store, as `cache.build` returns it."""
+  verdicts = [_nothing(store)]
+  if len(store.index):
+    verdicts += _of_tokens(store, known)
+  return [verdict._replace(of=of) for verdict in verdicts]
+
+
+def _of_tokens(store: Store, known: token_checks.Facts) -> list[Verdict]:
+  noted = _Noted(store)
+  begins: list[np.ndarray] = []
+  for documents in token_checks.batches(store):
+    raw = store.index["text"][documents.rows]
+    cut = store.index["may_run_on"][documents.rows]
+    noted.add("vocabulary", documents, token_checks.outside(documents, known))
+    noted.add("bos", documents, token_checks.two_bos(documents, known))
+    ends = token_checks.turn_ends(documents, raw, cut, known)
+    masked = token_checks.masked_stop(documents, ends, known)
+    noted.add("stop", documents, ends[~masked])
+    noted.add("pad", documents, ends[masked])
+    noted.add("pad", documents, token_checks.trained_padding(documents, known))
+    noted.add(
+      "control", documents, token_checks.control_tokens(documents, known)
+    )
+    begins.append(documents.tokens[documents.starts[:-1]])
+  without = token_checks.without_bos(store, np.concatenate(begins), known)
+  if len(without) and not noted.rows["bos"]:
+    noted.rows["bos"] = without.tolist()
+  return [
+    noted.verdict(
+      "vocabulary",
+      lambda row, token: (
+        f"got token id {token}, expected below {known.vocab_size}, the rows of "
+        "the model's embedding",
+        "The tokenizer is not this model's, or tokens were added to it and "
+        "not to the model.",
+      ),
+    ),
+    noted.verdict("bos", lambda row, token: _bos_words(store, row, known)),
+    noted.verdict(
+      "stop",
+      lambda row, token: (
+        f"a trained turn ends in token {token}, expected one of the stop "
+        f"tokens {sorted(known.stop_ids)}",
+        "The model would never learn to stop. Let the chat template end "
+        "assistant turns with a stop token, or name the token it uses in the "
+        "tokenizer's eos_token.",
+      ),
+    ),
+    noted.verdict(
+      "pad",
+      lambda row, token: (
+        f"padding (token id {known.pad_id}) is trained, or a stop token with "
+        "this id is not, expected neither",
+        "Where the rows come with labels, mask padding by position and not by "
+        "id; a stop token is trained.",
+      ),
+    ),
+    noted.verdict(
+      "control",
+      lambda row, token: (
+        f"a message holds the control token of id {token}, expected text",
+        "The model reads it as structure: remove it, or let "
+        "data.control_tokens escape it.",
+      ),
+    ),
+  ]
+
+
+def overlap(train: Store, held_out: Store, *, own_files: bool) -> Verdict:
+  """The verdict on held-out rows that training rows give away.
+
+  Prompts are compared token by token, texts by runs of 13 tokens; see
+  `overlap.find`, and `overlap_verdict`.
+  """
+  found = overlaps.find(overlaps.of_store(train), overlaps.of_store(held_out))
+  return overlap_verdict(found, held_out.place, own_files=own_files)
+
+
+def overlap_verdict(
+  found: overlaps.Overlap, place: Callable[[int], str], *, own_files: bool
+) -> Verdict:
+  """What was found, in words.
+
+  Args:
+    found: of the held-out rows.
+    place: where a held-out row stands.
+    own_files: the rows come from files of their own. In a share of the
+      training files, rows that are like others are as the data are, and only
+      those with the prompt of a training row are at fault.
+  """
+  rows = np.flatnonzero(found.found if own_files else found.same_prompt)
+  if not len(rows):
+    return Verdict("overlap", of="held out")
+  same = int(found.same_prompt.sum())
+  places = tuple(place(int(row)) for row in rows[:_SHOWN])
+  return Verdict(
+    "overlap",
+    len(rows),
+    f"{places[0]}: training gives away {len(rows):,} of {len(found.found):,} "
+    f"held-out rows, {same:,} by their prompt and {len(rows) - same:,} by runs "
+    f"of {overlaps.RUN} that make half of the row or more; expected none. What "
+    "is measured on them is memory: drop them from one of the two sides.",
+    places,
+    "held out",
+  )
+
+
+def malformed(store: Store, fault: str | None) -> Verdict:
+  """The verdict on rows that could not be read or encoded.
+
+  Args:
+    store: built without them.
+    fault: the first error; None where such rows may be skipped.
+  """
+  count = store.ledger.dropped("malformed")
+  if fault is None:
+    return Verdict("malformed")
+  places = [
+    place
+    for source in store.ledger.sources.values()
+    for place in source.places.get("malformed", [])
+  ]
+  return Verdict(
+    "malformed",
+    max(count, 1),
+    f"{fault} ({count:,} such rows.)",
+    tuple(places[:_SHOWN]),
+  )
+
+
+def refuse(
+  verdicts: Sequence[Verdict],
+  *,
+  allow: Collection[str],
+  announce: Callable[[str], None],
+) -> None:
+  """Raises for the verdicts that fail, but announces those allowed.
+
+  Raises:
+    ValueError: a verdict fails that is not in `allow`, with the switch that
+      overrides it; `allow` has a name that is no verdict's.
+  """
+  if unknown := set(allow) - set(NAMES):
+    raise ValueError(
+      f"data.allow: got {sorted(unknown)}; expected names of verdicts: "
+      f"{', '.join(NAMES)}. Correct it."
+    )
+  failed = [verdict for verdict in verdicts if verdict.count]
+  for verdict in failed:
+    if verdict.name in allow:
+      announce(f"data.allow lets pass: {verdict.said}")
+  refused = {v.name: v.said for v in failed if v.name not in allow}
+  if refused:
+    raise ValueError(
+      "\n".join(refused.values())
+      + "\nTo train all the same, set data.allow="
+      + repr(tuple(sorted({*allow, *refused}))).replace(" ", "")
+      + "; tools/inspect_data.py shows the rows."
+    )
+
+
+class _Noted:
+  """Which rows are at fault, and the token of each verdict's first fault."""
+
+  def __init__(self, store: Store):
+    self._store = store
+    self.rows: dict[str, list[int]] = {name: [] for name in NAMES}
+    self._token: dict[str, int] = {}
+
+  def add(
+    self,
+    name: str,
+    documents: token_checks.Documents,
+    at: Int64[np.ndarray, " faults"],
+  ) -> None:
+    """Notes faults at positions of the documents' tokens."""
+    if len(at):
+      rows = np.searchsorted(documents.starts, at, side="right") - 1
+      self.rows[name] += (np.unique(rows) + documents.rows.start).tolist()
+      self._token.setdefault(name, int(documents.tokens[at[0]]))
+
+  def verdict(
+    self, name: str, say: Callable[[int, int], tuple[str, str]]
+  ) -> Verdict:
+    """The verdict; `say(row, token)` is the fault and its cure."""
+    rows = sorted(set(self.rows[name]))
+    if not rows:
+      return Verdict(name)
+    places = [self._store.place(row) for row in rows[: 4 * _SHOWN]]
+    fault, cure = say(rows[0], self._token.get(name, -1))
+    return Verdict(
+      name,
+      len(rows),
+      f"{places[0]}: {fault} ({len(rows):,} such rows). {cure}",
+      tuple(dict.fromkeys(places))[:_SHOWN],
+    )
+
+
+def _nothing(store: Store) -> Verdict:
+  empty = [
+    name
+    for name, source in store.ledger.sources.items()
+    if not source.rows_trained
+  ]
+  if not empty and len(store.index):
+    return Verdict("nothing")
+  where = "data" if not len(store.index) else empty[0]
+  return Verdict(
+    "nothing",
+    max(1, len(empty)),
+    f"{where}: got no row with anything to train on, expected at least one. "
+    "Read the reasons in the ledger; data.format may be the wrong one.",
+    tuple(empty[:_SHOWN]),
+  )
+
+
+def _bos_words(
+  store: Store, row: int, known: token_checks.Facts
+) -> tuple[str, str]:
+  tokens = store.example(row).tokens
+  if tokens[0] == known.bos_id:
+    return (
+      f"got two BOS tokens (id {known.bos_id}) at the start, expected one",
+      "The chat template writes one; let the rows' own text not begin with "
+      "another.",
+    )
+  why = "the tokenizer adds one" if known.adds_bos else "other rows have one"
+  return (
+    f"got token {int(tokens[0])} at the start, expected BOS (id "
+    f"{known.bos_id}): {why}",
+    "The model has seen texts begin with it: let the chat template write "
+    "bos_token.",
+  )

@@ -1,0 +1,131 @@
+"""Overlap of training rows with rows that are meant to measure them.
+
+A held-out row overlaps when its prompt is a training row's, word for word, or
+when much of it stands in training rows in runs of 13 words or tokens (Brown
+et al. 2020, appendix C). As there, a run that many training rows have is the
+template's and not the row's, and does not count.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float64, UInt64
+
+from sft_jax.data.audit import text_hashing as words_lib
+from sft_jax.data.audit import token_checks
+from sft_jax.data.audit.text_hashing import Words
+from sft_jax.data.store.store import Store
+
+RUN = 13
+# A run in more training rows than this is boilerplate.
+COMMON = 10
+# Of a row's runs; see docs/audit.md for what related and unrelated data have.
+SHARE = 0.5
+_FILTER_BITS = 24
+
+
+class Rows(NamedTuple):
+  """A batch of rows: their prompts, and all of their text."""
+
+  prompts: Words
+  texts: Words
+
+
+class Overlap(NamedTuple):
+  """What of each held-out row stands in training rows.
+
+  Attributes:
+    same_prompt: its prompt is a training row's.
+    share: of its runs of 13, those that a few training rows have; 0 for a
+      row that is shorter.
+  """
+
+  same_prompt: Bool[np.ndarray, " rows"]
+  share: Float64[np.ndarray, " rows"]
+
+  @property
+  def found(self) -> Bool[np.ndarray, " rows"]:
+    """Rows that training gives away."""
+    return self.same_prompt | (self.share >= SHARE)
+
+
+def find(train: Iterable[Rows], held_out: Iterable[Rows]) -> Overlap:
+  """Compares held-out rows with training rows; reads each once.
+
+  The runs of the held-out rows are kept in memory (8 bytes each), those of
+  the training rows are looked up a batch at a time. A row without a prompt
+  is compared by its text.
+  """
+  prompts, runs, counts = [], [], []
+  for batch in held_out:
+    prompts.append(_key(batch))
+    made = words_lib.runs(batch.texts, RUN)
+    runs.append(made.hashes)
+    counts.append(made.counts)
+  prompt = np.concatenate([*prompts, np.empty(0, np.uint64)])
+  count = np.concatenate([*counts, np.empty(0, np.int64)])
+  known, which = np.unique(
+    np.concatenate([*runs, np.empty(0, np.uint64)]), return_inverse=True
+  )
+  asked = np.unique(prompt)
+  asked_again = np.zeros(len(asked), bool)
+  seen = np.zeros(len(known), np.int64)
+  # Most training runs are nowhere in held-out rows: a table says so fast.
+  table = np.zeros(1 << _FILTER_BITS, bool)
+  table[_slot(known)] = True
+  for batch in train:
+    asked_again[_find(asked, _key(batch))] = True
+    np.add.at(seen, _find(known, _runs_in(batch.texts, table)), 1)
+  rare = (seen > 0) & (seen <= COMMON)
+  owner = np.repeat(np.arange(len(count)), count)
+  shared = np.bincount(owner[rare[which]], minlength=len(count))
+  again = asked_again[np.searchsorted(asked, prompt)]
+  return Overlap(again, shared / np.maximum(count, 1))
+
+
+def of_store(store: Store) -> Iterator[Rows]:
+  """Tokens in the place of words: a prompt is all that is not trained."""
+  for documents in token_checks.batches(store):
+    hashes = words_lib.mix(documents.tokens.astype(np.uint64))
+    asked = documents.weights == 0
+    asked &= ~np.repeat(
+      store.index["text"][documents.rows], np.diff(documents.starts)
+    )
+    counted = np.concatenate([[0], np.cumsum(asked)])
+    yield Rows(
+      Words(hashes[asked], counted[documents.starts]),
+      Words(hashes, documents.starts),
+    )
+
+
+def _runs_in(
+  texts: Words, table: Bool[np.ndarray, " slots"]
+) -> UInt64[np.ndarray, " runs"]:
+  """The runs of texts that the table has; a few of them are not known."""
+  hashes = words_lib.windows(texts.hashes, RUN)
+  at = np.flatnonzero(table[_slot(hashes)])
+  ends = texts.starts[np.searchsorted(texts.starts, at, "right")]
+  return hashes[at[at + RUN <= ends]]
+
+
+def _key(batch: Rows) -> UInt64[np.ndarray, " rows"]:
+  """What two rows have in common when one gives the other away."""
+  keys = words_lib.whole(batch.prompts)
+  bare = np.flatnonzero(batch.prompts.counts == 0)
+  keys[bare] = words_lib.whole(words_lib.take(batch.texts, bare))
+  return keys
+
+
+def _find(
+  known: UInt64[np.ndarray, " known"], hashes: UInt64[np.ndarray, " n"]
+) -> np.ndarray:
+  """Positions in `known`, ascending, of those hashes that are there."""
+  if not len(known):
+    return np.empty(0, np.int64)
+  at = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+  return at[known[at] == hashes]
+
+
+def _slot(hashes: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+  return hashes >> np.uint64(64 - _FILTER_BITS)

@@ -1,0 +1,121 @@
+"""Thoughts: whether the reasoning that rows hold is in what is trained.
+
+Rows hold reasoning under many names, and a format that does not know one
+would drop it in silence. So the rows themselves are searched, whatever their
+format: <think> blocks in any text, and any text under a telling key.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from sft_jax.data.audit import checks, text_hashing
+from sft_jax.data.conversation import RowError
+from sft_jax.data.formats import columns
+from sft_jax.data.store import shards
+from sft_jax.data.store.store import Store
+from sft_jax.data.tokenizers.tokenizer import Tokenizer
+
+_KEYS = re.compile(
+  r"(?:.*_)?(?:reasoning|reasoning_content|thinking|thoughts?|rationale|cot"
+  r"|chain_of_thought|scratchpad)",
+  re.IGNORECASE,
+)
+_BLOCK = re.compile(r"<think(?:ing)?>(.*?)</think(?:ing)?>", re.DOTALL)
+# Of its words; tokenizers may normalise the others away.
+_FOUND = 0.9
+_SHOWN = 5
+
+
+def judge(
+  store: Store, tokenizer: Tokenizer, *, seed: int = 0
+) -> checks.Verdict:
+  """The verdict 'think': rows whose reasoning their examples do not hold.
+
+  Rows that are cut or dropped lose it by their policy and are not at fault.
+
+  Args:
+    store: of a policy that keeps reasoning.
+    tokenizer: of the store.
+    seed: drew the rows of sources with a limit; see `cache.build`.
+  """
+  lost, places = [], _Places(store)
+  for source in store.sources:
+    names = columns.to_names(source.columns)
+    ours = {**names.keys, **names.columns}
+    for item in shards.read_again(source, seed=seed):
+      if isinstance(item, RowError):
+        continue
+      where, row = item
+      examples = places.examples(source.label, where)
+      if not examples or store.index["may_run_on"][examples].any():
+        continue
+      thoughts = [text for text in written(row, ours) if text.strip()]
+      if thoughts:
+        seen = "\n".join(
+          tokenizer.decode(store.example(i).tokens.tolist()) for i in examples
+        )
+        if not all(holds(seen, thought) for thought in thoughts):
+          lost.append(where)
+  if not lost:
+    return checks.Verdict("think")
+  return checks.Verdict(
+    "think",
+    len(lost),
+    f"{lost[0]}: holds reasoning that is not in what is trained "
+    f"({len(lost):,} such rows), expected all of it. Rename its key to "
+    "reasoning_content in a row of messages, or remove it from the rows.",
+    tuple(lost[:_SHOWN]),
+  )
+
+
+def written(
+  value: Any, ours: Mapping[str, str], *, told: bool = False
+) -> Iterator[str]:
+  """Every reasoning text in a row: thinking blocks, and telling keys.
+
+  Args:
+    value: the row, or a part of it.
+    ours: new names of keys, by those in the row; see `Source.columns`.
+    told: whether a key that led here tells of reasoning.
+  """
+  if isinstance(value, str):
+    blocks = _BLOCK.findall(value)
+    yield from blocks or ([value] if told else [])
+  elif isinstance(value, dict):
+    for key, inner in value.items():
+      telling = _KEYS.fullmatch(ours.get(key, str(key)))
+      yield from written(inner, ours, told=told or bool(telling))
+  elif isinstance(value, list | tuple):
+    for inner in value:
+      yield from written(inner, ours, told=told)
+
+
+def holds(text: str, thought: str) -> bool:
+  """Whether most different words of a thought are in a text."""
+  both = text_hashing.sets(text_hashing.split([text, thought]))
+  return bool(np.isin(both.of(1), both.of(0)).mean() >= _FOUND)
+
+
+class _Places:
+  """Finds the examples of rows that are asked for in the order of a store."""
+
+  def __init__(self, store: Store):
+    self._store, self._next = store, 0
+
+  def examples(self, source: str, place: str) -> list[int]:
+    """Numbers of the examples of a row; none where it is not in the store."""
+    store, at = self._store, self._next
+    if at == len(store.index) or (
+      store.sources[store.source[at]].label != source
+      or store.place(at) != place
+    ):
+      return []
+    row = store.index["row"][at]
+    while self._next < len(store.index) and (
+      store.index["row"][self._next] == row
+    ):
+      self._next += 1
+    return list(range(at, self._next))

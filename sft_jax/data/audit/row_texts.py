@@ -1,0 +1,301 @@
+"""Texts: what the rows of a run say, kept on disk for looks that need words.
+
+A row is five texts: its place, the system prompt (with the tools on offer),
+the prompt (all other turns before the answer), the reasoning and the answer
+(the last trained turn). Raw text is an answer without a prompt. They lie in
+files, so that memory holds a few numbers per row however long the rows are.
+"""
+
+import array
+import collections
+import functools
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int64
+
+from sft_jax.data.audit import text_hashing as words_lib
+from sft_jax.data.audit.text_hashing import Words
+from sft_jax.data.conversation import (
+  Conversation,
+  Message,
+  NothingToTrain,
+  RowError,
+)
+from sft_jax.data.formats import formats
+from sft_jax.data.store import shards
+from sft_jax.data.store.store import Store
+
+_BATCH = 1 << 20  # characters
+_SHOWN = 20  # places
+
+
+class Row(NamedTuple):
+  """What one row says; see the head of this file."""
+
+  place: str
+  system: str
+  prompt: str
+  reasoning: str
+  answer: str
+
+
+class Dropped:
+  """Rows that no text was read from: how many, why, and the first places."""
+
+  def __init__(self):
+    self.count: collections.Counter[str] = collections.Counter()
+    self.places: dict[str, list[str]] = collections.defaultdict(list)
+
+  def add(self, reason: str, place: str) -> None:
+    self.count[reason] += 1
+    if len(self.places[reason]) < _SHOWN:
+      self.places[reason].append(place)
+
+
+class Texts:
+  """Rows in the order read, column by column; built by `collect`.
+
+  A context: its files are open until it ends.
+
+  Attributes:
+    source: of each row, the position of its source.
+    held_out: whether it is held out.
+    watched: whether it is trained on, or would be.
+    text: whether it is raw text.
+    sources: their names.
+    dropped: the rows that are not here.
+  """
+
+  def __init__(self, folder: Path):
+    self._folder = folder
+    self._columns = {name: _Column(folder / name) for name in Row._fields}
+    self._source, self._flags = array.array("l"), array.array("b")
+    self.sources: list[str] = []
+    self.dropped = Dropped()
+    self._words: dict[str, Words] = {}
+
+  def __enter__(self) -> "Texts":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    for column in self._columns.values():
+      column.close()
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def add(self, row: Row, *, held_out: bool, text: bool) -> None:
+    """Adds a row of the last source."""
+    for name, value in row._asdict().items():
+      self._columns[name].add(value)
+    self._source.append(len(self.sources) - 1)
+    self._flags.append(held_out + 2 * text)
+
+  @functools.cached_property
+  def source(self) -> Int64[np.ndarray, " rows"]:
+    return np.array(self._source, np.int64)
+
+  @functools.cached_property
+  def held_out(self) -> Bool[np.ndarray, " rows"]:
+    return np.array(self._flags, np.int8) & 1 > 0
+
+  @property
+  def watched(self) -> Bool[np.ndarray, " rows"]:
+    return ~self.held_out
+
+  @functools.cached_property
+  def text(self) -> Bool[np.ndarray, " rows"]:
+    return np.array(self._flags, np.int8) & 2 > 0
+
+  def row(self, i: int) -> Row:
+    """One row, as text."""
+    return Row(*(self._columns[name].get(i) for name in Row._fields))
+
+  def place(self, i: int) -> str:
+    return self._columns["place"].get(i)
+
+  def batches(self, column: str) -> Iterator[tuple[int, list[str]]]:
+    """(number of the first row, texts) of a column, a few MB at a time."""
+    return self._columns[column].batches()
+
+  def words(self, column: str) -> Words:
+    """The words of a column, on disk; 'row' is prompt, reasoning, answer."""
+    if column not in self._words:
+      parts = ("prompt", "reasoning", "answer")
+      self._words[column] = (
+        self._joined([self.words(part) for part in parts])
+        if column == "row"
+        else self._split(column)
+      )
+    return self._words[column]
+
+  def _split(self, column: str) -> Words:
+    path = self._folder / f"{column}.words"
+    batches = self.batches(column)
+    return _spool(path, (words_lib.split(texts) for _, texts in batches))
+
+  def _joined(self, parts: list[Words]) -> Words:
+    sizes = np.sum([part.counts for part in parts], axis=0)
+    batches = (
+      np.arange(some.start, some.stop)
+      for some in words_lib.batches(sizes, _BATCH)
+    )
+    return _spool(
+      self._folder / "row.words",
+      (
+        words_lib.join([words_lib.take(part, some) for part in parts])
+        for some in batches
+      ),
+    )
+
+
+def collect(
+  train: Store,
+  held_out: Store | None,
+  *,
+  folder: Path,
+  format: str = "auto",
+  seed: int = 0,
+) -> Texts:
+  """Reads the rows of stores again, for what they say.
+
+  Rows that cannot be read or say nothing are counted, not raised: whether
+  they may be there was decided when they were encoded.
+
+  Args:
+    train, held_out: the second may be a part of the sources of the first, or
+      of other files.
+    folder: where the texts are kept.
+    format: of the rows; see `formats.to_conversation`.
+    seed: drew the rows of sources with a limit; see `cache.build`.
+  """
+  texts, kept, sources = Texts(folder), set(), list(train.sources)
+  if held_out:
+    kept = {
+      (held_out.sources[held_out.source[i]].label, held_out.place(i))
+      for i in range(len(held_out.index))
+    }
+    labels = {source.label for source in sources}
+    sources += [one for one in held_out.sources if one.label not in labels]
+  trained = None
+  if train.weights is not None:  # Some rows were selected from all.
+    trained = {
+      (train.sources[train.source[i]].label, train.place(i))
+      for i in range(len(train.index))
+    }
+  for source in sources:
+    texts.sources.append(source.label)
+    for item in shards.read_again(source, seed=seed):
+      if isinstance(item, RowError):
+        texts.dropped.add("malformed", item.where)
+        continue
+      place, row = item
+      try:
+        said_here = formats.to_conversation(
+          row,
+          format=source.format or format,
+          columns=source.columns,
+          source=place,
+        )
+      except NothingToTrain as nothing:
+        texts.dropped.add(nothing.reason, place)
+      except RowError:
+        texts.dropped.add("malformed", place)
+      else:
+        key = (source.label, place)
+        if trained is not None and key not in trained and key not in kept:
+          texts.dropped.add("not selected", place)
+          continue
+        texts.add(
+          of_conversation(said_here, place),
+          held_out=key in kept,
+          text=not said_here.messages,
+        )
+  return texts
+
+
+def of_conversation(conversation: Conversation, place: str) -> Row:
+  """What a conversation says; see the head of this file."""
+  if not conversation.messages:
+    return Row(place, "", "", "", conversation.text or "")
+  messages = list(conversation.messages)
+  answers = [
+    i
+    for i, message in enumerate(messages)
+    if message.role == "assistant" and message.loss_weight > 0
+  ]
+  at = answers[-1] if answers else len(messages)
+  answer = messages[at] if answers else Message("assistant", "")
+  system = [m.content for m in messages if m.role == "system"]
+  system += [json.dumps(tool) for tool in conversation.tools]
+  asked = [said(m) for m in messages[:at] if m.role != "system"]
+  return Row(
+    place,
+    "\n".join(system),
+    "\n\n".join(asked),
+    answer.reasoning or "",
+    said(answer),
+  )
+
+
+def said(message: Message) -> str:
+  """A turn's content and the calls it makes, as text."""
+  calls = [
+    f"{call.name} {json.dumps(call.arguments, ensure_ascii=False)}"
+    for call in message.tool_calls
+  ]
+  return "\n".join(filter(None, [message.content, *calls]))
+
+
+class _Column:
+  """Texts back to back in a file."""
+
+  def __init__(self, path: Path):
+    self._file = path.open("w+b")
+    self._ends = array.array("q", [0])
+
+  def add(self, text: str) -> None:
+    data = text.encode("utf-8", "surrogatepass")
+    self._file.write(data)
+    self._ends.append(self._ends[-1] + len(data))
+
+  def close(self) -> None:
+    self._file.close()
+
+  def get(self, i: int) -> str:
+    return self._read(i, i + 1)[0]
+
+  def batches(self) -> Iterator[tuple[int, list[str]]]:
+    for some in words_lib.batches(
+      np.diff(np.array(self._ends, np.int64)), _BATCH
+    ):
+      yield some.start, self._read(some.start, some.stop)
+
+  def _read(self, first: int, last: int) -> list[str]:
+    self._file.flush()
+    start, end = self._ends[first], self._ends[last]
+    data = os.pread(self._file.fileno(), end - start, start)
+    edges = [self._ends[i] - start for i in range(first, last + 1)]
+    return [
+      data[a:b].decode("utf-8", "surrogatepass")
+      for a, b in itertools.pairwise(edges)
+    ]
+
+
+def _spool(path: Path, batches: Iterable[Words]) -> Words:
+  """Words written batch by batch, as one map of the file."""
+  counts = [np.empty(0, np.int64)]
+  with path.open("wb") as file:
+    for words in batches:
+      file.write(words.hashes.tobytes())
+      counts.append(words.counts)
+  starts = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+  if not starts[-1]:  # An empty file cannot be mapped.
+    return Words(np.empty(0, np.uint64), starts)
+  return Words(np.asarray(np.memmap(path, np.uint64, "r")), starts)

@@ -1,0 +1,165 @@
+"""Score figures: how the scores of rows are spread, and the rows at the ends.
+
+Plain values, for the terminal, the page and other programs alike.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+
+from sft_jax.data import scores
+from sft_jax.data.audit import row_texts
+from sft_jax.data.formats import formats
+from sft_jax.data.readers import files as rows
+from sft_jax.data.sources import Source
+from sft_jax.data.store import shards
+from sft_jax.data.store.store import Store
+
+PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+
+# What is shown of a row: its place, prompt and answer.
+Shown = Mapping[str, str]
+
+
+def make(
+  values: Float64[np.ndarray, "rows scores"],
+  read: Callable[[Collection[int]], Mapping[int, Shown]],
+  *,
+  most: int,
+) -> dict[str, Any]:
+  """Figures of the scores of rows.
+
+  Args:
+    values: of each of `scores.SCORES`; NaN is none.
+    read: rows by number, asked once for all that are shown.
+    most: rows of each end.
+
+  Returns:
+    rows: how many; spread: {score: {rows that have it, p0, p5, ...}}; ends:
+    [{name, rows: [{place, prompt, answer, score: value, ...}]}].
+  """
+  spread = {}
+  for name, column in zip(scores.SCORES, values.T, strict=True):
+    known = column[~np.isnan(column)]
+    if len(known):
+      found = np.percentile(known, PERCENTILES).tolist()
+      of_name = {f"p{p}": x for p, x in zip(PERCENTILES, found, strict=True)}
+      spread[name] = {"rows": len(known), **of_name}
+  nats, ifd = (
+    np.argsort(values[:, scores.SCORES.index(name)], kind="stable")
+    for name in ("nats", "ifd")
+  )
+  by_ifd = values[ifd, scores.SCORES.index("ifd")]
+  ifd = ifd[~np.isnan(by_ifd)]
+  above = int((by_ifd > 1).sum())  # NaN is not above.
+  ends = {
+    "Hardest, by nats per token": nats[::-1][:most],
+    "Easiest, by nats per token": nats[:most],
+    f"IFD above 1: the prompt misleads ({above:,} rows)": ifd[::-1][:above][
+      :most
+    ],
+    "Lowest IFD: the prompt says the answer": ifd[:most],
+  }
+  said = read({i for which in ends.values() for i in which.tolist()})
+
+  def row(i: int) -> dict[str, Any]:
+    known = zip(scores.SCORES, values[i].tolist(), strict=True)
+    return {**said[i], **{name: x for name, x in known if not np.isnan(x)}}
+
+  return {
+    "rows": len(values),
+    "spread": spread,
+    "ends": [
+      {"name": name, "rows": [row(i) for i in which.tolist()]}
+      for name, which in ends.items()
+    ],
+  }
+
+
+def of_store(
+  store: Store,
+  show: Callable[[row_texts.Row], Shown],
+  *,
+  folder: str,
+  format: str,
+  seed: int,
+  most: int,
+) -> dict[str, Any] | None:
+  """Figures of a store's rows, of those that have scores; None of no file.
+
+  Args:
+    store: rows to train on.
+    show: what to show of what a row says.
+    folder: that holds the scores; '' = beside the rows.
+    format: of the rows; see `formats.to_conversation`.
+    seed: drew the rows of sources with a limit; see `cache.build`.
+    most: rows of each end.
+
+  Returns:
+    What `make` does, with the rows that are left out: unscored, without a
+    score, and changed, with a score of what they were before.
+
+  Raises:
+    ValueError: a file of scores that cannot be read.
+  """
+  files = [_files(source.path, folder) for source in store.sources]
+  if not any(files):
+    return None
+  found, keys = [], []
+  left = {"unscored": 0, "changed": 0}
+  # A row's examples follow each other; the row is the first of them.
+  for i in np.flatnonzero(np.diff(store.index["row"], prepend=-1)).tolist():
+    place, number = store.place(i), int(store.source[i])
+    content = int(store.index["content"][i])
+    values, changed = scores.look_up(files[number], place, content)
+    if values is None:
+      left["changed" if changed else "unscored"] += 1
+    else:
+      found.append(values)
+      keys.append((number, place, content))
+
+  def read(wanted: Collection[int]) -> dict[int, Shown]:
+    said = {}
+    for number in {keys[i][0] for i in wanted}:
+      some = {keys[i][1:] for i in wanted if keys[i][0] == number}
+      source = store.sources[number]
+      for key, row in read_rows(source, some, format=format, seed=seed).items():
+        said[(number, *key)] = show(row)
+    return {i: said[keys[i]] for i in wanted}
+
+  values = np.array(found, np.float64).reshape(-1, len(scores.SCORES))
+  return {**make(values, read, most=most), **left}
+
+
+def read_rows(
+  source: Source,
+  wanted: Collection[tuple[str, int]],
+  *,
+  format: str,
+  seed: int = 0,
+) -> dict[tuple[str, int], row_texts.Row]:
+  """What some rows of a source say, by their place and the hash of each."""
+  said = {}
+  places = {place for place, _ in wanted}
+  for item in shards.read_again(source, seed=seed):
+    if not isinstance(item, tuple) or item[0] not in places:
+      continue
+    place, row = item
+    # Files of one name in several folders have the same places.
+    if (key := (place, shards.content_of(row))) in wanted:
+      conversation = formats.to_conversation(
+        row,
+        format=source.format or format,
+        columns=source.columns,
+        source=place,
+      )
+      said[key] = row_texts.of_conversation(conversation, place)
+  return said
+
+
+def _files(path: str, folder: str) -> list[scores.Scores]:
+  """The scores of a source's files, as far as there are any."""
+  paths = (scores.path_of(file, folder) for file in rows.find_files(path))
+  return [scores.read(one) for one in paths if one.is_file()]

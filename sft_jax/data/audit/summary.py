@@ -1,0 +1,271 @@
+"""Inspection: all that can be said of data before it trains, as plain values.
+
+`inspect` gathers it for the terminal, the page and other programs alike; its
+keys are those of `tools/inspect_data.py --json`, described in docs/audit.md.
+"""
+
+import itertools
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from sft_jax.data.audit import (
+  checks,
+  overlap,
+  reasoning,
+  row_texts,
+  score_summary,
+  text_hashing,
+)
+from sft_jax.data.audit import warnings as suspicions
+from sft_jax.data.chat.options import DEFAULT, Policy
+from sft_jax.data.encoding.encode import PARTS, Example
+from sft_jax.data.pipeline import Stream
+from sft_jax.data.store.store import Store
+from sft_jax.data.tokenizers.tokenizer import Tokenizer
+
+SCHEMA = 1
+_QUANTILES = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95,
+              "p99": 0.99}  # fmt: skip
+_BINS = 24
+_LIKE_SHOWN = 5
+_WORDS = 1 << 20  # taken together
+_CLIPPED = 400  # characters of a text shown with a warning or a score
+
+
+def inspect(
+  train: Store,
+  held_out: Store | None,
+  stream: Stream | None,
+  verdicts: Sequence[checks.Verdict],
+  tokenizer: Tokenizer,
+  *,
+  own_files: bool = True,
+  allow: Collection[str] = (),
+  format: str = "auto",
+  policy: Policy = DEFAULT,
+  rows_seed: int = 0,
+  samples: int = 3,
+  samples_seed: int = 0,
+  scores_folder: str = "",
+  scores_shown: int = 3,
+) -> dict[str, Any]:
+  """Looks at everything, and reads the rows again to look at what they say.
+
+  Args:
+    train, held_out: encoded rows.
+    stream: the training rows as batches; None where there are none.
+    verdicts: what `audit` said of the stores.
+    tokenizer: of the stores.
+    own_files: the held-out rows come from files of their own.
+    allow: names of verdicts that may fail.
+    format: of the rows; see `formats.to_conversation`.
+    policy: of the stores. Where it leaves reasoning out, nobody asks for it.
+    rows_seed: of the stores: drew the rows of sources with a limit.
+    samples: examples to show.
+    samples_seed: which of them.
+    scores_folder: that holds the rows' scores; '' = beside them.
+    scores_shown: rows to show of each end of a score.
+  """
+  with (
+    tempfile.TemporaryDirectory() as folder,
+    row_texts.collect(
+      train, held_out, folder=Path(folder), format=format, seed=rows_seed
+    ) as said,
+  ):
+    verdicts = list(verdicts)
+    # Templates may strip the reasoning of turns before the last.
+    if policy.reasoning != "strip" and policy.train_on != "last_turn":
+      verdicts.append(reasoning.judge(train, tokenizer, seed=rows_seed))
+    warnings = suspicions.find(said)
+    if held_out:
+      verdict, like = _overlap(said, own_files=own_files)
+      verdicts.append(verdict)
+      warnings += [like] if like.count else []
+    warnings = [_warning(one, said) for one in warnings]
+  rng = np.random.default_rng(samples_seed)
+  chosen = rng.permutation(len(train.index))[:samples]
+  return {
+    "schema": SCHEMA,
+    "passed": not any(v.count and v.name not in allow for v in verdicts),
+    "verdicts": [_verdict(one, allow) for one in verdicts],
+    "warnings": warnings,
+    "ledger": (stream or train).ledger.to_json(),
+    "held_out": held_out.ledger.to_json() if held_out else None,
+    "epoch": stream
+    and {
+      "steps": stream.steps_per_epoch,
+      "fill": stream.fill,
+      "seq_len": stream.seq_len,
+      "batch_size": stream.batch_size,
+    },
+    "lengths": {
+      "tokens": spread(train.lengths),
+      "trained": spread(train.trained),
+    },
+    "scores": score_summary.of_store(
+      train,
+      _shown,
+      folder=scores_folder,
+      format=format,
+      seed=rows_seed,
+      most=scores_shown,
+    ),
+    "samples": [sample(train, int(i), tokenizer) for i in np.sort(chosen)],
+  }
+
+
+def spread(lengths: Int32[np.ndarray, " rows"]) -> dict[str, Any]:
+  """Quantiles of lengths, and their histogram."""
+  if not len(lengths):
+    return {"total": 0, "histogram": []}
+  edges = np.linspace(0, int(lengths.max()) + 1, _BINS + 1).astype(np.int64)
+  edges = np.unique(edges)
+  counts, _ = np.histogram(lengths, edges)
+  values = np.quantile(
+    lengths, list(_QUANTILES.values()), method="inverted_cdf"
+  )
+  return {
+    "total": int(lengths.sum(dtype=np.int64)),
+    "mean": float(lengths.mean()),
+    "min": int(lengths.min()),
+    **{name: int(v) for name, v in zip(_QUANTILES, values, strict=True)},
+    "max": int(lengths.max()),
+    "histogram": [
+      {"from": int(a), "to": int(b) - 1, "examples": int(n)}
+      for (a, b), n in zip(itertools.pairwise(edges), counts, strict=True)
+    ],
+  }
+
+
+def sample(store: Store, i: int, tokenizer: Tokenizer) -> dict[str, Any]:
+  """One example, token by token, and as pieces of text of one kind each."""
+  example = store.example(i)
+  return {
+    "place": store.place(i),
+    "tokens": example.tokens.tolist(),
+    "loss_weights": example.loss_weights.tolist(),
+    "pieces": pieces(example, tokenizer),
+  }
+
+
+def pieces(example: Example, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+  """The text of an example, cut where the kind of its tokens changes.
+
+  Each piece is {'text', 'special': bool, 'weight': float, 'part': who says it,
+  see `encode.PARTS`}. Together they are the text of all tokens.
+  """
+  ids = example.tokens.tolist()
+  special = set(tokenizer.special_tokens.values())
+  kinds = [
+    (token in special, float(weight), PARTS[part])
+    for token, weight, part in zip(
+      ids, example.loss_weights, example.parts, strict=True
+    )
+  ]
+  made, shown = [], ""
+  for end, (is_special, weight, part) in enumerate(kinds, 1):
+    if end == len(kinds) or kinds[end] != kinds[end - 1]:
+      # A token may be part of a character, or lose its space when it stands
+      # alone, so what a run adds to all before it is shown.
+      whole = tokenizer.decode(ids[:end], skip_special=False)
+      made.append(
+        {
+          "text": whole[len(shown) :],
+          "special": is_special,
+          "weight": weight,
+          "part": part,
+        }
+      )
+      shown = whole
+  return made
+
+
+def _overlap(
+  said: row_texts.Texts, *, own_files: bool
+) -> tuple[checks.Verdict, suspicions.Suspicion]:
+  """Overlap by words, which sees prompts that differ in case or spacing."""
+  held = np.flatnonzero(said.held_out)
+  found = overlap.find(
+    _rows(said, np.flatnonzero(~said.held_out)), _rows(said, held)
+  )
+  verdict = checks.overlap_verdict(
+    found, lambda i: said.place(int(held[i])), own_files=own_files
+  )
+  like = np.flatnonzero(found.share >= overlap.SHARE)
+  return verdict._replace(of="held out, by words"), suspicions.Suspicion(
+    "held-out look-alikes",
+    len(like),
+    f"{len(like):,} of {len(held):,} held-out rows stand by half or more in "
+    f"training rows, in runs of {overlap.RUN} words: what is measured on them "
+    "is partly memory.",
+    tuple(
+      suspicions.Example(f"{found.share[i]:.0%} of it", (int(held[i]),))
+      for i in like[:_LIKE_SHOWN]
+    ),
+  )
+
+
+def _rows(
+  said: row_texts.Texts, chosen: Int64[np.ndarray, " some"]
+) -> Iterator[overlap.Rows]:
+  """Some of the rows by their words, batch by batch."""
+  whole = said.words("row")
+  asked = [said.words("system"), said.words("prompt")]
+  for some in text_hashing.batches(whole.counts[chosen], _WORDS):
+    rows = chosen[some]
+    # Of raw text, the system and the prompt are empty.
+    prompts = text_hashing.join(
+      [text_hashing.take(column, rows) for column in asked]
+    )
+    yield overlap.Rows(prompts, text_hashing.take(whole, rows))
+
+
+def _verdict(one: checks.Verdict, allow: Collection[str]) -> dict[str, Any]:
+  return {
+    "name": one.name,
+    "of": one.of,
+    "passed": not one.count,
+    "allowed": one.name in allow,
+    "count": one.count,
+    "said": one.said,
+    "places": list(one.places),
+  }
+
+
+def _warning(
+  one: suspicions.Suspicion, said: row_texts.Texts
+) -> dict[str, Any]:
+  return {
+    "name": one.name,
+    "count": one.count,
+    "said": one.said,
+    "examples": [
+      {
+        "note": example.note,
+        "rows": [_shown(said.row(i)) for i in example.rows],
+      }
+      for example in one.examples
+    ],
+  }
+
+
+def _shown(row: row_texts.Row) -> dict[str, str]:
+  """What is shown of a row."""
+  return {
+    "place": row.place,
+    "prompt": _clipped(row.prompt),
+    "answer": _clipped(row.answer),
+  }
+
+
+def _clipped(text: str) -> str:
+  """The two ends of a long text."""
+  half = _CLIPPED // 2
+  if len(text) <= _CLIPPED:
+    return text
+  return f"{text[:half]} [... {len(text) - _CLIPPED:,} more ...] {text[-half:]}"

@@ -1,0 +1,208 @@
+"""Faults: positions of tokens that would teach a model the wrong thing."""
+
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int32, Int64, Integer, UInt8
+
+from sft_jax.data.chat.options import DEFAULT, Policy
+from sft_jax.data.encoding.encode import PARTS
+from sft_jax.data.store.store import Store
+from sft_jax.data.tokenizers import files
+from sft_jax.data.tokenizers.tokenizer import Tokenizer
+
+_CHUNK = 1 << 18  # tokens looked at together: what caches hold
+# Parts that a row's author wrote, and those that go on with a turn.
+_SAID = ("system", "user", "tool", "answer", "reasoning")
+_OF_TURN = ("answer", "reasoning", "tool_call", "stop")
+
+
+class Facts(NamedTuple):
+  """What verdicts need to know of a tokenizer; see `facts`.
+
+  Attributes:
+    vocab_size: ids that there are.
+    stop_ids: those that end a reply at inference.
+    bos_id, pad_id: None where there is none.
+    adds_bos: whether the tokenizer begins every text with BOS.
+    special_ids: those that no message should hold, where messages may hold
+      them at all; none otherwise.
+    turns: what is trained are turns, and not all of a text alike.
+  """
+
+  vocab_size: int
+  stop_ids: Collection[int]
+  bos_id: int | None
+  pad_id: int | None = None
+  adds_bos: bool = False
+  special_ids: Collection[int] = ()
+  turns: bool = True
+
+
+class Documents(NamedTuple):
+  """Neighbouring examples of a store, back to back.
+
+  Attributes:
+    rows: which examples of the store.
+    starts: example k is tokens[starts[k]:starts[k + 1]].
+    tokens, weights, parts: theirs; see `encode.Example`.
+  """
+
+  rows: slice
+  starts: Int64[np.ndarray, " rows+1"]
+  tokens: Int32[np.ndarray, " tokens"]
+  weights: Float32[np.ndarray, " tokens"]
+  parts: UInt8[np.ndarray, " tokens"]
+
+
+def facts(tokenizer: Tokenizer, policy: Policy = DEFAULT) -> Facts:
+  """What a tokenizer is, and what a policy makes of it.
+
+  Whether it adds BOS to texts is in its folder. Messages hold control tokens
+  under control_tokens='allow' alone: other policies refuse or escape them.
+  """
+  config = files.read(tokenizer.folder).config
+  unknown = tokenizer.named_tokens.get("unk_token")
+  special = {id_ for text, id_ in tokenizer.special_tokens.items()
+             if text != unknown}  # fmt: skip
+  return Facts(
+    vocab_size=tokenizer.vocab_size,
+    stop_ids=tokenizer.stop_ids,
+    bos_id=tokenizer.bos_id,
+    pad_id=tokenizer.pad_id,
+    adds_bos=config.get("add_bos_token") is True,
+    special_ids=special if policy.control_tokens == "allow" else (),
+    turns=policy.train_on != "all",
+  )
+
+
+def batches(store: Store) -> Iterator[Documents]:
+  """All examples of a store, a few million tokens at a time."""
+  starts, lengths = store.index["start"], store.lengths.astype(np.int64)
+  edges = np.cumsum(lengths)
+  at = 0
+  while at < len(lengths):
+    before = edges[at] - lengths[at]
+    end = max(at + 1, int(np.searchsorted(edges, before + _CHUNK, "right")))
+    rows = slice(at, end)
+    ends = np.concatenate([[0], edges[rows] - before])
+    tokens = store.tokens[_places(starts[rows], lengths[rows])]
+    first, many = store.index["run"][rows], store.index["runs"][rows]
+    runs = store.runs[_places(first, many)]
+    sizes = runs["length"]
+    yield Documents(
+      rows,
+      ends,
+      tokens.astype(np.int32),
+      np.repeat(runs["weight"], sizes),
+      np.repeat(runs["part"], sizes),
+    )
+    at = end
+
+
+def _places(
+  starts: Integer[np.ndarray, " rows"], lengths: Integer[np.ndarray, " rows"]
+) -> Int64[np.ndarray, " places"]:
+  """Every place of each row: a part of a store has gaps between them."""
+  before = np.cumsum(lengths, dtype=np.int64) - lengths
+  return np.repeat(starts - before, lengths) + np.arange(lengths.sum())
+
+
+def outside(documents: Documents, known: Facts) -> Int64[np.ndarray, " faults"]:
+  """Positions of ids that the embedding has no row for."""
+  tokens = documents.tokens
+  return np.flatnonzero((tokens < 0) | (tokens >= known.vocab_size))
+
+
+def two_bos(documents: Documents, known: Facts) -> Int64[np.ndarray, " faults"]:
+  """Positions of a BOS after the BOS that begins a text."""
+  if known.bos_id is None:
+    return np.empty(0, np.int64)
+  first = documents.starts[:-1][np.diff(documents.starts) > 1]
+  is_bos = documents.tokens == known.bos_id
+  return first[is_bos[first] & is_bos[first + 1]] + 1
+
+
+def turn_ends(
+  documents: Documents,
+  raw: Bool[np.ndarray, " rows"],
+  cut: Bool[np.ndarray, " rows"],
+  known: Facts,
+) -> Int64[np.ndarray, " faults"]:
+  """Positions of the last tokens of trained turns that are no stop token.
+
+  Where a turn goes on untrained, only a part of it was wanted.
+  """
+  if not known.turns:
+    return np.empty(0, np.int64)
+  trained = documents.weights > 0
+  last = documents.starts[1:] - 1
+  ends = trained.copy()
+  ends[:-1] &= ~trained[1:]
+  ends[last] = trained[last]
+  # Raw text ends anywhere, and what is cut off ends where it is cut.
+  ends[last[cut]] = False
+  ends[np.repeat(raw, np.diff(documents.starts))] = False
+  goes_on = _is_part(documents, _OF_TURN)
+  goes_on[documents.starts[:-1]] = False
+  ends[:-1] &= ~goes_on[1:]
+  at = np.flatnonzero(ends)
+  return at[~np.isin(documents.tokens[at], list(known.stop_ids))]
+
+
+def masked_stop(
+  documents: Documents, ends: Int64[np.ndarray, " ends"], known: Facts
+) -> Bool[np.ndarray, " ends"]:
+  """Whether a turn's stop token follows, untrained, and is the padding's."""
+  if known.pad_id is None or known.pad_id not in known.stop_ids:
+    return np.zeros(len(ends), bool)
+  inside = ~np.isin(ends + 1, documents.starts)
+  after = documents.tokens[np.minimum(ends + 1, len(documents.tokens) - 1)]
+  return inside & (after == known.pad_id)
+
+
+def trained_padding(
+  documents: Documents, known: Facts
+) -> Int64[np.ndarray, " faults"]:
+  """Positions of padding with a weight.
+
+  Where padding and stop token are one, of a run of them the first may stop.
+  """
+  if known.pad_id is None:
+    return np.empty(0, np.int64)
+  trained = (documents.tokens == known.pad_id) & (documents.weights > 0)
+  if known.pad_id in known.stop_ids:
+    again = np.zeros_like(trained)
+    again[1:] = trained[:-1]
+    again[documents.starts[:-1]] = False
+    trained &= again
+  return np.flatnonzero(trained)
+
+
+def without_bos(
+  store: Store, begins: Int32[np.ndarray, " rows"], known: Facts
+) -> Int64[np.ndarray, " faults"]:
+  """Conversations without BOS, where there is reason to expect one."""
+  if known.bos_id is None:
+    return np.empty(0, np.int64)
+  talks = ~store.index["text"]
+  begun = begins == known.bos_id
+  expected = known.adds_bos or bool(begun[talks].any())
+  return np.flatnonzero(talks & ~begun & expected)
+
+
+def control_tokens(
+  documents: Documents, known: Facts
+) -> Int64[np.ndarray, " faults"]:
+  """Positions of control tokens inside what is said."""
+  if not known.special_ids:
+    return np.empty(0, np.int64)
+  special = np.isin(documents.tokens, list(known.special_ids))
+  return np.flatnonzero(special & _is_part(documents, _SAID))
+
+
+def _is_part(
+  documents: Documents, parts: Collection[str]
+) -> Bool[np.ndarray, " tokens"]:
+  return np.isin(documents.parts, [PARTS.index(part) for part in parts])

@@ -1,0 +1,298 @@
+"""Suspicions: what looks wrong with training rows, with examples.
+
+None of them refuses a run:
+
+empty answers    nothing, or a placeholder, where an answer should be
+duplicates       rows with the same words as another
+near duplicates  rows with nearly the same words as another
+conflicts        the same question with different answers
+openings         many prompts, or answers, that begin or end alike
+languages        rows in a language that is rare here
+lengths          answers much longer or shorter than the others
+refusals         answers that decline
+cut off          answers that look truncated
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int64, UInt64
+
+from sft_jax.data.audit import answers, conflicts, languages, near_duplicates
+from sft_jax.data.audit import text_hashing as words_lib
+from sft_jax.data.audit.row_texts import Texts
+
+# Words of a shingle, and the Jaccard from which rows count as near: one word
+# changed in 30 leaves 0.82, two leave 0.69.
+SHINGLE, NEAR = 3, 0.8
+_SHOWN = 5
+_OPENING = 6  # words
+# An opening is over-represented in more rows than both of these.
+_OPENING_ROWS, _OPENING_SHARE = 20, 0.05
+_RARE_LANGUAGE = 0.05
+# Robust standard deviations of log words from the median; see `_lengths`.
+_FAR = 5.0
+
+
+class Example(NamedTuple):
+  """Rows that show a suspicion: what they are, and where they stand.
+
+  Attributes:
+    note: in a few words, such as 'similarity 0.91'.
+    rows: their numbers in the `Texts`, one or more.
+  """
+
+  note: str
+  rows: tuple[int, ...]
+
+
+class Suspicion(NamedTuple):
+  """One thing that looks wrong.
+
+  Attributes:
+    name: see the head of this file.
+    count: rows concerned.
+    said: what it means, in a line.
+    examples: a few.
+  """
+
+  name: str
+  count: int
+  said: str
+  examples: tuple[Example, ...]
+
+
+def find(texts: Texts) -> list[Suspicion]:
+  """All suspicions about training rows; those about none are left out."""
+  rows = texts.words("row")
+  # Rows without a word have nothing to share.
+  first = _first_of(words_lib.whole(rows), texts.watched & (rows.counts > 0))
+  found = [
+    _empty(texts),
+    _duplicates(first),
+    _near_duplicates(texts, first),
+    _conflicts(texts),
+    *_openings(texts),
+    _languages(texts),
+    _lengths(texts),
+    *_by_answer(texts),
+  ]
+  return [suspicion for suspicion in found if suspicion.count]
+
+
+def _first_of(
+  keys: UInt64[np.ndarray, " rows"], among: Bool[np.ndarray, " rows"]
+) -> Int64[np.ndarray, " rows"]:
+  """The first row with the same key as each, among some; else itself."""
+  found, rows = np.arange(len(keys)), np.flatnonzero(among)
+  _, first, which = np.unique(
+    keys[rows], return_index=True, return_inverse=True
+  )
+  found[rows] = rows[first[which]]
+  return found
+
+
+def _groups(
+  group: Int64[np.ndarray, " rows"], note: str
+) -> tuple[int, tuple[Example, ...]]:
+  """Rows that are not the first of their group; the largest groups."""
+  sizes = np.bincount(group, minlength=len(group))
+  again = int((group != np.arange(len(group))).sum())
+  largest = np.argsort(-sizes, kind="stable")[:_SHOWN]
+  examples = [
+    Example(
+      f"{sizes[one]} rows {note}",
+      tuple(np.flatnonzero(group == one)[:3].tolist()),
+    )
+    for one in largest
+    if sizes[one] > 1
+  ]
+  return again, tuple(examples)
+
+
+def _duplicates(first: Int64[np.ndarray, " rows"]) -> Suspicion:
+  count, examples = _groups(first, "with the same words")
+  return Suspicion(
+    "duplicates",
+    count,
+    f"{count:,} rows repeat another, case, spacing and punctuation aside: "
+    "they weigh double, and may stand on both sides of a split.",
+    examples,
+  )
+
+
+def _near_duplicates(
+  texts: Texts, first: Int64[np.ndarray, " rows"]
+) -> Suspicion:
+  rows = texts.words("row")
+  unique = texts.watched & (first == np.arange(len(first)))
+  common = near_duplicates.boilerplate(rows, n=SHINGLE, among=unique)
+  pairs = near_duplicates.find(
+    rows, n=SHINGLE, threshold=NEAR, ignored=common, among=unique
+  )
+  count, _ = _groups(pairs.group, "")
+  order = np.argsort(-pairs.similarity, kind="stable")[:_SHOWN]
+  return Suspicion(
+    "near duplicates",
+    count,
+    f"{count:,} rows nearly repeat another (Jaccard of {SHINGLE}-word runs at "
+    f"least {NEAR}, boilerplate aside).",
+    tuple(
+      Example(
+        f"similarity {pairs.similarity[i]:.2f}",
+        (int(pairs.first[i]), int(pairs.second[i])),
+      )
+      for i in order
+    ),
+  )
+
+
+def _conflicts(texts: Texts) -> Suspicion:
+  found = conflicts.find(texts)
+  rows = {row for pair in found for row in pair}
+  return Suspicion(
+    "conflicts",
+    len(rows),
+    f"{len(rows):,} rows answer the same question in different ways "
+    f"({len(found):,} pairs): the model learns to waver.",
+    tuple(Example("different answers", pair) for pair in found[:_SHOWN]),
+  )
+
+
+def _empty(texts: Texts) -> Suspicion:
+  kept = []
+  for start, some in texts.batches("answer"):
+    kept += [start + i for i, text in enumerate(some) if answers.is_empty(text)]
+  dropped = texts.dropped
+  missing = {
+    reason: dropped.count[reason]
+    for reason in ("empty answer", "empty text")
+    if dropped.count[reason]
+  }
+  count = sum(missing.values())
+  places = [place for reason in missing for place in dropped.places[reason]]
+  said = f"{len(kept):,} answers are placeholders, and are trained on"
+  if count:
+    said = (
+      f"{count:,} answers are empty, and dropped ({', '.join(places)}); "
+    ) + said
+  return Suspicion(
+    "empty answers",
+    count + len(kept),
+    said + ".",
+    tuple(Example("a placeholder", (row,)) for row in kept[:_SHOWN]),
+  )
+
+
+def _openings(texts: Texts) -> Iterable[Suspicion]:
+  """Prompts that begin or end alike, and answers that begin alike."""
+  for column, edge, count_of in (
+    ("prompt", "begin", words_lib.first),
+    ("prompt", "end", words_lib.last),
+    ("answer", "begin", words_lib.first),
+  ):
+    keys = count_of(texts.words(column), _OPENING)
+    keys = np.where(texts.watched & ~texts.text, keys, 0)
+    known, first, sizes = np.unique(keys, return_index=True, return_counts=True)
+    asked = int((keys > 0).sum())
+    many = np.flatnonzero(
+      (known > 0) & (sizes > _OPENING_ROWS) & (sizes > _OPENING_SHARE * asked)
+    )
+    many = many[np.argsort(-sizes[many], kind="stable")]
+    count = int(sizes[many].sum())
+    yield Suspicion(
+      f"{column}s that {edge} alike",
+      count,
+      f"{count:,} of {asked:,} {column}s {edge} with one of {len(many)} "
+      f"runs of {_OPENING} words: a template that the model may lean on.",
+      tuple(
+        Example(f"{sizes[i]:,} rows {edge} alike", (int(first[i]),))
+        for i in many[:_SHOWN]
+      ),
+    )
+
+
+def _languages(texts: Texts) -> Suspicion:
+  found = [np.empty(0, np.int64)]
+  words = texts.words("answer")
+  for start, some in texts.batches("answer"):
+    here = words_lib.take(words, np.arange(start, start + len(some)))
+    found.append(languages.detect(some, here))
+  language, names = np.concatenate(found), languages.names()
+  language = np.where(texts.watched, language, 0)
+  counts = np.bincount(language, minlength=len(names))
+  named = max(int(counts[1:].sum()), 1)
+  rare = [
+    i for i in range(1, len(names)) if 0 < counts[i] < _RARE_LANGUAGE * named
+  ]
+  examples = [
+    Example(names[i], (int(np.flatnonzero(language == i)[0]),)) for i in rare
+  ]
+  shares = ", ".join(
+    f"{names[i]} {counts[i]:,}" for i in np.argsort(-counts) if counts[i]
+  )
+  return Suspicion(
+    "languages",
+    int(counts[rare].sum()),
+    f"Answers by language: {shares}. Those below {_RARE_LANGUAGE:.0%} of the "
+    "known ones are listed.",
+    tuple(examples[:_SHOWN]),
+  )
+
+
+def _lengths(texts: Texts) -> Suspicion:
+  """Answers whose length is far from the others'.
+
+  Lengths of texts are about log-normal: distance is measured in their
+  logarithm, from the median, in median absolute deviations (times 1.4826, a
+  standard deviation where they are normal).
+  """
+  counts = texts.words("answer").counts
+  looked = texts.watched & ~texts.text  # Raw text is as long as it is.
+  if not looked.any():
+    return Suspicion("lengths", 0, "", ())
+  logs = np.log1p(counts)
+  middle = np.median(logs[looked])
+  apart = np.where(looked, np.abs(logs - middle), 0)
+  spread = max(1.4826 * float(np.median(apart[looked])), 0.25)
+  far = apart > _FAR * spread
+  order = np.argsort(-apart, kind="stable")[: far.sum()]
+  return Suspicion(
+    "lengths",
+    int(far.sum()),
+    f"{int(far.sum()):,} answers are much longer or shorter than the median of "
+    f"{int(np.median(counts[looked])):,} words.",
+    tuple(
+      Example(f"{counts[row]:,} words", (int(row),)) for row in order[:_SHOWN]
+    ),
+  )
+
+
+def _by_answer(texts: Texts) -> list[Suspicion]:
+  """What each answer shows by itself: refusals, and ends cut off."""
+  refused: list[Example] = []
+  cut: list[Example] = []
+  for start, some in texts.batches("answer"):
+    for row, text in enumerate(some, start):
+      if texts.text[row] or not texts.watched[row]:
+        continue
+      if answers.is_refusal(text):
+        refused.append(Example("a refusal", (row,)))
+      if why := answers.cut_off(text):
+        cut.append(Example(why, (row,)))
+  total = max(int(texts.watched.sum()), 1)
+  return [
+    Suspicion(
+      "refusals",
+      len(refused),
+      f"{len(refused):,} answers decline ({len(refused) / total:.1%}).",
+      tuple(refused[:_SHOWN]),
+    ),
+    Suspicion(
+      "cut off",
+      len(cut),
+      f"{len(cut):,} answers look cut off ({len(cut) / total:.1%}).",
+      tuple(cut[:_SHOWN]),
+    ),
+  ]

@@ -1,0 +1,252 @@
+"""Text with trained spans to ids whose prompts are those of inference."""
+
+import bisect
+import functools
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from sft_jax.data.chat.loss_spans import Rendered
+from sft_jax.data.chat.options import Policy
+from sft_jax.data.conversation import Conversation, RowError
+from sft_jax.data.tokenizers.tokenizer import Tokenizer
+
+Offsets = list[tuple[int, int]]
+
+# Who says a token; an Example holds the indices.
+PARTS = (
+  "template",  # Structure: what no part of the row says.
+  "system",
+  "user",
+  "tool",  # What a tool answers.
+  "answer",
+  "reasoning",
+  "tool_call",  # Its syntax in a trained turn included.
+  "stop",
+  "text",  # Raw text, or ids made elsewhere.
+)
+
+# What may stand before a reply encoded by itself; see `_continuation`.
+_ANCHORS = ("", "\n", ".", "a", "|")
+
+
+class Tokens(NamedTuple):
+  """Ids, their weights and who says them, before the length policy."""
+
+  ids: list[int]
+  weights: Float32[np.ndarray, " n"]
+  parts: UInt8[np.ndarray, " n"]
+
+
+def encode_rendered(
+  rendered: Rendered,
+  tokenizer: Tokenizer,
+  policy: Policy,
+  conversation: Conversation,
+) -> list[Tokens]:
+  """All in one, or one per span where spans cannot share their ids."""
+  text, spans, literal = rendered.text, rendered.spans, rendered.literal
+  ids, offsets = tokenizer.encode_with_offsets(text, literal)
+  if not spans:
+    weights = np.ones(len(ids), np.float32)
+    return [Tokens(ids, weights, _parts(rendered, offsets))]
+  starts = [
+    count
+    for start, _, _ in spans
+    if (count := _shared_prompt(rendered, start, ids, offsets, tokenizer))
+  ]
+  if len(starts) == len(spans):
+    weights = np.zeros(len(ids), np.float32)
+    for start, (_, end, weight) in zip(starts, spans, strict=True):
+      stop = _stop_index(ids, offsets, start, end, tokenizer, conversation)
+      weights[start : stop + 1] = weight
+    _mute(weights, rendered, offsets)
+    return [Tokens(ids, weights, _parts(rendered, offsets))]
+  if len(spans) > 1 and policy.history == "keep":
+    raise RowError(
+      conversation.source or "row",
+      "a token that joins a prompt to its reply",
+      "replies that begin with a token of their own (history='keep')",
+      "Set data.history to auto or split.",
+    )
+  return [
+    _apart(rendered, span, tokenizer, conversation) for span in rendered.spans
+  ]
+
+
+def _shared_prompt(
+  rendered: Rendered,
+  start: int,
+  ids: list[int],
+  offsets: Offsets,
+  tokenizer: Tokenizer,
+) -> int | None:
+  """How many ids the prompt text[:start] has, if they are the first of all.
+
+  Special tokens cut a text: what is before one does not change the ids of
+  what is after. So only the end of the prompt is encoded again, from its last
+  special token on.
+  """
+  special = special_ids(tokenizer)
+  begin, last = 0, 0
+  for index in range(bisect.bisect_left(offsets, (start, -1)) - 1, -1, -1):
+    if ids[index] in special:
+      begin, last = offsets[index][0], index
+      break
+  literal = tuple(
+    (a - begin, b - begin)
+    for a, b in rendered.literal
+    if begin <= a and b <= start
+  )
+  tail = tail_ids(tokenizer, rendered.text[begin:start], literal)
+  count = last + len(tail)
+  return count if tuple(ids[last:count]) == tail else None
+
+
+@functools.lru_cache(maxsize=256)  # Prompts end alike: '<|assistant|>\n'.
+def tail_ids(
+  tokenizer: Tokenizer, text: str, literal: tuple[tuple[int, int], ...]
+) -> tuple[int, ...]:
+  """Ids of the end of a prompt, from its last special token on."""
+  return tuple(tokenizer.encode_with_offsets(text, literal)[0])
+
+
+@functools.lru_cache(maxsize=8)
+def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+  """Ids that only structure has: any text may have the unknown token."""
+  unknown = tokenizer.named_tokens.get("unk_token")
+  return frozenset(
+    number for text, number in tokenizer.special_tokens.items()
+    if text != unknown
+  )  # fmt: skip
+
+
+def _apart(
+  rendered: Rendered,
+  span: tuple[int, int, float],
+  tokenizer: Tokenizer,
+  conversation: Conversation,
+) -> Tokens:
+  """The ids of a prompt, and after them those of its reply."""
+  start, end, weight = span
+  text = rendered.text
+  before = tuple(one for one in rendered.literal if one[1] <= start)
+  prompt, prompt_offsets = tokenizer.encode_with_offsets(text[:start], before)
+  reply, offsets = _continuation(
+    prompt, rendered, start, end, tokenizer, conversation
+  )
+  _stop_index(reply, offsets, 0, end, tokenizer, conversation)
+  ids, offsets = prompt + reply, prompt_offsets + offsets
+  weights = np.zeros(len(ids), np.float32)
+  weights[len(prompt) :] = weight
+  _mute(weights, rendered, offsets)
+  return Tokens(ids, weights, _parts(rendered, offsets))
+
+
+def _continuation(
+  prompt: list[int],
+  rendered: Rendered,
+  start: int,
+  end: int,
+  tokenizer: Tokenizer,
+  conversation: Conversation,
+) -> tuple[list[int], Offsets]:
+  """Ids of a reply as they follow ids of a prompt, and their offsets.
+
+  Many tokenizers put a space before text encoded by itself, which a reply in
+  the middle of a text does not have. So it is encoded after a short anchor
+  that no token joins to it, and what decodes as the whole text is taken.
+  """
+  text = rendered.text
+  reply = text[start:end]
+  up_to = tuple(one for one in rendered.literal if one[1] <= end)
+  whole, _ = tokenizer.encode_with_offsets(text[:end], up_to)
+  wanted = tokenizer.decode(whole, skip_special=False)
+  for anchor in _ANCHORS:
+    moved = start - len(anchor)
+    literal = tuple((a - moved, b - moved) for a, b in up_to if a >= start)
+    ids, offsets = tokenizer.encode_with_offsets(anchor + reply, literal)
+    begin = sum(one < len(anchor) for one, _ in offsets)
+    ids = ids[begin:]
+    if tokenizer.decode(prompt + ids, skip_special=False) == wanted:
+      return ids, [(a + moved, b + moved) for a, b in offsets[begin:]]
+  raise RowError(
+    conversation.source or "row",
+    f"a reply {reply[:30]!r} that cannot be encoded apart from its prompt",
+    "a prompt whose last token ends where the reply begins",
+    "End the generation prompt with a special token or a line break.",
+  )
+
+
+def _stop_index(
+  ids: list[int],
+  offsets: Offsets,
+  start: int,
+  end: int,
+  tokenizer: Tokenizer,
+  conversation: Conversation,
+) -> int:
+  """Index of the stop token of the reply that begins at id `start`.
+
+  It is where generation would stop: at the first stop id; and it must be the
+  token that ends the trained span, at character `end`.
+  """
+  stops = frozenset(tokenizer.stop_ids)
+  for index in range(start, len(ids)):
+    if ids[index] in stops:
+      if offsets[index][1] == end:
+        return index
+      break
+  raise RowError(
+    conversation.source or "row",
+    "a trained turn whose stop token the tokenizer reads as other tokens",
+    "one stop token, at the end of the turn",
+    "Declare the stop token as special in the model folder's tokenizer files.",
+  )
+
+
+def _tokens_in(
+  text: str, offsets: Offsets, start: int, end: int, *, whole: bool
+) -> slice:
+  """The tokens of characters [start, end).
+
+  White space does not count where a token reaches over an edge: of ' Paris',
+  the word decides. Of tokens that reach over an edge with more than that,
+  `whole` leaves out those that start before, and takes those that end after.
+  """
+  first = bisect.bisect_left(offsets, (start, -1))
+  while first and offsets[first - 1][1] > start:
+    over = text[offsets[first - 1][0] : start].strip()
+    inside = text[start : min(end, offsets[first - 1][1])].strip()
+    if not inside or (over and whole):
+      break
+    first -= 1
+  last = bisect.bisect_left(offsets, (end, -1))
+  return slice(first, last)
+
+
+def _mute(weights: np.ndarray, rendered: Rendered, offsets: Offsets) -> None:
+  """Weight 0 for tokens with something of what is muted in them.
+
+  A token is trained only where all of it may be, but for white space at its
+  edges: in 'is Paris.', the span 'Paris' trains ' Paris'.
+  """
+  for start, end in rendered.muted:
+    muted = _tokens_in(rendered.text, offsets, start, end, whole=False)
+    last = muted.stop
+    # One that begins here with white space alone is of what comes after.
+    while last > muted.start and offsets[last - 1][1] > end:
+      if rendered.text[offsets[last - 1][0] : end].strip():
+        break
+      last -= 1
+    weights[muted.start : last] = 0
+
+
+def _parts(rendered: Rendered, offsets: Offsets) -> UInt8[np.ndarray, " n"]:
+  """Who says each token: whoever says its first character but white space."""
+  parts = np.full(len(offsets), PARTS.index("template"), np.uint8)
+  for start, end, part in rendered.pieces:
+    tokens = _tokens_in(rendered.text, offsets, start, end, whole=True)
+    parts[tokens] = PARTS.index(part)
+  return parts

@@ -1,0 +1,242 @@
+"""A row's fields, or what is wrong with them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sft_jax.data.conversation import RowError, ToolCall
+from sft_jax.data.readers import strict_json
+
+Row = Mapping[str, Any]
+
+# A message's own weight, under the names that data sets give it.
+WEIGHTS = ("weight", "loss_weight", "train", "training")
+
+
+def present(value: Any, where: str) -> dict[str, Any]:
+  """An object's keys; null is a key left out."""
+  if not isinstance(value, Mapping):
+    raise RowError(where, kind(value), "an object", "Write it as {...}.")
+  return {key: held for key, held in value.items() if held is not None}
+
+
+def only(row: Row, keys: Sequence[str], where: str) -> str:
+  """The one of `keys` that the row has."""
+  found = [key for key in keys if key in row]
+  if len(found) != 1:
+    raise RowError(
+      where,
+      f"{' and '.join(found) or 'none of them'} in {shown(row)}",
+      f"exactly one of {', '.join(keys)}" if len(keys) > 1 else f"a {keys[0]}",
+      "Rename or drop keys (columns of the source) until one is left.",
+    )
+  return found[0]
+
+
+def text(row: Row, key: str, where: str) -> str:
+  """row[key] as a string; '' where it is absent or null."""
+  value = row.get(key)
+  if value is None:
+    return ""
+  if not isinstance(value, str):
+    raise RowError(
+      where, f"{key} of {kind(value)}", "a string", "Make it a string."
+    )
+  return value
+
+
+def items(row: Row, key: str, where: str) -> list[Any]:
+  """row[key] as a list, which must not be empty."""
+  value = row.get(key)
+  if not isinstance(value, list) or not value:
+    raise RowError(
+      where,
+      f"{key} of {kind(value)}" if value else f"no {key}",
+      f"a list of {key}",
+      "Fill it or drop the row.",
+    )
+  return value
+
+
+def kind(value: Any) -> str:
+  """What a value is, in words for an error."""
+  return f"type {type(value).__name__}"
+
+
+def shown(value: Any) -> str:
+  """A value for an error: short, in ASCII, without control characters.
+
+  >>> shown({"prompt": "Wie groß?", "history": [["a", "b"]]})
+  "{'prompt': 'Wie gro\\\\xdf?', 'history': [1 items]}"
+  """
+  if isinstance(value, str):
+    return ascii(value[:40]) + ("..." if len(value) > 40 else "")
+  if isinstance(value, Mapping):
+    pairs = [
+      f"{shown(key)}: {'{...}' if isinstance(held, Mapping) else shown(held)}"
+      for key, held in list(value.items())[:12]
+    ]
+    return "{" + ", ".join(pairs) + (", ...}" if len(value) > 12 else "}")
+  if isinstance(value, list | tuple):
+    return f"[{len(value)} items]"
+  if value is None or isinstance(value, bool | int | float):
+    return repr(value)[:40]
+  return kind(value)
+
+
+def content(value: Any, where: str) -> str:
+  """Content as one string; a list of text parts is joined."""
+  if isinstance(value, str):
+    return value
+  if not isinstance(value, list):
+    raise RowError(
+      where,
+      f"content of {kind(value)}",
+      "a string",
+      "Make it a string.",
+    )
+  parts = []
+  for part in value:
+    is_text = isinstance(part, Mapping) and part.get("type") == "text"
+    said = part.get("text") if is_text else None
+    if is_text and said is None:
+      said = part.get("value")
+    if not isinstance(said, str):
+      raise RowError(
+        where,
+        f"a content part {shown(part)}",
+        "parts {'type': 'text', 'text': ...}",
+        "Only text can be trained on: drop the row.",
+      )
+    parts.append(said)
+  return "".join(parts)
+
+
+def tool_calls(value: Any, where: str) -> tuple[ToolCall, ...]:
+  """The calls in a list, in one object, or in either as JSON text."""
+  if isinstance(value, str):
+    value = strict_json.loads(value, where) if value.strip() else []
+  return tuple(
+    tool_call(call, where)
+    for call in (value if isinstance(value, list) else [value])
+  )
+
+
+def tool_call(call: Any, where: str) -> ToolCall:
+  """{'function': {'name', 'arguments'}, 'id'?} or the same without wrapping.
+
+  Arguments may be an object or that object as a JSON string; both become the
+  object, since templates differ in which of them they can print.
+  """
+  outer = as_json(call, where) if isinstance(call, Mapping) else {}
+  inner = outer.get("function") or outer
+  if not isinstance(inner, Mapping) or inner.get("name") is None:
+    raise RowError(
+      where,
+      f"a tool call {shown(call)}",
+      "an object with name and arguments",
+      "Write {'function': {'name': ..., 'arguments': {...}}}.",
+    )
+  found = [key for key in ("arguments", "parameters") if key in inner]
+  arguments = inner[only(inner, found, where)] if found else None
+  if isinstance(arguments, str) and arguments.strip():
+    arguments = strict_json.loads(arguments, where)
+  if arguments is None or arguments == "":
+    arguments = {}
+  if not isinstance(arguments, dict):
+    raise RowError(
+      where,
+      f"tool call arguments of {kind(arguments)}",
+      "an object",
+      "Name every argument: {'city': 'Paris'}.",
+    )
+  call_id = text(outer, "id", where) or None
+  return ToolCall(text(inner, "name", where), arguments, call_id)
+
+
+def tools(row: Row, where: str) -> tuple[dict[str, Any], ...]:
+  """The row's tool schemas; a JSON string of them is read, not rewritten."""
+  found = [key for key in ("tools", "functions") if row.get(key)]
+  if not found:
+    return ()
+  value = row[only(row, found, where)]
+  if isinstance(value, str):
+    value = strict_json.loads(value, where) if value.strip() else []
+  else:
+    value = as_json(value, where)
+  listed = isinstance(value, list)
+  if not listed or not all(isinstance(tool, dict) for tool in value):
+    raise RowError(
+      where,
+      f"tools {shown(value)}",
+      "a list of JSON schemas",
+      "Wrap the schemas in a list.",
+    )
+  return tuple(value)
+
+
+def as_json(value: Any, where: str) -> Any:
+  """The value, if it is what JSON can hold: templates print it as JSON."""
+  try:
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+  except (TypeError, ValueError, RecursionError) as error:
+    raise RowError(
+      where,
+      f"a value that JSON cannot hold ({error})",
+      "objects, lists, strings, numbers, booleans and null",
+      "Write it as JSON text, or drop the row.",
+    ) from None
+  return value
+
+
+def weight(item: Row, where: str) -> float | None:
+  """The item's own weight, under any of its names; None where it has none."""
+  if item.keys().isdisjoint(WEIGHTS):
+    return None
+  found = [key for key in WEIGHTS if item.get(key) is not None]
+  if not found:
+    return None
+  value = item[only(item, found, where)]
+  try:
+    if isinstance(value, bool | int | float):
+      return float(value)
+  except OverflowError:
+    pass  # An integer beyond every float: no weight either.
+  raise RowError(
+    where, f"weight {shown(value)}", "a number or a boolean", "Correct it."
+  )
+
+
+def spans(item: Row, where: str) -> tuple[tuple[int, int], ...] | None:
+  """The characters of content that are trained; None where none are named.
+
+      {"spans": [[0, 5], [7, 9]]}                              [start, end)
+      {"train_detail": [{"begin_offset": 0, "end_offset": 4, "train": true},
+                        {"begin_offset": 5, "end_offset": 6, "train": false}]}
+
+  The second form is Axolotl's, whose `end_offset` is the last character.
+  """
+  if "spans" not in item and "train_detail" not in item:
+    return None
+  key = only(item, ("spans", "train_detail"), where)
+  made = []
+  listed = item[key] if isinstance(item[key], list) else [item[key]]
+  for one in listed:
+    if key == "train_detail" and isinstance(one, Mapping):
+      start, end, train = map(one.get, ("begin_offset", "end_offset", "train"))
+      end = end + 1 if isinstance(end, int) else end
+    else:
+      start, end = one if isinstance(one, list) and len(one) == 2 else (0, None)
+      train = True
+    if not (
+      type(start) is int and type(end) is int and isinstance(train, bool)
+    ):
+      raise RowError(
+        where,
+        f"{key} {shown(one)}",
+        "[start, end], or {begin_offset, end_offset, train}",
+        "Correct it: both count characters of content.",
+      )
+    if train:
+      made.append((start, end))
+  return tuple(sorted(made))

@@ -1,0 +1,206 @@
+"""Rows to Conversations: one function per format, one table."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from sft_jax.data import conversation as conversation_lib
+from sft_jax.data.formats import (
+  chat,
+  fields,
+  instruction,
+  preferences,
+  pretokenized,
+)
+from sft_jax.data.formats import columns as columns_lib
+from sft_jax.data.readers import files
+
+Conversation = conversation_lib.Conversation
+Names = columns_lib.Names
+NothingToTrain = conversation_lib.NothingToTrain
+RowError = conversation_lib.RowError
+Row = Mapping[str, Any]
+
+read_rows = files.read_rows
+
+
+def to_conversation(
+  row: Row,
+  *,
+  format: str = "auto",
+  columns: Mapping[str, Any] | None = None,
+  source: str = "",
+) -> Conversation:
+  """One row in any supported format as a Conversation.
+
+      {"instruction": "Add.", "input": "2 2", "output": "4"}       alpaca
+      {"prompt": "2 + 2 =", "completion": "4"}          prompt_completion
+      {"messages": [{"role": "user", "content": "2 + 2?"},
+                    {"role": "assistant", "content": "4"}]}      messages
+      {"conversations": [{"from": "human", "value": "2 + 2?"},
+                         {"from": "gpt", "value": "4"}]}         messages
+      {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}     preference
+      {"text": "Two and two are four."}                              text
+      {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}             tokens
+
+  docs/data_formats.md shows every key and spelling.
+
+  Args:
+    row: the row; a key whose value is None counts as absent.
+    format: a name in `FORMATS`, or 'auto' to tell it from the row's keys.
+    columns: what the data set's names mean here: {"query": "prompt"} for a
+      column; under 'messages', the keys of a turn, {"messages": {"speaker":
+      "role"}}; under 'role', the roles, {"role": {"bot": "assistant"}}.
+    source: the row's place, such as 'rows.jsonl:12'; errors name it.
+
+  Raises:
+    RowError: a shape that no format, or more than one, claims; a value that
+      is not of its kind; a turn that breaks the grammar of
+      `conversation.check`.
+    NothingToTrain: 'empty answer', in a row of one question and one answer
+      (an empty assistant turn among messages is a RowError); 'empty text';
+      'nothing trained', in tokens; 'label false', for a rejected answer.
+    ValueError: an unknown format or malformed columns.
+  """
+  where = source or "row"
+  if not isinstance(row, Mapping):
+    row = fields.present(row, where)
+  names = columns_lib.OURS
+  if columns:
+    names = columns_lib.to_names(columns)
+    row = columns_lib.renamed(row, names.columns)
+  # A null answer is an empty answer; any other null is a key left out.
+  row = {
+    key: held
+    for key, held in row.items()
+    if held is not None or key in instruction.ANSWERS
+  }
+  if format == "auto":
+    fitting = [name for name, made in FORMATS.items() if made.fits(row)]
+    if len(fitting) != 1:
+      raise _unclear(row, fitting, where)
+    format = fitting[0]
+  elif format not in FORMATS:
+    raise ValueError(
+      f"format: got {format!r}; expected auto or one of {', '.join(FORMATS)}. "
+      "Set data.format to one of these."
+    )
+  made = FORMATS[format].convert(row, source, names)
+  if made.messages:
+    made = _weighed(made, row, where)
+  return conversation_lib.check(made)
+
+
+def from_messages(row: Row, source: str, names: Names) -> Conversation:
+  """messages: turns of {role, content}, with tools, thinking and weights."""
+  return _from_turns(row, ("messages",), source, names)
+
+
+def from_sharegpt(row: Row, source: str, names: Names) -> Conversation:
+  """conversations: turns of {from, value}, or of {role, content}."""
+  return _from_turns(row, ("conversations", "conversation"), source, names)
+
+
+def from_text(row: Row, source: str, names: Names) -> Conversation:
+  """text: raw text, every token of which is trained."""
+  del names  # It has no turns.
+  where = source or "row"
+  text = fields.text(row, fields.only(row, ("text",), where), where)
+  if not text.strip():
+    raise NothingToTrain("empty text", source)
+  return Conversation(text=text, source=source)
+
+
+class Format(NamedTuple):
+  """How rows of a format are told and turned into Conversations."""
+
+  keys: str
+  fits: Callable[[Row], bool]
+  convert: Callable[[Row, str, Names], Conversation]
+
+
+# What is told by its keys in the rows of several formats.
+def _has_answer(row: Row) -> bool:
+  return not row.keys().isdisjoint(instruction.ANSWERS)
+
+
+def _has_chosen(row: Row) -> bool:
+  return isinstance(row.get("chosen"), str | list | Mapping)
+
+
+FORMATS = {
+  "alpaca": Format(
+    "instruction, input?, output | response",
+    lambda row: (
+      "instruction" in row and (_has_answer(row) or not _has_chosen(row))
+    ),
+    instruction.from_alpaca,
+  ),
+  "prompt_completion": Format(
+    "prompt | question | query, completion | response | answer",
+    lambda row: (
+      not row.keys().isdisjoint(instruction.QUESTIONS) and _has_answer(row)
+    ),
+    instruction.from_prompt_completion,
+  ),
+  "messages": Format(
+    "messages",
+    lambda row: "messages" in row and not _has_chosen(row),
+    from_messages,
+  ),
+  "sharegpt": Format(
+    "conversations",
+    lambda row: (
+      ("conversations" in row or "conversation" in row) and not _has_chosen(row)
+    ),
+    from_sharegpt,
+  ),
+  "preference": Format(
+    "chosen, rejected, prompt | messages | conversations",
+    _has_chosen,
+    preferences.from_preference,
+  ),
+  "text": Format("text", lambda row: "text" in row, from_text),
+  "tokens": Format(
+    "input_ids, labels",
+    lambda row: "input_ids" in row,
+    pretokenized.from_tokens,
+  ),
+}
+
+
+def _from_turns(
+  row: Row, keys: tuple[str, ...], source: str, names: Names
+) -> Conversation:
+  where = source or "row"
+  key = fields.only(row, keys, where)
+  messages = chat.read(row[key], key, where, names)
+  return instruction.finished(messages, row, source)
+
+
+def _unclear(row: Row, fitting: list[str], where: str) -> RowError:
+  choices = {name: FORMATS[name] for name in fitting} or FORMATS
+  return RowError(
+    where,
+    f"{fields.shown(row)}, which fits "
+    + (" and ".join(fitting) or "no known format"),
+    "; or ".join(f"{made.keys} ({name})" for name, made in choices.items()),
+    "Name the format (data.format), or rename keys (columns of the source).",
+  )
+
+
+def _weighed(made: Conversation, row: Row, where: str) -> Conversation:
+  """With what the row as a whole says about its worth."""
+  # An unpaired preference of TRL or LLaMA-Factory: is the answer a good one?
+  if row.get("label") is False or row.get("kto_tag") is False:
+    raise NothingToTrain("label false", made.source)
+  weight = fields.weight(row, where)
+  if weight is None:
+    return made
+  messages = [
+    dataclasses.replace(one, weight=weight)
+    if one.role == "assistant" and one.weight is None
+    else one
+    for one in made.messages
+  ]
+  return dataclasses.replace(made, messages=tuple(messages))

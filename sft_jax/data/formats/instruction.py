@@ -1,0 +1,120 @@
+"""Rows of a question and its answer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sft_jax.data.conversation import (
+  Conversation,
+  Message,
+  NothingToTrain,
+  RowError,
+)
+from sft_jax.data.formats import chat, fields
+from sft_jax.data.formats.columns import Names
+
+Row = Mapping[str, Any]
+
+# Keys of one meaning: two filled ones in a row are ambiguous.
+ANSWERS = ("output", "response", "completion", "answer")
+QUESTIONS = ("prompt", "question", "query")
+INPUTS = ("input", "context")
+SYSTEMS = ("system", "system_prompt")
+
+
+def from_alpaca(row: Row, source: str, names: Names) -> Conversation:
+  """instruction, input or context, and an answer; history, which is trained."""
+  where = source or "row"
+  asked = prompt(row, "instruction", where, names)
+  return _answered(asked, row, source, names)
+
+
+def from_prompt_completion(row: Row, source: str, names: Names) -> Conversation:
+  """prompt, question or query, and an answer; each a string or a list of turns.
+
+  As in TRL, the turns of a prompt are not trained, whoever speaks.
+  """
+  where = source or "row"
+  found = [key for key in QUESTIONS if key in row]
+  # The same question told again is no other question.
+  found = found[:1] + [key for key in found if row[key] != row[found[0]]]
+  key = fields.only(row, found or QUESTIONS, where)
+  asked = prompt(row, key, where, names)
+  if isinstance(row[key], list):
+    asked = chat.as_prompt(asked)
+  return _answered(asked, row, source, names)
+
+
+def prompt(row: Row, key: str, where: str, names: Names) -> list[Message]:
+  """row[key] as turns: a list of them, or a question after its history.
+
+  What the question is about (input, context) stands below it.
+  """
+  if isinstance(row.get(key), list):
+    return chat.read(row[key], key, where, names)
+  parts = [fields.text(row, key, where)]
+  if found := [key for key in INPUTS if row.get(key)]:
+    parts.append(fields.text(row, fields.only(row, found, where), where))
+  question = "\n\n".join(part for part in parts if part.strip())
+  if not question:
+    raise RowError(
+      where, "an empty question", "something asked", "Fill or drop the row."
+    )
+  return [*_history(row, where), Message("user", question)]
+
+
+def reply(row: Row, key: str, source: str, names: Names) -> list[Message]:
+  """An answer as turns: a string, one turn, or several."""
+  where = source or "row"
+  value = row[fields.only(row, [key], where)]
+  if isinstance(value, Mapping):
+    value = [value]
+  if isinstance(value, list):
+    return chat.read(value, key, where, names)
+  answer = fields.text(row, key, where)
+  thought = chat.reasoning(row, where)
+  if not answer.strip():
+    raise NothingToTrain("empty answer", source)
+  return [chat.spoken("assistant", answer, reasoning=thought)]
+
+
+def finished(messages: list[Message], row: Row, source: str) -> Conversation:
+  """The turns, after the row's own system prompt, with its tools."""
+  where = source or "row"
+  chat.refuse_media(row, where)
+  if row.get("chat_template_kwargs"):
+    raise RowError(
+      where,
+      f"chat_template_kwargs {fields.shown(row['chat_template_kwargs'])}",
+      "template arguments of the whole run",
+      "Set data.template_kwargs, and drop the column.",
+    )
+  if found := [key for key in SYSTEMS if row.get(key)]:
+    system = fields.text(row, fields.only(row, found, where), where)
+    if system.strip():
+      messages = [Message("system", system), *messages]
+  return Conversation(tuple(messages), fields.tools(row, where), source=source)
+
+
+def _answered(
+  asked: list[Message], row: Row, source: str, names: Names
+) -> Conversation:
+  where = source or "row"
+  filled = [key for key in ANSWERS if row.get(key) is not None]
+  key = fields.only(row, filled or ANSWERS, where)
+  return finished(asked + reply(row, key, source, names), row, source)
+
+
+def _history(row: Row, where: str) -> list[Message]:
+  """Earlier turns: [[question, answer], ...], the oldest first."""
+  made = []
+  pairs = fields.items(row, "history", where) if row.get("history") else []
+  for index, pair in enumerate(pairs):
+    if not isinstance(pair, list) or list(map(type, pair)) != [str, str]:
+      raise RowError(
+        f"{where} history[{index}]",
+        fields.shown(pair),
+        "[question, answer], both strings",
+        "Correct or drop the row.",
+      )
+    made += [Message("user", pair[0]), chat.spoken("assistant", pair[1])]
+  return made

@@ -1,0 +1,222 @@
+"""Rows of Parquet and Arrow files, and the folders that `datasets` saves.
+
+Arrow has no absent keys: a struct column gives every row every key, and null
+where the row had none. That null is taken out of structs again, as it cannot
+be told from a null that somebody wrote. Tools and arguments that mean their
+nulls, or the order of their keys, belong in columns of JSON text.
+"""
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from sft_jax.data.conversation import RowError
+from sft_jax.data.readers import strict_json
+
+Rows = Iterator[tuple[str, dict[str, Any]]]
+OnBadRow = Callable[[RowError], None]
+
+# Rows that are Python objects at a time.
+_BATCH = 256
+# What an Arrow stream ends with (IPC format, "end-of-stream").
+_END = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def read_parquet(file: Path, on_bad_row: OnBadRow) -> Rows:
+  """Rows of a Parquet file; places are 'rows.parquet[3]', from 0."""
+  with _reading(file):
+    # Buffered ahead, a row group would be held whole.
+    table = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
+  with table:
+    _check_names(table.schema_arrow, file)
+    batches = table.iter_batches(batch_size=_BATCH)
+    yield from _rows(batches, file, on_bad_row)
+
+
+def read_arrow(file: Path, on_bad_row: OnBadRow) -> Rows:
+  """Rows of an Arrow file: a stream, as `datasets` writes, or Feather."""
+  with _reading(file), file.open("rb") as stream:
+    is_stream = stream.read(6) != b"ARROW1"
+    stream.seek(-min(len(_END), file.stat().st_size), io.SEEK_END)
+    # One that breaks off between two batches looks whole otherwise.
+    if is_stream and stream.read() != _END:
+      raise pyarrow.ArrowInvalid("no end-of-stream mark")
+  with pyarrow.memory_map(str(file)) as mapped:
+    with _reading(file):
+      if is_stream:
+        table = pyarrow.ipc.open_stream(mapped)
+        whole = iter(table)
+      else:
+        table = pyarrow.ipc.open_file(mapped)
+        whole = map(table.get_batch, range(table.num_record_batches))
+    _check_names(table.schema, file)
+    parts = (
+      batch.slice(start, _BATCH)
+      for batch in whole
+      for start in range(0, batch.num_rows, _BATCH)
+    )
+    yield from _rows(parts, file, on_bad_row)
+
+
+def saved_files(folder: Path, split: str = "") -> list[Path]:
+  """The Arrow files of a folder that `datasets.save_to_disk` wrote.
+
+  Args:
+    folder: of one data set, or of several splits.
+    split: which of several; '' where there is one.
+
+  Raises:
+    ValueError: not such a folder; a split that is not there, or several and
+      none chosen; missing files; a selection that was not written out.
+  """
+  splits = _listing(folder / "dataset_dict.json", "splits")
+  if splits is not None:
+    chosen = splits[0] if len(splits) == 1 and not split else split
+    if chosen not in splits:
+      raise ValueError(
+        f"{folder}: got {f'the split {split!r}' if split else 'no split'}; "
+        f"expected one of {', '.join(splits)}. Append it, as in "
+        f"{folder}#{splits[0] if splits else 'train'}."
+      )
+    return saved_files(folder / chosen)
+  files = _listing(folder / "state.json", "_data_files")
+  if files is None or split:
+    raise ValueError(
+      f"{folder}{f'#{split}' if split else ''}: got a folder; expected a file, "
+      "a glob, or a folder of datasets.save_to_disk, with #split where it has "
+      "several. Write folder/*.jsonl, or correct the path."
+    )
+  selection = _listing(folder / "state.json", "_indices_files")
+  missing = [name for name in files if not (folder / name).is_file()]
+  if selection or missing or not files:
+    raise ValueError(
+      f"{folder}: got {f'no file {missing[0]}' if missing else 'no rows'}; "
+      "expected the files that state.json names, and no selection beside them. "
+      "Save the data set again with save_to_disk."
+    )
+  return [folder / name for name in files]
+
+
+def _listing(file: Path, key: str) -> list[str] | None:
+  """The plain names that a JSON file of `datasets` lists under a key."""
+  if not file.is_file():
+    return None
+  held = strict_json.loads(file.read_text(encoding="utf-8"), str(file))
+  listed = held.get(key) if isinstance(held, dict) else None
+  names = []
+  for one in listed or ():
+    name = one.get("filename") if isinstance(one, dict) else one
+    # A plain name cannot lead out of the folder.
+    if not isinstance(name, str) or Path(name).name != name:
+      raise ValueError(
+        f"{file}: got {str(name)[:200]!r} under {key}; expected plain names. "
+        "Save the data set again with save_to_disk."
+      )
+    names.append(name)
+  return names
+
+
+def _rows(
+  batches: Iterator[pyarrow.RecordBatch], file: Path, on_bad_row: OnBadRow
+) -> Rows:
+  """Rows of batches, of at most `_BATCH` rows each."""
+  index = 0
+  while True:
+    with _reading(file):
+      batch = next(batches, None)
+    if batch is None:
+      return
+    structs = [one.name for one in batch.schema if _has_struct(one.type)]
+    rows = None
+    with contextlib.suppress(*_FAULTS):
+      # Offsets that lead out of a buffer would be followed.
+      batch.validate(full=True)
+      if batch.nbytes <= strict_json.MAX_ROW_BYTES:
+        rows = enumerate(batch.to_pylist(), start=index)
+    for at, row in rows or _one_by_one(batch, file, index, on_bad_row):
+      for name in structs:
+        row[name] = _without_nulls(row[name])
+      yield f"{file.name}[{at}]", row
+    index += batch.num_rows
+
+
+def _one_by_one(
+  batch: pyarrow.RecordBatch, file: Path, index: int, on_bad_row: OnBadRow
+) -> Iterator[tuple[int, dict[str, Any]]]:
+  """(index, row) of a batch that is too large, or has a fault, as a whole."""
+  for at in range(index, index + batch.num_rows):
+    where = f"{file.name}[{at}]"
+    one = batch.slice(at - index, 1)
+    try:
+      one.validate(full=True)
+      if one.nbytes > strict_json.MAX_ROW_BYTES:
+        raise strict_json.too_long(where)
+      (row,) = one.to_pylist()
+    except RowError as error:
+      on_bad_row(error)
+    except _FAULTS as error:
+      on_bad_row(
+        RowError(
+          where,
+          f"a value that cannot be read ({error})",
+          "UTF-8 text and values that Python has",
+          "Mend or drop the row.",
+        )
+      )
+    else:
+      yield at, row
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+  """Damage that Arrow meets is a RowError that names the file."""
+  try:
+    yield
+  except (pyarrow.ArrowException, OSError) as error:
+    if isinstance(error, FileNotFoundError | PermissionError):
+      raise
+    raise RowError(
+      file.name,
+      f"a file that is damaged or breaks off ({error})",
+      f"a whole {file.suffix} file",
+      "Fetch or write the file again.",
+    ) from None
+
+
+def _check_names(schema: pyarrow.Schema, file: Path) -> None:
+  twice = [name for name in schema.names if schema.names.count(name) > 1]
+  if twice:
+    raise RowError(
+      file.name,
+      f"two columns of the name {twice[0]!r}",
+      "each name once",
+      "Rename one of them.",
+    )
+
+
+def _has_struct(kind: pyarrow.DataType) -> bool:
+  return pyarrow.types.is_struct(kind) or any(
+    _has_struct(kind.field(i).type) for i in range(kind.num_fields)
+  )
+
+
+def _without_nulls(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {
+      key: _without_nulls(held)
+      for key, held in value.items()
+      if held is not None
+    }
+  if isinstance(value, list):
+    return [_without_nulls(held) for held in value]
+  return value
+
+
+# Of a value that is there and has no Python form: bytes that are not UTF-8, a
+# time beyond the calendar.
+_FAULTS = (ValueError, OverflowError, pyarrow.ArrowException)

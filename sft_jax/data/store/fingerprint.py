@@ -1,0 +1,97 @@
+"""What a store was made from, by name: the key of a cache says it in full."""
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+from sft_jax.data.readers import files as rows
+from sft_jax.data.sources import Source
+from sft_jax.data.store.files import digest, hash_text
+from sft_jax.data.tokenizers.tokenizer import Tokenizer
+
+# What has no say in what an example is: changing it leaves every example as it
+# is.
+_ELSEWHERE = (
+  "audit/",
+  "conditions.py",
+  "layout.py",
+  "packing.py",
+  "padded.py",
+  "pipeline.py",
+  "scores.py",
+  "selection.py",
+  "chat/template_export.py",
+  "store/stats.py",
+  "store/workers.py",
+)
+_LIBRARIES = ("jinja2", "sentencepiece", "tokenizers")
+
+
+def of_source(source: Source, format: str, seed: int) -> dict[str, Any]:
+  causes: dict[str, Any] = {
+    f"file {number} ({file.name})": digest(file)
+    for number, file in enumerate(rows.find_files(source.path), 1)
+  }
+  causes["format"] = source.format or format
+  causes["columns"] = dict(source.columns)
+  if source.limit is not None:
+    causes |= {"limit": source.limit, "seed": seed}
+  return causes
+
+
+def of_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+  return {
+    "fingerprint": tokenizer.fingerprint,
+    "chat template": hash_text(tokenizer.chat_template or ""),
+    "stop ids": list(tokenizer.stop_ids),
+    # How a model likes to be sampled does not change what text becomes.
+    **{
+      file.name: digest(file)
+      for file in tokenizer.files
+      if file.name != "generation_config.json"
+    },
+  }
+
+
+def code_version() -> str:
+  """Hash of what turns rows into examples: our sources, others' versions."""
+  folder = Path(__file__).parents[1]
+  names = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*.py"))
+  ours = [
+    digest(folder / name)
+    for name in names
+    if not name.startswith(_ELSEWHERE) and not name.endswith("__init__.py")
+  ]
+  others = [importlib.metadata.version(name) for name in _LIBRARIES]
+  return hash_text(" ".join(ours + others))
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+  """What differs between the causes of two stores or streams, in words.
+
+  ['source 1, file 2 (chat.jsonl): changed', "policy, history: 'auto' ->
+  'split'"]. That the examples differ is said only where nothing says why.
+  """
+
+  def look(before: Any, after: Any, name: str) -> list[str]:
+    if before == after:
+      return []
+    if isinstance(before, dict) and isinstance(after, dict):
+      keys = dict.fromkeys([*before, *after])
+      return [
+        line
+        for key in keys
+        for line in look(
+          before.get(key), after.get(key), f"{name}, {key}" if name else key
+        )
+      ]
+    for gone, word in ((after, "gone"), (before, "new")):
+      if gone is None:
+        return [f"{name}: {word}"]
+    if isinstance(after, str) and len(after) == 64:  # A digest tells nobody.
+      return [f"{name}: changed"]
+    return [f"{name}: {before!r} -> {after!r}"]
+
+  lines = look(before, after, "")
+  told = [line for line in lines if not line.startswith("examples:")]
+  return told or lines

@@ -1,0 +1,296 @@
+"""Chunks: some rows, and the examples they become, as arrays.
+
+The unit of work of a build. It is encoded here or in another process, by the
+same code to the same bytes; only counts from the start of the store are
+entered afterwards, by the writer, which sees the chunks in order.
+"""
+
+import hashlib
+import json
+import pickle
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Shaped
+
+from sft_jax.data.chat.options import Policy
+from sft_jax.data.conversation import Conversation, NothingToTrain, RowError
+from sft_jax.data.encoding import encode, fast_path
+from sft_jax.data.encoding.encode import Example
+from sft_jax.data.formats import formats
+from sft_jax.data.readers import files as rows
+from sft_jax.data.sources import Source
+from sft_jax.data.store.files import INDEX, RUN
+from sft_jax.data.store.stats import SourceLedger
+from sft_jax.data.tokenizers.tokenizer import Tokenizer
+
+# A chunk ends at whichever comes first. It is about 50 ms of work.
+_ROWS = 128
+_BYTES = 1 << 20
+
+
+class Recipe(NamedTuple):
+  """What turns the rows of every source into examples; see `cache.build`."""
+
+  tokenizer: Tokenizer
+  policy: Policy
+  max_length: int
+  format: str
+  skip_bad_rows: bool
+
+
+class Chunk(NamedTuple):
+  """Rows of one source, each pickled: see `_items`."""
+
+  number: int
+  source: Source
+  rows: list[bytes]
+
+
+class Encoded(NamedTuple):
+  """What became of a chunk.
+
+  Attributes:
+    number: of its source.
+    ledger: what became of each row.
+    tokens: of all examples, back to back.
+    runs: see `store_files.RUN`.
+    index: see `store_files.INDEX`; starts and rows count from those of the
+      chunk.
+    places: of the rows trained on, as bytes.
+    bad_rows: lines for bad_rows.jsonl.
+    fault: what stops the build at this row, if anything does.
+  """
+
+  number: int
+  ledger: SourceLedger
+  tokens: Shaped[np.ndarray, " tokens"]
+  runs: Shaped[np.ndarray, " runs"]
+  index: Shaped[np.ndarray, " examples"]
+  places: bytes
+  bad_rows: bytes
+  fault: Exception | None
+
+
+def read(
+  number: int, source: Source, *, seed: int, chunk_rows: int = _ROWS
+) -> Iterator[Chunk]:
+  """Reads the rows of a source, in chunks."""
+  pickled: list[bytes] = []
+  size = 0
+  for item in _items(source, seed):
+    one = pickle.dumps(item, pickle.HIGHEST_PROTOCOL)
+    pickled.append(one)
+    size += len(one)
+    if len(pickled) == chunk_rows or size > _BYTES:
+      yield Chunk(number, source, pickled)
+      pickled, size = [], 0
+  if pickled:
+    yield Chunk(number, source, pickled)
+
+
+def read_again(
+  source: Source, *, seed: int
+) -> Iterator[tuple[str, Any] | RowError]:
+  """(place, row) of the rows that a build takes, or what is wrong with them.
+
+  Raises:
+    ValueError, OSError: a file that cannot be read on.
+  """
+  for item in _items(source, seed):
+    if isinstance(item, _Broken):
+      raise item.fault
+    if not isinstance(item, _Beyond):
+      yield item
+
+
+class _Beyond(NamedTuple):
+  """In a row's stead: `Source.limit` leaves it out."""
+
+  place: str
+
+
+class _Broken(NamedTuple):
+  """In a row's stead: the file cannot be read on."""
+
+  fault: Exception
+
+
+def _items(source: Source, seed: int) -> Iterator[Any]:
+  """(place, row), or what stands in its stead, in the order of the rows."""
+  taken = None
+  if source.limit is not None:
+    number = sum(1 for _ in _read(source))
+    rng = np.random.default_rng(seed)
+    taken = np.zeros(number, bool)
+    limit = min(source.limit, number)
+    taken[rng.choice(number, limit, replace=False)] = True
+  for i, item in enumerate(_read(source)):
+    if taken is None or taken[i] or isinstance(item, _Broken):
+      yield item
+    else:
+      place = item.where if isinstance(item, RowError) else item[0]
+      yield _Beyond(place)
+
+
+def _read(source: Source) -> Iterator[Any]:
+  """(place, row), the RowError of one that cannot be read, or _Broken."""
+  unreadable: list[RowError] = []
+  try:
+    for item in rows.read_rows(source.path, on_bad_row=unreadable.append):
+      while unreadable:
+        yield unreadable.pop(0)
+      yield item
+  except (ValueError, OSError) as fault:
+    # Told in its turn, after the faults of rows before it.
+    yield from unreadable
+    yield _Broken(fault)
+  else:
+    yield from unreadable
+
+
+def encode_chunk(recipe: Recipe, chunk: Chunk) -> Encoded:
+  """Encodes the rows of a chunk, in order, up to the first fault."""
+  items = [pickle.loads(pickled) for pickled in chunk.rows]
+  read = [_to_conversation(recipe, chunk.source, item) for item in items]
+  alike = fast_path.encode_alike(
+    [one if isinstance(one, Conversation) else None for one in read],
+    recipe.tokenizer,
+    recipe.policy,
+  )
+  made = _Arrays(recipe)
+  fault = None
+  for item, conversation, tokens in zip(items, read, alike, strict=True):
+    if isinstance(conversation, _Broken):
+      fault = conversation.fault
+      break
+    made.ledger.rows_in += 1
+    try:
+      if isinstance(conversation, _Beyond):
+        made.ledger.drop("beyond limit", conversation.place)
+      elif isinstance(conversation, Exception):
+        raise conversation
+      else:
+        made.add(conversation, tokens, content_of(item[1]))
+    except NothingToTrain as nothing:
+      made.ledger.drop(nothing.reason, item[0])
+    except RowError as error:
+      if not recipe.skip_bad_rows:
+        fault = error
+        break
+      made.ledger.drop("malformed", error.where)
+      line = {"where": error.where, "error": str(error)}
+      made.bad_rows += json.dumps(line).encode() + b"\n"
+  return made.encoded(chunk.number, fault)
+
+
+def _to_conversation(
+  recipe: Recipe, source: Source, item: Any
+) -> Conversation | _Beyond | _Broken | RowError | NothingToTrain:
+  """What is read of an item of `_items`, or what is wrong with it."""
+  if not isinstance(item, tuple) or isinstance(item, _Beyond | _Broken):
+    return item
+  place, row = item
+  try:
+    return formats.to_conversation(
+      row,
+      format=source.format or recipe.format,
+      columns=source.columns,
+      source=place,
+    )
+  except (RowError, NothingToTrain) as error:
+    return error
+
+
+class _Arrays:
+  """Grows the arrays of an `Encoded`."""
+
+  def __init__(self, recipe: Recipe):
+    self.ledger = SourceLedger()
+    self.bad_rows = bytearray()
+    self._recipe = recipe
+    self._examples: list[Example] = []
+    self._runs: list[np.ndarray] = []
+    self._records: list[tuple] = []
+    self._places = bytearray()
+    self._num_tokens = self._num_runs = 0
+
+  def add(
+    self, conversation: Conversation, made: encode.Made | None, content: int
+  ) -> None:
+    """Encodes one row, and counts what becomes of it."""
+    recipe, place = self._recipe, conversation.source
+    encoded = encode.encode_row(
+      conversation,
+      recipe.tokenizer,
+      recipe.policy,
+      max_length=recipe.max_length,
+      made=made,
+    )
+    if not encoded.examples:
+      self.ledger.drop(next(iter(encoded.dropped), "empty text"), place)
+      return
+    for reason, turns in encoded.dropped.items():
+      self.ledger.drop_turns(reason, turns, place)
+    for note in encoded.notes:
+      self.ledger.note(note, place)
+    self._append(
+      encoded.examples, content, place, conversation.text is not None
+    )
+
+  def _append(
+    self, examples: Sequence[Example], content: int, place: str, text: bool
+  ) -> None:
+    where = place.encode()
+    row = self.ledger.rows_trained
+    truncates = self._recipe.policy.over_long == "truncate"
+    for example in examples:
+      length = len(example.tokens)
+      runs = to_runs(example)
+      trained = np.flatnonzero(example.loss_weights)
+      cut = truncates and length == self._recipe.max_length
+      self._records.append(
+        (self._num_tokens, self._num_runs, row, content,
+         len(self._places), len(where), length, len(runs), len(trained),
+         trained[-1], 0, text, text or cut)
+      )  # fmt: skip
+      self._examples.append(example)
+      self._runs.append(runs)
+      self._num_tokens += length
+      self._num_runs += len(runs)
+    self._places += where
+    self.ledger.rows_trained += 1
+
+  def encoded(self, number: int, fault: Exception | None) -> Encoded:
+    tokens = [example.tokens for example in self._examples]
+    index = np.array(self._records, INDEX)
+    index["source"] = number
+    return Encoded(
+      number=number,
+      ledger=self.ledger,
+      tokens=np.concatenate([np.empty(0, np.int32), *tokens]),
+      runs=np.concatenate([np.empty(0, RUN), *self._runs]),
+      index=index,
+      places=bytes(self._places),
+      bad_rows=bytes(self.bad_rows),
+      fault=fault,
+    )
+
+
+def to_runs(example: Example) -> Shaped[np.ndarray, " runs"]:
+  """Weights and parts as runs of equal ones: [0 0 1] -> 2 x 0, 1 x 1."""
+  weights, parts = example.loss_weights, example.parts
+  new = (weights[1:] != weights[:-1]) | (parts[1:] != parts[:-1])
+  starts = np.concatenate([[0], np.flatnonzero(new) + 1])
+  runs = np.empty(len(starts), RUN)
+  runs["length"] = np.diff(starts, append=len(weights))
+  runs["weight"] = weights[starts]
+  runs["part"] = parts[starts]
+  return runs
+
+
+def content_of(row: Any) -> int:
+  """Hash of a row: 64 bits, equal for equal rows."""
+  text = json.dumps(row, sort_keys=True, default=str).encode()
+  return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")

@@ -1,0 +1,269 @@
+"""Store: encoded examples, memory-mapped, each with its place in a file.
+
+`cache.build` writes a store and `open_store` verifies it.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int32, Int64, Integer, Shaped, UInt8
+
+from sft_jax.data.encoding.encode import PARTS, Example
+from sft_jax.data.sources import Source, solve_copies
+from sft_jax.data.store.files import INDEX, RUN, digest, map_file, read_meta
+from sft_jax.data.store.stats import HELD_OUT, QUANTILES, Ledger
+
+_MANY = 1 << 18  # examples counted together
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+  """Encoded examples in the order read; row i of a store is one example.
+
+  Attributes:
+    tokens: all tokens on disk; of these `index` may select some.
+    runs: beside them, the weight of predicting each and who says it.
+    places: all places on disk, as bytes.
+    index: one INDEX record per example.
+    sources: what was read, and how much of it an epoch sees.
+    fingerprint: hash of the examples and of what they were made from.
+    causes: digests of what they were made from, by name, to say what differs.
+    ledger: what became of every row read.
+    weights: what scales each example's loss; None is 1. See `selection`.
+  """
+
+  tokens: Integer[np.ndarray, " tokens"]
+  runs: Shaped[np.ndarray, " runs"]
+  places: UInt8[np.ndarray, " bytes"]
+  index: Shaped[np.ndarray, " rows"]
+  sources: tuple[Source, ...]
+  fingerprint: str
+  causes: dict[str, Any]
+  ledger: Ledger
+  weights: Float32[np.ndarray, " rows"] | None = None
+
+  @functools.cached_property
+  def lengths(self) -> Int32[np.ndarray, " rows"]:
+    """Tokens of each example."""
+    return np.ascontiguousarray(self.index["length"])
+
+  @functools.cached_property
+  def trained(self) -> Int32[np.ndarray, " rows"]:
+    """Trained tokens of each example."""
+    return np.ascontiguousarray(self.index["trained"])
+
+  @functools.cached_property
+  def source(self) -> Int32[np.ndarray, " rows"]:
+    """Position of each example's source in `sources`."""
+    return np.ascontiguousarray(self.index["source"])
+
+  @functools.cached_property
+  def copies(self) -> tuple[float, ...]:
+    """Times that each source's rows are seen per epoch."""
+    sums = np.bincount(self.source, self.lengths, minlength=len(self.sources))
+    return solve_copies(self.sources, sums.astype(np.int64).tolist())
+
+  def example(self, i: int) -> Example:
+    """Tokens of example i, with their weights and who says them."""
+    record = self.index[i]
+    start, run = int(record["start"]), int(record["run"])
+    tokens = self.tokens[start : start + int(record["length"])]
+    runs = self.runs[run : run + int(record["runs"])]
+    lengths = runs["length"]
+    return Example(
+      tokens.astype(np.int32),
+      np.repeat(runs["weight"], lengths),
+      np.repeat(runs["part"], lengths),
+    )
+
+  def place(self, i: int) -> str:
+    """Where the row of example i stands, such as 'rows.jsonl:12'."""
+    record = self.index[i]
+    start = int(record["place"])
+    return bytes(self.places[start : start + record["place_length"]]).decode()
+
+  def split(self, fraction: float, *, seed: int) -> tuple["Store", "Store"]:
+    """Holds out a share of the rows: (to train on, held out).
+
+    Equal rows go to the same side, and so do all examples of one row. In the
+    first ledger 'held out' is a reason to drop a row. Evaluation sees every
+    held-out row once and at full weight, whatever the mixture.
+
+    Args:
+      fraction: share of the different rows to hold out, at least one row.
+      seed: decides which.
+
+    Raises:
+      ValueError: a share that leaves no row on one side.
+    """
+    contents = np.unique(self.index["content"])
+    number = max(1, round(fraction * len(contents)))
+    if not 0 < fraction < 1 or number >= len(contents):
+      raise ValueError(
+        f"held-out share: got {fraction} of {len(contents)} different rows; "
+        "expected a share that leaves rows on both sides. Change the share, "
+        "or name a file in data.eval instead."
+      )
+    rng = np.random.default_rng(seed)
+    chosen = rng.choice(contents, number, replace=False)
+    held = np.isin(self.index["content"], chosen)
+
+    train = self._part(~held, self.sources)
+    held_out = self._part(held, tuple(map(_once, self.sources)))
+    for name, rest in train.ledger.sources.items():
+      away = held_out.ledger.source(name)
+      away.rows_in = away.rows_trained
+      rest.read_as(self.ledger.source(name))
+      if away.rows_in:
+        rest.dropped[HELD_OUT] = away.rows_in
+    return train, held_out
+
+  def select(
+    self,
+    reasons: Mapping[str, Bool[np.ndarray, " rows"]],
+    weights: Float32[np.ndarray, " rows"],
+    causes: Mapping[str, Mapping[str, Any]],
+  ) -> "Store":
+    """Without the rows that there is a reason to drop; the others weigh.
+
+    Args:
+      reasons: {reason: whether each example is dropped for it}; all examples
+        of a row for the same one.
+      weights: of every example.
+      causes: what the choice was made from, {'source 1': {name: value}}.
+    """
+    keep = ~np.any([np.zeros(len(weights), bool), *reasons.values()], axis=0)
+    kept = self._part(keep, self.sources)
+    for number, source in enumerate(self.sources):
+      entry = kept.ledger.source(source.label)
+      entry.read_as(self.ledger.source(source.label))
+      mine = np.flatnonzero(self.source == number)
+      first = np.diff(self.index["row"][mine], prepend=-1) > 0
+      for reason, mask in reasons.items():
+        for i in mine[first & mask[mine]].tolist():
+          entry.drop(reason, self.place(i))
+    kept.ledger.check()
+    made = hashlib.sha256(kept.fingerprint.encode() + weights[keep].tobytes())
+    return dataclasses.replace(
+      kept,
+      fingerprint=made.hexdigest(),
+      weights=weights[keep],
+      causes={
+        name: {**value, **causes[name]} if name in causes else value
+        for name, value in self.causes.items()
+      },
+    )
+
+  def _part(self, keep: np.ndarray, sources: tuple[Source, ...]) -> "Store":
+    """Some of the examples; of the ledger only what is counted of these."""
+    kept = np.packbits(keep).tobytes()
+    return dataclasses.replace(
+      self,
+      index=self.index[keep],
+      sources=sources,
+      fingerprint=hashlib.sha256(self.fingerprint.encode() + kept).hexdigest(),
+      ledger=count(self.index[keep], self.runs, sources, Ledger()),
+      weights=None if self.weights is None else self.weights[keep],
+    )
+
+
+def _once(source: Source) -> Source:
+  return dataclasses.replace(source, repeat=1.0, share=None, loss_weight=1.0)
+
+
+def count(
+  index: Shaped[np.ndarray, " rows"],
+  runs: Shaped[np.ndarray, " runs"],
+  sources: Sequence[Source],
+  ledger: Ledger,
+) -> Ledger:
+  """Enters into a ledger what is trained on; rows read and dropped stay."""
+  by_part = _count_parts(index, runs, len(sources))
+  for number, source in enumerate(sources):
+    mine = index["source"] == number
+    # A row's examples follow each other.
+    first = np.diff(index["row"][mine], prepend=-1) > 0
+    entry = ledger.source(source.label)
+    entry.rows_trained = int(first.sum())
+    entry.rows_text = int((first & index["text"][mine]).sum())
+    entry.examples = int(mine.sum())
+    if lengths := np.sort(index["length"][mine]).tolist():
+      last = len(lengths) - 1
+      entry.lengths = {
+        name: lengths[int(share * last)] for name, share in QUANTILES.items()
+      }
+    entry.tokens_trained = int(index["trained"][mine].sum(dtype=np.int64))
+    entry.tokens_prompt = sum(lengths) - entry.tokens_trained
+    entry.parts = {
+      part: (int(tokens), int(trained))
+      for part, tokens, trained in zip(PARTS, *by_part[:, number], strict=True)
+      if tokens
+    }
+  return ledger
+
+
+def _count_parts(
+  index: Shaped[np.ndarray, " rows"],
+  runs: Shaped[np.ndarray, " runs"],
+  num_sources: int,
+) -> Int64[np.ndarray, "2 sources parts"]:
+  """Tokens, and trained tokens, by source and part."""
+  shape = (num_sources, len(PARTS))
+  sums = np.zeros((2, *shape), np.int64)
+  for begin in range(0, len(index), _MANY):
+    some = index[begin : begin + _MANY]
+    number = some["runs"]
+    starts = np.cumsum(number) - number
+    mine = runs[
+      np.arange(number.sum()) + np.repeat(some["run"] - starts, number)
+    ]
+    key = np.repeat(some["source"], number) * len(PARTS) + mine["part"]
+    lengths = mine["length"]
+    for kind, tokens in enumerate((lengths, lengths * (mine["weight"] > 0))):
+      # Sums in float64 are exact up to 2**53 tokens.
+      found = np.bincount(key, tokens, num_sources * len(PARTS))
+      sums[kind] += found.astype(np.int64).reshape(shape)
+  return sums
+
+
+def open_store(folder: Path, sources: Sequence[Source]) -> Store:
+  """Maps a store that is on disk, after verifying every byte of it.
+
+  Raises:
+    ValueError: a file is missing, or differs from its digest.
+  """
+  try:
+    meta = read_meta(folder)
+    found = {name: digest(folder / name) for name in meta["files"]}
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+      f"cache {folder}: got {error!r}; expected a whole store. Delete the "
+      "folder, and it is made again."
+    ) from error
+  damaged = [name for name in found if found[name] != meta["files"][name]]
+  if damaged:
+    raise ValueError(
+      f"cache {folder}: got contents of {damaged} that differ from their "
+      "digests; expected the bytes that were written. Delete the folder, and "
+      "it is made again."
+    )
+  # A ledger names sources as they were named then; files may have moved.
+  written = Ledger.from_json(meta["ledger"]).sources.values()
+  names = [source.label for source in sources]
+  ledger = Ledger(dict(zip(names, written, strict=True)))
+  ledger.check()
+  return Store(
+    tokens=map_file(folder / "tokens.bin", np.dtype(meta["tokens"])),
+    runs=map_file(folder / "runs.bin", RUN),
+    places=map_file(folder / "places.txt", np.dtype("u1")),
+    index=map_file(folder / "index.bin", INDEX),
+    sources=tuple(sources),
+    fingerprint=meta["fingerprint"],
+    causes=meta["causes"],
+    ledger=ledger,
+  )

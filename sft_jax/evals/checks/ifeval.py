@@ -1,0 +1,279 @@
+"""IFEval: the 25 verifiable instructions of Zhou et al. (2023), as checks.
+
+Each function says whether a text follows one instruction. Names and arguments
+are those of the published prompts, so that their rows can be used as they
+are; verdicts are those of the published checker (arXiv 2311.07911), but for
+what docs/evaluation.md lists. An empty text follows nothing.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from sft_jax.evals.checks import english
+
+Relation = str  # 'at least' or 'less than'
+
+
+def loose_variants(text: str) -> list[str]:
+  """The eight readings of a reply of which one must follow, to pass loosely.
+
+  As it is, or without its first line, its last line, or both; and each with
+  its asterisks removed: a preamble, a farewell or bold print is forgiven.
+  """
+  lines = text.split("\n")
+  cut = [lines[1:], lines[:-1], lines[1:-1]]
+  kept = [text, *("\n".join(part).strip() for part in cut)]
+  return kept + [variant.replace("*", "") for variant in kept]
+
+
+def keywords_existence(text: str, keywords: list) -> bool:
+  """Every keyword, a regular expression, is found, in any case."""
+  patterns = [_pattern(word) for word in keywords]
+  return all(pattern.search(text) for pattern in patterns)
+
+
+def keywords_frequency(
+  text: str, keyword: str, frequency: int, relation: Relation
+) -> bool:
+  """The keyword is found so often; within longer words, too."""
+  found = _pattern(keyword.strip()).findall(text)
+  return _compare(len(found), relation, frequency)
+
+
+def forbidden_words(text: str, forbidden_words: list) -> bool:
+  """None of the words stands in the text as a whole word."""
+  patterns = [_pattern(rf"\b{word}\b") for word in forbidden_words]
+  return not any(pattern.search(text) for pattern in patterns)
+
+
+def letter_frequency(
+  text: str, letter: str, let_frequency: int, let_relation: Relation
+) -> bool:
+  """The letter stands in the text so often, in either case."""
+  letter = letter.strip().lower()
+  if len(letter) != 1 or not "a" <= letter <= "z":
+    raise ValueError(
+      f"letter: got {letter!r}; expected one of a to z. Correct it."
+    )
+  count = text.lower().count(letter)
+  return _compare(count, let_relation, let_frequency)
+
+
+def response_language(text: str, language: str) -> bool:
+  """The text is in the language, an ISO 639-1 code such as 'de'.
+
+  Needs the langdetect package. Text without a letter follows.
+  """
+  return english.language_is(text, language)
+
+
+def number_sentences(text: str, num_sentences: int, relation: Relation) -> bool:
+  """So many sentences."""
+  count = len(english.sentences(text))
+  return _compare(count, relation, num_sentences)
+
+
+def number_paragraphs(text: str, num_paragraphs: int) -> bool:
+  """Exactly so many paragraphs, divided by ***; none of them empty."""
+  parts = re.split(r"\s?\*\*\*\s?", text)
+  inner = parts[1:-1]
+  filled = sum(bool(part.strip()) for part in parts)
+  return all(part.strip() for part in inner) and filled == num_paragraphs
+
+
+def number_words(text: str, num_words: int, relation: Relation) -> bool:
+  """So many words: runs of letters, digits and underscores."""
+  return _compare(len(re.findall(r"\w+", text)), relation, num_words)
+
+
+def nth_paragraph_first_word(
+  text: str, num_paragraphs: int, nth_paragraph: int, first_word: str
+) -> bool:
+  """So many paragraphs, divided by empty lines; the nth begins with a word."""
+  paragraphs = text.split("\n\n")
+  filled = sum(bool(one.strip()) for one in paragraphs)
+  if nth_paragraph > filled or filled != num_paragraphs:
+    return False
+  words = paragraphs[nth_paragraph - 1].split()
+  if not words:
+    return False
+  word = words[0].lstrip("'").lstrip('"')
+  return re.split(r"[.,?!'\"]", word)[0].lower() == first_word.lower()
+
+
+def number_placeholders(text: str, num_placeholders: int) -> bool:
+  """At least so many [placeholders]."""
+  return len(re.findall(r"\[.*?\]", text)) >= num_placeholders
+
+
+def postscript(text: str, postscript_marker: str) -> bool:
+  """A postscript, such as 'P.S.' or 'P.P.S', stands somewhere."""
+  marker = postscript_marker.strip()
+  known = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
+  return bool(re.search(known.get(marker, marker.lower()), text.lower()))
+
+
+def number_bullet_lists(text: str, num_bullets: int) -> bool:
+  """Exactly so many lines begin with a bullet, '* ' or '-'."""
+  stars = re.findall(r"^\s*\*[^\*].*$", text, re.MULTILINE)
+  dashes = re.findall(r"^\s*-.*$", text, re.MULTILINE)
+  return len(stars) + len(dashes) == num_bullets
+
+
+def constrained_response(text: str) -> bool:
+  """One of the three answers stands in the text."""
+  return any(f"My answer is {a}." in text for a in ("yes", "no", "maybe"))
+
+
+def number_highlighted_sections(text: str, num_highlights: int) -> bool:
+  """At least so many *highlights*.
+
+  As in the published checker, those in single and in double asterisks are
+  looked for apart and added up, though one text may be both.
+  """
+  single = re.findall(r"\*[^\n\*]*\*", text)
+  double = re.findall(r"\*\*[^\n\*]*\*\*", text)
+  found = [one.strip("*") for one in single]
+  found += [one.removeprefix("**").removesuffix("**") for one in double]
+  return sum(bool(one.strip()) for one in found) >= num_highlights
+
+
+def multiple_sections(
+  text: str, section_spliter: str, num_sections: int
+) -> bool:
+  """At least so many sections, headed 'SECTION 1' and so on."""
+  heading = re.compile(rf"\s?{section_spliter.strip()}\s?\d+\s?")
+  return len(heading.split(text)) - 1 >= num_sections
+
+
+def json_format(text: str) -> bool:
+  """The whole text is JSON; a Markdown fence around it is forgiven."""
+  text = text.strip()
+  for fence in ("```json", "```Json", "```JSON", "```"):
+    text = text.removeprefix(fence)
+  try:
+    json.loads(text.removesuffix("```").strip())
+  except (ValueError, RecursionError):
+    return False
+  return True
+
+
+def title(text: str) -> bool:
+  """A <<title>> stands in the text."""
+  found = re.findall(r"<<[^\n]+>>", text)
+  return any(one.lstrip("<").rstrip(">").strip() for one in found)
+
+
+def two_responses(text: str) -> bool:
+  """Two different responses, divided by ******."""
+  parts = text.split("******")
+  filled = [part.strip() for part in parts if part.strip()]
+  return (
+    all(part.strip() for part in parts[1:-1])
+    and len(filled) == 2
+    and filled[0] != filled[1]
+  )
+
+
+def repeat_prompt(text: str, prompt_to_repeat: str) -> bool:
+  """The text begins with the prompt, in any case."""
+  return text.strip().lower().startswith(prompt_to_repeat.strip().lower())
+
+
+def end_checker(text: str, end_phrase: str) -> bool:
+  """The text ends with the phrase, in any case; a last quote is forgiven."""
+  return text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
+
+
+def capital_word_frequency(
+  text: str, capital_frequency: int, capital_relation: Relation
+) -> bool:
+  """So many words in capitals."""
+  count = sum(word.isupper() for word in english.words(text))
+  return _compare(count, capital_relation, capital_frequency)
+
+
+def english_capital(text: str) -> bool:
+  """English in capitals alone."""
+  return text.isupper() and english.language_is(text, "en")
+
+
+def english_lowercase(text: str) -> bool:
+  """English in small letters alone."""
+  return text.islower() and english.language_is(text, "en")
+
+
+def no_comma(text: str) -> bool:
+  """No comma."""
+  return "," not in text
+
+
+def quotation(text: str) -> bool:
+  """Double quotation marks around the whole text."""
+  text = text.strip()
+  return len(text) > 1 and text[0] == text[-1] == '"'
+
+
+INSTRUCTIONS: dict[str, Callable[..., bool]] = {
+  "keywords:existence": keywords_existence,
+  "keywords:frequency": keywords_frequency,
+  "keywords:forbidden_words": forbidden_words,
+  "keywords:letter_frequency": letter_frequency,
+  "language:response_language": response_language,
+  "length_constraints:number_sentences": number_sentences,
+  "length_constraints:number_paragraphs": number_paragraphs,
+  "length_constraints:number_words": number_words,
+  "length_constraints:nth_paragraph_first_word": nth_paragraph_first_word,
+  "detectable_content:number_placeholders": number_placeholders,
+  "detectable_content:postscript": postscript,
+  "detectable_format:number_bullet_lists": number_bullet_lists,
+  "detectable_format:constrained_response": constrained_response,
+  "detectable_format:number_highlighted_sections": number_highlighted_sections,
+  "detectable_format:multiple_sections": multiple_sections,
+  "detectable_format:json_format": json_format,
+  "detectable_format:title": title,
+  "combination:two_responses": two_responses,
+  "combination:repeat_prompt": repeat_prompt,
+  "startend:end_checker": end_checker,
+  "startend:quotation": quotation,
+  "change_case:capital_word_frequency": capital_word_frequency,
+  "change_case:english_capital": english_capital,
+  "change_case:english_lowercase": english_lowercase,
+  "punctuation:no_comma": no_comma,
+}
+
+
+def follows(text: str, instruction: str, **arguments: Any) -> bool:
+  """Whether a text follows an instruction, strictly; an empty one does not."""
+  # Called for empty text, too, so that bad arguments never pass unseen.
+  verdict = INSTRUCTIONS[instruction](text, **arguments)
+  return verdict and bool(text.strip())
+
+
+def follows_loosely(text: str, instruction: str, **arguments: Any) -> bool:
+  """Whether one of `loose_variants` follows."""
+  return any(
+    follows(variant, instruction, **arguments)
+    for variant in loose_variants(text)
+  )
+
+
+def _pattern(source: str) -> re.Pattern[str]:
+  try:
+    return re.compile(source, re.IGNORECASE)
+  except re.error as error:
+    raise ValueError(
+      f"keyword: got {source!r}; expected a regular expression ({error}). "
+      "Correct it."
+    ) from error
+
+
+def _compare(count: int, relation: Relation, threshold: int) -> bool:
+  if relation not in ("at least", "less than"):
+    raise ValueError(
+      f"relation: got {relation!r}; expected 'at least' or 'less than'. "
+      "Correct it."
+    )
+  return count >= threshold if relation == "at least" else count < threshold

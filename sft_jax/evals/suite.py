@@ -1,0 +1,285 @@
+"""Measuring a model: what it does, what it predicts, what it has forgotten.
+
+The same suite runs before and after training; `compare` puts the two side by
+side. Measurements are plain dicts, as they are written to `workdir/evals`.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sft_jax.common.batch import Batch
+from sft_jax.common.trees import Tree
+from sft_jax.data.conversation import Conversation
+from sft_jax.data.pipeline import Stream
+from sft_jax.evals import behaviour_sets, behaviours, forgetting, proportions
+from sft_jax.inference.generate import Reply
+from sft_jax.step import loss_groups
+from sft_jax.step.loss import LossSums
+
+Measurement = dict[str, Any]
+
+
+class Suite:
+  """Everything that is measured about one model, given its parameters."""
+
+  def __init__(
+    self,
+    *,
+    loss_fn: Callable[[Tree, Batch], LossSums],
+    batches: Callable[[Stream], Iterable[Batch]],
+    held_out: Stream | None,
+    general_text: Stream | None,
+    items: Sequence[behaviour_sets.Item],
+    generate: Callable[[Tree, list[Conversation]], list[Reply]],
+    group_names: Callable[[Stream], Sequence[str]] = lambda stream: (),
+    train_rows: Stream | None = None,
+    knowledge: Sequence[behaviour_sets.Item] = (),
+    repeats: Callable[[list[dict[str, Any]]], Measurement] | None = None,
+    canaries: Callable[[Tree], Measurement] | None = None,
+  ) -> None:
+    """Keeps what a measurement needs.
+
+    Args:
+      loss_fn: (params, batch) -> sums over its trained tokens, those of the
+        base among them where the parameters tell what it is.
+      batches: the batches of a stream, on the mesh.
+      held_out: conversations not trained on; None = not measured.
+      general_text: raw text; None = not measured.
+      items: prompts with checks; empty = not measured.
+      generate: (params, conversations) -> one greedy reply each.
+      group_names: what to call the groups of a stream's tokens.
+      train_rows: rows that are trained on, about as many as are held out.
+      knowledge: what the base knows, asked in raw text.
+      repeats: what of the training answers a set's replies repeat.
+      canaries: params -> how far planted canaries stand out.
+    """
+    self._loss = jax.jit(loss_fn)
+    self._batches = batches
+    self._streams = {"held_out": held_out, "general_text": general_text}
+    self._train_rows = train_rows
+    self._items, self._knowledge = items, knowledge
+    self._repeats, self._canaries = repeats, canaries
+    self._generate = generate
+    self._group_names = group_names
+
+  def losses(self, params: Tree) -> Measurement:
+    """{'<set>/nats_per_token', '<set>/perplexity'} of each text set.
+
+    With them '<set>/loss/<group>' and '<set>/acc/<group>' of its groups of
+    tokens, where there are such tokens, and those of `forgetting.left` where
+    the base is known. 'held_out/gap' is the held-out loss above that of
+    rows trained on ('train_rows/nats_per_token'), of the same parameters. Sums
+    are over the whole set and divided once, so the figures do not depend on
+    the batch size.
+    """
+    values = {}
+    for name, stream in self._streams.items():
+      if stream is not None:
+        sums = self._sums(params, stream)
+        found = forgetting.perplexity(
+          lambda sums=sums: (float(sums.nats), float(sums.weight))
+        )
+        values[f"{name}/nats_per_token"] = found.nats / found.tokens
+        values[f"{name}/perplexity"] = found.value
+        groups = loss_groups.pairs(sums.groups, self._group_names(stream))
+        values |= {
+          f"{name}/{group}": float(total / weight)
+          for group, (total, weight) in groups.items()
+          if weight
+        }
+        if sums.base is not None:
+          left = forgetting.left(sums.base, sums.weight)
+          values |= {f"{name}/{figure}": x for figure, x in left.items()}
+    if self._train_rows is not None and "held_out/nats_per_token" in values:
+      sums = self._sums(params, self._train_rows)
+      trained = float(sums.nats / sums.weight)
+      values["train_rows/nats_per_token"] = trained
+      values["held_out/gap"] = values["held_out/nats_per_token"] - trained
+    return values
+
+  def _sums(self, params: Tree, stream: Stream) -> LossSums:
+    """Sums over every row of a stream, each once, in float64."""
+    total = None
+    for batch in self._batches(stream):
+      sums = jax.device_get(self._loss(params, batch))
+      sums = jax.tree.map(np.float64, sums)
+      total = sums if total is None else jax.tree.map(np.add, total, sums)
+    assert total is not None  # A Stream has at least one batch.
+    return total
+
+  def scores(
+    self, params: Tree, items: Sequence[behaviour_sets.Item]
+  ) -> behaviours.Scores | None:
+    """Replies to every prompt, checked; None without prompts."""
+    if not items:
+      return None
+    return behaviours.run(
+      items, lambda prompts: self._generate(params, prompts)
+    )
+
+  def scalars(
+    self, params: Tree, *, replies: Path | None = None
+  ) -> dict[str, float]:
+    """What is measured in the middle of training, as figures to follow.
+
+    Args:
+      replies: a file of jsonl for every reply to be kept in; None measures
+        the losses alone.
+
+    Returns:
+      `losses`, `behaviours.Scores.metrics`, and time/evaluation_s.
+    """
+    started = time.perf_counter()
+    values = self.losses(params)
+    scores = self.scores(params, self._items) if replies else None
+    if replies and scores:
+      values |= scores.metrics()
+      scores.write(replies)
+    return values | {"time/evaluation_s": time.perf_counter() - started}
+
+  def __call__(self, params: Tree) -> Measurement:
+    """Losses, the scores with every reply, and what is known by heart."""
+    values: Measurement = self.losses(params)
+    if scores := self.scores(params, self._items):
+      if self._repeats:
+        values["repeats"] = self._repeats(scores.replies)
+      values["behaviours"] = scores.to_json()
+    if knowledge := self.scores(params, self._knowledge):
+      values["knowledge"] = knowledge.to_json()
+    if self._canaries:
+      values["canaries"] = self._canaries(params)
+    return values
+
+
+def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
+  """The two measurements side by side, as plain values.
+
+  Returns:
+    losses: [{name, before, after, change}], change relative;
+    behaviours: [{group, n, before, after, stopped, format, content, gained,
+    lost, p}], where before and after are (rate, low, high) with 95 %
+    intervals, format and content the rates after (None without such checks),
+    gained and
+    lost count items that passed only after or only before, and p is the
+    exact McNemar test of the two being equal; samples: one reply per group;
+    forgetting: [{name, before, after}], of every figure of `forgetting.left`;
+    gap: {train_rows, held_out, gap, before}, nats per token, or None;
+    knowledge: {n, before, after, retained, gained, lost, p}, retained the
+    share of what the base answered right that still is, or None;
+    memorisation: {repeats, canaries}: {before, after} of each, or None.
+    What was not measured before is None there.
+  """
+  result: dict[str, Any] = {
+    "losses": [
+      {
+        "name": name,
+        "before": value,
+        "after": after[name],
+        "change": after[name] / value - 1,
+      }
+      for name, value in before.items()
+      if name.endswith(("/nats_per_token", "/perplexity"))
+    ],
+    "behaviours": [],
+    "samples": [],
+    "forgetting": [
+      {"name": name, "before": before.get(name), "after": value}
+      for name, value in after.items()
+      if name.endswith(("/kl", "/kept", "/base_right", "/still_right"))
+    ],
+    "gap": _gap(before, after),
+    "knowledge": _knowledge(before, after),
+    "memorisation": {
+      name: {"before": before.get(name), "after": after[name]}
+      if name in after
+      else None
+      for name in ("repeats", "canaries")
+    },
+  }
+  if "behaviours" not in before:
+    return result
+  scores = [
+    behaviours.Scores.from_json(m["behaviours"]) for m in (before, after)
+  ]
+  for row in behaviours.compare(*scores):
+    result["behaviours"].append(
+      {
+        "group": row.group,
+        "n": row.after.n,
+        "before": (row.before.rate, *row.before.interval),
+        "after": (row.after.rate, *row.after.interval),
+        "stopped": row.after.stopped / row.after.n,
+        "format": row.after.format and row.after.format.rate,
+        "content": row.after.content and row.after.content.rate,
+        "gained": row.gained,
+        "lost": row.lost,
+        "p": row.p,
+      }
+    )
+  seen = set()
+  for old, new in zip(scores[0].replies, scores[1].replies, strict=True):
+    if new["group"] not in seen:
+      seen.add(new["group"])
+      result["samples"].append(
+        {
+          "group": new["group"],
+          "prompt": new["prompt"][-1]["content"],
+          "before": _shown(old),
+          "after": _shown(new),
+        }
+      )
+  return result
+
+
+def _gap(before: Measurement, after: Measurement) -> dict[str, Any] | None:
+  if "held_out/gap" not in after:
+    return None
+  return {
+    "train_rows": after["train_rows/nats_per_token"],
+    "held_out": after["held_out/nats_per_token"],
+    "gap": after["held_out/gap"],
+    "before": before.get("held_out/gap"),
+  }
+
+
+def _knowledge(
+  before: Measurement, after: Measurement
+) -> dict[str, Any] | None:
+  """Of all groups together, paired item by item."""
+  if "knowledge" not in before or "knowledge" not in after:
+    return None
+  old, new = (
+    [reply["passed"] for reply in one["knowledge"]["replies"]]
+    for one in (before, after)
+  )
+  pairs = list(zip(old, new, strict=True))
+  gained, lost = pairs.count((False, True)), pairs.count((True, False))
+  share = lambda some: behaviours.Share(sum(some), len(some))
+  return {
+    "n": len(pairs),
+    "before": (share(old).rate, *share(old).interval),
+    "after": (share(new).rate, *share(new).interval),
+    "retained": 1 - lost / sum(old) if any(old) else None,
+    "gained": gained,
+    "lost": lost,
+    "p": proportions.mcnemar(gained, lost),
+  }
+
+
+def _shown(reply: dict[str, Any]) -> dict[str, Any]:
+  """All that a reply said, for a person to read."""
+  parts = []
+  if reply["reasoning"]:
+    parts.append(f"({reply['reasoning']})")
+  parts += [f"{c['name']}({c['arguments']})" for c in reply["tool_calls"]]
+  parts.append(reply["reply"])
+  return {
+    "text": " ".join(part for part in parts if part),
+    "passed": reply["passed"],
+    "stopped": reply["stopped"],
+  }

@@ -1,0 +1,231 @@
+"""Replies: conversations in, the model's next turns out, as Messages.
+
+The prompt is rendered by the very function that training renders with
+(`encode.prompt_ids`), and what the model emits is parsed back into the noun
+that training rows are made of.
+"""
+
+import bisect
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from sft_jax.data.chat.options import DEFAULT, Policy
+from sft_jax.data.conversation import Conversation, Message, ToolCall
+from sft_jax.data.encoding import encode
+from sft_jax.data.tokenizers.tokenizer import Tokenizer
+from sft_jax.inference import sampler
+
+_OPEN, _CLOSE = "<think>", "</think>"
+_TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+
+
+class Reply(NamedTuple):
+  """One sampled turn.
+
+  Attributes:
+    text: what is said: the content, without thinking and tool calls.
+    tokens: all that was emitted, without the stop token.
+    stopped: whether the model stopped by itself.
+    message: the parsed turn, ready to append to the conversation.
+  """
+
+  text: str
+  tokens: list[int]
+  stopped: bool
+  message: Message
+
+
+class Piece(NamedTuple):
+  """What has come of a reply since the last piece of it.
+
+  Attributes:
+    index: of its conversation.
+    text: all it says so far, markers of thinking and tool calls included;
+      until it is done without a character of which bytes are missing, and
+      without what may become a stop string.
+    reply: the whole, once it is done; else None.
+  """
+
+  index: int
+  text: str
+  reply: Reply | None
+
+
+def generate(
+  model: Any,
+  params: Any,
+  tokenizer: Tokenizer,
+  conversations: Sequence[Conversation],
+  *,
+  max_new_tokens: int,
+  **choices: Any,
+) -> list[Reply]:
+  """Answers each conversation, in order; the arguments are those of `stream`.
+
+  Raises:
+    RowError: a conversation that cannot be a prompt.
+    ValueError: no chat template; an argument out of range; more tokens than
+      the model has positions.
+  """
+  pieces = stream(
+    model,
+    params,
+    tokenizer,
+    conversations,
+    max_new_tokens=max_new_tokens,
+    **choices,
+  )
+  done = {piece.index: piece.reply for piece in pieces if piece.reply}
+  return [done[i] for i in sorted(done)]
+
+
+def stream(
+  model: Any,
+  params: Any,
+  tokenizer: Tokenizer,
+  conversations: Sequence[Conversation],
+  *,
+  max_new_tokens: int,
+  temperature: float | int = 0.0,
+  top_k: int = 0,
+  top_p: float | int = 1.0,
+  min_p: float | int = 0.0,
+  seed: int = 0,
+  seeds: Sequence[int] | None = None,
+  stop_strings: Sequence[str] = (),
+  policy: Policy = DEFAULT,
+  batch_size: int = 64,
+  int8_cache: bool = False,
+  mesh: Mesh | None = None,
+  every: int = 64,
+) -> Iterator[Piece]:
+  """Answers conversations together; yields each reply as it grows.
+
+  Args:
+    model: `models.transformer.Model`, or anything with its `config`, `decode`,
+      `logits` and `init_cache`.
+    tokenizer: its chat template renders the prompts, its `stop_ids` end them.
+    conversations: each ends in a turn to be answered, or is a raw text to be
+      continued.
+    max_new_tokens: most tokens of a reply, its stop token included.
+    temperature, top_k, top_p, min_p, seed, seeds: see `sampler.stream`; a
+      temperature of 0 is greedy.
+    stop_strings: a reply ends where the first of them begins in its text, and
+      counts as stopped; `tokens` are those up to the one that completed it.
+    policy: as in training.
+    batch_size: most conversations at once.
+    int8_cache, mesh, every: see `sampler.stream`.
+  """
+  prompts = [encode.prompt_ids(one, tokenizer, policy) for one in conversations]
+  decode = lambda tokens: tokenizer.decode(tokens, skip_special=False)
+
+  def cut(index: int, tokens: list[int]) -> int | None:
+    """How many tokens complete a stop string, if any do."""
+    del index
+    if _stop_at(decode(tokens), stop_strings) is None:
+      return None
+    # Texts only grow, so the first that has one is found by halving.
+    found = lambda n: _stop_at(decode(tokens[:n]), stop_strings) is not None
+    return bisect.bisect_left(range(len(tokens)), True, key=found)
+
+  pieces = sampler.stream(
+    model.decode,
+    model.logits,
+    model.init_cache,
+    params,
+    prompts,
+    stop_ids=tokenizer.stop_ids,
+    max_new_tokens=max_new_tokens,
+    vocab_size=tokenizer.vocab_size,
+    position_limit=model.config.position_limit,
+    temperature=temperature,
+    top_k=top_k,
+    top_p=top_p,
+    min_p=min_p,
+    seed=seed,
+    seeds=seeds,
+    cut=cut if stop_strings else None,
+    batch_size=min(batch_size, max(len(prompts), 1)),
+    int8_cache=int8_cache,
+    mesh=mesh,
+    every=every,
+  )
+  so_far: dict[int, list[int]] = {}
+  for index, new, sampled in pieces:
+    tokens = so_far.setdefault(index, [])
+    tokens += new
+    # Special tokens are kept: thinking and tool calls may be marked by them,
+    # and one that the model had no business to emit must show.
+    text = decode(tokens)
+    text = text[: _stop_at(text, stop_strings)]
+    if sampled is None:
+      yield Piece(index, _certain(text, stop_strings), None)
+      continue
+    end = decode(prompts[index][-8:])
+    message = parse(text, thinking=end.rstrip().endswith(_OPEN))
+    reply = Reply(message.content, *sampled, message)
+    yield Piece(index, text, reply)
+
+
+def _stop_at(text: str, strings: Sequence[str]) -> int | None:
+  """Where the first of the strings begins in a text."""
+  places = [text.find(one) for one in strings if one in text]
+  return min(places, default=None)
+
+
+def _certain(text: str, strings: Sequence[str]) -> str:
+  """The text without an end that the next tokens may change or take back."""
+  text = text.rstrip("\ufffd")
+  longest = max(map(len, strings), default=1) - 1
+  for n in range(min(longest, len(text)), 0, -1):
+    if any(one.startswith(text[-n:]) for one in strings):
+      return text[:-n]
+  return text
+
+
+def parse(text: str, *, thinking: bool = False) -> Message:
+  """The assistant turn that an emitted text stands for.
+
+      '<think>\\nTwo twos.\\n</think>\\n\\n4'
+        -> content '4', reasoning 'Two twos.'
+      'Let me see.<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+        -> content 'Let me see.', tool_calls (ToolCall('f', {}),)
+
+  Thinking that never ends is all reasoning. If any tool call is malformed, all
+  of them stay in the content and `tool_calls` is empty: half of what the model
+  meant to call is not what it meant.
+
+  Args:
+    thinking: the prompt has opened the thinking already.
+  """
+  reasoning = None
+  if thinking or text.lstrip().startswith(_OPEN):
+    start = text if thinking else text.lstrip().removeprefix(_OPEN)
+    reasoning, _, text = start.partition(_CLOSE)
+    reasoning = reasoning.strip("\n")
+  calls = [_tool_call(body) for body in _TOOL_CALL.findall(text)]
+  good = [call for call in calls if call is not None]
+  if len(good) < len(calls):
+    good = []
+  if good:
+    text = _TOOL_CALL.sub("", text)
+  return Message("assistant", text.strip(), reasoning, tuple(good))
+
+
+def _tool_call(body: str) -> ToolCall | None:
+  """`{"name": text, "arguments": object}`; None for anything else."""
+  try:
+    call = json.loads(body)
+  # A model may nest brackets deeper than the parser's stack.
+  except (ValueError, RecursionError):
+    return None
+  if not isinstance(call, dict):
+    return None
+  name, arguments = call.get("name"), call.get("arguments")
+  if not isinstance(name, str) or not isinstance(arguments, dict):
+    return None
+  return ToolCall(name, arguments)

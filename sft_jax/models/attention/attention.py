@@ -1,0 +1,293 @@
+"""Attention: one function, segment-aware, behind which backends stand.
+
+Who sees whom: a query sees a key of the same segment at the same or an
+earlier position, within a window of positions if there is one. Segment 0 is
+padding, which no document sees and whose outputs nobody reads.
+
+    xla      the reference, here: all scores at once, memory O(T S). A cache
+             is always read by it, whatever the backend.
+    blocks   `attention_blocks`: O(T), on any device.
+    splash   `attention_splash`: O(T), TPU.
+    tokamax  `attention_tokamax`: O(T), GPU, of the [gpu] extra.
+    auto     see `choose`.
+
+docs/attention.md compares them.
+"""
+
+import importlib.util
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Float32, Int
+
+from sft_jax.models.attention import attention_tokamax, blockwise, kernels
+from sft_jax.models.remat import ATTENTION
+
+BACKENDS = ("auto", "xla", "blocks", "splash", "tokamax")
+
+# Backends that others have and that stay out, and why.
+_LEAKS = {
+  "cudnn": "jax.nn.dot_product_attention has no segment ids on cuDNN, so the "
+  "documents of a packed row would see one another",
+}
+
+# The shortest rows that `auto` gives to another backend than the reference:
+# on CPU `blocks` is the faster from there on, and splash needs whole lanes.
+_SHORT = 128
+
+# Finite, so that a query that may see nothing (a padding row over a full
+# cache) gives a finite output and finite gradients rather than NaN.
+_HIDDEN = -1e30
+
+
+def check_backend(backend: str, mesh: Mesh | None = None) -> None:
+  """Raises ValueError unless `backend` can run on the devices of the mesh."""
+  where, platform = f"attention: backend {backend!r}", _platform(mesh)
+  cure = "Set model.attention to 'auto'."
+  if backend in _LEAKS:
+    raise ValueError(f"{where} is refused: {_LEAKS[backend]}. {cure}")
+  if backend not in BACKENDS:
+    raise ValueError(
+      f"{where} is not available; expected one of {BACKENDS}. {cure}"
+    )
+  needs = {"splash": ("tpu",), "tokamax": ("cuda", "gpu")}.get(backend)
+  if needs and platform not in needs:
+    raise ValueError(
+      f"{where} got devices of platform {platform!r}; expected {needs[0]!r}. "
+      f"{cure}"
+    )
+  if backend == "tokamax" and not importlib.util.find_spec("tokamax"):
+    raise ValueError(
+      f"{where}: the package tokamax is not installed. Install sft_jax[gpu], "
+      "or set model.attention to 'auto'."
+    )
+
+
+def choose(
+  backend: str, length: int, *, in_order: bool, mesh: Mesh | None = None
+) -> str:
+  """The backend that does the work for rows of `length` slots.
+
+  'auto' is decided by the platform of the mesh's devices, which need not be
+  at hand (ahead-of-time compilation), or of JAX's default without a mesh.
+  """
+  if not in_order:
+    return "xla"
+  if backend != "auto":
+    return backend
+  if length < _SHORT:
+    return "xla"
+  return "splash" if _platform(mesh) == "tpu" else "blocks"
+
+
+def _platform(mesh: Mesh | None) -> str:
+  if mesh is None:
+    return jax.default_backend()
+  return mesh.devices.flat[0].platform
+
+
+def sight(
+  backend: str,
+  q_positions: Int[Array, "B T"],
+  kv_positions: Int[Array, "B S"],
+  q_segment_ids: Int[Array, "B T"],
+  kv_segment_ids: Int[Array, "B S"],
+  window: int | None = None,
+) -> Float32[Array, "B 1 1 T S"] | Int[Array, "B T"]:
+  """Who sees whom, in the form that a backend (not 'auto') reads.
+
+  Layers of one kind share it: compute it once.
+  """
+  if backend == "xla":
+    who = (q_positions, kv_positions, q_segment_ids, kv_segment_ids)
+    return mask_bias(*who, window)
+  # Splash has its window by itself.
+  return first_seen(q_segment_ids, None if backend == "splash" else window)
+
+
+def first_seen(
+  segment_ids: Int[Array, "B T"], window: int | None = None
+) -> Int[Array, "B T"]:
+  """The first slot that each query sees, of rows with documents in order.
+
+  With a window, a query sees that many slots, its own among them. A slot of
+  padding sees itself. In slots 0 to 7, with a window of 2 beneath:
+
+      [1 1 1 1 2 2 0 0] -> [0 0 0 0 4 4 6 7]
+                           [0 0 1 2 4 4 6 7]
+  """
+  T = segment_ids.shape[1]
+  own = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), segment_ids.shape)
+  before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
+  begins = (segment_ids != before) | (segment_ids == 0)
+  starts = jax.lax.cummax(jnp.where(begins, own, 0), axis=1)
+  return starts if window is None else jnp.maximum(starts, own - window + 1)
+
+
+def mask_bias(
+  q_positions: Int[Array, "B T"],
+  kv_positions: Int[Array, "B S"],
+  q_segment_ids: Int[Array, "B T"],
+  kv_segment_ids: Int[Array, "B S"],
+  window: int | None = None,
+) -> Float32[Array, "B 1 1 T S"]:
+  """What is added to the scores: 0 where a query may attend, else -1e30.
+
+  With a window, a query sees that many positions, its own among them. Layers
+  of one kind share it: compute it once.
+  """
+  seen = q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]
+  ago = q_positions[:, :, None] - kv_positions[:, None, :]
+  seen &= ago >= 0
+  if window is not None:
+    seen &= ago < window
+  bias = jnp.where(seen, 0.0, _HIDDEN).astype(jnp.float32)
+  return bias[:, None, None]
+
+
+def attention(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  *,
+  q_positions: Int[Array, "B T"],
+  kv_positions: Int[Array, "B S"],
+  q_segment_ids: Int[Array, "B T"],
+  kv_segment_ids: Int[Array, "B S"],
+  window: int | None = None,
+  scale: float | None = None,
+  softcap: float | None = None,
+  sinks: Float[Array, " N"] | None = None,
+  backend: str = "auto",
+  seen: Float32[Array, "B 1 1 T S"] | Int[Array, "B T"] | None = None,
+  in_order: bool = False,
+  mesh: Mesh | None = None,
+) -> Float[Array, "B T N H"]:
+  """softmax(q k' scale) v over the keys each query may see.
+
+  Query head n reads key/value head n // (N / K). Scores and softmax are
+  float32; products take and give the dtype of their inputs.
+
+  Args:
+    q: queries; N is a multiple of K.
+    k: keys.
+    v: values.
+    q_positions: index of each query in its document.
+    kv_positions: index of each key in its document.
+    q_segment_ids: document of each query; 0 is padding.
+    kv_segment_ids: document of each key; 0 is padding.
+    window: positions that a query sees, its own included; None: all.
+    scale: of the scores; 1 / sqrt(H) by default.
+    softcap: bends scores into +-softcap by softcap * tanh(score / softcap).
+    sinks: a score per head that takes part in the softmax and brings no
+      value, so that the shares of the keys add up to less than one.
+    backend: one of BACKENDS; of rows in order, see `choose`.
+    seen: `sight` of the arrays and the window above, if it is at hand.
+    in_order: queries and keys are the same slots (T = S), the tokens of a
+      document follow one another, and so do their positions. Then no query
+      sees a later slot, and what need not be done is not. False for a cache.
+    mesh: of the devices that this is for. Arrays are those of one device: XLA
+      divides neither a loop whose length it does not know nor a kernel; see
+      `spread.attention`.
+
+  Raises:
+    ValueError: an unknown backend, or one that cannot run here.
+  """
+  check_backend(backend, mesh)
+  backend = choose(backend, q.shape[1], in_order=in_order, mesh=mesh)
+  if seen is None:
+    who = (q_positions, kv_positions, q_segment_ids, kv_segment_ids)
+    seen = sight(backend, *who, window)
+  scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+  how = {"scale": scale, "softcap": softcap}
+  with jax.named_scope("attention"):
+    if backend == "xla":
+      return _xla(q, k, v, seen, sinks, **how, in_order=in_order)
+    if backend == "splash":
+      attend = partial(kernels.attend, window=window, **how)
+    elif backend == "tokamax":
+      attend = partial(attention_tokamax.attend, **how)
+    else:
+      block = blockwise.BLOCK
+      attend = partial(blockwise.attend, block=block, **how)
+    return attend(q, k, v, seen, sinks)
+
+
+def _xla(
+  q: Array,
+  k: Array,
+  v: Array,
+  bias: Array,
+  sinks: Array | None,
+  *,
+  scale: float,
+  softcap: float | None,
+  in_order: bool,
+) -> Array:
+  """The reference; each of a few blocks of queries reads keys up to its end.
+
+  Forward on CPU at T = 256: one block takes 49 ms, 2 take 37, 4 take 35 and
+  compile longer.
+  """
+  T = q.shape[1]
+  blocks = min(4, max(1, T // 128)) if in_order else 1
+  size = -(-T // blocks)
+  parts = []
+  for start in range(0, T, size):
+    end = start + size
+    reach = end if in_order else k.shape[1]
+    part = bias[..., start:end, :reach]
+    keys, values = k[:, :reach], v[:, :reach]
+    parts.append(
+      _dense(q[:, start:end], keys, values, part, scale, softcap, sinks)
+    )
+  # Its gradient computes the scores again; see `remat`.
+  return checkpoint_name(jnp.concatenate(parts, axis=1), ATTENTION[0])
+
+
+def _dense(
+  q: Array,
+  k: Array,
+  v: Array,
+  bias: Array,
+  scale: float,
+  softcap: float | None,
+  sinks: Array | None,
+) -> Array:
+  """All scores at once, their operands as XLA multiplies them without copies.
+
+  The small q, k, v are transposed so that the large [T, S] arrays never are,
+  and the sum divides the small output, not the large weights.
+  """
+  B, T, N, H = q.shape
+  K = k.shape[2]
+  q = (q * scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+  k = k.transpose(0, 2, 1, 3)
+  v = v.transpose(0, 2, 1, 3)
+  scores = jnp.einsum(
+    "bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32
+  )
+  if softcap is not None:
+    scores = softcap * jnp.tanh(scores / softcap)
+  scores = scores + bias
+  top = jnp.max(scores, axis=-1, keepdims=True)
+  if sinks is not None:
+    sinks = sinks.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
+    top = jnp.maximum(top, sinks)
+  top = jax.lax.stop_gradient(top)
+  weights = jnp.exp(scores - top)
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  if sinks is not None:
+    total = total + jnp.exp(sinks - top)
+  out = jnp.einsum(
+    "bkgts,bksh->bkgth",
+    weights.astype(v.dtype),
+    v,
+    preferred_element_type=jnp.float32,
+  )
+  out = (out / total).astype(v.dtype)
+  return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

@@ -1,0 +1,137 @@
+"""How a batch's activations lie on a mesh, where XLA must not choose.
+
+    [B, T, D]   B over `data` and `fsdp`, T over `context`, D whole
+    heads       over `tensor`, and in attention over `context` in place of T
+
+Everywhere else XLA carries these shardings through by itself. What does not
+divide (a prompt that is sampled from, the one token of `init`) is left to it:
+the results are the same.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from sft_jax.common.sharding import ROWS
+from sft_jax.common.trees import Tree
+
+
+def divides(mesh: Mesh | None, B: int, T: int) -> bool:
+  """Whether there is more than one device, each with as much of a batch."""
+  if mesh is None or mesh.size == 1:
+    return False
+  return not (
+    B % (mesh.shape["data"] * mesh.shape["fsdp"]) or T % mesh.shape["context"]
+  )
+
+
+def check_heads(mesh: Mesh | None, num_heads: int) -> None:
+  """Raises ValueError unless the devices of a row divide the query heads."""
+  if mesh is None:
+    return
+  tensor, context = mesh.shape["tensor"], mesh.shape["context"]
+  if num_heads % (tensor * context):
+    fits = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
+    raise ValueError(
+      f"mesh.tensor, mesh.context: got {tensor} and {context} for {num_heads} "
+      f"heads, expected their product to be one of {fits}. Lower one of them."
+    )
+
+
+def constrain(x: Array, mesh: Mesh | None, spec: PartitionSpec) -> Array:
+  """`x`, an array [B, T, ...], laid out so where its sizes divide."""
+  if mesh is None or not divides(mesh, *x.shape[:2]):
+    return x
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def table(leaves: Tree, mesh: Mesh | None) -> Tree:
+  """The leaves [V, ...] of an embedding, their other axes made whole.
+
+  A lookup in a table whose rows are cut over `fsdp`, which cuts the batch too,
+  would have XLA gather the results on every device and cut them anew
+  ("involuntary full rematerialization"). Used as the head, the table is then
+  gathered once and not for each chunk of the loss.
+  """
+  if mesh is None or mesh.size == 1:
+    return leaves
+
+  def gather(x: Array) -> Array:
+    rows = "tensor" if x.shape[0] % mesh.shape["tensor"] == 0 else None
+    return jax.lax.with_sharding_constraint(
+      x, NamedSharding(mesh, PartitionSpec(rows))
+    )
+
+  return jax.tree.map(gather, leaves)
+
+
+def attention(
+  attend: Callable[..., Array],
+  mesh: Mesh | None,
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  *,
+  in_order: bool,
+  **arguments: Any,
+) -> Float[Array, "B T N H"]:
+  """`attend(q, k, v, ...)`, each device with its rows and its heads.
+
+  Where `context` divides the slots, devices exchange: from all heads of their
+  own slots to all slots of their own heads, and back (DeepSpeed-Ulysses, arXiv
+  2309.14509). So every backend sees whole rows, and what a query does not see
+  costs no device more than another. Four slots and two heads on two devices:
+
+      q [B, T, N, H]  device 0: slots 0 1, heads a b -> slots 0 1 2 3, head a
+                      device 1: slots 2 3, heads a b -> slots 0 1 2 3, head b
+
+  Key/value heads that the devices do not divide are repeated until they do.
+
+  Args:
+    attend: `models.attention.attention`.
+    mesh: None, or of one device: `attend` is called as it is.
+    in_order: as in `attend`. Only then are arrays divided: a cache is left to
+      XLA.
+    arguments: the others of `attend`; arrays and choices.
+  """
+  attend = partial(attend, in_order=in_order, mesh=mesh)
+  if mesh is None or not in_order or not divides(mesh, *q.shape[:2]):
+    return attend(q, k, v, **arguments)
+  share = mesh.shape["tensor"] * mesh.shape["context"]
+  copies = math.lcm(k.shape[2], share) // k.shape[2]
+  if copies > 1:
+    k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
+  arrays = {
+    name: value
+    for name, value in arguments.items()
+    if isinstance(value, jax.Array)
+  }
+  choices = {k: v for k, v in arguments.items() if k not in arrays}
+  specs = {
+    # A tensor's heads come first, and of these one's own part.
+    name: PartitionSpec(("tensor", "context") if name == "sinks" else ROWS)
+    for name in arrays
+  }
+  own_slots = PartitionSpec(ROWS, "context", "tensor")
+
+  def local(q, k, v, arrays):
+    if mesh.shape["context"] == 1:
+      return attend(q, k, v, **arrays, **choices)
+    swap = partial(jax.lax.all_to_all, axis_name="context", tiled=True)
+    q, k, v = (swap(x, split_axis=2, concat_axis=1) for x in (q, k, v))
+    y = attend(q, k, v, **arrays, **choices)
+    return swap(y, split_axis=1, concat_axis=2)
+
+  return jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(own_slots, own_slots, own_slots, specs),
+    out_specs=own_slots,
+    check_vma=False,
+  )(q, k, v, arrays)

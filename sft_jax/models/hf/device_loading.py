@@ -1,0 +1,259 @@
+"""Tensors of files to parameters on devices, a few layers at a time.
+
+    model.layers.{0,1,2,..}.mlp.up_proj.weight [F, D], each its own tensor
+      -> layers/mlp/up/kernel [L, D, F], sharded
+
+Threads read, transpose and cast the next layers into host memory while the
+last ones go to their devices. Beside what the threads have just read, the host
+holds two groups of layers of `_GROUP_BYTES` each; the device never holds a
+parameter twice. Where the host is the device, what was read becomes the
+parameter and nothing is copied.
+"""
+
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sft_jax.models.hf.safetensors_files import Tensor
+
+_GROUP_BYTES = 128 << 20
+# Of a tensor, read at a time.
+_CHUNK_BYTES = 2 << 20
+_WORKERS = min(8, os.cpu_count() or 1)
+
+Box = tuple[slice, ...]
+
+
+class Source(NamedTuple):
+  """What fills one layer of a parameter: a tensor, or a part of it.
+
+  Attributes:
+    tensor: where it lies.
+    cut: what of the tensor it is, one slice per axis.
+    transpose: [out, in] in the file, [in, out] in the parameter.
+  """
+
+  tensor: Tensor
+  cut: tuple[slice, ...]
+  transpose: bool
+
+  def read_into(self, out: np.ndarray, box: Box) -> None:
+    """Fills `out` with the part `box` of the layer, in the dtype of `out`."""
+    axes = zip(
+      self.tensor.shape,
+      self.cut,
+      box[::-1] if self.transpose else box,
+      strict=True,
+    )
+    rows, *columns = (range(n)[cut][one] for n, cut, one in axes)
+    # Rows are contiguous in the file; what is not wanted of them is dropped.
+    # Some at a time: no second copy of a large tensor lies beside the first.
+    row_bytes = self.tensor.num_bytes // max(self.tensor.shape[0], 1)
+    step = max(1, _CHUNK_BYTES // max(row_bytes * rows.step, 1))
+    for first in range(0, max(len(rows), 1), step):
+      some = rows[first : first + step]
+      x = self.tensor.read(some.start, some.stop)
+      x = x[(slice(None, None, some.step), *map(_to_slice, columns))]
+      at = slice(first, first + len(some))
+      part = out[:, at] if self.transpose else out[at]
+      copy_into(part, x, transpose=self.transpose)
+
+
+def _to_slice(one: range) -> slice:
+  return slice(one.start, one.stop, one.step)
+
+
+class Leaf(NamedTuple):
+  """A parameter to load.
+
+  Attributes:
+    path: its name.
+    shape: of the whole.
+    dtype: to load it as.
+    sharding: where to; None is the default device.
+    sources: of each place on the axes that the files have not: (layer,),
+      (layer, expert), or () for a parameter that is one tensor.
+  """
+
+  path: str
+  shape: tuple[int, ...]
+  dtype: Any
+  sharding: Any
+  sources: Mapping[tuple[int, ...], Source]
+
+  @property
+  def stacked(self) -> int:
+    """How many axes the files have not."""
+    return len(next(iter(self.sources)))
+
+
+class _Group(NamedTuple):
+  """Layers `start` onward of a leaf, on their way through the host."""
+
+  leaf: Leaf
+  start: int
+  host: np.ndarray  # The part `box` of the leaf, but for its first axis.
+  box: Box
+  reads: list[Future]
+
+
+def place_all(leaves: Iterable[Leaf]) -> Iterator[tuple[str, jax.Array]]:
+  """Yields (path, array) of each leaf, read and put on its devices.
+
+  A process reads the rows that its own devices hold.
+  """
+  with ThreadPoolExecutor(_WORKERS) as pool:
+    try:
+      array = None
+      for group in _ahead(_groups(pool, leaves)):
+        for read in group.reads:
+          read.result()
+        array = _put(group, array)
+        done = group.start + len(group.host) == group.leaf.shape[0]
+        if done or not group.leaf.stacked:
+          yield group.leaf.path, array
+          array = None
+    except BaseException:
+      pool.shutdown(cancel_futures=True)
+      raise
+
+
+def _ahead(groups: Iterator[_Group]) -> Iterator[_Group]:
+  """The same, the next one asked for before the last one is handed out."""
+  last = None
+  for group in groups:
+    if last is not None:
+      yield last
+    last = group
+  if last is not None:
+    yield last
+
+
+def _groups(
+  pool: ThreadPoolExecutor, leaves: Iterable[Leaf]
+) -> Iterator[_Group]:
+  """Starts the reading of each group of layers, as many as fit in one."""
+  for leaf in leaves:
+    box, n = _hull(leaf.sharding, leaf.shape), leaf.stacked
+    if n:
+      part = tuple(one.stop - one.start for one in box[1:])
+      size = math.prod(part) * np.dtype(leaf.dtype).itemsize
+      step = max(1, _group_bytes(leaf.sharding) // max(size, 1))
+    else:
+      step = leaf.shape[0]
+    for start in range(0, leaf.shape[0], step):
+      if n:
+        stop = min(start + step, leaf.shape[0])
+        box = (slice(start, stop), *box[1:])
+      shape = tuple(one.stop - one.start for one in box)
+      host = _aligned(shape, leaf.dtype)
+      reads = []
+      for place in np.ndindex(shape[:n]):
+        at = (i + one.start for i, one in zip(place, box[:n], strict=True))
+        source = leaf.sources[tuple(at)]
+        reads.append(pool.submit(source.read_into, host[place], box[n:]))
+      yield _Group(leaf, start, host, box, reads)
+
+
+def _group_bytes(sharding: Any) -> int:
+  """The memory for layers on their way; a CPU has them where they stay."""
+  if sharding is None:
+    platform = jax.default_backend()
+  else:
+    platform = next(iter(sharding.device_set)).platform
+  return sys.maxsize if platform == "cpu" else _GROUP_BYTES
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+  """Memory that XLA's CPU backend takes over as it is: 64 bytes aligned."""
+  size = math.prod(shape) * np.dtype(dtype).itemsize
+  raw = np.empty(size + 64, np.uint8)
+  start = -raw.ctypes.data % 64
+  return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _hull(sharding: Any, shape: tuple[int, ...]) -> Box:
+  """The smallest box that holds all that this process's devices hold."""
+  if sharding is None:
+    return tuple(slice(0, n) for n in shape)
+  boxes = sharding.addressable_devices_indices_map(shape).values()
+  ends = [
+    [one.indices(n)[:2] for one, n in zip(box, shape, strict=True)]
+    for box in boxes
+  ]
+  return tuple(
+    slice(min(a for a, _ in axis), max(b for _, b in axis))
+    for axis in zip(*ends, strict=True)
+  )
+
+
+def _put(group: _Group, array: jax.Array | None) -> jax.Array:
+  """Puts a group's layers into the leaf that is being assembled."""
+  leaf, box, sharding = group.leaf, group.box, group.leaf.sharding
+  if not leaf.stacked or len(group.host) == leaf.shape[0]:
+    return _to_devices(group.host, leaf.shape, box, sharding)
+  if isinstance(sharding, NamedSharding):
+    # A group of layers need not divide as all of them do.
+    spec = PartitionSpec(None, *sharding.spec[1:])
+    sharding = NamedSharding(sharding.mesh, spec)
+  shape = (len(group.host), *leaf.shape[1:])
+  box = (slice(0, len(group.host)), *box[1:])
+  layers = _to_devices(group.host, shape, box, sharding)
+  if array is None:
+    array = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+  return _write_layers(array, layers, group.start)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _write_layers(array: jax.Array, layers: jax.Array, start: int) -> jax.Array:
+  """Replaces layers in place: the memory of `array` is given back to it."""
+  return jax.lax.dynamic_update_slice_in_dim(array, layers, start, axis=0)
+
+
+def _to_devices(
+  host: np.ndarray, shape: tuple[int, ...], box: Box, sharding: Any
+) -> jax.Array:
+  """An array of this global shape, of which the host holds the part `box`."""
+  if sharding is None:
+    return jax.device_put(host)
+
+  def part(index: Box | None) -> np.ndarray:
+    assert index is not None  # Only where a shape is not known.
+    bounds = zip(index, shape, box, strict=True)
+    return host[
+      tuple(
+        slice(one.indices(n)[0] - own.start, one.indices(n)[1] - own.start)
+        for one, n, own in bounds
+      )
+    ]
+
+  return jax.make_array_from_callback(shape, sharding, part)
+
+
+def copy_into(out: np.ndarray, x: np.ndarray, *, transpose: bool) -> None:
+  """out[...] = x or x.T, cast; the latter several times as fast as NumPy.
+
+  NumPy would visit a cache line of the target once per element. Sixteen rows
+  at a time fill it while it is at hand, in a scratch that stays in the cache.
+  Bits are moved as plain integers: NumPy moves a bfloat16 by a function call.
+  """
+  if not transpose:
+    out[...] = x
+    return
+  bits = {2: np.uint16, 4: np.uint32}[x.dtype.itemsize]
+  scratch = np.empty((min(512, len(out)), len(x)), bits)
+  for first in range(0, len(out), 512):
+    columns = x[:, first : first + 512].view(bits)
+    part = scratch[: columns.shape[1]]
+    for start in range(0, len(x), 16):
+      part[:, start : start + 16] = columns[start : start + 16].T
+    out[first : first + 512] = part.view(x.dtype)

@@ -1,0 +1,365 @@
+"""Hugging Face folders: one table of names, read and written by it.
+
+    model.layers.3.self_attn.q_proj.weight [N * H, D]
+      <-> layers/attn/q/kernel [L, D, N * H], at index 3, transposed
+
+How tensors lie in files is the business of `weights`, how they come to
+devices that of `placing`.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sft_jax.common import hub, trees
+from sft_jax.common.trees import Tree
+from sft_jax.models import transformer
+from sft_jax.models.config import ModelConfig, read_config
+from sft_jax.models.hf import checksums, parameter_map
+from sft_jax.models.hf.device_loading import Leaf, Source, copy_into, place_all
+from sft_jax.models.hf.safetensors_files import Pending, Tensor
+from sft_jax.models.hf.weights import (
+  inside,
+  open_tensors,
+  replace_folder,
+  write_json,
+  write_tensors,
+)
+from sft_jax.models.lora import lora as lora_lib
+from sft_jax.models.lora.merge import merge
+from sft_jax.models.transformer import Model
+
+_FLOATS = (np.float32, ml_dtypes.bfloat16, np.float16)
+# Rows of tensors are compared this many bytes at a time.
+_CHUNK = 64 << 20
+
+Shardings = Tree | Callable[[Tree], Tree]
+
+
+@runtime_checkable
+class TokenizerFiles(Protocol):
+  """What an export needs to know of a tokenizer."""
+
+  @property
+  def files(self) -> Sequence[Path]:
+    """Files of the tokenizer, to copy."""
+    ...
+
+  @property
+  def stop_ids(self) -> Sequence[int]:
+    """Ids at which generation stops."""
+    ...
+
+
+def load_pretrained(
+  path: str | Path,
+  *,
+  dtype: Any = jnp.float32,
+  param_dtype: Any = jnp.float32,
+  attention: str = "auto",
+  remat: str = "none",
+  scan: bool = True,
+  lora: lora_lib.LoraConfig | None = None,
+  quantize: str = "",
+  mesh: Mesh | None = None,
+  key: jax.Array | None = None,
+  shardings: Shardings | None = None,
+) -> tuple[Model, Tree]:
+  """Loads a model folder: config.json and safetensors, sharded or not.
+
+  Args:
+    path: the folder, or an id of the hub, see `hub.find_model`.
+    dtype: of activations and products.
+    param_dtype: of the parameters, whatever the file holds.
+    attention: see `transformer.build`.
+    remat: see `transformer.build`.
+    scan: see `transformer.build`.
+    lora: adapters to add; fresh, so the model is still the base model.
+    quantize: 'int8' or 'nf4' keeps what does not train in few bits, see
+      `models.quantize`; '' keeps it in `param_dtype`.
+    mesh: see `transformer.build`.
+    key: randomness of the adapters; jax.random.key(0) by default.
+    shardings: a tree of shardings like the parameters, or a function that
+      gives one from the tree of their shapes. By default one device.
+
+  Raises:
+    ValueError: a missing folder, config or weight file; pickled weights; a
+      file outside the folder; a missing, unknown, wrongly shaped or
+      non-floating tensor; a config that is not supported.
+  """
+  folder = hub.find_model(path).folder
+  if not folder.is_dir():
+    raise ValueError(
+      f"{folder}: no such folder; expected a Hugging Face model folder "
+      "(config.json, *.safetensors). Check model.path."
+    )
+  inside(folder, "config.json")
+  checksums.check(folder)
+  config = read_config(folder)
+  model = transformer.build(
+    config,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    attention=attention,
+    remat=remat,
+    scan=scan,
+    lora=lora,
+    mesh=mesh,
+  )
+  key = jax.random.key(0) if key is None else key
+  shapes = jax.eval_shape(model.init, key)
+  base, _ = trees.partition(shapes, lambda path: not lora_lib.is_adapter(path))
+  prepare = lora_lib.prepare(
+    key, base, lora, quantize, dtype=jnp.dtype(param_dtype)
+  )
+  whole = {
+    name: shape
+    for path, x in trees.flatten(base).items()
+    for name, shape in jax.eval_shape(partial(prepare, path), x).items()
+  }
+  if callable(shardings):
+    placed = trees.flatten(shardings(base))
+    placed |= trees.flatten(shardings(trees.unflatten(whole)))
+  else:
+    placed = trees.flatten(shardings or {})
+  tensors = parameter_map.official(open_tensors(folder), config)
+  _check_tensors(folder, tensors, base, model)
+  params = {}
+  for path, x in place_all(_leaves(tensors, base, config, placed)):
+    become = jax.eval_shape(partial(prepare, path), x)
+    if become.keys() == {path}:
+      params[path] = x
+    else:
+      places = {name: placed.get(name) for name in become}
+      params |= jax.jit(partial(prepare, path), out_shardings=places)(x)
+  params = trees.unflatten(dict(sorted(params.items())))
+  return model, params
+
+
+def save_pretrained(
+  path: str | Path,
+  model: Model,
+  params: Tree,
+  tokenizer: TokenizerFiles | None = None,
+  *,
+  dtype: Any = None,
+  max_shard_bytes: int = 5_000_000_000,
+) -> None:
+  """Writes a folder that transformers and others load; all of it or nothing.
+
+  Adapters are folded into their kernels in float32 and what is quantised is
+  decoded, see `models.merge`. A model folder that is already there is replaced.
+  Arrays may be sharded, over processes too: they are gathered one tensor at a
+  time, and the first process writes.
+
+  Args:
+    path: the folder to write.
+    model: the model.
+    params: its parameters.
+    tokenizer: whose files to copy and whose stop ids to write.
+    dtype: of the written tensors; by default the dtype that config.json
+      names (so that load and save give back the same bytes), else float32.
+    max_shard_bytes: size above which the tensors are split over files.
+
+  Raises:
+    ValueError: parameters that are not this model's; a path that holds
+      something else than a model.
+  """
+  choices = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
+  replace_folder(
+    Path(path),
+    "config.json",
+    lambda folder: write_folder(folder, model, params, tokenizer, **choices),
+  )
+
+
+def merged(model: Model, params: Tree, dtype: Any = None) -> Tree:
+  """The parameters with adapters folded in and quantised leaves decoded.
+
+  Raises:
+    ValueError: parameters that are not this model's.
+  """
+  params = merge(params, model.lora, dtype=dtype).params
+  _check_params(model, params)
+  return params
+
+
+def write_folder(
+  folder: Path,
+  model: Model,
+  params: Tree,
+  tokenizer: TokenizerFiles | None = None,
+  *,
+  dtype: Any = None,
+  max_shard_bytes: int = 5_000_000_000,
+) -> None:
+  """Fills a folder that is there; see `save_pretrained`."""
+  dtype = export_dtype(model, dtype)
+  params = merged(model, params, dtype)
+  raw = dict(model.config.raw)
+  raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = dtype.name
+  tensors = _pending(model, params, dtype)
+  if jax.process_index():
+    write_tensors(None, tensors, max_shard_bytes=max_shard_bytes)
+    return
+  generation = {"bos_token_id": raw.get("bos_token_id")}
+  files = list(tokenizer.files) if tokenizer else []
+  for file in files:
+    shutil.copyfile(file, folder / file.name)
+    if file.name == "generation_config.json":
+      generation = json.loads(file.read_text(encoding="utf-8"))
+  if tokenizer:
+    stops = [int(i) for i in tokenizer.stop_ids]
+    raw["eos_token_id"] = stops[0] if len(stops) == 1 else stops
+  generation["eos_token_id"] = raw.get("eos_token_id")
+  write_json(folder / "config.json", raw)
+  write_json(
+    folder / "generation_config.json",
+    {k: v for k, v in generation.items() if v is not None},
+  )
+  write_tensors(folder, tensors, max_shard_bytes=max_shard_bytes)
+
+
+def export_dtype(model: Model, dtype: Any = None) -> np.dtype:
+  """What `save_pretrained` writes: `dtype`, else the one of config.json."""
+  raw = model.config.raw
+  named = raw.get("torch_dtype", raw.get("dtype"))
+  return jnp.dtype(dtype or named or jnp.float32)
+
+
+# -- Reading ----------------------------------------------------------------
+
+
+def _check_tensors(
+  folder: Path, tensors: Mapping[str, Tensor], base: Tree, model: Model
+) -> None:
+  """Refuses a checkpoint that is not exactly this model's."""
+  expected = {
+    place.name: place.shape
+    for path, leaf in trees.flatten(base).items()
+    for place in parameter_map.places(path, leaf.shape, model.config)
+  }
+  extras = set(tensors.keys() - expected.keys())
+  if model.config.tie_embeddings and "lm_head.weight" in extras:
+    shape = base["embed"]["embedding"].shape
+    name = parameter_map.places("embed/embedding", shape, model.config)[0].name
+    if name not in tensors or not _equal(
+      tensors["lm_head.weight"], tensors[name]
+    ):
+      raise ValueError(
+        f"{folder}: lm_head.weight differs from {name} though config.json "
+        "ties them; expected equal tensors. Set tie_word_embeddings to false."
+      )
+    extras.discard("lm_head.weight")
+  missing = expected.keys() - tensors.keys()
+  for what, odd in (("missing", missing), ("unknown", extras)):
+    if odd:
+      raise ValueError(
+        f"{folder}: {len(odd)} tensors are {what}: {sorted(odd)[:3]}; "
+        f"expected those of a {model.config.family} with "
+        f"{model.config.num_layers} layers. "
+        "Check config.json against the weights."
+      )
+  for name, shape in expected.items():
+    found = tensors[name]
+    if found.shape != shape:
+      raise ValueError(
+        f"{folder}: {name} has shape {found.shape}; expected {shape} by "
+        "config.json. Check config.json against the weights."
+      )
+    if found.dtype not in _FLOATS:
+      raise ValueError(
+        f"{folder}: {name} is {found.dtype}; expected float32, bfloat16 or "
+        "float16. Use the checkpoint before quantisation."
+      )
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+  """Whether two tensors hold the same numbers."""
+  if one.shape != other.shape:
+    return False
+  rows = max(1, _CHUNK // (one.num_bytes // one.shape[0] or 1))
+  return all(
+    np.array_equal(one.read(i, i + rows), other.read(i, i + rows))
+    for i in range(0, one.shape[0], rows)
+  )
+
+
+def _leaves(
+  tensors: Mapping[str, Tensor],
+  base: Tree,
+  config: ModelConfig,
+  shardings: Mapping[str, Any],
+) -> Iterator[Leaf]:
+  """Where each parameter comes from and where it goes."""
+  for path, leaf in trees.flatten(base).items():
+    sources = {
+      place.index: Source(tensors[place.name], place.cut, place.transpose)
+      for place in parameter_map.places(path, leaf.shape, config)
+    }
+    yield Leaf(path, leaf.shape, leaf.dtype, shardings.get(path), sources)
+
+
+def _put(array: np.ndarray, sharding: Any) -> jax.Array:
+  """Places an array that every process has whole."""
+  if sharding is None:
+    return jnp.asarray(array)
+  return jax.make_array_from_callback(
+    array.shape, sharding, lambda index: array[index]
+  )
+
+
+# -- Writing ----------------------------------------------------------------
+
+
+def _pending(model: Model, params: Tree, dtype: np.dtype) -> Iterator[Pending]:
+  """The tensors of a parameter tree; nothing is copied before its turn."""
+  flat = trees.flatten(params)
+  parts: dict[str, list[tuple[str, parameter_map.Place]]] = {}
+  for path, leaf in flat.items():
+    for place in parameter_map.places(path, leaf.shape, model.config):
+      parts.setdefault(place.name, []).append((path, place))
+
+  def make(name: str) -> np.ndarray:
+    tensor = np.empty(parts[name][0][1].shape, dtype)
+    for path, place in parts[name]:
+      part = _to_host(flat[path][place.index])
+      copy_into(tensor[place.cut], part, transpose=place.transpose)
+    return tensor
+
+  for name, ((_, place), *_) in parts.items():
+    yield Pending(name, dtype, place.shape, partial(make, name))
+
+
+def _to_host(x: jax.Array) -> np.ndarray:
+  """All of an array, gathered first where other processes hold parts of it."""
+  if not x.is_fully_addressable:
+    assert isinstance(x.sharding, NamedSharding)
+    everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
+    x = jax.jit(lambda x: x, out_shardings=everywhere)(x).addressable_data(0)
+  return np.asarray(x)
+
+
+def _check_params(model: Model, params: Tree) -> None:
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  want = {
+    path: leaf.shape
+    for path, leaf in trees.flatten(shapes).items()
+    if not lora_lib.is_adapter(path)
+  }
+  got = {path: tuple(x.shape) for path, x in trees.flatten(params).items()}
+  odd = sorted(p for p in want.keys() | got.keys() if want.get(p) != got.get(p))
+  if odd:
+    raise ValueError(
+      f"save_pretrained: {odd[0]} has shape {got.get(odd[0])}; expected "
+      f"{want.get(odd[0])}. Pass the parameters of this model."
+    )

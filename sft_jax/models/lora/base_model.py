@@ -1,0 +1,77 @@
+"""The base model, among the parameters that train from it.
+
+What does not train is the base's as it stands, and adapters leave their
+kernels alone: of these a model and its base share every byte. Whatever else
+trains (all parameters in full fine-tuning; with LoRA those of `also_train`)
+is the base's only as a copy, under COPIES:
+
+    embed/embedding  layers/...         trained
+    base/embed/embedding  base/layers/...    what they were, never trained
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from sft_jax.common import trees
+from sft_jax.common.trees import Tree
+from sft_jax.models.lora.lora import is_adapter
+
+COPIES = "base"
+
+
+def is_copy(path: str) -> bool:
+  """True for the leaves that hold what a parameter was.
+
+  >>> is_copy('base/embed/embedding'), is_copy('embed/embedding')
+  (True, False)
+  """
+  return path.startswith(f"{COPIES}/")
+
+
+def own(params: Tree) -> Tree:
+  """The parameters without copies of the base's."""
+  return {name: part for name, part in params.items() if name != COPIES}
+
+
+def to_copy(params: Tree, trains: Callable[[str], bool]) -> Tree:
+  """The part of `params` of which the base needs copies; may be empty.
+
+  Args:
+    params: arrays or shapes.
+    trains: whether the parameter of a path trains.
+  """
+  needed = lambda path: trains(path) and not is_adapter(path)
+  return trees.partition(own(params), needed)[0]
+
+
+def with_copies(params: Tree, copies: Tree) -> Tree:
+  """The parameters, and beside them what some of them were."""
+  return own(params) | ({COPIES: copies} if copies else {})
+
+
+def base_of(params: Tree, trains: Callable[[str], bool]) -> Tree | None:
+  """The base's parameters; no array is made, all are leaves of `params`.
+
+  With PiSSA the kernels hold what the adapters' start A0 B0 left of the
+  base's: A0 and B0 stand as its adapters then.
+
+  Args:
+    params: all parameters, adapters and copies among them.
+    trains: whether the parameter of a path trains.
+
+  Returns:
+    A tree for the same model, or None where a copy is missing.
+  """
+  copies = trees.flatten(params.get(COPIES, {}))
+  base: dict[str, Any] = {}
+  for path, leaf in trees.flatten(own(params)).items():
+    if is_adapter(path):
+      if path.endswith(("/lora_a0", "/lora_b0")):
+        base[path.removesuffix("0")] = leaf
+    elif not trains(path):
+      base[path] = leaf
+    elif path in copies:
+      base[path] = copies[path]
+    else:
+      return None
+  return trees.unflatten(base)

@@ -1,0 +1,279 @@
+"""One page of several runs: what was done differently, and what came of it.
+
+The first run is the one that the others are compared with.
+"""
+
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sft_jax.data.store import fingerprint
+from sft_jax.evals import behaviours
+from sft_jax.reporting.html import behaviour, charts, curves, ledger, run_page
+from sft_jax.reporting.html.elements import (
+  Element,
+  flat,
+  join,
+  sections,
+  table,
+  tag,
+  write_page,
+)
+
+Runs = Mapping[str, run_page.Run]
+
+
+def write(path: str | os.PathLike, runs: Runs) -> None:
+  """Writes the page, whole or not at all.
+
+  Args:
+    path: of the page.
+    runs: by name, what `report.write` takes, as `record.read` finds it.
+
+  Raises:
+    ValueError: fewer than two runs, or more than there are colours.
+  """
+  if not 2 <= len(runs) <= charts.COLOURS:
+    raise ValueError(
+      f"compare: got {len(runs)} runs, expected 2 to {charts.COLOURS}. "
+      "More could not be told apart: leave some out."
+    )
+  colours = [tag("span", name, class_=f"c{i}") for i, name in enumerate(runs)]
+  parts = {
+    "Behaviour": _behaviours(runs),
+    "Losses and forgetting": _losses(runs),
+    "Curves": curves.of_runs(
+      {n: r.get("metrics", ()) for n, r in runs.items()}
+    ),
+    "Config": _config(runs),
+    "Data": _data(runs),
+    "Speed": _speed(runs),
+    "Replies that differ": _replies(runs),
+    "Incidents, versions, commands": _versions(runs),
+  }
+  title = f"{len(runs)} runs: {', '.join(runs)}"
+  body = [
+    *(tag("h1", title), tag("p", *colours, class_="legend")),
+    *(_headline(runs), sections(parts)),
+  ]
+  write_page(path, title, body)
+
+
+def _by_run(
+  runs: Runs, head: str, rows: Iterable[tuple[str, Sequence[object]]]
+) -> Element:
+  """A row per figure, a column per run; '' without rows."""
+  made = [[name, *cells] for name, cells in rows]
+  return table([head, *runs], made) if made else Element("")
+
+
+def _headline(runs: Runs) -> Element:
+  found = [run_page.headline(run) for run in runs.values()]
+  names = dict.fromkeys(name for one in found for name in one)
+  return _by_run(
+    runs, "", ((name, [one.get(name, "") for one in found]) for name in names)
+  )
+
+
+def _after(run: run_page.Run) -> behaviours.Scores | None:
+  scores = run.get("after", {}).get("behaviours")
+  return behaviours.Scores.from_json(scores) if scores else None
+
+
+def _behaviours(runs: Runs) -> Element:
+  """After training: a row per group; runs are paired with the first."""
+  scores = {name: _after(run) for name, run in runs.items()}
+  found = {name: one.groups for name, one in scores.items() if one}
+  groups = dict.fromkeys(group for one in found.values() for group in one)
+  if not groups:
+    return Element("")
+  against = {name: _paired(scores, name) for name in list(runs)[1:]}
+  rows = []
+  for group in groups:
+    shares = [
+      (one.rate, *one.interval)
+      if (one := found.get(name, {}).get(group))
+      else None
+      for name in runs
+    ]
+    drawn = charts.intervals(shares, f"{group}: {', '.join(runs)}")
+    rows.append(
+      [
+        group,
+        *map(behaviour.share, shares),
+        drawn,
+        *(pairs.get(group, "") for pairs in against.values()),
+      ]
+    )
+  first = next(iter(runs))
+  versus = [f"{name} against {first}" for name in against]
+  note = (
+    "Share of prompts passed after training, with 95 % intervals. Against: "
+    "prompts that only the one, only the other passed, and the exact McNemar "
+    "test of these; nothing where the prompts are not the same."
+  )
+  head = ["group", *runs, "0 to 100 %", *versus]
+  return join([table(head, rows), tag("p", note, class_="dim")])
+
+
+def _paired(
+  scores: Mapping[str, behaviours.Scores | None], name: str
+) -> dict[str, Element]:
+  """'+3 / -1, p 0.62' by group, on the prompts that both runs answered."""
+  first, other = next(iter(scores.values())), scores[name]
+  if not first or not other:
+    return {}
+  a, b = _common([first.replies, other.replies])
+  found = {}
+  for row in behaviours.compare(behaviours.Scores(a), behaviours.Scores(b)):
+    said = f"+{row.gained} / -{row.lost}, p {row.p:.2g}"
+    better = "good" if row.gained > row.lost else "bad"
+    found[row.group] = tag(
+      "span", said, class_=better if row.p < 0.05 else "dim"
+    )
+  return found
+
+
+def _common(
+  sides: Sequence[Sequence[dict[str, Any]]],
+) -> list[list[dict[str, Any]]]:
+  """The replies to the prompts that all sides have, in the first's order."""
+
+  def key(reply: dict[str, Any]) -> str:
+    turns = [(turn["role"], turn["content"]) for turn in reply["prompt"]]
+    return f"{reply['group']} {turns}"
+
+  known = [{key(reply): reply for reply in side} for side in sides]
+  shared = [k for k in known[0] if all(k in one for one in known)]
+  # Where a file lies may differ between machines; what was asked may not.
+  return [
+    [one[k] | {"where": known[0][k]["where"]} for k in shared] for one in known
+  ]
+
+
+def _losses(runs: Runs) -> Element:
+  """Before and after of every loss; before is the same of the same base."""
+  found = [
+    {row["name"]: row for row in run.get("result", {}).get("losses", ())}
+    for run in runs.values()
+  ]
+  names = dict.fromkeys(name for one in found for name in one)
+
+  def cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+      return ""
+    return f"{row['before']:.3f} → {row['after']:.3f} ({row['change']:+.1%})"
+
+  rows = ((name, [cell(one.get(name)) for one in found]) for name in names)
+  return _by_run(runs, "before → after", rows)
+
+
+def _differing(
+  runs: Runs, head: str, trees: Sequence[Mapping[str, Any]]
+) -> Element:
+  """The keys whose values are not the same in all runs."""
+  found = [
+    {name: str(value) for name, value in flat(tree).items()} for tree in trees
+  ]
+  names = dict.fromkeys(name for one in found for name in one)
+  return _by_run(
+    runs,
+    head,
+    (
+      (name, [one.get(name, "absent") for one in found])
+      for name in names
+      if len({one.get(name) for one in found}) > 1
+    ),
+  )
+
+
+def _config(runs: Runs) -> Element:
+  trees = [run.get("config", {}) for run in runs.values()]
+  different = _differing(runs, "key", trees)
+  return different or tag("p", "The same in every key.")
+
+
+def _data(runs: Runs) -> Element:
+  """Rows and tokens, and what of the data or its treatment differs."""
+  counts = ("rows_in", "rows_trained", "tokens_prompt", "tokens_trained")
+  ledgers = [run.get("ledger", {"sources": {}}) for run in runs.values()]
+  parts = [
+    _by_run(
+      runs,
+      "all sources",
+      (
+        (name.replace("_", " "), [ledger.total(one, name) for one in ledgers])
+        for name in counts
+      ),
+    )
+  ]
+  trained = [
+    {name: source["rows_trained"] for name, source in one["sources"].items()}
+    for one in ledgers
+  ]
+  parts.append(_differing(runs, "rows trained, by source", trained))
+  first, *others = [
+    run.get("data", {}).get("causes", {}) for run in runs.values()
+  ]
+  for name, other in zip(list(runs)[1:], others, strict=True):
+    lines = fingerprint.differences(first, other)
+    said = [tag("p", line) for line in lines] or [
+      tag("p", "The same rows in the same order.")
+    ]
+    parts += [tag("h3", f"{name} against {next(iter(runs))}"), *said]
+  return join(parts)
+
+
+def _speed(runs: Runs) -> Element:
+  """Medians over the records of a run: one slow record does not move them."""
+  found = [
+    {
+      name: statistics.median(values)
+      for name in curves.number_names(run.get("metrics", ()))
+      if name.startswith(("speed/", "time/", "memory/"))
+      if (values := [y for _, y in curves.points(run["metrics"], name) if y])
+    }
+    for run in runs.values()
+  ]
+  names = dict.fromkeys(name for one in found for name in one)
+  return _by_run(
+    runs,
+    "median of the records",
+    ((name, [one.get(name) for one in found]) for name in names),
+  )
+
+
+def _replies(runs: Runs) -> Element:
+  scores = {name: _after(run) for name, run in runs.items()}
+  answered = {name: one.replies for name, one in scores.items() if one}
+  if len(answered) < 2:
+    return Element("")
+  sides = dict(zip(answered, _common(list(answered.values())), strict=True))
+  rows = [
+    i
+    for i, answers in enumerate(zip(*sides.values(), strict=True))
+    if len({a["passed"] for a in answers}) > 1
+  ]
+  if not rows:
+    return tag("p", "Of the same prompts all runs passed the same ones.")
+  return behaviour.replies(
+    {name: [side[i] for i in rows] for name, side in sides.items()}
+  )
+
+
+def _versions(runs: Runs) -> Element:
+  starts = [run.get("start", {}) for run in runs.values()]
+  parts = [
+    _by_run(
+      runs,
+      "",
+      [("incidents", [len(r.get("incidents", ())) for r in runs.values()])],
+    ),
+    _differing(runs, "version", [s.get("versions", {}) for s in starts])
+    or tag("p", "The versions of everything are the same."),
+  ]
+  for name, start in zip(runs, starts, strict=True):
+    if command := start.get("command"):
+      parts += [tag("h3", name), tag("pre", command, class_="command")]
+  return join(parts)

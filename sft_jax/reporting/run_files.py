@@ -1,0 +1,44 @@
+"""What a run has left in its workdir, read for reports and comparisons."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sft_jax.common.workdir import Incidents
+from sft_jax.reporting import metrics
+
+# What is in which file: an object, and an object a line.
+FILES = {
+  "start": "start.json",
+  "config": "config.json",
+  "data": "data.json",
+  "ledger": "ledger.json",
+  "samples": "samples.json",
+  "before": "evals/before.json",
+  "after": "evals/after.json",
+  "result": "result.json",
+}
+LINES = {"metrics": "metrics.jsonl", "held_out": "evals/held_out_rows.jsonl"}
+
+
+def read(workdir: str | Path) -> dict[str, Any]:
+  """What `report.write` takes; a run under way or halted has left less.
+
+  Raises:
+    ValueError: a folder without config.json, which every run writes first.
+  """
+  workdir = Path(workdir)
+  if not (workdir / "config.json").exists():
+    raise ValueError(
+      f"{workdir}: got no config.json, expected the workdir of a run. Name the "
+      "folder that config.workdir named."
+    )
+  found: dict[str, Any] = {"title": str(workdir)}
+  for name, file in FILES.items():
+    if (workdir / file).exists():
+      found[name] = json.loads((workdir / file).read_text(encoding="utf-8"))
+  for name, file in LINES.items():
+    if (workdir / file).exists():
+      found[name] = metrics.read_jsonl(workdir / file)
+  found["incidents"] = Incidents(workdir).read()
+  return found

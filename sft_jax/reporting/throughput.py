@@ -1,0 +1,192 @@
+"""Pace: how fast a run goes, where its time goes, and what memory it takes."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+
+from sft_jax.common import flops
+
+# What the seconds of a run go into; the rest is 'other'.
+KINDS = (
+  *("start", "compile", "data_wait", "compute", "save", "evaluation"),
+  *("log", "export"),
+)
+
+
+class Clock:
+  """Seconds since a run began, by what they went into; monotonic.
+
+  Attributes:
+    spent: seconds by kind, one of `KINDS`.
+  """
+
+  def __init__(self, now: Callable[[], float] = time.perf_counter):
+    """Starts; `now` gives seconds."""
+    self._now, self._began = now, now()
+    self.spent = dict.fromkeys(KINDS, 0.0)
+
+  @property
+  def seconds(self) -> float:
+    """Since the start."""
+    return self._now() - self._began
+
+  @contextmanager
+  def on(self, kind: str) -> Iterator[None]:
+    """Within, time goes into this kind; kinds do not nest."""
+    began = self._now()
+    try:
+      yield
+    finally:
+      self.spent[kind] += self._now() - began
+
+  def account(self) -> dict[str, float]:
+    """{'run_s', '<kind>_s' of every kind, 'other_s'}; the kinds add up."""
+    run = self.seconds
+    parts = {f"{kind}_s": seconds for kind, seconds in self.spent.items()}
+    return {"run_s": run, **parts, "other_s": run - sum(self.spent.values())}
+
+
+class Lived(NamedTuple):
+  """What earlier processes of a run did, by its records.
+
+  Attributes:
+    run: seconds they lived, up to the last thing they recorded.
+    useful: of them, those that computed steps which still stand.
+  """
+
+  run: float
+  useful: float
+
+
+def lived(
+  kept: Sequence[Mapping[str, Any]], forgotten: Sequence[Mapping[str, Any]]
+) -> Lived:
+  """Reads it from the records that stand, and those of steps to be redone."""
+  of_kept = [r for r in kept if "time/run_s" in r]
+  every = [*of_kept, *(r for r in forgotten if "time/run_s" in r)]
+  return Lived(
+    run=every[-1]["time/run_s"] if every else 0.0,
+    useful=of_kept[-1]["speed/goodput"] * of_kept[-1]["time/run_s"]
+    if of_kept
+    else 0.0,
+  )
+
+
+class Pace:
+  """The figures of the steps since the last record, but for what they learn.
+
+  The host runs ahead, so its own waiting says little. A thread notes when the
+  device is done with what it was last given: from then until the next batch is
+  there, it waits for data.
+  """
+
+  def __init__(
+    self,
+    clock: Clock,
+    before: Lived,
+    *,
+    flops_per_token: float,
+    num_devices: int,
+    chip: flops.Chip,
+    published: bool,
+  ):
+    """Begins the first window.
+
+    Args:
+      clock: of the run; what is neither waiting for data, saving, evaluating
+        nor writing records is entered as 'compute'.
+      before: what earlier processes of this run did.
+      flops_per_token: see `fit.model_flops_per_token`.
+      num_devices: that share the work.
+      chip: the peak of each.
+      published: the peak is the vendor's, and not what was measured here.
+    """
+    self._clock, self._before = clock, before
+    self._share = lambda rate: flops.mfu(
+      rate, flops_per_token, num_devices=num_devices, chip=chip
+    )
+    self._share_name = "speed/mfu" if published else "speed/peak_share"
+    self._watcher = ThreadPoolExecutor(1, "pace")
+    self._done: Future[float] | None = None
+    self.begin()
+
+  def begin(self) -> None:
+    """A window begins here and now."""
+    self._steps = 0
+    self._began, self._was = self._clock.seconds, dict(self._clock.spent)
+
+  def step(self, made: Any) -> None:
+    """A step was handed to the device; `made` are arrays that it makes."""
+    self._steps += 1
+    self._done = self._watcher.submit(self._when_ready, made)
+
+  def _when_ready(self, made: Any) -> float:
+    jax.block_until_ready(made)
+    return self._clock.seconds
+
+  @contextmanager
+  def waiting(self) -> Iterator[None]:
+    """Within, the next batch is fetched; see above for what of it counts."""
+    began = self._clock.seconds
+    yield
+    if self._done is None or self._done.done():
+      free = began if self._done is None else max(began, self._done.result())
+      self._clock.spent["data_wait"] += self._clock.seconds - free
+
+  def close(self) -> None:
+    """Lets the thread go."""
+    self._watcher.shutdown(wait=False, cancel_futures=True)
+
+  def take(self, tokens: float, trained_tokens: float) -> dict[str, float]:
+    """The window's figures, once its steps are done; begins the next.
+
+    Args:
+      tokens: prompt and trained tokens of its steps.
+      trained_tokens: those trained on.
+    """
+    clock, window = self._clock, self._clock.seconds - self._began
+    spent = {kind: s - self._was[kind] for kind, s in clock.spent.items()}
+    computing = window - sum(spent.values())
+    stepping = computing + spent["data_wait"]
+    clock.spent["compute"] += computing
+    run = self._before.run + clock.seconds
+    useful = self._before.useful + clock.spent["compute"]
+    share = self._share(tokens / stepping)
+    assert share is not None  # There is a chip.
+    values = {
+      "time/step_s": stepping / self._steps,
+      "time/data_wait_s": spent["data_wait"] / self._steps,
+      "time/compute_s": computing / self._steps,
+      "time/save_s": spent["save"],
+      "time/run_s": run,
+      "speed/tokens_per_s": tokens / stepping,
+      "speed/trained_tokens_per_s": trained_tokens / stepping,
+      self._share_name: share,
+      "speed/goodput": useful / run,
+      **memory(),
+    }
+    self.begin()
+    return values
+
+
+def memory() -> dict[str, int]:
+  """The most that this process, and each of its devices, has held so far.
+
+  Returns:
+    memory/host_peak_bytes, and memory/device_peak_bytes of the fullest device
+    where devices have memory of their own.
+  """
+  unit = 1 if sys.platform == "darwin" else 1024
+  held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+  values = {"memory/host_peak_bytes": held}
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  peaks = [x["peak_bytes_in_use"] for x in stats if "peak_bytes_in_use" in x]
+  if peaks:
+    values["memory/device_peak_bytes"] = max(peaks)
+  return values

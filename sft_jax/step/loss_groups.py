@@ -1,0 +1,68 @@
+"""Groups of tokens whose loss is told apart: by part, by source, by place.
+
+Every token belongs to its part (who says it), to its source, and some to
+'first_token': the first trained one after one that is not, so the first that
+the model must say of itself in a reply. The ids of P parts and S sources:
+
+    0 .. P - 1        parts
+    P                 first tokens
+    P + 1 .. P + S    sources
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32
+
+from sft_jax.common.batch import Batch
+from sft_jax.step.loss import GroupSums
+
+
+def names(parts: Sequence[str], sources: Sequence[str]) -> tuple[str, ...]:
+  """What metrics call the groups, in the order of their ids.
+
+  >>> names(["answer", "stop"], ["mine"])
+  ('part/answer', 'stop_token', 'first_token', 'source/mine')
+  """
+  of_parts = ["stop_token" if p == "stop" else f"part/{p}" for p in parts]
+  return (*of_parts, "first_token", *(f"source/{s}" for s in sources))
+
+
+def of(batch: Batch, num_parts: int) -> Int32[Array, "B T K"]:
+  """Ids of the groups of each token that is predicted; -1 is none."""
+  with jax.named_scope("token_groups"):
+    trained = jnp.asarray(batch.loss_weights) != 0
+    before = jnp.pad(trained, ((0, 0), (1, 0)))[:, :-1]
+    # A document's last slot predicts nothing: it parts neighbours, too.
+    first = jnp.where(trained & ~before, num_parts, -1)
+    ids = [first]
+    if batch.parts is not None:
+      ids.append(jnp.asarray(batch.parts).astype(jnp.int32))
+    if batch.sources is not None:
+      ids.append(num_parts + 1 + jnp.asarray(batch.sources))
+    return jnp.stack(ids, axis=-1)
+
+
+def documents(batch: Batch, per_row: int) -> Int32[Array, "B T 1"]:
+  """The document of each token: row * per_row + its place there; -1: none."""
+  number = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32)[:, None]
+  segments = jnp.asarray(batch.segment_ids)
+  ids = jnp.where(segments > 0, number * per_row + segments - 1, -1)
+  return ids[..., None]
+
+
+def pairs(
+  groups: GroupSums, names: Sequence[str]
+) -> dict[str, tuple[Any, Any]]:
+  """{'loss/<group>' and 'acc/<group>': (sum, weight)}, as metrics are.
+
+  Groups beyond the names are not shown: a step may make room for more.
+  """
+  found = {}
+  for i, name in enumerate(names):
+    weight = groups.weight[i]
+    found[f"loss/{name}"] = (groups.nats[i], weight)
+    found[f"acc/{name}"] = (groups.correct[i], weight)
+  return found

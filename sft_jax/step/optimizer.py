@@ -1,0 +1,168 @@
+"""The learning-rate schedule and the AdamW chain, by parameter patterns."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sft_jax.common import trees
+from sft_jax.step import rounding
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+def schedule(
+  name: str,
+  *,
+  peak: float,
+  warmup_steps: int,
+  num_steps: int,
+  final_fraction: float,
+) -> optax.Schedule:
+  """Learning rate by optimiser step: warm-up from 0, then decay.
+
+  Step s < warmup_steps has peak * (s + 1) / warmup_steps, so that the first
+  step moves; after it the rate falls to peak * final_fraction at num_steps
+  ('cosine', 'linear') or stays ('constant').
+
+  Raises:
+    ValueError: an unknown name, or a warm-up longer than the run.
+  """
+  if name not in SCHEDULES:
+    raise ValueError(
+      f"optim.schedule: got {name!r}, expected one of {SCHEDULES}"
+    )
+  if warmup_steps >= num_steps:
+    raise ValueError(
+      f"optim.warmup_steps: got {warmup_steps} for a run of {num_steps} "
+      "steps, expected fewer. Shorten the warm-up or train longer."
+    )
+  decay_steps = num_steps - warmup_steps
+  if name == "cosine":
+    decay = optax.cosine_decay_schedule(peak, decay_steps, final_fraction)
+  elif name == "linear":
+    decay = optax.linear_schedule(peak, peak * final_fraction, decay_steps)
+  else:
+    decay = optax.constant_schedule(peak)
+  if warmup_steps == 0:
+    return decay
+  warmup = lambda step: peak * (step + 1) / warmup_steps
+  return optax.join_schedules([warmup, decay], [warmup_steps])
+
+
+def adamw(
+  learning_rate: optax.Schedule,
+  *,
+  b1: float,
+  b2: float,
+  eps: float,
+  weight_decay: float,
+  decay_patterns: Sequence[str],
+  clip_norm: float,
+  rates: Sequence[tuple[str, float]] = (),
+  mu_dtype: Any = jnp.float32,
+  nu_dtype: Any = jnp.float32,
+  rounding_seed: int | None = None,
+) -> optax.GradientTransformation:
+  """AdamW (Loshchilov & Hutter, arXiv 1711.05101) after global-norm clipping.
+
+  Args:
+    learning_rate: schedule over optimiser steps.
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    eps: added to the root of the second moment.
+    weight_decay: decoupled decay, multiplied by the learning rate; 0 = off.
+    decay_patterns: parameter paths that decay; norms and biases should not.
+    clip_norm: largest global norm of the gradients; 0 = no clipping.
+    rates: ((pattern, factor), ...) over parameter paths: the first that
+      matches multiplies the learning rate, of the decay too. LoRA+ is
+      (('lora_b$', 16.0),) (Hayou et al. 2024, arXiv 2402.12354).
+    mu_dtype: that the first moment is kept in, float32 or bfloat16; what is
+      computed from it is float32.
+    nu_dtype: the same for the second moment.
+    rounding_seed: of bfloat16 moments, see `rounding.round_tree`; None
+      rounds to nearest.
+
+  Raises:
+    ValueError: a second moment in bfloat16, rounded to nearest, that would
+      never decay: a bfloat16 has 8 bits, so a change below 1 in 256 is none.
+  """
+  decays = lambda params: trees.map_paths(
+    lambda path, _: trees.matches_any(decay_patterns, path), params
+  )
+  return optax.chain(
+    optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
+    _scale_by_adam(
+      b1, b2, eps, jnp.dtype(mu_dtype), jnp.dtype(nu_dtype), rounding_seed
+    ),
+    optax.add_decayed_weights(weight_decay, mask=decays),
+    *([_scale_by_path(rates)] if rates else []),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+
+
+def _scale_by_adam(
+  b1: float,
+  b2: float,
+  eps: float,
+  mu_dtype: Any,
+  nu_dtype: Any,
+  seed: int | None,
+) -> optax.GradientTransformation:
+  """`optax.scale_by_adam` in float32, with moments kept in given dtypes."""
+  for name, dtype, decay in (("mu", mu_dtype, b1), ("nu", nu_dtype, b2)):
+    if dtype not in (jnp.float32, jnp.bfloat16):
+      raise ValueError(
+        f"optim.{name}_dtype: got {dtype}, expected float32 or bfloat16. Set "
+        "it to one of these."
+      )
+    if dtype == jnp.bfloat16 and seed is None and 1 - decay < 2**-8:
+      raise ValueError(
+        f"optim.{name}_dtype: got bfloat16 with a decay of {decay} and "
+        "rounding to nearest, expected a decay of at most 0.996, as smaller "
+        "changes are rounded away. Set optim.rounding to 'stochastic', or "
+        f"optim.{name}_dtype to float32."
+      )
+
+  def init(params):
+    zeros = lambda dtype: jax.tree.map(
+      lambda p: jnp.zeros(p.shape, dtype), params
+    )
+    return optax.ScaleByAdamState(
+      jnp.zeros((), jnp.int32), zeros(mu_dtype), zeros(nu_dtype)
+    )
+
+  def update(updates, state, params=None):
+    del params
+    count = state.count + 1
+    wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+    g = wide(updates)
+    mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, wide(state.mu), g)
+    nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, wide(state.nu), g)
+    found = jax.tree.map(
+      lambda m, v: m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps),
+      mu,
+      nu,
+    )
+    mu = rounding.round_tree(mu, state.mu, seed, count, 1)
+    nu = rounding.round_tree(nu, state.nu, seed, count, 2)
+    return found, optax.ScaleByAdamState(count, mu, nu)
+
+  return optax.GradientTransformation(init, update)
+
+
+def _scale_by_path(
+  rules: Sequence[tuple[str, float]],
+) -> optax.GradientTransformation:
+  """Multiplies updates by the factor of the first pattern that matches."""
+  rules = (*rules, ("", 1.0))
+
+  def scale(updates, params):
+    del params
+    return trees.map_paths(
+      lambda path, u: u * trees.first_match(rules, path, "optim.rates"), updates
+    )
+
+  return optax.stateless(scale)

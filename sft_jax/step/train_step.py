@@ -1,0 +1,193 @@
+"""One optimiser step, as a pure function of state and batch.
+
+Pretraining, full fine-tuning and LoRA are this same step: they differ in the
+batch's weights and in which leaves are in `state.params`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sft_jax.common import trees
+from sft_jax.common.batch import Batch
+from sft_jax.step import loss_groups, rounding
+from sft_jax.step.loss import LossSums
+
+# (all parameters, batch of rows) -> sums over its trained tokens; a third
+# argument, a key, where the loss draws at random.
+LossFn = Callable[..., LossSums]
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+
+
+class TrainState(NamedTuple):
+  """Everything a step reads and writes besides the batch.
+
+  Attributes:
+    step: int32 scalar array, the number of steps taken.
+    params: the trained leaves; gradients and moments exist for these only.
+    frozen: the other leaves, returned untouched.
+    opt_state: the optimiser's state over `params`.
+  """
+
+  step: Any
+  params: trees.Tree
+  frozen: trees.Tree
+  opt_state: Any
+
+
+def init_state(
+  params: trees.Tree,
+  trained: Callable[[str], bool],
+  tx: optax.GradientTransformation,
+) -> TrainState:
+  """The state of step 0; `trained` chooses leaves by path."""
+  chosen, frozen = trees.partition(params, trained)
+  return TrainState(jnp.zeros((), jnp.int32), chosen, frozen, tx.init(chosen))
+
+
+def make_train_step(
+  loss_fn: LossFn,
+  tx: optax.GradientTransformation,
+  learning_rate: optax.Schedule,
+  *,
+  seed: int | None = None,
+  group_names: Sequence[str] = (),
+  rounding_seed: int | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Returns `train_step(state, batch, loss_limit=inf) -> (state, metrics)`.
+
+  The batch has a leading axis of micro-batches, [A, B / A, T]. Gradients of
+  the *sums* are added over micro-batches (float32) and divided once by the
+  weight of the whole batch,
+
+      g = sum_a grad(sum_{bt} w * nll) / sum_{abt} w,
+
+  where another objective may stand for nll (`objective.Objective`), so the
+  result does not depend on how the batch was cut. A step whose gradients are
+  not finite changes nothing but the step count and says so in
+  `optim/nonfinite`, and one whose loss is above `loss_limit` nats per token in
+  `optim/spike`: the caller decides what to do about it.
+
+  With a `seed` the loss is given a key, fold_in(fold_in(key(seed), step), a):
+  a function of the state, so a resumed run draws what it would have drawn, and
+  another for every micro-batch a. So with dropout, and only then, the cut
+  matters: other draws, equally good.
+
+  Gradients and updates are float32 whatever the parameters are. With a
+  `rounding_seed` parameters in bfloat16 take the change by chance (see
+  `rounding`), drawn by the number of the step.
+
+  Metrics are (sum, weight) pairs, to be added over steps and divided last:
+  loss/nats_per_token (of plain nll, whatever the objective), acc/token,
+  entropy/nats, of each group named loss/<group> and acc/<group>, loss/kl
+  (KL(base || tuned), nats per token) where the loss compares with a base,
+  data/trained_fraction (trained tokens over tokens), data/fill (tokens over
+  slots), optim/grad_norm (before clipping), optim/update_ratio (norm of the
+  change over norm of the parameters), optim/learning_rate, optim/nonfinite,
+  optim/spike.
+  """
+
+  def micro_gradient(state: TrainState, batch: Batch, index: Any):
+    keys = ()
+    if seed is not None:
+      key = jax.random.fold_in(jax.random.key(seed), state.step)
+      keys = (jax.random.fold_in(key, index),)
+
+    def objective(params):
+      sums = loss_fn(trees.merge(params, state.frozen), batch, *keys)
+      return sums.objective, sums
+
+    (_, sums), gradient = jax.value_and_grad(objective, has_aux=True)(
+      state.params
+    )
+    return sums, gradient
+
+  def train_step(
+    state: TrainState, batch: Batch, loss_limit: Any = float("inf")
+  ):
+    def add_micro(carry, micro):
+      return jax.tree.map(
+        lambda total, x: total + x.astype(jnp.float32),
+        carry,
+        micro_gradient(state, *micro),
+      ), None
+
+    if batch.tokens.shape[0] == 1:
+      sums, gradient = micro_gradient(
+        state, jax.tree.map(lambda x: x[0], batch), 0
+      )
+    else:
+      zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, jnp.float32),
+        jax.eval_shape(
+          micro_gradient, state, jax.tree.map(lambda x: x[0], batch), 0
+        ),
+      )
+      micros = (batch, jnp.arange(batch.tokens.shape[0]))
+      (sums, gradient), _ = jax.lax.scan(add_micro, zeros, micros)
+
+    with jax.named_scope("optimizer"):
+      # A batch without a trained token divides by 1, not by 0.
+      scale = 1.0 / jnp.where(sums.weight > 0, sums.weight, 1.0)
+      gradient = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, gradient)
+      grad_norm = optax.tree.norm(gradient)
+      finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.objective)
+      spike = finite & ~(sums.nats * scale <= loss_limit)
+      updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+      params = jax.tree.map(
+        lambda p, u: p.astype(jnp.float32) + u, state.params, updates
+      )
+      params = rounding.round_tree(
+        params, state.params, rounding_seed, state.step, 0
+      )
+      keep = lambda new, old: jnp.where(finite & ~spike, new, old)
+      new_state = TrainState(
+        step=state.step + 1,
+        params=jax.tree.map(keep, params, state.params),
+        frozen=state.frozen,
+        opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+      )
+      ratio = optax.tree.norm(updates) / optax.tree.norm(state.params)
+    # The optimiser counts the steps that were applied, and so the rate.
+    schedule = optax.tree.get(state.opt_state, "ScaleByScheduleState")
+    applied = state.step if schedule is None else schedule.count
+    one = jnp.ones((), jnp.float32)
+    with jax.named_scope("metrics"):
+      tokens = (batch.segment_ids > 0).sum()
+      trained = (batch.loss_weights != 0).sum()
+    return new_state, {
+      "loss/nats_per_token": (sums.nats, sums.weight),
+      "acc/token": (sums.correct, sums.weight),
+      "entropy/nats": (sums.entropy, sums.weight),
+      **loss_groups.pairs(sums.groups, group_names),
+      **({"loss/kl": (sums.base.kl, sums.weight)} if sums.base else {}),
+      "data/trained_fraction": (trained, tokens),
+      "data/fill": (tokens, jnp.asarray(batch.segment_ids.size)),
+      "optim/grad_norm": (grad_norm, one),
+      "optim/update_ratio": (ratio, one),
+      "optim/learning_rate": (jnp.asarray(learning_rate(applied)), one),
+      "optim/nonfinite": (1.0 - finite, one),
+      "optim/spike": (spike.astype(jnp.float32), one),
+    }
+
+  return train_step
+
+
+def split_micro_batches(batch: Batch, accum_steps: int) -> Batch:
+  """[B, T] -> [A, B / A, T], on the host, before rows meet devices.
+
+  Cutting a batch that is already spread over devices would move its rows.
+  """
+  num_rows = batch.tokens.shape[0]
+  if num_rows % accum_steps:
+    raise ValueError(
+      f"accum_steps: got {accum_steps} for {num_rows} rows per process, "
+      "expected a divisor. Change batch_size or accum_steps."
+    )
+  return jax.tree.map(
+    lambda x: x.reshape(accum_steps, num_rows // accum_steps, *x.shape[1:]),
+    batch,
+  )

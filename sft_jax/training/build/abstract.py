@@ -1,0 +1,104 @@
+"""A run without its data and weights: the step, and the shapes it takes.
+
+What `setup` builds and runs, this builds and leaves at shapes: the same step,
+so that what is said of the one (memory, time, collectives) holds of the other.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from sft_jax.common import sharding, trees
+from sft_jax.common.batch import Batch
+from sft_jax.models.config import ModelConfig
+from sft_jax.models.transformer import Model
+from sft_jax.step.train_step import TrainState, init_state
+from sft_jax.training import step_runner
+from sft_jax.training.build import build
+from sft_jax.training.build import step as setup_step
+from sft_jax.training.build.data import Config
+from sft_jax.training.build.model import build_model
+
+
+class Outline(NamedTuple):
+  """What a run would be, as shapes; see `outline`.
+
+  Attributes:
+    mesh: the devices; they may be elsewhere.
+    model: its functions.
+    dtype: of activations and products.
+    step: the step that the run takes.
+    state: `jax.ShapeDtypeStruct`s with the shardings of the run's state.
+    batch: likewise, [A, B / A, T]: A micro-batches.
+  """
+
+  mesh: Mesh
+  model: Model
+  dtype: Any
+  step: setup_step.Step
+  state: TrainState
+  batch: Batch
+
+  @property
+  def params(self) -> trees.Tree:
+    """All parameters, trained and frozen."""
+    return trees.merge(self.state.params, self.state.frozen)
+
+  def lower(self) -> jax.stages.Lowered:
+    """The program that the run would compile."""
+    return step_runner.lower(self.step.train_step, self.state, self.batch)
+
+
+def outline(config: Config, shape: ModelConfig, mesh: Mesh) -> Outline:
+  """Builds everything that a run's step is made of, and no array.
+
+  Args:
+    config: of the run; neither its data nor the model's weights are read.
+    shape: the model's, by `models.config.read_config`.
+    mesh: the devices to divide it over.
+
+  Raises:
+    ValueError: whatever of these `setup` would refuse.
+  """
+  build.check_batch_size(config, mesh)
+  built = build_model(config, shape, mesh)
+  # How long a run is decides its learning rates, not the program's shape.
+  num_steps = config.steps or config.optim.warmup_steps + 1
+  step = setup_step.make_step(config, built.model, mesh, num_steps)
+  params = jax.eval_shape(built.init, jax.random.key(config.seed))
+  params = setup_step.hold_base(config, step, params, lambda x: x)
+  state = jax.eval_shape(lambda p: init_state(p, step.trained, step.tx), params)
+  return Outline(
+    mesh=mesh,
+    model=built.model,
+    dtype=jnp.dtype(config.model.dtype),
+    step=step,
+    state=jax.tree.map(
+      lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies),
+      state,
+      setup_step.state_shardings(step, params, mesh),
+    ),
+    batch=batch_shapes(config, mesh),
+  )
+
+
+def batch_shapes(config: Config, mesh: Mesh) -> Batch:
+  """The shapes and shardings of a run's batches, in micro-batches."""
+  size = (config.accum_steps, config.batch_size // config.accum_steps)
+  rows = sharding.rows(mesh, leading_axes=1)
+
+  def slots(dtype: Any) -> Any:
+    shape = (*size, config.data.seq_len)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+
+  return Batch(
+    tokens=slots(jnp.int32),
+    targets=slots(jnp.int32),
+    loss_weights=slots(jnp.float32),
+    segment_ids=slots(jnp.int32),
+    positions=slots(jnp.int32),
+    parts=slots(jnp.uint8),
+    sources=slots(jnp.int32),
+  )

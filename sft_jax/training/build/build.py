@@ -1,0 +1,158 @@
+"""Building a run from its config: data, model, state and step.
+
+The rooms that read `config` are this one, `setup_data`, `setup_model` and
+`setup_step` beside it, and `present` and `train` above: everything below takes
+plain arguments.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from sft_jax.common import hub, machines, sharding, trees
+from sft_jax.common.batch import Batch
+from sft_jax.data.chat import template as templates
+from sft_jax.data.chat import template_export
+from sft_jax.data.pipeline import Stream
+from sft_jax.data.tokenizers import tokenizer as tokenizers
+from sft_jax.evals import behaviour_sets
+from sft_jax.models.lora import base_model
+from sft_jax.models.transformer import Model
+from sft_jax.step.loss import GroupSums, LossSums
+from sft_jax.step.train_step import TrainState, init_state
+from sft_jax.training.build import data as setup_data
+from sft_jax.training.build import model as setup_model
+from sft_jax.training.build import step as setup_step
+from sft_jax.training.build.data import Config, Say
+
+
+class Setup(NamedTuple):
+  """All that a run needs, built from a config; see `setup`."""
+
+  source: hub.Snapshot
+  machine: machines.Machine
+  mesh: Mesh
+  tokenizer: tokenizers.Tokenizer
+  model: Model
+  state: TrainState
+  state_shardings: TrainState
+  loss_fn: Callable[[trees.Tree, Batch], LossSums]
+  measure_fn: Callable[[trees.Tree, Batch], LossSums]
+  trained: Callable[[str], bool]
+  document_loss: Callable[[trees.Tree, Batch, int], GroupSums]
+  train_step: Callable
+  num_steps: int
+  flops_per_token: float
+  stream: Stream
+  held_out: Stream | None
+  general_text: Stream | None
+  train_rows: Stream | None
+  items: list[behaviour_sets.Item]
+  knowledge: list[behaviour_sets.Item]
+  row_nats: Callable[[trees.Tree, Batch], jax.Array]
+
+
+def setup(config: Config, say: Say) -> Setup:
+  """Builds mesh, data, model, state and step; announces what takes time."""
+  mesh = sharding.make_mesh(**config.mesh)
+  check_batch_size(config, mesh)
+  source = setup_model.find_model(config)
+  # From here on a local folder, whatever the model was called.
+  config = config.copy_and_resolve_references()
+  config.model.path = str(source.folder)
+  tokenizer = tokenizers.load_tokenizer(config.model.path)
+  if tokenizer.chat_template is not None:
+    template = templates.chat_template(tokenizer)
+    for line in template_export.described(
+      template, setup_data.make_policy(config)
+    ):
+      say(line)
+  say(f"Reading {config.data.train} ...")
+  data = setup_data.load_data(config, tokenizer, say)
+  num_steps = config.steps or data.stream.num_steps
+  assert num_steps is not None  # Only a stream without epochs has no end.
+  model, params = setup_model.load_model(config, mesh, say)
+  if (config.model.param_dtype, config.optim.rounding) == (
+    "bfloat16",
+    "nearest",
+  ):
+    say(
+      "model.param_dtype is bfloat16 and optim.rounding 'nearest': updates "
+      "below 1/512 of a weight are lost. 'stochastic' keeps them on average."
+    )
+  device = mesh.devices.flat[0]
+  if (device.platform, config.model.dtype) == ("cpu", "bfloat16"):
+    say(
+      "model.dtype is bfloat16, which a CPU emulates, several times slower "
+      "than float32. Set --config.model.dtype=float32 here."
+    )
+  if tokenizer.vocab_size > model.config.vocab_size:
+    raise ValueError(
+      f"{config.model.path}: the tokenizer has {tokenizer.vocab_size} ids for "
+      f"{model.config.vocab_size} rows of the embedding, expected at most as "
+      "many. The tokenizer belongs to another model."
+    )
+  limit = model.config.position_limit
+  if limit is not None and config.data.seq_len > limit:
+    raise ValueError(
+      f"data.seq_len: got {config.data.seq_len}, expected at most {limit}, the "
+      f"positions that {config.model.path} has learned. Lower it."
+    )
+
+  streams = (data.stream, data.held_out, data.general_text)
+  step = setup_step.make_step(config, model, mesh, num_steps, streams)
+  params = setup_step.hold_base(config, step, params, jnp.copy)
+  if copies := params.get(base_model.COPIES):
+    say(
+      f"loss.kl: {trees.count(copies):,} parameters are held twice, as they "
+      f"train and as the base's, {trees.num_bytes(copies) / 1e9:.3f} GB in all."
+    )
+  shardings = setup_step.state_shardings(step, params, mesh)
+  state = jax.jit(
+    lambda params: init_state(params, step.trained, step.tx),
+    out_shardings=shardings,
+    donate_argnums=0,
+  )(params)
+  return Setup(
+    source=source,
+    machine=machines.find(""),
+    mesh=mesh,
+    tokenizer=tokenizer,
+    model=model,
+    state=state,
+    state_shardings=shardings,
+    loss_fn=step.loss_fn,
+    measure_fn=step.measure_fn,
+    trained=step.trained,
+    document_loss=step.document_loss,
+    train_step=step.train_step,
+    num_steps=num_steps,
+    flops_per_token=setup_step.flops_per_token(
+      step,
+      model,
+      trees.merge(state.params, state.frozen),
+      data.stream.store.lengths,
+    ),
+    row_nats=step.row_nats,
+    **data._asdict(),
+  )
+
+
+def check_batch_size(config: Config, mesh: Mesh) -> None:
+  """Raises ValueError unless every device gets as much of every part."""
+  sharding.check_rows(mesh, config.batch_size, config.accum_steps)
+  if config.data.seq_len % mesh.shape["context"]:
+    raise ValueError(
+      f"data.seq_len: got {config.data.seq_len} for mesh.context="
+      f"{mesh.shape['context']}, expected a multiple. Change one of them."
+    )
+
+
+def batches_on(mesh: Mesh, stream: Stream) -> Iterator[Batch]:
+  """The batches of a stream, their rows on the devices of a mesh."""
+  own = sharding.own_rows(mesh, stream.batch_size)
+  for batch in stream.batches(rows=own):
+    yield sharding.put_rows(batch, sharding.rows(mesh))

@@ -1,0 +1,261 @@
+"""What a config says of data: sources, policies, stores, streams."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+from sft_jax.common import distributed
+from sft_jax.data import selection
+from sft_jax.data.audit import checks, token_checks
+from sft_jax.data.chat.options import Policy
+from sft_jax.data.pipeline import Stream
+from sft_jax.data.readers import files as rows
+from sft_jax.data.sources import Source, to_sources
+from sft_jax.data.store import build
+from sft_jax.data.store.store import Store
+from sft_jax.data.tokenizers import tokenizer as tokenizers
+from sft_jax.evals import behaviour_sets, canaries
+
+# A ConfigDict of the keys in configs/base.py; its attributes have no static
+# types.
+Config = Any
+Say = Callable[[str], None]
+CANARIES = "canaries.jsonl"  # In the workdir.
+
+
+class Stores(NamedTuple):
+  """The encoded rows of a run, and what the audit says of them."""
+
+  train: Store
+  held_out: Store | None
+  general_text: Store | None
+  verdicts: list[checks.Verdict]
+
+
+class Data(NamedTuple):
+  """What is trained on, and what is measured before and after."""
+
+  stream: Stream
+  held_out: Stream | None
+  general_text: Stream | None
+  train_rows: Stream | None
+  items: list[behaviour_sets.Item]
+  knowledge: list[behaviour_sets.Item]
+
+
+def load_stores(
+  config: Config,
+  tokenizer: tokenizers.Tokenizer,
+  say: Say,
+) -> Stores:
+  """Encodes (or re-uses) every source and judges what came of it."""
+  policy = make_policy(config)
+  known, verdicts = (
+    token_checks.facts(tokenizer, policy),
+    list[checks.Verdict](),
+  )
+  columns = config.data.columns.to_dict()
+
+  def store(sources: tuple[Source, ...], of: str) -> Store:
+    parts = [part for one in sources for part in _by_file(one)]
+    found = build_store(config, parts, tokenizer, say)
+    verdicts.extend(checks.judge(found, known, of=of))
+    return found
+
+  train = _train_sources(config)
+  if config.data.canaries:
+    train += (_canaries(config),)
+  examples = store(train, "train")
+  held_out = None
+  if config.data.eval:
+    held_out = store(make_sources(config.data.eval, columns), "held out")
+  elif config.data.holdout and len(examples.index):
+    examples, held_out = examples.split(config.data.holdout, seed=config.seed)
+  # Rows held out measure all there is: they are neither dropped nor weighted.
+  examples = selection.select(
+    examples, folder=config.data.scores, seed=config.seed, announce=say
+  )
+  if held_out:
+    own_files = bool(config.data.eval)
+    verdicts.append(checks.overlap(examples, held_out, own_files=own_files))
+  general_text = beside(config, "general_text", say)
+  general = (
+    store(make_sources(general_text), "general text") if general_text else None
+  )
+  return Stores(examples, held_out, general, verdicts)
+
+
+def build_store(
+  config: Config,
+  sources: Sequence[Source],
+  tokenizer: tokenizers.Tokenizer,
+  say: Say,
+) -> Store:
+  """Encodes sources as the config says, or re-uses what was encoded."""
+  with distributed.first_alone():
+    return build.build(
+      sources,
+      tokenizer,
+      make_policy(config),
+      directory=config.data.cache_dir or Path(config.workdir) / "cache",
+      format=config.data.format,
+      max_length=config.data.seq_len,
+      on_bad_row=config.data.on_bad_row,
+      seed=config.seed,
+      num_workers=config.data.workers,
+      announce=say,
+    )
+
+
+def load_data(
+  config: Config,
+  tokenizer: tokenizers.Tokenizer,
+  say: Say,
+) -> Data:
+  """The batches of every source, or a refusal of what the audit found."""
+  stores = load_stores(config, tokenizer, say)
+  allow = set(config.data.allow)
+  if config.data.control_tokens == "allow":
+    allow.add("control")
+  checks.refuse(stores.verdicts, allow=allow, announce=say)
+  items = beside(config, "behaviours", say)
+  knowledge = beside(config, "knowledge", say)
+
+  def stream(store: Store | None) -> Stream | None:
+    return make_stream(config, store, epochs=1) if store else None
+
+  return Data(
+    make_train_stream(config, stores.train),
+    stream(stores.held_out),
+    stream(stores.general_text),
+    stream(_train_rows(config, stores)),
+    behaviour_sets.load_sets(items) if items else [],
+    behaviour_sets.load_sets(knowledge) if knowledge else [],
+  )
+
+
+def _train_rows(config: Config, stores: Stores) -> Store | None:
+  """About as many of the rows that are trained on as are held out."""
+  train, held_out = stores.train, stores.held_out
+  if not config.eval.gap or not held_out:
+    return None
+  if len(np.unique(train.index["content"])) < 2:
+    return None  # A single row cannot be parted from the others.
+  share = min(0.5, len(held_out.index) / len(train.index))
+  return train.split(share, seed=config.seed)[1]
+
+
+def _canaries(config: Config) -> Source:
+  """Writes the canaries of a run into its workdir, as rows to train on."""
+  path = Path(config.workdir) / CANARIES
+  drawn = canaries.draw(config.data.canaries, config.seed)
+  rows_ = [canaries.row(one.box, one.code) for one in drawn]
+  if jax.process_index() == 0:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows_))
+  copies = config.data.canary_copies
+  return Source(str(path), repeat=copies, format="messages", name="canaries")
+
+
+def make_train_stream(config: Config, store: Store) -> Stream:
+  """The batches that a run trains on."""
+  return make_stream(
+    config,
+    store,
+    epochs=None if config.steps else config.epochs,
+    normalize=config.loss.normalize,
+  )
+
+
+def make_stream(config: Config, store: Store, **choices: Any) -> Stream:
+  """Batches of a store; `choices` are further arguments of `Stream`."""
+  return Stream(
+    store,
+    seq_len=config.data.seq_len,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    packing=config.data.packing,
+    **choices,
+  )
+
+
+def make_policy(config: Config) -> Policy:
+  """What `config.data` says of rendering and of what is trained."""
+  return Policy(
+    template_kwargs=config.data.template_kwargs.to_dict(),
+    generation_prompt=config.data.generation_prompt,
+    history=config.data.history,
+    train_on=config.data.train_on,
+    reasoning=config.data.reasoning,
+    over_long=config.data.over_long,
+    control_tokens=config.data.control_tokens,
+  )
+
+
+def make_sources(
+  value: Any, columns: Mapping[str, Any] | None = None
+) -> tuple[Source, ...]:
+  """What data.train or data.eval names; see `sources.to_sources`.
+
+  Args:
+    value: of the config.
+    columns: of sources that have none of their own.
+  """
+
+  def plain(one: Any) -> Any:
+    return one.to_dict() if isinstance(one, ml_collections.ConfigDict) else one
+
+  many = isinstance(value, list | tuple)
+  made = to_sources([plain(one) for one in value] if many else plain(value))
+  return tuple(
+    dataclasses.replace(one, columns=one.columns or columns or {})
+    for one in made
+  )
+
+
+def _train_sources(config: Config) -> tuple[Source, ...]:
+  """Those of data.train, with the filters that the config has for all."""
+
+  def own(value: Any, common: Any) -> Any:
+    return common if value is None else value
+
+  return tuple(
+    dataclasses.replace(
+      one,
+      filter=own(one.filter, config.data.filter),
+      weight_by=own(one.weight_by, config.data.weight_by),
+    )
+    for one in make_sources(config.data.train, config.data.columns.to_dict())
+  )
+
+
+def _by_file(source: Source) -> list[Source]:
+  """A glob as one source per file, so that the ledger tells them apart.
+
+  Not where it is wanted as one: under a name, or to a share or limit.
+  """
+  if source.name or source.share is not None or source.limit is not None:
+    return [source]
+  files = rows.find_files(source.path)
+  return [dataclasses.replace(source, path=str(file)) for file in files]
+
+
+def beside(config: Config, name: str, say: Say) -> Any:
+  """What `eval.<name>` names; 'auto' looks beside the training data."""
+  value = config.eval[name]
+  if isinstance(value, ml_collections.ConfigDict):
+    value = value.to_dict()
+  if value != "auto":
+    return value or None
+  first = make_sources(config.data.train)[0]
+  path = Path(first.path).parent / f"{name}.jsonl"
+  if path.is_file():
+    return str(path)
+  say(f"eval.{name}: none, as there is no {path}")
+  return None

@@ -1,0 +1,149 @@
+"""What a config says of evaluation: the suite that a run is measured by."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from sft_jax.common import sharding, trees
+from sft_jax.common.batch import Batch
+from sft_jax.data.encoding import encode
+from sft_jax.data.store.store import Store
+from sft_jax.data.tokenizers import tokenizer as tokenizers
+from sft_jax.evals import canaries, memorization, suite
+from sft_jax.inference import generate as replies
+from sft_jax.training.build import build, data, step
+from sft_jax.training.build.build import Setup
+from sft_jax.training.build.data import Config
+
+
+def make_suite(config: Config, run_: Setup) -> suite.Suite:
+  """What is measured before and after training."""
+  return suite.Suite(
+    loss_fn=run_.measure_fn,
+    batches=lambda stream: build.batches_on(run_.mesh, stream),
+    held_out=run_.held_out,
+    general_text=run_.general_text,
+    items=run_.items,
+    group_names=step.group_names,
+    train_rows=run_.train_rows,
+    knowledge=run_.knowledge,
+    repeats=make_repeats(config, run_),
+    canaries=make_canaries(config, run_),
+    generate=lambda params, conversations: replies.generate(
+      run_.model,
+      params,
+      run_.tokenizer,
+      conversations,
+      max_new_tokens=config.eval.max_new_tokens,
+      policy=data.make_policy(config),
+      batch_size=config.eval.batch_size,
+      mesh=run_.mesh,
+    ),
+  )
+
+
+def make_canaries(
+  config: Config, run_: Setup
+) -> Callable[[trees.Tree], dict[str, Any]] | None:
+  """What measures the canaries of a run; None if it has none.
+
+  Half of those drawn are written into the data; what the hold-out took of
+  them is not trained on and counts as kept back.
+  """
+  if not config.data.canaries:
+    return None
+  row_nats = jax.jit(run_.row_nats)
+  own = sharding.own_rows(run_.mesh, config.batch_size)
+  rows = sharding.rows(run_.mesh)
+
+  def measured(params: trees.Tree) -> dict[str, Any]:
+    def nats(batch: Batch) -> np.ndarray:
+      mine = jax.tree.map(lambda x: x[own], batch)
+      return np.asarray(row_nats(params, sharding.put_rows(mine, rows)))
+
+    return canaries.measure(
+      canaries.draw(2 * config.data.canaries, config.seed),
+      planted(run_.stream.store),
+      nats,
+      run_.tokenizer,
+      data.make_policy(config),
+      batch_size=config.batch_size,
+    )
+
+  return measured
+
+
+def planted(store: Store) -> set[int]:
+  """Numbers of the canaries that are among a store's rows."""
+  places = map(store.place, range(len(store.index)))
+  mine = (place.rpartition(":") for place in places)
+  return {int(line) for file, _, line in mine if file == data.CANARIES}
+
+
+def make_repeats(
+  config: Config, run_: Setup
+) -> Callable[[list[dict[str, Any]]], dict[str, Any]] | None:
+  """What of the training answers replies repeat; None where it is off.
+
+  The function takes the records of `behaviours.Scores` and enters each reply's
+  own overlap and novelty into it.
+  """
+  words = config.eval.answer_words
+  if not words or not run_.items:
+    return None
+  known, rows_read = answer_texts(
+    run_.stream.store, run_.tokenizer, words, config.seed
+  )
+  if not known:
+    return None  # Raw text alone: there are no answers.
+  index = memorization.Answers([text.split() for text in known])
+  held_out = None
+  if run_.held_out:
+    store = run_.held_out.store
+    texts, _ = answer_texts(store, run_.tokenizer, words, config.seed)
+    held_out = memorization.repeats(texts, index)
+
+  def measured(replies: list[dict[str, Any]]) -> dict[str, Any]:
+    for reply in replies:
+      said = reply["reply"].split()
+      reply["overlap"] = index.overlap(said)
+      reply["novelty"] = index.novelty(said, memorization.GRAM)
+    found = memorization.repeats((r["reply"] for r in replies), index)
+    return {
+      "answers": len(known),
+      "rows": rows_read,
+      "rows_of": len(run_.stream.store.index),
+      "gram": memorization.GRAM,
+      "replies": found and found._asdict(),
+      "held_out_answers": held_out and held_out._asdict(),
+    }
+
+  return measured
+
+
+def answer_texts(
+  store: Store, tokenizer: tokenizers.Tokenizer, words: int, seed: int
+) -> tuple[list[str], int]:
+  """(texts of trained answers, how many examples were read for them).
+
+  Args:
+    store: its rows; of raw text, which is no answer, nothing is taken.
+    tokenizer: to read their ids.
+    words: nothing more is read once the answers have so many.
+    seed: of the order they are taken in.
+  """
+  texts, taken = list[str](), 0
+  of_text = encode.PARTS.index("text")
+  order = np.random.default_rng(seed).permutation(len(store.index))
+  for read, i in enumerate(order):
+    if taken >= words:
+      return texts, read
+    example = store.example(int(i))
+    told = (example.loss_weights > 0) & (example.parts != of_text)
+    edges = np.flatnonzero(np.diff(np.pad(told, 1).astype(np.int8)))
+    for start, end in zip(edges[::2], edges[1::2], strict=True):
+      texts.append(tokenizer.decode(example.tokens[start:end].tolist()))
+      taken += len(texts[-1].split())
+  return texts, len(order)

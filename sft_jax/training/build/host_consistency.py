@@ -1,0 +1,75 @@
+"""Same: several processes begin a run only if all of them were given the same.
+
+What they do together must match call for call: how many steps there are, of
+which shapes, what is measured and when. All of it follows from the config, the
+model's shape and the rows. A process with others of these would leave the rest
+waiting for ever; so it is refused before the first step.
+"""
+
+import json
+from typing import Any
+
+import jax
+
+from sft_jax.common import distributed, trees
+from sft_jax.data.store.files import hash_text
+from sft_jax.data.store.fingerprint import differences
+from sft_jax.training.build import data
+from sft_jax.training.build.build import Setup
+from sft_jax.training.build.data import Config
+
+# What each host may have of its own.
+_OWN = ("compile_cache", "data/cache_dir", "data/workers")
+
+
+def check_config(config: Config) -> None:
+  """Call it before processes wait for one another.
+
+  Raises:
+    ValueError: this process has another config than the first one.
+  """
+  keys = trees.flatten(config.to_dict())
+  mine = {
+    key.replace("/", "."): x for key, x in keys.items() if key not in _OWN
+  }
+  for name in ("general_text", "behaviours", "knowledge"):
+    # 'auto' is what lies beside the rows, here.
+    mine[f"eval.{name}"] = data.beside(config, name, lambda line: None)
+  _check("the config", mine, "Give all of them the same flags.")
+
+
+def check_data(run_: Setup) -> None:
+  """Call it before the first batch.
+
+  Raises:
+    ValueError: this process has read another model's shape than the first one,
+      or other rows or prompts.
+  """
+  streams = {
+    "train": run_.stream,
+    "held out": run_.held_out,
+    "general text": run_.general_text,
+    "of the training rows": run_.train_rows,
+  }
+  prompts = {"behaviours": run_.items, "knowledge": run_.knowledge}
+  mine = {
+    "config.json": run_.model.config.raw,
+    **{name: stream and stream.causes for name, stream in streams.items()},
+    **{
+      name: [hash_text(repr(one._replace(where=""))) for one in items]
+      for name, items in prompts.items()
+    },
+  }
+  _check("what it has read", mine, "Copy the same files to every host.")
+
+
+def _check(what: str, mine: dict[str, Any], cure: str) -> None:
+  first = distributed.first_says(mine)
+  lines = differences(first, json.loads(json.dumps(mine)))
+  if lines:
+    raise ValueError(
+      f"process {jax.process_index()} of {jax.process_count()}: {what} is not "
+      "that of the first process (there -> here):\n  "
+      + "\n  ".join(lines)
+      + f"\nexpected the same. {cure}"
+    )

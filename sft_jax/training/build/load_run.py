@@ -1,0 +1,127 @@
+"""A model to ask, from wherever it is: an export, a run or a checkpoint."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+from orbax.checkpoint import v1 as ocp
+
+from sft_jax.checkpointing import digests
+from sft_jax.common import sharding, trees
+from sft_jax.data.chat.options import DEFAULT, Policy
+from sft_jax.data.tokenizers import tokenizer as tokenizers
+from sft_jax.models.transformer import Model
+from sft_jax.step.train_step import TrainState
+from sft_jax.training.build import data
+from sft_jax.training.build import model as setup_model
+
+
+class Asked(NamedTuple):
+  """All that answering takes.
+
+  Attributes:
+    model, params, tokenizer: as `evals.replies` wants them.
+    policy: how the run rendered its prompts; of a Hugging Face folder, whose
+      template says it all, the default.
+  """
+
+  model: Model
+  params: trees.Tree
+  tokenizer: tokenizers.Tokenizer
+  policy: Policy
+
+
+def load(
+  path: str | Path,
+  *,
+  dtype: str = "float32",
+  say: Callable[[str], None] = print,
+) -> Asked:
+  """Loads a Hugging Face folder, a run's newest checkpoint, or one by name.
+
+  Args:
+    path: the folder of a model; the workdir of a run; or one of its
+      checkpoints, workdir/checkpoints/STEP, whose parameters must have the
+      digests they were saved with, and the model's folder those it had.
+    dtype: of a Hugging Face folder's parameters and activations. A run's are
+      what its config says.
+    say: told what is loaded.
+
+  Raises:
+    ValueError: a folder that is none of these, a run without checkpoints, a
+      damaged checkpoint, one trained beside other frozen parameters.
+  """
+  path = Path(path)
+  is_step = path.parent.name == "checkpoints"
+  if not is_step and not (path / "checkpoints").is_dir():
+    model, params = setup_model.load_pretrained(
+      path, dtype=dtype, param_dtype=dtype
+    )
+    # An id of the hub is a folder by now.
+    folder = setup_model.hub.find_model(str(path)).folder
+    return Asked(model, params, tokenizers.load_tokenizer(folder), DEFAULT)
+  workdir = path.parent.parent if is_step else path
+  if not is_step:
+    steps = [p for p in (path / "checkpoints").iterdir() if p.name.isdigit()]
+    if not steps:
+      raise ValueError(
+        f"{workdir}/checkpoints: got no checkpoint, expected at least one. "
+        "Train first, or name another folder."
+      )
+    path = max(steps, key=lambda p: int(p.name))
+  say(f"Loading {path} ...")
+  read = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+  config: Any = ml_collections.ConfigDict(read, type_safe=False)
+  mesh = sharding.make_mesh(**config.mesh)
+  config.model.path = str(setup_model.find_model(config).folder)
+  tokenizer = tokenizers.load_tokenizer(config.model.path)
+  model, base = setup_model.load_model(config, mesh, say)
+  state = _read(path, base)
+  held = trees.flatten(base)
+  for part in ("params", "frozen"):
+    for name, x in trees.flatten(state[part] or {}).items():
+      held[name] = jax.device_put(x, held[name].sharding)
+  policy = data.make_policy(config)
+  return Asked(model, trees.unflatten(held), tokenizer, policy)
+
+
+def _read(path: Path, base: trees.Tree) -> dict[str, Any]:
+  """What a checkpoint holds, on the first device, compared with its manifest.
+
+  Args:
+    base: the parameters of the model's folder, beside which it was trained.
+  """
+  metadata = ocp.checkpointables_metadata(str(path.absolute()))
+  try:
+    told = digests.unseal(metadata.custom_metadata)
+  except ValueError as error:
+    raise ValueError(
+      f"{path}: {error}; expected one that is whole. Name another checkpoint."
+    ) from error
+  if changed := digests.damaged(told["beside"], base):
+    raise ValueError(
+      f"{path}: the frozen parameters {changed[:3]} ({len(changed)} arrays) "
+      "are not those it was trained beside, expected the same: the model's "
+      "folder has changed. Put the files back."
+    )
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+    metadata.metadata["state"],
+  )
+  asked = {"state": abstract}
+  state = ocp.load_checkpointables(str(path.absolute()), asked)["state"]
+  # As they were named when saved; the optimiser's arrays answer nothing.
+  named = TrainState(None, state["params"], state["frozen"], None)
+  parts = (".params", ".frozen")
+  saved = {k: x for k, x in told["arrays"].items() if k.startswith(parts)}
+  if wrong := digests.damaged(saved, named):
+    raise ValueError(
+      f"{path}: the digests of {wrong[:3]} ({len(wrong)} arrays) are not "
+      "those they were saved with, expected the same: the files are damaged. "
+      "Name another checkpoint."
+    )
+  return state

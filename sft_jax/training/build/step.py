@@ -1,0 +1,257 @@
+"""The step of a run from its config, which neither data nor weights shape."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from sft_jax.common import flops, sharding, trees
+from sft_jax.common.batch import Batch
+from sft_jax.data.encoding.encode import PARTS
+from sft_jax.data.pipeline import Stream
+from sft_jax.models.lora import base_model
+from sft_jax.models.transformer import Model
+from sft_jax.step import loss_groups, optimizer, rounding
+from sft_jax.step.loss import GroupSums, LossSums, linear_cross_entropy
+from sft_jax.step.objective import NATS, Objective
+from sft_jax.step.train_step import TrainState, init_state, make_train_step
+from sft_jax.training.build.data import Config
+
+
+class Step(NamedTuple):
+  """What of a run depends on neither data nor weights; see `make_step`.
+
+  Attributes:
+    loss_fn: (all parameters, batch) -> sums over its trained tokens.
+    measure_fn: the same, and how far from the base's the predictions are,
+      where the parameters tell; see `models.reference`.
+    row_nats: (all parameters, batch [B, T]) -> nats of each row's trained
+      tokens [B].
+    trained: whether the parameter of a path is trained.
+    tx: the optimiser over the trained parameters.
+    train_step: (state, batch) -> (state, metrics), not yet compiled.
+    document_loss: (all parameters, batch, most documents of a row) -> sums of
+      each document; see `token_groups.documents`.
+  """
+
+  loss_fn: Callable[..., LossSums]
+  measure_fn: Callable[[trees.Tree, Batch], LossSums]
+  row_nats: Callable[[trees.Tree, Batch], jax.Array]
+  trained: Callable[[str], bool]
+  tx: optax.GradientTransformation
+  train_step: Callable
+  document_loss: Callable[[trees.Tree, Batch, int], GroupSums]
+
+
+def schedule(config: Config, num_steps: int) -> optax.Schedule:
+  """The learning rate of a run of so many steps."""
+  return optimizer.schedule(
+    config.optim.schedule,
+    peak=config.optim.learning_rate,
+    warmup_steps=config.optim.warmup_steps,
+    num_steps=num_steps,
+    final_fraction=config.optim.final_fraction,
+  )
+
+
+def make_step(
+  config: Config,
+  model: Model,
+  mesh: Mesh | None,
+  num_steps: int,
+  streams: Sequence[Stream | None] = (),
+) -> Step:
+  """The step of a run of `num_steps`, which neither data nor weights shape.
+
+  The loop runs it, `setup_plan` compiles it for machines that are elsewhere.
+  Of `streams`, those that losses are measured on and first the one that is
+  trained on, only the sources count: they are told apart in its metrics.
+  """
+  learning_rate = schedule(config, num_steps)
+  rounding_seed = rounding.seed_of(config.optim.rounding, config.seed)
+  tx = optimizer.adamw(
+    learning_rate,
+    b1=config.optim.b1,
+    b2=config.optim.b2,
+    eps=config.optim.eps,
+    weight_decay=config.optim.weight_decay,
+    decay_patterns=config.optim.decay,
+    clip_norm=config.optim.clip_norm,
+    rates=(("lora_b$", config.lora.plus_ratio),) if model.lora else (),
+    mu_dtype=config.optim.mu_dtype,
+    nu_dtype=config.optim.nu_dtype,
+    rounding_seed=rounding_seed,
+  )
+  trains = model.lora.trains if model.lora else lambda path: True
+  trained = lambda path: trains(path) and not base_model.is_copy(path)
+  names = [group_names(stream) for stream in streams if stream] or [
+    loss_groups.names(PARTS, ())
+  ]
+  objective = Objective(
+    z_loss=config.loss.z_loss,
+    label_smoothing=config.loss.label_smoothing,
+    dft=config.loss.dft,
+    kl=config.loss.kl,
+  )
+
+  def predict(
+    params: trees.Tree, batch: Batch, dropout_key: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array]:
+    """Hidden states, and the head they meet."""
+    hidden = model.hidden(
+      params,
+      batch.tokens,
+      batch.positions,
+      batch.segment_ids,
+      dropout_key=dropout_key,
+    )
+    return hidden, model.head(params).astype(hidden.dtype)
+
+  def sums(
+    params: trees.Tree,
+    batch: Batch,
+    groups: jax.Array,
+    num_groups: int,
+    dropout_key: jax.Array | None = None,
+    base: trees.Tree | None = None,
+    objective: Objective = NATS,
+  ) -> LossSums:
+    return linear_cross_entropy(
+      *predict(params, batch, dropout_key),
+      batch.targets,
+      batch.loss_weights,
+      groups,
+      base=None if base is None else predict(base, batch),
+      num_groups=num_groups,
+      objective=objective,
+      chunk_tokens=config.loss.chunk_tokens,
+      softcap=model.config.logit_softcap,
+      rows=sharding.rows(mesh) if mesh else None,
+    )
+
+  def loss_fn(
+    params: trees.Tree,
+    batch: Batch,
+    dropout_key: jax.Array | None = None,
+    measure: bool = False,
+  ) -> LossSums:
+    base = None
+    if config.loss.kl or measure:
+      base = base_model.base_of(params, trained)
+    groups = loss_groups.of(batch, len(PARTS))
+    # A stream's own sources come last: shorter lists are a prefix.
+    most = max(map(len, names))
+    return sums(params, batch, groups, most, dropout_key, base, objective)
+
+  def document_loss(params: trees.Tree, batch: Batch, most: int) -> GroupSums:
+    groups = loss_groups.documents(batch, most)
+    return sums(params, batch, groups, most * len(batch.tokens)).groups
+
+  def row_nats(params: trees.Tree, batch: Batch) -> jax.Array:
+    return document_loss(params, batch, 1).nats
+
+  return Step(
+    loss_fn=loss_fn,
+    measure_fn=partial(loss_fn, measure=config.eval.kl),
+    document_loss=document_loss,
+    row_nats=row_nats,
+    trained=trained,
+    tx=tx,
+    train_step=make_train_step(
+      loss_fn,
+      tx,
+      learning_rate,
+      seed=config.seed if model.lora and model.lora.dropout else None,
+      group_names=names[0],
+      rounding_seed=rounding_seed,
+    ),
+  )
+
+
+def hold_base(
+  config: Config,
+  step: Step,
+  params: trees.Tree,
+  copy: Callable[[Any], Any],
+) -> trees.Tree:
+  """The parameters, and with loss.kl what the base needs beside them.
+
+  Args:
+    config: of the run.
+    step: whose loss compares.
+    params: arrays, or their shapes.
+    copy: what makes one more of a leaf.
+
+  Raises:
+    ValueError: a coefficient that is none, or no base to keep to.
+  """
+  if not config.loss.kl:
+    return params
+  if config.loss.kl < 0 or config.model.from_scratch:
+    raise ValueError(
+      f"loss.kl: got {config.loss.kl} with model.from_scratch="
+      f"{config.model.from_scratch}, expected 0 or more, and a model that "
+      "knows something. Set loss.kl to 0."
+    )
+  copies = base_model.to_copy(params, step.trained)
+  return base_model.with_copies(params, jax.tree.map(copy, copies))
+
+
+def group_names(stream: Stream) -> tuple[str, ...]:
+  """What the groups of a stream's tokens are called."""
+  store = stream.store
+  short = store.ledger.short_names()
+  return loss_groups.names(PARTS, [short[s.label] for s in store.sources])
+
+
+def state_shardings(step: Step, params: trees.Tree, mesh: Mesh) -> TrainState:
+  """Moments lie where their parameters lie; counters everywhere.
+
+  Args:
+    step: whose optimiser and choice of what trains make the state.
+    params: arrays or shapes, trained and frozen.
+    mesh: the devices.
+  """
+  shapes = jax.eval_shape(
+    lambda params: init_state(params, step.trained, step.tx), params
+  )
+  whole = sharding.replicated(mesh)
+  of_params = sharding.param_shardings(shapes.params, mesh)
+  return TrainState(
+    step=whole,
+    params=of_params,
+    frozen=sharding.param_shardings(shapes.frozen, mesh),
+    opt_state=optax.tree_map_params(
+      step.tx,
+      lambda _, s: s,
+      shapes.opt_state,
+      of_params,
+      transform_non_params=lambda _: whole,
+    ),
+  )
+
+
+def flops_per_token(
+  step: Step,
+  model: Model,
+  params: trees.Tree,
+  lengths: Sequence[int] | np.ndarray,
+) -> float:
+  """FLOPs per token of documents of these lengths; see `fit`."""
+  c = model.config
+  num_trained, num_frozen = flops.matmul_params(
+    base_model.own(params), step.trained, experts_per_token=c.experts_per_token
+  )
+  seen = {kind: flops.mean_context(lengths, kind.window) for kind in c.kinds}
+  return flops.model_flops_per_token(
+    trained_matmul_params=num_trained,
+    frozen_matmul_params=num_frozen,
+    num_layers=c.num_layers,
+    num_heads=c.num_heads,
+    head_dim=c.head_dim,
+    context=sum(seen[kind] for kind in c.layers) / c.num_layers,
+  )

@@ -1,0 +1,320 @@
+"""Know before you start: what a run needs and how fast it can be, by kind.
+
+outline --compile--> Plan(memory by kind, FLOPs, collectives, time bound)
+alternatives(config) -> what to change first where a plan does not fit
+largest_batch(fits) -> how far a batch can grow
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from sft_jax.common import flops as fit
+from sft_jax.common import trees
+from sft_jax.common.machines import Machine
+from sft_jax.models import remat as remat_ladder
+from sft_jax.training.build.abstract import Outline
+from sft_jax.training.build.data import Config
+from sft_jax.training.planning import cost_model
+from sft_jax.training.planning.collectives import Traffic, collectives
+
+
+class Memory(NamedTuple):
+  """Bytes per device. All but the last two are known from shapes alone.
+
+  Attributes:
+    trained: parameters that train.
+    frozen: those that do not.
+    optimizer: its state.
+    gradients: of the trained parameters, and their sum over micro-batches.
+    activations: what the backward pass of a micro-batch keeps, if devices
+      divide it as they divide the rows.
+    temporary: the rest of what the compiler reserves; 0 if, by clever use,
+      it reserves less than the sum of the above.
+    total: what it reserves in all.
+  """
+
+  trained: int
+  frozen: int
+  optimizer: int
+  gradients: int
+  activations: int
+  temporary: int
+  total: int
+
+
+class Times(NamedTuple):
+  """Seconds that a step takes at least, by what bounds it; None: not known.
+
+  Attributes:
+    compute: executed matrix products, recomputed ones too, at the peak.
+    memory: the state read and written, the weights read for each pass over
+      the layers, gradients and activations written and read.
+    network: what a device receives from others.
+  """
+
+  compute: float
+  memory: float | None
+  network: float | None
+
+  @property
+  def step(self) -> float:
+    """All of them at once, as if they overlapped perfectly."""
+    return max(x for x in self if x is not None)
+
+  @property
+  def bound(self) -> str:
+    """The name of the largest."""
+    return max(self._fields, key=lambda name: getattr(self, name) or 0.0)
+
+
+class Plan(NamedTuple):
+  """What a compiled step says.
+
+  Attributes:
+    machine: what it was compiled for.
+    memory: bytes per device.
+    fits: whether the total is within the chip's memory.
+    flops: that a step executes at least, on all devices.
+    model_flops: those that the model asks for.
+    traffic: collectives of a step by kind; empty if it did not compile.
+    times: lower bounds of a step; None if it did not compile.
+    text: the compiled program, '' if it did not compile.
+  """
+
+  machine: Machine
+  memory: Memory
+  fits: bool
+  flops: float
+  model_flops: float
+  traffic: Mapping[str, Traffic]
+  times: Times | None
+  text: str
+
+
+def plan(
+  outline: Outline,
+  machine: Machine,
+  *,
+  model_flops: float = 0.0,
+  quick: bool = False,
+) -> Plan:
+  """Compiles the step for the machine; runs nothing.
+
+  A TPU's compiler refuses what does not fit, and says how much it would need:
+  the plan then has that total, and no program.
+
+  Args:
+    outline: of the run.
+    machine: whose devices the outline's mesh is made of.
+    model_flops: that the model asks for per step, see `fit`: they bound what
+      is executed where kernels hide theirs.
+    quick: have a TPU's compiler optimise less, in a fifth of the time: figures
+      for a first look, temporaries some 10 % off.
+  """
+  step = outline.step.train_step
+  executed = cost_model.matmul_flops(step, outline.state, outline.batch)
+  flops = max(executed, model_flops)
+  parts = known(outline.step.loss_fn, outline.state, outline.batch)
+  try:
+    compiled = outline.lower().compile(_QUICK if quick else None)
+  except jax.errors.JaxRuntimeError as error:
+    total = needed(str(error))
+    if total is None:
+      raise
+    held = sum(parts[:3])
+    memory = _memory(parts, max(total, held + total))
+    return Plan(machine, memory, False, flops, model_flops, {}, None, "")
+  program, text = fit.program(compiled), compiled.as_text()
+  assert text is not None  # Every backend prints its programs.
+  memory = _memory(parts, program.memory)
+  traffic = collectives(text)
+  return Plan(
+    machine,
+    memory,
+    memory.total <= machine.chip.memory,
+    flops,
+    model_flops,
+    traffic,
+    _times(outline, machine, memory, flops, traffic),
+    text,
+  )
+
+
+# JAX passes it on to XLA; a CPU's compiler does not look at it.
+_QUICK: Any = {"exec_time_optimization_effort": -1.0}
+
+
+def needed(message: str) -> int | None:
+  """The bytes of temporaries that a TPU's compiler asks for in vain.
+
+  >>> needed('... HLO temporaries (37.50G) exceeds available HBM (15.75G).')
+  40265318400
+  """
+  found = re.search(r"temporaries \(([\d.]+)([KMGT])\) exceeds", message)
+  if found is None:
+    return None
+  return int(float(found[1]) * 1024 ** (" KMGT".index(found[2])))
+
+
+def known(
+  loss_fn: Callable[..., Any], state: Any, batch: Any
+) -> tuple[int, int, int, int, int]:
+  """(trained, frozen, optimizer, gradients, activations) of `Memory`.
+
+  Args:
+    loss_fn: of a run, see `setup_step.Step`.
+    state: `train_step.TrainState` of arrays or shapes, with shardings.
+    batch: shapes with shardings, [A, B / A, T]: A micro-batches.
+  """
+  parts = batch.tokens.shape[0]
+  gradients = _shard_bytes(state.params)
+  if parts > 1:  # A micro-batch's own, and the float32 sums.
+    gradients += _shard_bytes(state.params, itemsize=4)
+  resized = lambda times: jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((times * x.shape[1], *x.shape[2:]), x.dtype),
+    batch,
+  )
+  kept = cost_model.kept_bytes(
+    lambda params, batch, frozen: (
+      loss_fn(trees.merge(params, frozen), batch).nats
+    ),
+    state.params,
+    resized(1),
+    resized(2),
+    state.frozen,
+  )
+  share = _shard_bytes(batch.tokens) / (batch.tokens.size * 4)
+  return (
+    _shard_bytes(state.params),
+    _shard_bytes(state.frozen),
+    _shard_bytes(state.opt_state),
+    gradients,
+    int(kept * share),
+  )
+
+
+def _memory(parts: tuple[int, int, int, int, int], total: int) -> Memory:
+  return Memory(*parts, temporary=max(0, total - sum(parts)), total=total)
+
+
+def _shard_bytes(tree: Any, itemsize: int | None = None) -> int:
+  """Bytes of one device's part of a tree of shapes with shardings."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * (itemsize or x.dtype.itemsize)
+    for x in jax.tree.leaves(tree)
+  )
+
+
+def _times(
+  outline: Outline,
+  machine: Machine,
+  memory: Memory,
+  flops: float,
+  traffic: Mapping[str, Traffic],
+) -> Times:
+  chip, mesh = machine.chip, outline.mesh
+  size = outline.dtype.itemsize
+  # Each device multiplies by whole weights, but for what `tensor` divides.
+  weights = size * sum(
+    math.prod(x.shape) for x in jax.tree.leaves(outline.params)
+  )
+  weights /= mesh.shape["tensor"]
+  passes = 2 * outline.batch.tokens.shape[0]
+  state = memory.trained + memory.optimizer
+  moved = (
+    2 * state
+    + passes * weights
+    + 2 * memory.gradients
+    + passes * memory.activations
+  )
+  received = sum(one.bytes for one in traffic.values())
+  return Times(
+    flops / mesh.size / chip.flops,
+    moved / chip.bandwidth if chip.bandwidth else None,
+    received / chip.links if chip.links else None,
+  )
+
+
+# -- What to change -----------------------------------------------------------
+
+
+class Change(NamedTuple):
+  """A knob turned: its name, and the keys of the config that it sets."""
+
+  name: str
+  keys: Mapping[str, Any]
+
+
+def alternatives(config: Config, mesh: Mapping[str, int]) -> Iterator[Change]:
+  """What to try where a run does not fit, the cheapest first.
+
+  Recompute more (a step takes up to a third longer), cut the batch in more
+  parts (each is less work for the device), divide the state over copies of
+  the model (more is sent), and then all of these.
+  """
+  ladder = remat_ladder.LEVELS
+  stronger = ladder[ladder.index(config.model.remat) + 1 :]
+  for remat in stronger:
+    yield Change(f"model.remat={remat}", {"model.remat": remat})
+  copies = mesh["data"] * mesh["fsdp"]
+  rows = config.batch_size // (config.accum_steps * copies)
+  divisors = [n for n in range(2, rows + 1) if rows % n == 0]
+  parts = [config.accum_steps * n for n in divisors]
+  for number in parts[:1] + parts[-1:] if len(parts) > 1 else parts:
+    yield Change(f"accum_steps={number}", {"accum_steps": number})
+  spread = {"mesh.data": 1, "mesh.fsdp": -1}
+  if mesh["data"] > 1:
+    yield Change("mesh.data=1, mesh.fsdp=-1", spread)
+  everything: dict[str, Any] = {}
+  if stronger:
+    everything["model.remat"] = stronger[-1]
+  if parts:
+    everything["accum_steps"] = parts[-1]
+  if mesh["data"] > 1:
+    everything |= spread
+  if len(everything) > 1:
+    yield Change(
+      ", ".join(f"{k}={v}" for k, v in everything.items()), everything
+    )
+
+
+def changed(config: Config, keys: Mapping[str, Any]) -> Config:
+  """A copy of the config with these keys, as on the command line."""
+  config = config.copy_and_resolve_references()
+  config.update_from_flattened_dict(dict(keys))
+  return config
+
+
+def largest_batch(
+  total: Callable[[int], float], limit: float, *, most: int = 1 << 20
+) -> int:
+  """The largest n in [1, most] with total(n) <= limit; 0 if there is none.
+
+  Memory grows nearly as a straight line, so a line through what was tried
+  guesses what to try next: four trials as a rule. Every third halves what is
+  left, whatever the line says.
+
+  Args:
+    total: bytes that a batch of n needs; never less for a larger n.
+    limit: bytes that there are.
+    most: where to stop.
+  """
+  tried = {n: total(n) for n in (1, 2)}
+  while True:
+    low = max((n for n, size in tried.items() if size <= limit), default=0)
+    high = min(
+      (n for n, size in tried.items() if size > limit), default=most + 1
+    )
+    if high - low == 1:
+      return low
+    a, b = sorted(tried, key=lambda n: abs(tried[n] - limit))[:2]
+    slope = (tried[b] - tried[a]) / (b - a)
+    guess = 2 * low if slope <= 0 else a + (limit - tried[a]) // slope
+    if len(tried) % 3 == 2:
+      guess = min((low + high) // 2, 8 * low)
+    n = int(min(max(guess, low + 1), high - 1))
+    tried[n] = total(n)

@@ -1,0 +1,75 @@
+"""Compiled programs are found again, by another process, in a safe place."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from sft_jax.common import compile_cache
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import sys
+import jax, jax.numpy as jnp
+from sft_jax import compile_cache
+compile_cache._MIN_SECONDS = 0
+jax.jit(lambda x: x + 1)(1)  # The cache is opened after JAX has compiled.
+with compile_cache.opened(sys.argv[1], print):
+  lowered = jax.jit(lambda x: jnp.tanh(x @ x).sum()).lower(jnp.ones((8, 8)))
+  program, found = compile_cache.compiled(lowered)
+print(found, float(program(jnp.ones((8, 8)))))
+"""
+
+
+def _run(folder: Path) -> str:
+  env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+  command = [sys.executable, "-c", PROGRAM, str(folder)]
+  done = subprocess.run(
+    command, env=env, capture_output=True, text=True, check=True
+  )
+  return done.stdout.strip()
+
+
+def test_a_second_process_finds_what_the_first_compiled(tmp_path):
+  first, second = _run(tmp_path / "cache"), _run(tmp_path / "cache")
+  assert first.startswith("False ")
+  assert second == first.replace("False", "True")
+
+
+def test_settings_are_as_before_afterwards(tmp_path):
+  before = jax.config.jax_compilation_cache_dir
+  with contextlib.suppress(KeyError):
+    with compile_cache.opened(str(tmp_path), print):
+      assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+      raise KeyError
+  assert jax.config.jax_compilation_cache_dir == before
+  with compile_cache.opened("", print):
+    assert jax.config.jax_compilation_cache_dir == before
+    lowered = jax.jit(lambda x: x * 3).lower(jnp.ones(2))
+    assert not compile_cache.compiled(lowered)[1]
+
+
+def test_a_folder_that_others_may_write_to_is_pointed_out(tmp_path):
+  said: list[str] = []
+  folder = tmp_path / "cache"
+  with compile_cache.opened(str(folder), said.append):
+    pass
+  assert said == []  # One that is made is this user's alone.
+  assert folder.stat().st_mode & 0o777 == 0o700
+  folder.chmod(0o777)
+  with compile_cache.opened(str(folder), said.append):
+    pass
+  (line,) = said
+  assert str(folder) in line
+
+
+def test_auto_is_a_folder_of_the_user_and_the_processor(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  with compile_cache.opened("auto", print):
+    folder = Path(str(jax.config.jax_compilation_cache_dir))
+  assert folder.parent == tmp_path / "sft_jax" / "compiled"
+  assert folder.is_dir()

@@ -1,0 +1,199 @@
+"""Two processes of four devices are one process of eight."""
+
+import json
+import re
+import signal
+import time
+
+import numpy as np
+import pytest
+
+import sft_jax
+import tiny
+from host_runs import finish, records, start, wait_for_step
+from sft_jax.common import distributed, trees
+from sft_jax.models.hf import load_save
+
+HELD_OUT = [
+  {"instruction": f"What goes with {word}?", "output": f"The {word}."}
+  for word in ("bee", "tea", "sea")
+]
+CHOICES = {
+  "steps": 6,
+  "batch_size": 16,
+  "accum_steps": 2,
+  "mesh__data": 2,
+  "mesh__fsdp": 2,
+  "mesh__tensor": 2,
+  "checkpoint__every": 2,
+  "checkpoint__keep": 9,
+  "eval__max_new_tokens": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict[str, str]:
+  """Keys of a config: a model, rows, held-out rows, behaviours."""
+  folder = tmp_path_factory.mktemp("hosts")
+  behaviours = folder / "behaviours.jsonl"
+  behaviours.write_text(
+    "".join(
+      json.dumps(
+        {
+          "messages": [{"role": "user", "content": f"What goes with {word}?"}],
+          "checks": [{"check": "contains", "text": "The"}],
+          "group": "pairs",
+        }
+      )
+      + "\n"
+      for word in ("cat", "dog", "hat")
+    )
+  )
+  return {
+    "model__path": str(tiny.model_folder(folder / "model")),
+    "data__train": str(tiny.rows_file(folder / "rows.jsonl")),
+    "data__eval": str(tiny.rows_file(folder / "held_out.jsonl", HELD_OUT)),
+    "eval__behaviours": str(behaviours),
+  }
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(tmp_path, inputs):
+  alone = sft_jax.train(
+    tiny.config(
+      tmp_path / "alone", **_paths(inputs), **CHOICES | _others(inputs)
+    )
+  )
+  workdir = tmp_path / "two"
+  for code, said in finish(start(workdir, CHOICES | inputs), workdir, 600):
+    assert code == 0, said
+  # The same losses of the same rows: the chain digests what was trained on.
+  ours, theirs = records(alone.workdir), records(workdir)
+  assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+  for one, other in zip(ours, theirs, strict=True):
+    assert one.get("data/chain") == other.get("data/chain")
+    for name, value in one.items():
+      if name.split("/")[0] in ("loss", "acc", "optim", "held_out"):
+        np.testing.assert_allclose(other[name], value, rtol=2e-4, err_msg=name)
+  # The same parameters and checkpoints, and one of each file.
+  _, want = load_save.load_pretrained(alone.workdir / "export")
+  _, got = load_save.load_pretrained(workdir / "export")
+  for path, x in trees.flatten(want).items():
+    np.testing.assert_allclose(trees.flatten(got)[path], x, atol=2e-5)
+  names = lambda folder: sorted(
+    str(p.relative_to(folder))
+    for p in folder.rglob("*")
+    if "checkpoints/" not in str(p) and "cache" not in str(p)
+  )
+  assert names(alone.workdir) == names(workdir)
+  steps = lambda folder: sorted(
+    p.name for p in (folder / "checkpoints").iterdir()
+  )
+  assert steps(alone.workdir) == steps(workdir)
+  result = lambda folder: json.loads((folder / "result.json").read_text())
+  assert [b["n"] for b in result(workdir)["behaviours"]] == [3]
+  for one, other in zip(
+    result(alone.workdir)["losses"], result(workdir)["losses"], strict=True
+  ):
+    np.testing.assert_allclose(other["after"], one["after"], rtol=1e-3)
+
+
+def _paths(inputs: dict) -> dict:
+  return {"model": inputs["model__path"], "train": inputs["data__train"]}
+
+
+def _others(inputs: dict) -> dict:
+  return {
+    k: v for k, v in inputs.items() if k not in ("model__path", "data__train")
+  }
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_both_at_the_same_step(tmp_path, inputs):
+  """Saved, exit 75."""
+  workdir, choices = tmp_path / "two", CHOICES | inputs | {"steps": 400}
+  choices |= {"checkpoint__every": 0, "export": False}
+  processes = start(workdir, choices)
+  wait_for_step(workdir, processes, 2)
+  processes[1].send_signal(signal.SIGTERM)
+  ended = finish(processes, workdir, 120)
+  stopped = []
+  for code, said in ended:
+    assert code == 75, said
+    stopped.append(re.search(r"stopped by signal after step (\d+)", said)[1])
+  assert stopped[0] == stopped[1]
+  (saved,) = (workdir / "checkpoints").iterdir()
+  assert saved.name == stopped[0]
+  assert int(stopped[0]) < 400
+
+
+@pytest.mark.slow
+def test_what_two_processes_began_one_finishes(tmp_path, inputs):
+  """Stopped by a signal, resumed by one process of eight devices."""
+  choices = CHOICES | inputs | {"steps": 60, "checkpoint__every": 20}
+  choices |= {"eval__behaviours": "", "export": False}
+  workdir = tmp_path / "two"
+  processes = start(workdir, choices)
+  wait_for_step(workdir, processes, 2)
+  processes[0].send_signal(signal.SIGTERM)
+  for code, said in finish(processes, workdir, 120):
+    assert code == 75, said
+  begun = records(workdir)
+  at = begun[-1]["step"]
+  assert 2 <= at < 60
+  one = tiny.config(tmp_path, "", "", **choices)
+  one.workdir = str(workdir)
+  # Every array restored is compared with its digest, whatever the sharding.
+  assert sft_jax.train(one).workdir == workdir
+  one.workdir = str(tmp_path / "alone")
+  sft_jax.train(one)
+  found, wanted = records(workdir), records(tmp_path / "alone")
+  assert found[: len(begun)] == begun
+  # At the step of the stop there is a record more, of what was lost with it.
+  elsewhere = lambda all_: [r for r in all_ if r["step"] != at]
+  assert found[-1]["step"] == 60
+  for record, other in zip(elsewhere(found), elsewhere(wanted), strict=True):
+    assert record["step"] == other["step"]
+    assert record.get("data/chain") == other.get("data/chain")
+    if "optim/grad_norm" not in record:
+      continue  # An evaluation's, not a step's.
+    for name in ("loss/nats_per_token", "optim/grad_norm"):
+      np.testing.assert_allclose(record[name], other[name], rtol=2e-3)
+    if record["step"] == at + 1:
+      np.testing.assert_allclose(
+        record["loss/nats_per_token"], other["loss/nats_per_token"], rtol=1e-4
+      )
+  happened = (workdir / "incidents.jsonl").read_text()
+  assert "resumed" in happened
+  assert "rejected" not in happened
+  assert not (workdir / "checkpoints_rejected").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_is_killed_the_other_ends(tmp_path, inputs, victim):
+  workdir = tmp_path / "two"
+  processes = start(workdir, CHOICES | inputs | {"steps": 100_000})
+  wait_for_step(workdir, processes, 2)
+  processes[victim].kill()
+  killed = time.monotonic()
+  (code, said) = finish(processes, workdir, 60)[1 - victim]
+  assert time.monotonic() - killed < 60
+  assert code not in (0, 75)
+  # Which comes first: a sum that fails for want of a partner, or the news.
+  assert "ends with code" in said or "another task died" in said, said
+
+
+@pytest.mark.parametrize("given", [("h:1", 0, -1), ("", 2, 0), ("h:1", 2, -1)])
+def test_half_an_address_is_refused(given):
+  with (
+    pytest.raises(ValueError, match="--coordinator, --processes, --process"),
+    distributed.joined(*given),
+  ):
+    pass
+
+
+def test_alone_nothing_is_joined_and_wishes_are_read_at_once():
+  with distributed.joined(), distributed.first_alone():
+    wished = distributed.Agreement(None, behind=2)
+    assert [wished(x) for x in (False, True)] == [False, True]

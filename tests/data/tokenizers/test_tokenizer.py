@@ -1,0 +1,259 @@
+"""Tokenizers: exact ids, exact offsets, the folder's own special tokens."""
+
+import itertools
+import json
+import shutil
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sft_jax.data.tokenizers.tokenizer import load_tokenizer
+from tiny_tokenizers import (
+  SHARED,
+  SPECIAL,
+  byte_level,
+  metaspace,
+  sentence_piece,
+)
+
+needs_shared = pytest.mark.skipif(
+  not SHARED.is_dir(), reason="needs the shared data folder"
+)
+MAKERS = {
+  "byte_level": byte_level,
+  "metaspace": metaspace,
+  "sentence_piece": sentence_piece,
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("tokenizers")
+  return {
+    name: load_tokenizer(make(folder / name)) for name, make in MAKERS.items()
+  }
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_what_the_folder_says(tiny, kind):
+  one = tiny[kind]
+  ids = [one.special_tokens[text] for text in SPECIAL[1:]]
+  assert (one.bos_id, one.eos_id, one.pad_id) == (ids[0], ids[1], None)
+  assert one.stop_ids == (ids[1], ids[3])
+  assert one.named_tokens["unk_token"] == "<unk>"
+  assert one.vocab_size > max(ids)
+  assert one.chat_template == (one.folder / "chat_template.jinja").read_text()
+  assert {file.name for file in one.files} >= {
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+  }
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_special_tokens_are_read_out_of_text_and_none_is_added(tiny, kind):
+  one = tiny[kind]
+  start, end = (one.special_tokens[text] for text in SPECIAL[3:])
+  ids = one.encode("<|im_start|>the cat<|im_end|>\n<|im_end|>")
+  assert ids[0] == start
+  assert [i for i in ids if i in (start, end)] == [start, end, end]
+  assert one.bos_id not in one.encode("the cat")
+  assert one.decode(ids) == "the cat\n"
+  assert one.decode(ids, skip_special=False) == (
+    "<|im_start|>the cat<|im_end|>\n<|im_end|>"
+  )
+
+
+def test_a_post_processor_adds_no_bos(tmp_path):
+  """The template writes BOS; a tokenizer of Llama would put another before."""
+  folder = byte_level(tmp_path)
+  model = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+  model.post_processor = tokenizers.processors.TemplateProcessing(
+    single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+  )
+  assert model.encode("the cat").ids[0] == 1
+  model.save(str(folder / "tokenizer.json"))
+  one = load_tokenizer(folder)
+  ids = one.encode("the cat")
+  assert not {1, 2} & set(ids)
+  assert one.encode_with_offsets("the cat")[0] == ids
+  assert one.encode_with_offsets("the cat", [(0, 3)])[0] == ids
+  assert one.encode_batch(["the cat"]) == [ids]
+
+
+def test_an_evil_regular_expression_ends_in_an_error(tmp_path, capfd):
+  """Backtracking without end, as a tokenizer.json of others may have it."""
+  folder = byte_level(tmp_path)
+  path = folder / "tokenizer.json"
+  state = json.loads(path.read_text())
+  evil = {"type": "Split", "pattern": {"Regex": "(a+)+$"}}
+  parts = [evil | {"behavior": "Isolated", "invert": False}]
+  parts.append(state["pre_tokenizer"])
+  state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
+  path.write_text(json.dumps(state))
+  one = load_tokenizer(folder)
+  assert one.encode("the cat")
+  text = "a" * 60 + "b"
+  for encode in (
+    one.encode,
+    one.encode_with_offsets,
+    lambda t: one.encode_batch([t]),
+  ):
+    with pytest.raises(ValueError, match=r"its tokenizer gave up on .*aaa"):
+      encode(text)
+  capfd.readouterr()  # The library's own trace of the panic.
+
+
+WORDS = ["the cat", " ", "\n", "ü", "😀", "a", "house."]
+texts = (
+  st.lists(st.sampled_from([*SPECIAL[1:], *WORDS]))
+  .map("".join)
+  # These tokenizers put a space before text, and take one that is there.
+  .filter(lambda text: not text.startswith(" "))
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=texts)
+@pytest.mark.parametrize("kind", MAKERS)
+def test_round_trip_and_offsets(tiny, kind, text):
+  one = tiny[kind]
+  ids, offsets = one.encode_with_offsets(text)
+  assert ids == one.encode(text)
+  assert len(ids) == len(offsets)
+  assert all(0 <= i < one.vocab_size for i in ids)
+  assert one.decode(ids, skip_special=False) == text
+  # In order, and together they cover the text.
+  ends = [0, *(end for _, end in offsets)]
+  assert all(a <= b for a, b in itertools.pairwise(ends))
+  assert ends[-1] == len(text)
+  for i, (start, end) in zip(ids, offsets, strict=True):
+    if i in one.special_tokens.values():
+      assert one.special_tokens[text[start:end]] == i
+
+
+def test_templates_from_the_config(tmp_path):
+  folder = byte_level(tmp_path / "a", template=None)
+  assert load_tokenizer(folder).chat_template is None
+  path = folder / "tokenizer_config.json"
+  config = json.loads(path.read_text())
+  path.write_text(json.dumps(config | {"chat_template": "A"}))
+  assert load_tokenizer(folder).chat_template == "A"
+  named = [
+    {"name": "default", "template": "B"},
+    {"name": "tool_use", "template": "C"},
+  ]
+  path.write_text(json.dumps(config | {"chat_template": named}))
+  assert load_tokenizer(folder).chat_template == "B"
+  path.write_text(json.dumps(config | {"chat_template": named[1:]}))
+  with pytest.raises(ValueError, match="expected one named default"):
+    load_tokenizer(folder)
+
+
+def test_tokens_that_only_the_config_declares(tmp_path):
+  folder = byte_level(tmp_path / "a")
+  size = load_tokenizer(folder).vocab_size
+  path = folder / "tokenizer_config.json"
+  config = json.loads(path.read_text())
+  token = {"content": "<|pad|>", "special": True, "normalized": False}
+  declared = config | {
+    "added_tokens_decoder": {str(size): token},
+    "pad_token": token,
+  }
+  path.write_text(json.dumps(declared))
+  one = load_tokenizer(folder)
+  assert (one.pad_id, one.vocab_size) == (size, size + 1)
+  assert one.encode("<|pad|>") == [size]
+  declared["added_tokens_decoder"] = {str(size + 5): token}
+  path.write_text(json.dumps(declared))
+  with pytest.raises(ValueError, match=f"expected {size + 5}"):
+    load_tokenizer(folder)
+  path.write_text(json.dumps(config | {"pad_token": "<|none|>"}))
+  with pytest.raises(ValueError, match=r"special token '<\|none\|>'"):
+    load_tokenizer(folder)
+
+
+def test_missing_and_broken_files(tmp_path):
+  with pytest.raises(ValueError, match="no such folder"):
+    load_tokenizer(tmp_path / "none")
+  (tmp_path / "vocab.json").write_text("{}")
+  with pytest.raises(ValueError, match=r"\['vocab.json'\]; expected tokenizer"):
+    load_tokenizer(tmp_path)
+  (tmp_path / "tokenizer.model").write_text("junk")
+  with pytest.raises(ValueError, match="expected a SentencePiece model"):
+    load_tokenizer(tmp_path)
+  (tmp_path / "tokenizer.json").write_text("{}")
+  with pytest.raises(ValueError, match="expected a file of the tokenizers"):
+    load_tokenizer(tmp_path)
+  folder = byte_level(tmp_path / "a")
+  (folder / "generation_config.json").write_text('{"eos_token_id": 99999}')
+  with pytest.raises(ValueError, match="eos_token_id 99999"):
+    load_tokenizer(folder)
+
+
+def test_the_fingerprint_changes_with_what_changes_ids(tmp_path):
+  folder = byte_level(tmp_path / "a")
+  seen = {load_tokenizer(folder).fingerprint}
+  path = folder / "generation_config.json"
+  path.write_text('{"eos_token_id": [2, 4], "temperature": 0.5}')
+  assert load_tokenizer(folder).fingerprint in seen
+  path.write_text('{"eos_token_id": 4}')
+  seen.add(load_tokenizer(folder).fingerprint)
+  with (folder / "chat_template.jinja").open("a") as template:
+    template.write(" ")
+  seen.add(load_tokenizer(folder).fingerprint)
+  assert len(seen) == 3
+
+
+def test_vocab_and_merges(tmp_path):
+  whole = load_tokenizer(byte_level(tmp_path / "whole"))
+  model = json.loads((tmp_path / "whole" / "tokenizer.json").read_text())
+  folder = tmp_path / "parts"
+  shutil.copytree(tmp_path / "whole", folder)
+  (folder / "tokenizer.json").unlink()
+  (folder / "vocab.json").write_text(json.dumps(model["model"]["vocab"]))
+  merges = [" ".join(pair) for pair in model["model"]["merges"]]
+  (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges))
+  path = folder / "tokenizer_config.json"
+  config = json.loads(path.read_text())
+  config["additional_special_tokens"] = ["<|im_start|>"]
+  path.write_text(json.dumps(config))
+  parts = load_tokenizer(folder)
+  text = "<|im_start|>The cat, ü 😀\n\n  and 123<|im_end|>"
+  assert parts.encode_with_offsets(text) == whole.encode_with_offsets(text)
+  assert parts.decode(parts.encode(text), skip_special=False) == text
+  assert parts.special_tokens.items() >= {"<s>": 1, "</s>": 2}.items()
+  assert {"vocab.json", "merges.txt"} <= {file.name for file in parts.files}
+  path.write_text(json.dumps({**config, "tokenizer_class": "OddTokenizer"}))
+  with pytest.raises(ValueError, match="tokenizer_class 'OddTokenizer'"):
+    load_tokenizer(folder)
+  path.write_text(json.dumps(config))
+  (folder / "merges.txt").write_text("nothing here")
+  with pytest.raises(ValueError, match=r"expected the vocab\.json and merges"):
+    load_tokenizer(folder)
+
+
+@needs_shared
+@pytest.mark.parametrize(
+  ("folder", "cases", "stop"),
+  [("gpt2", "gpt-2", 50256), ("qwen2", "qwen2", 151643)],
+)
+def test_vocab_and_merges_give_the_ids_that_llama_cpp_expects(
+  folder, cases, stop
+):
+  one = load_tokenizer(SHARED / "tokenizers" / folder)
+  assert one.stop_ids == (stop,)
+  path = SHARED / "tokenizers" / "cases"
+  texts = (path / f"{cases}.inp").read_text().split("\n__ggml_vocab_test__\n")
+  expected = (path / f"{cases}.out").read_text().split("\n")
+  assert len(texts) == 47 <= len(expected)
+  for text, ids in zip(texts, expected, strict=False):
+    assert one.encode(text) == [int(i) for i in ids.split()], text
+
+
+@needs_shared
+def test_other_files_are_refused_by_name():
+  with pytest.raises(ValueError, match=r"got \['tokenizer_llama3.tiktoken'\]"):
+    load_tokenizer(SHARED / "tokenizers" / "llama3")

@@ -1,0 +1,137 @@
+"""The TPU kernel: interpreted on CPU, and compiled for a TPU that is not here.
+
+Rows of 200 slots are two blocks of 128.
+"""
+
+import dataclasses
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import attention_laws as laws
+from sft_jax.models import transformer
+from sft_jax.models.attention import attention as attention_lib
+from sft_jax.models.attention import kernels
+from sft_jax.models.attention.attention import first_seen
+from sft_jax.models.config import config_from_fields
+from sft_jax.models.layer_kinds import LayerKind
+from sft_jax.models.rope import Rope
+
+CASES = [
+  laws.Case((70, 81, 23), 200),
+  laws.Case((130, 60), 200, K=1, window=40, softcap=0.7, sinks=True),
+]
+
+
+def attend(q, k, v, segments, sinks, *, window, softcap):
+  return kernels.attend(
+    *(q, k, v, first_seen(segments), sinks),
+    scale=q.shape[-1] ** -0.5,
+    softcap=softcap,
+    window=window,
+    interpret=True,
+  )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_equal_the_plain_loop(case):
+  laws.check_values(attend, case)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_token_moves_only_what_sees_it(case):
+  ends = np.cumsum(case.lengths)
+  laws.check_isolation(attend, case, [0, *ends, *(ends - 1), 60, 195])
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_layers_with_and_without_a_window(scan, monkeypatch):
+  """Windows are part of the kernel, and scanned layers choose theirs."""
+  rope = Rope(theta=1e4)
+  config = config_from_fields(
+    "mistral",
+    vocab_size=31,
+    num_layers=3,
+    d_model=16,
+    d_ff=16,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    max_positions=256,
+    init_std=0.3,
+  )
+  layers = tuple(LayerKind(window, rope) for window in (20, None, 20))
+  config = dataclasses.replace(config, layers=layers)
+  tokens = np.random.default_rng(0).integers(1, 31, (1, 140))
+  segments = np.repeat([[1, 2, 0]], (50, 84, 6), axis=1)
+
+  def run(backend):
+    model = transformer.build(config, attention=backend, scan=scan)
+    params = jax.jit(model.init)(jax.random.key(0))
+
+    def loss(params):
+      x = model.hidden(params, tokens, segment_ids=segments)
+      return jnp.sum(jnp.sin(x) * (segments > 0)[..., None])
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+  want = run("xla")
+  interpreted = functools.partial(kernels.attend, interpret=True)
+  monkeypatch.setattr(kernels, "attend", interpreted)
+  monkeypatch.setattr(attention_lib, "_platform", lambda mesh: "tpu")
+  for x, y in zip(*map(jax.tree.leaves, (run("auto"), want)), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+
+
+# Its compiler ends the process at the flags that tests give to the CPU's.
+_COMPILE = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.experimental import topologies
+from sft_jax.models import spread
+from sft_jax.models.attention import attention
+
+chips = np.array(topologies.get_topology_desc("v5e:2x2", "tpu").devices)
+axes = ("data", "fsdp", "context", "tensor")
+mesh = Mesh(chips.reshape(2, 1, 1, 2), axes)
+
+def loss(q, k, v, positions, segments, sinks):
+  out = spread.attention(
+    attention, mesh, q, k, v,
+    q_positions=positions, kv_positions=positions,
+    q_segment_ids=segments, kv_segment_ids=segments,
+    sinks=sinks, window=300, softcap=30.0, in_order=True,
+  )
+  return jnp.sum(out.astype(jnp.float32))
+
+def shape(dtype, *sizes, spec):
+  place = NamedSharding(mesh, P(*spec))
+  return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+heads = ("data", None, "tensor")
+q = shape(jnp.bfloat16, 4, 520, 8, 64, spec=heads)
+kv = shape(jnp.bfloat16, 4, 520, 2, 64, spec=heads)
+ids = shape(jnp.int32, 4, 520, spec=("data",))
+sinks = shape(jnp.float32, 8, spec=("tensor",))
+step = jax.jit(jax.grad(loss, (0, 1, 2, 5)))
+program = step.lower(q, kv, kv, ids, ids, sinks).compile().as_text()
+print(program.count('custom_call_target="tpu_custom_call"'), "kernels")
+"""
+
+
+@pytest.mark.slow
+def test_auto_compiles_the_kernel_for_a_tpu():
+  """One forward and two backward kernels, rows and heads over four chips."""
+  pytest.importorskip("libtpu", reason="needs libtpu (sft_jax[tpu])")
+  env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  env |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+  done = subprocess.run(
+    [sys.executable, "-c", _COMPILE], env=env, capture_output=True, text=True
+  )
+  assert done.stdout.strip() == "3 kernels", done.stderr

@@ -1,0 +1,184 @@
+"""Pace: each figure of speed, time and memory, by clocks that are fake."""
+
+import resource
+
+import jax.numpy as jnp
+import pytest
+
+from sft_jax.common import flops
+from sft_jax.reporting import throughput
+
+CHIP = flops.Chip("any", flops=100.0, memory=1.0)
+
+
+class Time:
+  """A clock that moves when it is told to."""
+
+  def __init__(self):
+    self.now = 5.0
+
+  def __call__(self) -> float:
+    return self.now
+
+
+@pytest.fixture
+def time() -> Time:
+  return Time()
+
+
+FIRST = throughput.Lived(0.0, 0.0)
+
+
+def make(time: Time, before=FIRST, published=True):
+  clock = throughput.Clock(time)
+  return clock, throughput.Pace(
+    clock,
+    before,
+    flops_per_token=3.0,
+    num_devices=2,
+    chip=CHIP,
+    published=published,
+  )
+
+
+def done_at(one: throughput.Pace, seconds: float) -> None:
+  """The device was done with its last step so many seconds into the run."""
+  one._done = throughput.Future()
+  one._done.set_result(seconds)
+
+
+def test_an_account_adds_up(time):
+  clock = throughput.Clock(time)
+  time.now += 1
+  for kind, seconds in (("save", 2), ("evaluation", 4), ("save", 8)):
+    with clock.on(kind):
+      time.now += seconds
+
+  def fail():
+    with clock.on("export"):
+      time.now += 16
+      raise OSError
+
+  with pytest.raises(OSError):
+    fail()
+  account = clock.account()
+  assert (account["save_s"], account["evaluation_s"]) == (10, 4)
+  assert (account["export_s"], account["other_s"]) == (16, 1)
+  run = account.pop("run_s")
+  assert run == sum(account.values()) == 31
+
+
+def test_the_figures_of_a_window(time):
+  """10 s before the window; 2 steps, 3 s of data, 5 s saving, 12 s all in all:
+  of them 4 s computing, 7 s stepping."""
+  clock, one = make(time)
+  with clock.on("start"):
+    time.now += 10
+  one.begin()
+  with clock.on("save"):
+    time.now += 5
+  for _ in range(2):
+    one.step(())
+  time.now += 3
+  done_at(one, clock.seconds)
+  with one.waiting():
+    time.now += 3
+  time.now += 1
+  values = one.take(tokens=140, trained_tokens=35)
+  held = values.pop("memory/host_peak_bytes")
+  used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  assert 0 < held <= used * 1024
+  assert values == {
+    "time/step_s": 3.5,
+    "time/data_wait_s": 1.5,
+    "time/compute_s": 2.0,
+    "time/save_s": 5.0,
+    "time/run_s": 22.0,
+    "speed/tokens_per_s": 20.0,
+    "speed/trained_tokens_per_s": 5.0,
+    "speed/mfu": pytest.approx(20.0 * 3 / (2 * 100)),
+    "speed/goodput": pytest.approx(4 / 22),
+  }
+  # The next window has nothing of this one.
+  one.step(())
+  time.now += 6
+  values = one.take(tokens=6, trained_tokens=6)
+  assert values["time/step_s"] == values["time/compute_s"] == 6.0
+  assert values["time/save_s"] == values["time/data_wait_s"] == 0.0
+  assert values["speed/goodput"] == pytest.approx(10 / 28)
+  one.close()
+
+
+def test_only_an_idle_device_waits_for_data(time):
+  """Of 4 s of fetching: all, a part, nothing where it is still at work."""
+  clock, one = make(time)
+  for done, waited in ((-1.0, 4.0), (3.0, 1.0), (None, 0.0)):
+    before = clock.spent["data_wait"]
+    if done is None:
+      one._done = throughput.Future()
+    else:
+      done_at(one, clock.seconds + done)
+    with one.waiting():
+      time.now += 4
+    assert clock.spent["data_wait"] - before == waited
+  one.close()
+
+
+def test_a_step_is_done_when_its_arrays_are(time):
+  clock, one = make(time)
+  time.now += 2
+  one.step({"loss": jnp.ones(3) * 2})
+  assert one._done is not None
+  assert one._done.result(timeout=60) == clock.seconds
+  one.close()
+
+
+def test_a_measured_peak_has_another_name(time):
+  _, one = make(time, published=False)
+  one.step(())
+  time.now += 1
+  values = one.take(tokens=10, trained_tokens=1)
+  assert values["speed/peak_share"] == pytest.approx(10 * 3 / 200)
+  assert "speed/mfu" not in values
+  one.close()
+
+
+def test_goodput_goes_on_over_restarts(time):
+  """100 s lived, of them 40 s computing steps that stand; 20 s of others are
+  lost with the steps that are taken again."""
+  record = lambda step, run, goodput: {
+    "step": step,
+    "time/run_s": run,
+    "speed/goodput": goodput,
+  }
+  kept = [record(1, 30.0, 0.5), record(2, 80.0, 0.5), {"step": 2, "x": 1.0}]
+  forgotten = [record(3, 100.0, 0.6)]
+  before = throughput.lived(kept, forgotten)
+  assert before == (100.0, 40.0)
+  assert throughput.lived(kept, []) == (80.0, 40.0)
+  assert throughput.lived([], []) == (0.0, 0.0)
+  clock, one = make(time, before)
+  with clock.on("compile"):
+    time.now += 50
+  one.begin()
+  one.step(())
+  time.now += 20
+  values = one.take(tokens=1, trained_tokens=1)
+  assert values["time/run_s"] == 170.0
+  assert values["speed/goodput"] == pytest.approx(60 / 170)
+  one.close()
+
+
+def test_memory_of_the_fullest_device(monkeypatch):
+  class Device:
+    def __init__(self, peak):
+      self.peak = peak
+
+    def memory_stats(self):
+      return self.peak and {"peak_bytes_in_use": self.peak}
+
+  devices = [Device(7), Device(9), Device(None)]
+  monkeypatch.setattr(throughput.jax, "local_devices", lambda: devices)
+  assert throughput.memory()["memory/device_peak_bytes"] == 9
+  monkeypatch.setattr(throughput.jax, "local_devices", lambda: devices[2:])
+  assert "memory/device_peak_bytes" not in throughput.memory()

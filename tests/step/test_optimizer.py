@@ -1,0 +1,186 @@
+"""Schedules by their tables; AdamW by its formula, leaf by leaf."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sft_jax.step import optimizer
+
+ADAMW = {
+  "b1": 0.9,
+  "b2": 0.99,
+  "eps": 1e-8,
+  "weight_decay": 0.1,
+  "decay_patterns": ("kernel$",),
+}
+
+
+@pytest.mark.parametrize(
+  ("name", "want"),
+  [
+    ("constant", [0.5, 1, 1, 1, 1, 1, 1]),
+    ("linear", [0.5, 1, 1, 0.8, 0.6, 0.4, 0.2]),
+    (
+      "cosine",
+      [0.5, 1]
+      + [0.2 + 0.8 * (1 + np.cos(np.pi * s / 4)) / 2 for s in range(5)],
+    ),
+  ],
+)
+def test_schedules(name, want):
+  rate = optimizer.schedule(
+    name, peak=1.0, warmup_steps=2, num_steps=6, final_fraction=0.2
+  )
+  np.testing.assert_allclose([rate(s) for s in range(7)], want, rtol=1e-6)
+
+
+def test_schedule_refuses_what_cannot_be():
+  known = {"peak": 1.0, "num_steps": 6, "final_fraction": 0.0}
+  with pytest.raises(ValueError, match=r"optim\.schedule: got 'cosin'"):
+    optimizer.schedule("cosin", warmup_steps=2, **known)
+  with pytest.raises(ValueError, match=r"optim\.warmup_steps: got 6"):
+    optimizer.schedule("linear", warmup_steps=6, **known)
+
+
+def test_adamw_equals_its_formula():
+  rng = np.random.default_rng(0)
+  params = {"kernel": rng.normal(size=5), "scale": rng.normal(size=3)}
+  params = {k: jnp.asarray(v, jnp.float32) for k, v in params.items()}
+  tx = optimizer.adamw(lambda step: 0.1 / (step + 1), clip_norm=1.0, **ADAMW)
+  state = tx.init(params)
+  want = {k: np.asarray(v, np.float64) for k, v in params.items()}
+  m = {k: np.zeros_like(v) for k, v in want.items()}
+  v = {k: np.zeros_like(v) for k, v in want.items()}
+  for step in range(4):
+    grads = {k: 3 * rng.normal(size=p.shape) for k, p in want.items()}
+    updates, state = tx.update(
+      {k: jnp.asarray(g, jnp.float32) for k, g in grads.items()},
+      state,
+      params,
+    )
+    params = jax.tree.map(jnp.add, params, updates)
+    norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
+    for k, g in grads.items():
+      g = g / max(norm, 1.0)
+      m[k] = 0.9 * m[k] + 0.1 * g
+      v[k] = 0.99 * v[k] + 0.01 * g**2
+      m_hat, v_hat = (
+        m[k] / (1 - 0.9 ** (step + 1)),
+        v[k] / (1 - 0.99 ** (step + 1)),
+      )
+      decay = 0.1 if k == "kernel" else 0.0
+      want[k] -= (
+        0.1 / (step + 1) * (m_hat / (np.sqrt(v_hat) + 1e-8) + decay * want[k])
+      )
+  for k in want:
+    np.testing.assert_allclose(params[k], want[k], rtol=2e-5)
+
+
+def test_moments_in_bfloat16_are_right_on_average():
+  """2,000 copies of one weight, whose second moment moves by 1 in 1,000."""
+  known = ADAMW | {"b2": 0.999, "weight_decay": 0.0, "clip_norm": 0.0}
+  params = {"kernel": jnp.zeros(2000)}
+  low = {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16", "rounding_seed": 1}
+  narrow = optimizer.adamw(lambda step: 0.1, **known, **low)
+  wide = optimizer.adamw(lambda step: 0.1, **known)
+  states = [narrow.init(params), wide.init(params)]
+  update = [jax.jit(tx.update) for tx in (narrow, wide)]
+  rng = np.random.default_rng(0)
+  for _ in range(40):
+    g = {"kernel": jnp.full(2000, rng.normal(), jnp.float32)}
+    found = [u(g, s, params) for u, s in zip(update, states, strict=True)]
+    states = [state for _, state in found]
+  adam, want = states[0][1], states[1][1]
+  assert {x.dtype.name for x in (adam.mu["kernel"], adam.nu["kernel"])} == {
+    "bfloat16"
+  }
+  for got, right in ((adam.mu, want.mu), (adam.nu, want.nu)):
+    mean = np.asarray(got["kernel"], np.float64).mean()
+    np.testing.assert_allclose(mean, right["kernel"][0], rtol=2e-3)
+  with pytest.raises(ValueError, match=r"nu_dtype: got bfloat16 with a decay"):
+    optimizer.adamw(lambda step: 0.1, **known, nu_dtype="bfloat16")
+  with pytest.raises(ValueError, match=r"mu_dtype: got float16"):
+    optimizer.adamw(lambda step: 0.1, **known, mu_dtype="float16")
+
+
+def test_without_gradients_only_the_named_leaves_decay():
+  params = {"kernel": jnp.ones(2), "bias": jnp.ones(2), "scale": jnp.ones(2)}
+  tx = optimizer.adamw(lambda step: 0.5, clip_norm=0.0, **ADAMW)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = tx.update(zeros, tx.init(params), params)
+  np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-6)
+  assert not updates["bias"].any()
+  assert not updates["scale"].any()
+
+
+def test_rates_multiply_the_learning_rate_of_what_they_match():
+  """LoRA+: decay too, as in a parameter group of its own."""
+  rng = np.random.default_rng(0)
+  params = {
+    path: {"lora_a": jnp.ones(3), "lora_b": jnp.ones(2)} for path in "pq"
+  }
+  grads = jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params
+  )
+  known = ADAMW | {"decay_patterns": ("lora",), "clip_norm": 1.0}
+  tx = optimizer.adamw(
+    lambda step: 0.1, **known, rates=((r"q/lora_b$", 16.0), ("lora_b$", 4.0))
+  )
+  plain = optimizer.adamw(lambda step: 0.1, **known)
+  got, _ = tx.update(grads, tx.init(params), params)
+  want, _ = plain.update(grads, plain.init(params), params)
+  for path, factor in (("p", 4.0), ("q", 16.0)):
+    np.testing.assert_array_equal(got[path]["lora_a"], want[path]["lora_a"])
+    np.testing.assert_allclose(
+      got[path]["lora_b"], factor * want[path]["lora_b"], rtol=1e-6
+    )
+
+
+def test_lora_plus_equals_that_of_peft():
+  torch = pytest.importorskip("torch", reason="live oracle: needs torch")
+  peft = pytest.importorskip("peft", reason="live oracle: needs peft")
+  rng = np.random.default_rng(0)
+  draw = lambda shape: rng.normal(size=shape).astype(np.float32)
+
+  class Toy(torch.nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.up = torch.nn.Linear(4, 3, bias=False)
+
+    def forward(self, x):
+      return self.up(x)
+
+  toy = peft.get_peft_model(Toy(), peft.LoraConfig(r=2, target_modules=["up"]))
+  optimizers = pytest.importorskip("peft.optimizers")
+  theirs = optimizers.create_loraplus_optimizer(
+    toy, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16.0,
+    loraplus_weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8,
+  )  # fmt: skip
+  leaves = {
+    name: next(p for n, p in toy.named_parameters() if f"lora_{half}" in n)
+    for name, half in (("lora_a", "A"), ("lora_b", "B"))
+  }
+  params = {name: jnp.asarray(draw(p.shape)) for name, p in leaves.items()}
+  for name, p in leaves.items():
+    p.data = torch.tensor(np.array(params[name]))
+  tx = optimizer.adamw(
+    lambda step: 0.01,
+    b1=0.9,
+    b2=0.99,
+    eps=1e-8,
+    weight_decay=0.1,
+    decay_patterns=("lora_[ab]$",),
+    clip_norm=0.0,
+    rates=(("lora_b$", 16.0),),
+  )
+  state = tx.init(params)
+  for _ in range(5):
+    grads = {name: draw(p.shape) for name, p in params.items()}
+    for name, p in leaves.items():
+      p.grad = torch.tensor(grads[name])
+    theirs.step()
+    updates, state = tx.update(jax.tree.map(jnp.asarray, grads), state, params)
+    params = jax.tree.map(jnp.add, params, updates)
+  for name, p in leaves.items():
+    np.testing.assert_allclose(params[name], p.detach().numpy(), atol=1e-5)

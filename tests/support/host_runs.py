@@ -1,0 +1,103 @@
+"""Runs of two processes that share a workdir, started and ended by tests."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import tiny
+from sft_jax.common import trees
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    return free.getsockname()[1]
+
+
+def start(
+  workdir: Path, choices: dict, *, folders: Sequence[Path] = (ROOT, ROOT)
+) -> list[subprocess.Popen]:
+  """Two processes of the door, which share a workdir.
+
+  Args:
+    workdir: of both.
+    choices: keys of a config.
+    folders: where each of them runs.
+  """
+  folder = workdir.parent
+  arguments = _arguments(workdir, choices)
+  flags = re.sub(r"count=\d+", "count=4", os.environ["XLA_FLAGS"])
+  environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+  environment["PYTHONPATH"] = str(ROOT)
+  address = f"localhost:{free_port()}"
+  processes = []
+  for i in range(2):
+    with (folder / f"{workdir.name}.{i}.out").open("w") as out:
+      processes.append(
+        subprocess.Popen(
+          [
+            *(sys.executable, "-m", "sft_jax.main"),
+            f"--config={ROOT / 'configs' / 'base.py'}",
+            *arguments,
+            *(f"--coordinator={address}", "--processes=2", f"--process={i}"),
+          ],
+          cwd=folders[i],
+          env=environment,
+          stdout=out,
+          stderr=subprocess.STDOUT,
+        )
+      )
+  return processes
+
+
+def _arguments(workdir: Path, choices: dict) -> list[str]:
+  config = tiny.config(workdir.parent, "", "", **choices)
+  config.workdir = str(workdir)
+  keys = trees.flatten(config.to_dict())
+  base = trees.flatten(tiny.base.get_config().to_dict())
+  return [
+    f"--config.{key.replace('/', '.')}={value}"
+    for key, value in keys.items()
+    if value != base[key]
+  ]
+
+
+def finish(processes: list[subprocess.Popen], workdir: Path, limit: float):
+  """[(exit code, what it said)] of processes that must end in time."""
+  deadline = time.monotonic() + limit
+  try:
+    for process in processes:
+      process.wait(timeout=max(1, deadline - time.monotonic()))
+  finally:
+    for process in processes:
+      process.kill()
+      process.wait()
+  said = [
+    (workdir.parent / f"{workdir.name}.{i}.out").read_text() for i in range(2)
+  ]
+  return list(zip([p.returncode for p in processes], said, strict=True))
+
+
+def wait_for_step(workdir: Path, processes: list[subprocess.Popen], step: int):
+  """Returns when a record of the step is written."""
+  deadline = time.monotonic() + 300
+  path = workdir / "metrics.jsonl"
+  while time.monotonic() < deadline:
+    if path.exists() and len(path.read_text().splitlines()) >= step:
+      return
+    assert all(p.poll() is None for p in processes), workdir
+    time.sleep(0.05)
+  raise AssertionError("no step was taken")
+
+
+def records(workdir: Path) -> list[dict]:
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]

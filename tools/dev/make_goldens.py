@@ -1,0 +1,386 @@
+"""Writes tests/models/goldens: what transformers computes for tiny models.
+
+    python tools/dev/make_goldens.py [case ...]
+
+Each case is a model folder as transformers saves it (bfloat16, so that it is
+small and exact in float32) and `golden.npz`: tokens, logits, the norm of the
+gradient of every tensor, and a greedy continuation. Weights are wide: at the
+usual 0.02 attention is uniform and half of all mistakes are invisible.
+Windows are shorter than the rows and rows longer than the original context.
+Needs torch and transformers; the tests that read the goldens do not.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+# Matrices this small are slower on several threads.
+torch.set_num_threads(1)
+
+GOLDENS = Path(__file__).parents[2] / "tests" / "models" / "goldens"
+
+ROWS, LENGTH, PROMPT, NEW = 2, 40, 5, 64
+
+
+class Case(NamedTuple):
+  """One tiny model.
+
+  Attributes:
+    family: `model_type`.
+    fields: of its config, beside SIZES.
+    shard: size above which the weights are split over files.
+    old: the config is written in the form of transformers 4.
+    prompt: tokens before the greedy continuation.
+    new: tokens of that continuation.
+  """
+
+  family: str
+  fields: dict[str, Any]
+  shard: str = "1GB"
+  old: bool = False
+  prompt: int = PROMPT
+  new: int = NEW
+
+
+SIZES: dict[str, Any] = {
+  "vocab_size": 61,
+  "num_hidden_layers": 2,
+  "hidden_size": 24,
+  "intermediate_size": 40,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "max_position_embeddings": 128,
+  "bos_token_id": 1,
+  "eos_token_id": 2,
+  "pad_token_id": 0,
+}
+
+
+def rope(kind: str = "default", theta: float = 1000.0, **fields: Any) -> dict:
+  """The rotary fields of a config."""
+  return {"rope_type": kind, "rope_theta": theta, **fields}
+
+
+LLAMA3 = rope(
+  "llama3",
+  factor=4.0,
+  low_freq_factor=1.0,
+  high_freq_factor=4.0,
+  original_max_position_embeddings=16,
+)
+YARN = rope(
+  "yarn",
+  factor=4.0,
+  beta_fast=4.0,
+  beta_slow=1.0,
+  original_max_position_embeddings=16,
+)
+LONGROPE = rope(
+  "longrope",
+  short_factor=[1.0, 1.1, 1.3],
+  long_factor=[1.5, 2.5, 4.0],
+  original_max_position_embeddings=16,
+  partial_rotary_factor=0.75,
+)
+LOCAL_LAYER, FULL_LAYER = "sliding_attention", "full_attention"
+TWO_ROPES = {
+  LOCAL_LAYER: rope(theta=100.0),
+  FULL_LAYER: rope("linear", factor=4.0),
+}
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+
+# The reference's own code; its kernels refuse some sizes of experts.
+PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
+
+CASES: dict[str, Case] = {
+  "llama": Case("llama", {"head_dim": 10, "rope_parameters": LLAMA3, **UNTIED}),
+  "llama_old_config": Case(
+    "llama",
+    {
+      "attention_bias": True,
+      "mlp_bias": True,
+      "rope_parameters": rope("linear", factor=2.0),
+      **TIED,
+    },
+    old=True,
+  ),
+  "llama_dynamic": Case(
+    "llama",
+    {
+      "num_key_value_heads": 1,
+      "max_position_embeddings": 16,
+      "rope_parameters": rope("dynamic", factor=2.0),
+      **TIED,
+    },
+    # Keys cached under an earlier length are not what the reference computes
+    # anew; see docs/models.md.
+    new=11,
+  ),
+  "mistral": Case(
+    "mistral",
+    {"head_dim": 10, "sliding_window": 7, "rope_parameters": rope(), **UNTIED},
+  ),
+  "ministral3": Case(
+    "ministral3",
+    {
+      "head_dim": 10,
+      "rope_parameters": YARN
+      | {"mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.5},
+      **UNTIED,
+    },
+  ),
+  "qwen2_sharded": Case(
+    "qwen2",
+    {
+      "use_sliding_window": True,
+      "sliding_window": 9,
+      "max_window_layers": 1,
+      "rope_parameters": YARN,
+      **UNTIED,
+    },
+    shard="10KB",
+  ),
+  "qwen3": Case("qwen3", {"head_dim": 10, "rope_parameters": rope(), **TIED}),
+  "gemma": Case(
+    "gemma",
+    {
+      "head_dim": 10,
+      "num_key_value_heads": 1,
+      "rope_parameters": rope(),
+      **TIED,
+    },
+  ),
+  "gemma2": Case(
+    "gemma2",
+    {
+      "head_dim": 10,
+      "sliding_window": 7,
+      "query_pre_attn_scalar": 16,
+      "attn_logit_softcapping": 2.0,
+      "final_logit_softcapping": 5.0,
+      "rope_parameters": rope(),
+      **TIED,
+    },
+  ),
+  "gemma3_text": Case(
+    "gemma3_text",
+    {
+      "num_hidden_layers": 3,
+      "layer_types": [LOCAL_LAYER, FULL_LAYER, LOCAL_LAYER],
+      "head_dim": 10,
+      "sliding_window": 7,
+      "query_pre_attn_scalar": 16,
+      "final_logit_softcapping": 5.0,
+      "rope_parameters": TWO_ROPES,
+      **TIED,
+    },
+  ),
+  "olmo2": Case(
+    "olmo2",
+    {"num_key_value_heads": 4, "rope_parameters": rope(), **UNTIED},
+  ),
+  "olmo3": Case(
+    "olmo3",
+    {
+      "layer_types": [LOCAL_LAYER, FULL_LAYER],
+      "sliding_window": 7,
+      "rope_parameters": {LOCAL_LAYER: rope(), FULL_LAYER: YARN},
+      **UNTIED,
+    },
+  ),
+  "smollm3": Case(
+    "smollm3",
+    {
+      "num_hidden_layers": 3,
+      "no_rope_layers": [1, 0, 1],
+      "rope_parameters": rope(),
+      **TIED,
+    },
+  ),
+  "phi3": Case(
+    "phi3",
+    {
+      "hidden_size": 32,
+      "sliding_window": 19,
+      "original_max_position_embeddings": 16,
+      "rope_parameters": LONGROPE,
+      **UNTIED,
+    },
+    # From the start longer than the original context; see docs/models.md.
+    prompt=17,
+  ),
+  "granite": Case(
+    "granite",
+    {
+      "attention_bias": True,
+      "embedding_multiplier": 3.0,
+      "attention_multiplier": 0.2,
+      "residual_multiplier": 0.7,
+      "logits_scaling": 0.5,
+      "rope_parameters": rope(),
+      **TIED,
+    },
+  ),
+  "mixtral": Case(
+    "mixtral",
+    {
+      "head_dim": 10,
+      "intermediate_size": 16,
+      "num_key_value_heads": 1,
+      "num_local_experts": 4,
+      "num_experts_per_tok": 2,
+      "sliding_window": 7,
+      "rope_parameters": rope(),
+      **UNTIED,
+    },
+  ),
+  "qwen3_moe": Case(
+    "qwen3_moe",
+    {
+      "head_dim": 10,
+      "moe_intermediate_size": 16,
+      "num_experts": 4,
+      "num_experts_per_tok": 1,
+      "rope_parameters": rope(),
+      **TIED,
+    },
+  ),
+  "gpt_oss": Case(
+    "gpt_oss",
+    {
+      "head_dim": 10,
+      "intermediate_size": 16,
+      "num_local_experts": 4,
+      "num_experts_per_tok": 3,
+      "sliding_window": 7,
+      "swiglu_limit": 1.0,
+      "rope_parameters": YARN | {"truncate": False, "factor": 8.0},
+      **UNTIED,
+    },
+  ),
+  "gpt2": Case(
+    "gpt2",
+    {
+      "n_inner": 40,
+      "num_key_value_heads": None,
+      "intermediate_size": None,
+      **TIED,
+    },
+  ),
+}
+
+
+def seed_of(name: str) -> int:
+  """A case's own seed: cases to come leave the others as they are."""
+  return zlib.crc32(name.encode())
+
+
+def make_model(case: Case, seed: int) -> Any:
+  """A random float32 model whose weights are exact in bfloat16."""
+  config = transformers.AutoConfig.for_model(
+    case.family, **(SIZES | case.fields)
+  )
+  model = transformers.AutoModelForCausalLM.from_config(
+    config, dtype=torch.float32, **PLAIN
+  )
+  rng = np.random.default_rng(seed)
+  # Gemma's norms add 1 to their weights.
+  norm = 0.0 if case.family.startswith("gemma") else 1.0
+  with torch.no_grad():
+    for key, weight in model.named_parameters():
+      about = norm if "norm" in key or ".ln_" in key else 0.0
+      fresh = rng.standard_normal(weight.shape) * 0.3 + about
+      weight.copy_(torch.tensor(fresh).bfloat16().float())
+  return model.eval()
+
+
+def compute(model: Any, case: Case) -> dict[str, Any]:
+  """Logits, loss, gradients and a greedy continuation."""
+  rng = np.random.default_rng(0)
+  vocab = model.config.vocab_size
+  tokens = torch.tensor(rng.integers(3, vocab, (ROWS, LENGTH)))
+  logits = model(tokens).logits
+  # Summed cross-entropy of every next token.
+  loss = torch.nn.functional.cross_entropy(
+    logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
+  )
+  model.zero_grad()
+  loss.backward()
+  sequence = tokens[:1, : case.prompt]
+  with torch.no_grad():
+    for _ in range(case.new):
+      best = model(sequence).logits[:, -1].argmax(-1, keepdim=True)
+      sequence = torch.cat((sequence, best), dim=1)
+  return {
+    "tokens": tokens.numpy().astype(np.int32),
+    "logits": logits.detach().numpy(),
+    "loss": loss.detach().numpy(),
+    "prompt": np.int32(case.prompt),
+    "greedy": sequence[0].numpy().astype(np.int32),
+    **_gradients(model),
+  }
+
+
+def _gradients(model: Any) -> dict[str, np.ndarray]:
+  """By the names of tensors in files: in memory all experts are one."""
+  state = {key: weight.grad for key, weight in model.named_parameters()}
+  with tempfile.TemporaryDirectory() as folder:
+    model.save_pretrained(folder, state_dict=state)
+    tensors = load_file(Path(folder) / "model.safetensors")
+  return {f"gradient/{key}": x for key, x in tensors.items()}
+
+
+def norms(golden: dict[str, Any]) -> dict[str, Any]:
+  """The same with the norm of each gradient in its place, to be small."""
+  return {
+    key: np.linalg.norm(x) if key.startswith("gradient/") else x
+    for key, x in golden.items()
+  }
+
+
+def write_model(model: Any, case: Case, folder: Path) -> None:
+  """Writes a model folder in bfloat16."""
+  model.bfloat16().save_pretrained(folder, max_shard_size=case.shard)
+  model.float()
+  if case.old:
+    _age(folder / "config.json")
+
+
+def _age(path: Path) -> None:
+  """Rewrites a config in the form of transformers 4."""
+  raw = json.loads(path.read_text())
+  rope = raw.pop("rope_parameters")
+  raw["rope_theta"] = rope["rope_theta"]
+  raw["rope_scaling"] = {"type": rope["rope_type"], "factor": rope["factor"]}
+  raw["torch_dtype"] = raw.pop("dtype")
+  path.write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
+
+
+def main() -> None:
+  """Writes the named cases anew, or all."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("case", nargs="*", choices=[*CASES, []])
+  warnings.simplefilter("ignore")
+  for name in parser.parse_args().case or CASES:
+    case = CASES[name]
+    shutil.rmtree(GOLDENS / name, ignore_errors=True)
+    model = make_model(case, seed_of(name))
+    golden = norms(compute(model, case))
+    write_model(model, case, GOLDENS / name)
+    np.savez_compressed(GOLDENS / name / "golden.npz", **golden)
+    size = sum(p.stat().st_size for p in (GOLDENS / name).iterdir())
+    print(f"{name}: {size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+  main()
