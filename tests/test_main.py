@@ -168,3 +168,13 @@ def test_a_setting_that_cannot_be_is_refused(tmp_path, model, change, words):
   rows = tiny.rows_file(tmp_path / "rows.jsonl")
   with pytest.raises(ValueError, match=words):
     sft_jax.train(tiny.config(tmp_path, model, rows, **change))
+
+
+def test_the_package_is_lazy_and_its_api_is_whole():
+  code = (
+    "import sys, sft_jax, sft_jax.data.store.shards\n"
+    "assert not {'jax', 'flax'} & sys.modules.keys()\n"
+    "assert sft_jax.__all__ == sorted(sft_jax._HOME)\n"
+    "assert all(getattr(sft_jax, name) for name in sft_jax.__all__)"
+  )
+  subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
