@@ -1,15 +1,18 @@
-"""Packing: which rows share a pack, planned over the histogram of lengths.
+"""Packing: which rows share a pack, and the arrays of a pack.
 
 Only lengths matter to a packer, and a million rows have a few thousand of
-them. So a plan is made in two moves: `fill` finds *patterns* (a pack's
+them. So a plan is made in two steps: `fill_packs` finds *patterns* (a pack's
 lengths, and how many packs look like that) without looking at a single row,
-and `deal` hands the actual rows of each length, at random, to the slots of
-that length. The first costs milliseconds at any number of rows; the second is
-a few vectorised passes, made anew every epoch for fresh neighbours.
+and `assign_rows` assigns the actual rows of each length, at random, to the
+slots of that length. The first costs milliseconds at any number of rows; the
+second is a few vectorized passes, repeated every epoch for fresh neighbors.
 
     lengths  = [3, 5, 3, 5, 8], capacity 8
     patterns = (8) x 1, (5 3) x 2
     plan     = rows [1 2 | 4 | 3 0], starts [0, 2, 3, 5]
+
+`pack_row` turns the Examples of one pack into a row of a `Batch`: targets are
+shifted by one there and nowhere else.
 """
 
 from bisect import bisect_left, bisect_right
@@ -20,9 +23,15 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Int64
 
+from sft_jax.common.batch import Batch
+from sft_jax.data.encoding.encode import Example
+
 # How many lengths `_next_length` tries. Chosen on real rows (GSM8K, Alpaca,
 # T0, GPTeacher): 16 leaves up to 0.5 % more padding, and 256 gains nothing.
 _TRIED = 64
+# Rows of `padded_batches` are as long as a multiple of this many slots, so
+# that there are few programs to compile.
+_MULTIPLE = 64
 
 
 class Patterns(NamedTuple):
@@ -66,12 +75,12 @@ def plan(
   seed: int | Sequence[int],
   packing: bool = True,
 ) -> Plan:
-  """Deals rows into packs of at most `capacity` tokens, each row once.
+  """Assigns rows to packs of at most `capacity` tokens, each row once.
 
   Args:
     lengths: tokens of each row, 1 to `capacity`.
     capacity: slots of a pack.
-    seed: decides neighbours and the order of packs, never their number. A
+    seed: decides neighbors and the order of packs, never their number. A
       sequence such as (seed, epoch) is one seed.
     packing: False gives every row a pack of its own.
 
@@ -79,7 +88,7 @@ def plan(
     ValueError: a row that fits no pack, by its id.
   """
   patterns = find_patterns(lengths, capacity, packing=packing)
-  return deal(lengths, patterns, seed=seed)
+  return assign_rows(lengths, patterns, seed=seed)
 
 
 def find_patterns(
@@ -95,10 +104,10 @@ def find_patterns(
       "data.over_long drop or truncate long rows."
     )
   histogram = np.bincount(lengths, minlength=capacity + 1)
-  return fill(histogram, capacity) if packing else alone(histogram)
+  return fill_packs(histogram, capacity) if packing else one_per_pack(histogram)
 
 
-def fill(histogram: Int[np.ndarray, " sizes"], capacity: int) -> Patterns:
+def fill_packs(histogram: Int[np.ndarray, " sizes"], capacity: int) -> Patterns:
   """Fills packs one kind at a time: a long one, middling ones, a good end.
 
   Longest first, for what is long is hard to place later; but were all long
@@ -175,7 +184,7 @@ def _next_length(counts: list[int], live: list[int], free: int) -> int:
   return choice
 
 
-def alone(histogram: Int[np.ndarray, " sizes"]) -> Patterns:
+def one_per_pack(histogram: Int[np.ndarray, " sizes"]) -> Patterns:
   """One document per pack."""
   lengths = np.flatnonzero(histogram).astype(np.int64)
   return Patterns(
@@ -185,7 +194,7 @@ def alone(histogram: Int[np.ndarray, " sizes"]) -> Patterns:
   )
 
 
-def deal(
+def assign_rows(
   lengths: Int[np.ndarray, " rows"],
   patterns: Patterns,
   *,
@@ -200,7 +209,7 @@ def deal(
   offsets = np.repeat(patterns.starts[:-1][kind] - starts[:-1], sizes)
   slots = patterns.lengths[offsets + np.arange(len(lengths))]
 
-  # Sorted by length, shuffled rows and slots lie side by side. NumPy sorts
+  # Sorted by length, shuffled rows and slots correspond one to one. NumPy sorts
   # 16-bit keys by radix, several times faster than wider ones.
   key = np.uint16 if slots.max(initial=0) < 2**16 else np.int64
   shuffled = rng.permutation(len(lengths))
@@ -215,3 +224,76 @@ def _starts(sizes: Sequence[int] | np.ndarray) -> Int64[np.ndarray, " n"]:
   starts = np.zeros(len(sizes) + 1, np.int64)
   np.cumsum(sizes, out=starts[1:])
   return starts
+
+
+def pack_row(
+  examples: Sequence[Example],
+  seq_len: int,
+  *,
+  normalize: str = "token",
+  scales: Sequence[float] = (),
+  sources: Sequence[int] = (),
+) -> Batch:
+  """The Examples of one pack as one row, B = 1; see `Batch` for the picture.
+
+  The shift by one happens here and only here: a slot's target is the next
+  token of its own document, so a document's last slot predicts nothing and
+  no document is predicted from the one before it.
+
+  Args:
+    examples: the documents, at most `seq_len` tokens together.
+    seq_len: slots of the row, T.
+    normalize: see `pipeline.Stream`.
+    scales: factor of each document's weights; none are all 1.
+    sources: number of each document's source; none are all 0.
+  """
+  zeros = np.zeros((1, seq_len), np.int32)
+  own_parts, own_sources = zeros.astype(np.uint8), zeros.copy()
+  row = Batch(
+    tokens=zeros,
+    targets=zeros.copy(),
+    loss_weights=zeros.astype(np.float32),
+    segment_ids=zeros.copy(),
+    positions=zeros.copy(),
+    parts=own_parts,
+    sources=own_sources,
+  )
+  start = 0
+  for segment, example in enumerate(examples, 1):
+    tokens, weights = example.tokens, example.loss_weights
+    end = start + len(tokens)
+    if normalize == "example":
+      weights = weights / weights.sum()
+    if scales:
+      weights = weights * np.float32(scales[segment - 1])
+    row.tokens[0, start:end] = tokens
+    row.targets[0, start : end - 1] = tokens[1:]
+    row.loss_weights[0, start : end - 1] = weights[1:]
+    row.segment_ids[0, start:end] = segment
+    row.positions[0, start:end] = np.arange(len(tokens))
+    own_parts[0, start : end - 1] = example.parts[1:]
+    if sources:
+      own_sources[0, start:end] = sources[segment - 1]
+    start = end
+  return row
+
+
+def stack_rows(rows: Sequence[Batch]) -> Batch:
+  """One batch of all the rows."""
+  return Batch._make(map(np.concatenate, zip(*rows, strict=True)))
+
+
+def padded_batches(examples: Sequence[Example], size: int) -> list[Batch]:
+  """One example a row and `size` rows a batch, to measure without a stream.
+
+  The last batch is filled up with empty rows. Rows are as long as the longest
+  example of their batch needs, rounded up to a multiple of 64.
+  """
+  batches = []
+  for at in range(0, len(examples), size):
+    rows = [[one] for one in examples[at : at + size]]
+    longest = max(len(one.tokens) for (one,) in rows)
+    seq_len = -(-longest // _MULTIPLE) * _MULTIPLE
+    rows += [[]] * (size - len(rows))
+    batches.append(stack_rows([pack_row(row, seq_len) for row in rows]))
+  return batches

@@ -1,6 +1,6 @@
 """Pipeline: a store of examples as an endless or counted stream of batches.
 
-Epoch after epoch, the rows are packed anew and the packs are laid end to end:
+Epoch after epoch, the rows are packed again and the packs follow end to end:
 
     epoch 0: p p p p p | epoch 1: p p p p p | ...     p = one pack = one row
     step 0   step 1    step 2     step 3              of a batch (here of 3)
@@ -24,7 +24,6 @@ import numpy as np
 from jaxtyping import Int64
 
 from sft_jax.common.batch import Batch
-from sft_jax.data import layout
 from sft_jax.data import packing as packer
 from sft_jax.data.store.stats import EpochLedger, Ledger, Mixed
 from sft_jax.data.store.store import Store
@@ -128,7 +127,7 @@ class Stream:
       copies * int(number) + more
       for (copies, more), number in zip(self._taken, numbers, strict=True)
     )
-    # With whole copies all epochs have the same rows, dealt differently.
+    # With whole copies all epochs have the same rows, in other packs.
     self._whole = not any(more for _, more in self._taken)
     self._scales = [float(source.loss_weight) for source in store.sources]
     self._packs_of_first = int(self._patterns(0).packs.sum())
@@ -199,7 +198,7 @@ class Stream:
       step, row = divmod(i, block)
       ids = self._pack(step * self.batch_size + int(wanted[row]))
       sources = self.store.source[ids].tolist()
-      return layout.lay_out(
+      return packer.pack_row(
         [self.store.example(int(k)) for k in ids],
         self.seq_len,
         normalize=self._normalize,
@@ -208,7 +207,7 @@ class Stream:
       )
 
     dataset = grain.MapDataset.range(steps * block).map(row)
-    dataset = dataset.batch(block, batch_fn=layout.stack)[start_step:]
+    dataset = dataset.batch(block, batch_fn=packer.stack_rows)[start_step:]
     return iter(dataset.to_iter_dataset(_READ))
 
   def rows_of(self, step: int) -> list[list[int]]:
@@ -289,7 +288,7 @@ class Stream:
     ids = self._ids(epoch)
     patterns = self._patterns(0 if self._whole else epoch)
     seed = (self._seed, epoch, 1)
-    plan = packer.deal(self.store.lengths[ids], patterns, seed=seed)
+    plan = packer.assign_rows(self.store.lengths[ids], patterns, seed=seed)
     return plan._replace(rows=ids[plan.rows])
 
   def _account(self) -> Ledger:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sft_jax.common.batch import Batch
-from sft_jax.data import padded
+from sft_jax.data import packing
 from sft_jax.data.chat.options import Policy
 from sft_jax.data.conversation import Conversation, Message
 from sft_jax.data.encoding import encode
@@ -81,7 +81,7 @@ def measure(
     codes = (canary.code, *canary.others)
     examples = [_example(canary.box, c, tokenizer, policy) for c in codes]
     losses = np.concatenate(
-      [nats(batch) for batch in padded.batches(examples, batch_size)]
+      [nats(batch) for batch in packing.padded_batches(examples, batch_size)]
     )[: len(codes)]
     kind = "planted" if canary.box in planted else "kept_back"
     exposure = memorization.exposure(losses[0], losses[1:].tolist())

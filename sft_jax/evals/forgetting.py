@@ -9,7 +9,7 @@ import numpy as np
 
 from sft_jax.common.batch import Batch
 from sft_jax.common.trees import Tree
-from sft_jax.data import padded
+from sft_jax.data import packing
 from sft_jax.data.encoding.encode import Example
 from sft_jax.step.loss import BaseSums, LossSums, linear_cross_entropy
 
@@ -122,7 +122,7 @@ def compare_models(
     )
 
   total = None
-  for batch in padded.batches(examples, batch_size):
+  for batch in packing.padded_batches(examples, batch_size):
     found = jax.device_get(sums(params, base and base[1], batch))
     found = jax.tree.map(np.float64, found)
     total = found if total is None else jax.tree.map(np.add, total, found)

@@ -27,7 +27,7 @@ from jaxtyping import Float64, Int64
 
 from sft_jax.common import sharding
 from sft_jax.common.batch import Batch
-from sft_jax.data import layout, packing
+from sft_jax.data import packing
 from sft_jax.data.encoding.encode import Example
 from sft_jax.data.scores import RowScore
 from sft_jax.data.store.store import Store
@@ -133,13 +133,13 @@ def score(
       for i in range(step * batch_size, (step + 1) * batch_size)
     ]
     rows = [
-      layout.lay_out(
+      packing.pack_row(
         [_example(store, made, int(d), of_example, bos_id) for d in packs[i]],
         seq_len,
       )
       for i in own
     ]
-    batch = sharding.put_rows(layout.stack(rows), sharding.rows(mesh))
+    batch = sharding.put_rows(packing.stack_rows(rows), sharding.rows(mesh))
     found: GroupSums = jax.device_get(sums(params, batch))
     for row, pack in enumerate(packs):
       for kind in range(2):

@@ -1,11 +1,14 @@
-"""A plan conserves rows, respects capacity, wastes little, and is seeded."""
+"""A plan conserves rows, respects capacity, wastes little, and is seeded;
+a pack as a row is the table of `Batch`."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sft_jax.common.batch import Batch
 from sft_jax.data import packing
+from sft_jax.data.encoding.encode import Example
 
 CAPACITY = 64
 lengths_lists = st.lists(st.integers(1, CAPACITY), max_size=200)
@@ -109,3 +112,63 @@ def test_long_capacities_sort_by_wide_keys():
 def test_row_that_fits_nowhere(bad, row):
   with pytest.raises(ValueError, match=f"row {row}: .*expected 1 to 8"):
     packing.plan(np.array(bad), 8, seed=0)
+
+
+def _example(tokens, weights, parts=None):
+  parts = np.array(parts or [0] * len(tokens), np.uint8)
+  weights = np.array(weights, np.float32)
+  return Example(np.array(tokens, np.int32), weights, parts)
+
+
+def test_a_row_is_the_table_of_batch():
+  row = packing.pack_row(
+    [
+      _example([10, 11, 12], [0, 0, 1], [1, 2, 4]),
+      _example([20, 21, 22], [0, 1, 1], [2, 4, 7]),
+    ],
+    8,
+    sources=[1, 0],
+  )
+  expected = Batch(
+    tokens=np.array([[10, 11, 12, 20, 21, 22, 0, 0]]),
+    targets=np.array([[11, 12, 0, 21, 22, 0, 0, 0]]),
+    loss_weights=np.array([[0, 1, 0, 1, 1, 0, 0, 0]]),
+    segment_ids=np.array([[1, 1, 1, 2, 2, 2, 0, 0]]),
+    positions=np.array([[0, 1, 2, 0, 1, 2, 0, 0]]),
+    parts=np.array([[2, 4, 0, 4, 7, 0, 0, 0]]),
+    sources=np.array([[1, 1, 1, 0, 0, 0, 0, 0]]),
+  )
+  for got, want in zip(row, expected, strict=True):
+    assert got.tolist() == want.tolist()
+  assert [x.dtype.name for x in row] == [
+    "int32",
+    "int32",
+    "float32",
+    "int32",
+    "int32",
+    "uint8",
+    "int32",
+  ]
+
+
+def test_normalize_by_example():
+  row = packing.pack_row(
+    [_example([1, 2, 3], [0, 1, 1]), _example([4, 5], [0, 0.25])],
+    5,
+    normalize="example",
+  )
+  assert row.loss_weights.tolist() == [[0.5, 0.5, 0, 1, 0]]
+
+
+def test_padded_batches_are_rows_of_one_example():
+  examples = [
+    _example(range(1, n + 1), [0] + [1] * (n - 1)) for n in (3, 65, 2)
+  ]
+  first, last = packing.padded_batches(examples, 2)
+  assert (first.tokens.shape, last.tokens.shape) == ((2, 128), (2, 64))
+  for i, (row, example) in enumerate(zip((0, 1, 0), examples, strict=True)):
+    batch = last if i == 2 else first
+    expected = packing.pack_row([example], batch.tokens.shape[1])
+    for got, want in zip(batch, expected, strict=True):
+      assert got[row].tolist() == want[0].tolist()
+  assert not any(array[1].any() for array in last)

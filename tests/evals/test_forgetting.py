@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tiny
-from sft_jax.data import padded
+from sft_jax.data import packing
 from sft_jax.data.encoding.encode import Example
 from sft_jax.evals import forgetting
 from sft_jax.models import transformer
@@ -101,7 +101,7 @@ def test_models_of_other_vocabularies_are_not_compared():
 
 
 def test_batches_hold_every_example_once():
-  rows = [row for batch in padded.batches(examples(), 2) for row in zip(
+  rows = [row for batch in packing.padded_batches(examples(), 2) for row in zip(
     *(batch.tokens, batch.targets, batch.loss_weights, batch.segment_ids),
     strict=True,
   )]  # fmt: skip

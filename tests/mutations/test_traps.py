@@ -56,10 +56,10 @@ def one(**changes):
   trap = Trap(
     name="toy.toy",
     why="Nothing.",
-    file="sft_jax/data/layout.py",
+    file="sft_jax/data/packing.py",
     old="= tokens[1:]",
     new="= tokens[:-1]",
-    tests=("tests/data/test_layout.py",),
+    tests=("tests/data/test_packing.py::test_a_row_is_the_table_of_batch",),
   )
   return trap._replace(**changes)
 
@@ -97,7 +97,7 @@ def test_bugs_are_caught_and_harmless_changes_are_not():
   broken = one(old="= tokens[1:]", new="= tokenz[1:]")
   *caught, missed, none = run_traps.run([*chosen, harmless, broken])
   assert [outcome.caught for outcome in caught] == [
-    "tests/data/test_layout.py::test_layout_is_the_table_of_batch"
+    "tests/data/test_packing.py::test_a_row_is_the_table_of_batch"
   ] * 2
   assert (missed.caught, missed.said) == ("", "no test noticed")
   assert none.caught == ""

@@ -9,10 +9,10 @@ as a small change of the package, with the ordinary tests that must fail by it:
     [shift-forgotten]
     number = "B1"          of the list the bug is from; may be missing
     why = "..."            what would go wrong, unseen
-    file = "sft_jax/data/layout.py"
+    file = "sft_jax/data/packing.py"
     old = "..."            stands in the file exactly once
     new = "..."
-    tests = ["tests/data/test_layout.py::test_..."]
+    tests = ["tests/data/test_packing.py::test_..."]
 
 Each is put into a copy of the repository, never into this one. The tests must
 pass without it and fail with it, by what they find rather than by a change

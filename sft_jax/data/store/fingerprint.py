@@ -14,9 +14,7 @@ from sft_jax.data.tokenizers.tokenizer import Tokenizer
 _ELSEWHERE = (
   "audit/",
   "conditions.py",
-  "layout.py",
   "packing.py",
-  "padded.py",
   "pipeline.py",
   "scores.py",
   "selection.py",
