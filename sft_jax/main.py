@@ -1,117 +1,55 @@
-"""The door: `python -m sft_jax.main --config=configs/base.py`."""
+"""The command line: `sft-jax NAME ...`, or `python -m sft_jax.main NAME ...`.
 
-import shlex
+Without a name it trains: `python -m sft_jax.main --config=configs/base.py`.
+Each name is a module of `sft_jax.commands`, imported only when it is asked for.
+"""
+
+import importlib
 import sys
-from collections.abc import Sequence
 
-import jax
-from absl import app, flags, logging
-from ml_collections import config_flags
-
-from sft_jax.common import distributed
-from sft_jax.training.interrupts import Stopped
-from sft_jax.training.run import run
-
-CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "A file of configs/ with get_config()."
-)
-FORCE = flags.DEFINE_bool(
-  "force",
-  False,
-  "Go on with another config or other data; incidents.jsonl says so.",
-)
-COORDINATOR = flags.DEFINE_string(
-  "coordinator",
-  "",
-  "host:port of the first of several processes; TPU pods and SLURM need none.",
-)
-PROCESSES = flags.DEFINE_integer("processes", 0, "How many there are.")
-PROCESS = flags.DEFINE_integer("process", -1, "Which of them this is, from 0.")
-DEBUG = flags.DEFINE_bool("debug", False, "Show the trace of an error.")
-
-# What a user or a file can cause; anything else is our mistake and keeps its
-# trace.
-USER_ERRORS = (ValueError, OSError, FloatingPointError)
-# EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again.
-STOPPED_EXIT = 75
-USER_EXIT = 2
+COMMANDS = {
+  "train": "train as a config says; resume what was begun",
+  "inspect": "what the rows are, and what is wrong with them, before training",
+  "plan": "whether a run fits a machine, here or elsewhere, and how fast it is",
+  "selfcheck": "the laws of training, on this machine and these rows",
+  "evaluate": "behaviors and perplexity of a model, beside another",
+  "chat": "talk with a model, or with two side by side",
+  "score": "how hard each row is, written beside the rows",
+  "synthesize": "rows by a teacher, kept where checks pass",
+  "compare": "one page of several runs",
+  "report": "the page of a run, written again",
+  "export": "a Hugging Face folder of a run's checkpoint",
+  "replay": "the rows of one step of a run",
+}
+# Where a command is not `cli` of the module of its name.
+MODULES = {"report": "compare:report_cli"}
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-  """Reads the flags; an unknown flag or config key is one line, exit 2."""
-  try:
-    rest = flags.FLAGS(argv)
-    if CONFIG.value is not None:
-      _ = CONFIG.value.workdir  # A file that was not read says so only here.
-    return rest
-  except (
-    *(flags.Error, AttributeError, KeyError, TypeError, ValueError),
-    *(OSError, RuntimeError),
-  ) as error:
-    got = " ".join(str(error.args[0] if error.args else error).split())
-    sys.exit(
-      f"error: command line: {got}\nexpected flags like "
-      "--config=configs/base.py --config.optim.learning_rate=1e-4; every key "
-      "is listed in configs/base.py"
-    )
+def main() -> None:
+  """Runs the command that the first argument names; `train` without one.
+
+  Exit codes: 0 done; 2 what a user can correct, in one line; 75 stopped by a
+  signal: the same command resumes.
+  """
+  name = "train"
+  if sys.argv[1:] and not sys.argv[1].startswith("-"):
+    name = sys.argv.pop(1)
+  elif sys.argv[1:] in (["-h"], ["--help"]):
+    print(_usage())
+    return
+  if name not in COMMANDS:
+    sys.exit(f"error: command line: got {name!r}\n{_usage()}")
+  module, _, function = MODULES.get(name, f"{name}:cli").partition(":")
+  getattr(importlib.import_module(f"sft_jax.commands.{module}"), function)()
 
 
-def main(argv: Sequence[str]) -> None:
-  """Trains as the config says."""
-  if len(argv) > 1:
-    sys.exit(f"error: command line: unexpected argument {argv[1]!r}")
-  if CONFIG.value is None:
-    sys.exit(
-      "error: command line: --config is missing, expected a file such "
-      "as --config=configs/base.py"
-    )
-  logging.set_verbosity(logging.WARNING)  # Orbax and JAX narrate at INFO.
-
-  try:
-    with distributed.joined(
-      *(COORDINATOR.value, PROCESSES.value, PROCESS.value),
-      together=(0, STOPPED_EXIT),
-    ):
-      sys.exit(_run())
-  except ValueError as error:
-    if DEBUG.value:
-      raise
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(USER_EXIT)
-
-
-def _command(arguments: Sequence[str]) -> str:
-  """What was typed, to be typed again; one argument per line."""
-  return " \\\n  ".join(
-    ["python -m sft_jax.main", *map(shlex.quote, arguments)]
+def _usage() -> str:
+  width = max(map(len, COMMANDS))
+  lines = [f"  {name:{width}}  {what}" for name, what in COMMANDS.items()]
+  return "\n".join(
+    ["usage: sft-jax NAME [arguments]; sft-jax NAME --help", *lines]
   )
 
 
-def _run() -> int:
-  """The run, and its exit code."""
-  try:
-    run(CONFIG.value, force=FORCE.value, command=_command(sys.argv[1:]))
-  except Stopped as stopped:
-    print(stopped, file=sys.stderr)
-    return STOPPED_EXIT
-  except USER_ERRORS as error:
-    if DEBUG.value:
-      raise
-    print(f"error: {error}", file=sys.stderr)
-    return USER_EXIT
-  except jax.errors.JaxRuntimeError as error:
-    if DEBUG.value or "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    first = str(error).splitlines()[0]
-    print(
-      f"error: out of memory: {first}\nThe start page and tools/plan.py say "
-      "what takes it; docs/troubleshooting.md what to change, in order. Then "
-      "the same command goes on from the last step saved.",
-      file=sys.stderr,
-    )
-    return USER_EXIT
-  return 0
-
-
 if __name__ == "__main__":
-  app.run(main, flags_parser=_parse)
+  main()

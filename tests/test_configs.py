@@ -12,10 +12,11 @@ from configs import base
 from sft_jax.step.train_step import split_micro_batches
 from sft_jax.training.build import build
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+ROOT = Path(__file__).parents[1]
 NAMES = sorted(
-  path.relative_to(CONFIGS.parent).with_suffix("").as_posix().replace("/", ".")
-  for path in CONFIGS.rglob("*.py")
+  path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+  for folder in ("configs", "examples")
+  for path in (ROOT / folder).rglob("*.py")
 )
 
 

@@ -46,12 +46,15 @@ def commands(page: Path) -> list[str]:
   return found
 
 
-def _with_neighbours(tool: Path) -> str:
-  """A tool's text and that of the tools it imports, which add flags."""
+def _with_imports(tool: Path) -> str:
+  """A program's text and that of the commands it imports, which add flags."""
   text = tool.read_text()
-  for name in re.findall(r"^import (\w+)$", text, re.M):
-    other = tool.with_name(f"{name}.py")
-    text += other.read_text() if other.exists() else ""
+  names = re.findall(r"sft_jax\.commands import (\w+)", text)
+  names += re.findall(r"sft_jax\.commands\.(\w+) import", text)
+  for name in names:
+    other = ROOT / "sft_jax" / "commands" / f"{name}.py"
+    if other != tool:
+      text += _with_imports(other)
   return text
 
 
@@ -69,10 +72,10 @@ def test_commands_name_files_flags_and_keys_that_exist(page, line):
   words = shlex.split(line)
   if words[1] == "-m":
     assert words[2] in ("sft_jax.main", "sft_jax"), line
-    source = (ROOT / "sft_jax" / "main.py").read_text()
+    source = _with_imports(ROOT / "sft_jax" / "commands" / "train.py")
     words = words[3:]
   else:
-    source = _with_neighbours(ROOT / words[1])
+    source = _with_imports(ROOT / words[1])
     words = words[2:]
   config = _config("configs/base.py")
   for word in words:

@@ -36,14 +36,14 @@ RUN = {
 }
 # Why not here: what runs them instead.
 ELSEWHERE = {
-  "python tools/bench_": "minutes, rivals; tests/tools runs the parts",
+  "python tools/bench/": "minutes, rivals; tests/tools runs the parts",
   "python tools/convert_oasst.py": "tests/tools/test_convert_oasst.py",
   "python tools/convert_sgd.py": "tests/tools/test_convert_sgd.py",
   "python tools/dev/ifeval_agreement.py": "needs the reference's code",
   "python tools/dev/make_demo.py": "tests/tools/test_demo_data.py",
   "python tools/dev/make_goldens.py": "needs transformers",
   "python tools/dev/parity.py": "tests/models/test_parity.py, of the oracles",
-  "python tools/plan.py --config=configs/llama": "needs libtpu; .ci/run",
+  "python tools/plan.py --config=configs/models/llama": "needs libtpu; .ci/run",
   "python tools/replay.py": "needs a run; tests/faults",
   "python tools/selfcheck.py": "minutes; tests/tools/test_selfcheck_tool.py",
   "python tools/dev/run_lessons.py": "an hour; tests/tools/test_run_lessons.py",

@@ -12,7 +12,7 @@ import pytest
 
 import sft_jax
 import tiny
-from sft_jax import main
+from sft_jax.commands import train as main
 
 ROOT = Path(__file__).parents[1]
 

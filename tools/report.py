@@ -1,6 +1,6 @@
-"""The command `sft-jax report`: see sft_jax/commands/report.py."""
+"""The command `sft-jax report`: see sft_jax/commands/compare.py."""
 
-from sft_jax.commands.report import main
+from sft_jax.commands.compare import report_cli
 
 if __name__ == "__main__":
-  main()
+  report_cli()

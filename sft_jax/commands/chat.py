@@ -148,5 +148,6 @@ def main() -> None:
       out.print(Text(f"error: {error}", style="red"))
 
 
-if __name__ == "__main__":
+def cli() -> None:
+  """The command as a program."""
   command.run(main)

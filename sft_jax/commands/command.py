@@ -12,7 +12,7 @@ from ml_collections import config_flags
 
 from sft_jax.data.chat.options import CHOICES, DEFAULT, Policy
 
-# As in sft_jax/main.py: anything else is our mistake and keeps its trace.
+# As in train.py: anything else is our mistake and keeps its trace.
 USER_ERRORS = (ValueError, OSError)
 
 

@@ -1,8 +1,11 @@
-"""One page of several runs: behaviours, curves, config, data, speed.
+"""Pages of runs: one run's report, or several runs side by side.
 
-    python tools/compare.py runs/demo runs/lora_demo [--out=compare.html]
+    sft-jax compare runs/demo runs/lora_demo [--out=compare.html]
+    sft-jax report runs/demo [--out=report.html]
 
-Runs may be under way. The first is the one the others are compared with.
+Runs may be in progress. `compare` holds the others against the first: behavior,
+curves, config, data, speed. A finished run has its `report.html` already;
+`report` writes it from whatever the workdir holds now.
 """
 
 import argparse
@@ -10,10 +13,11 @@ from pathlib import Path
 
 from sft_jax.commands import command
 from sft_jax.reporting import run_files
-from sft_jax.reporting.html import compare_page
+from sft_jax.reporting.html import compare_page, run_page
 
 
 def main() -> None:
+  """Writes the page of several runs."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("runs", nargs="+", help="workdirs")
   parser.add_argument("--out", default="compare.html", help="the page")
@@ -23,6 +27,17 @@ def main() -> None:
     found[name] = run_files.read(path)
   compare_page.write(args.out, found)
   print(args.out)
+
+
+def report() -> None:
+  """Writes the page of one run."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("run", help="the workdir of a run")
+  parser.add_argument("--out", help="default: report.html in the workdir")
+  args = parser.parse_args()
+  path = Path(args.out) if args.out else Path(args.run) / "report.html"
+  run_page.write(path, run_files.read(args.run))
+  print(path)
 
 
 def _names(paths: list[str]) -> list[str]:
@@ -39,5 +54,11 @@ def _names(paths: list[str]) -> list[str]:
   return short if len(set(short)) == len(short) else paths
 
 
-if __name__ == "__main__":
+def cli() -> None:
+  """`sft-jax compare` as a program."""
   command.run(main)
+
+
+def report_cli() -> None:
+  """`sft-jax report` as a program."""
+  command.run(report)

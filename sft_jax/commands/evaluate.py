@@ -153,5 +153,6 @@ def main() -> None:
       before.write(out.with_suffix(f".baseline{out.suffix}"))
 
 
-if __name__ == "__main__":
+def cli() -> None:
+  """The command as a program."""
   command.run(main)

@@ -46,5 +46,6 @@ def main() -> None:
   say(f"{args.out}: {export_run(config, run, params, Path(args.out))}")
 
 
-if __name__ == "__main__":
+def cli() -> None:
+  """The command as a program."""
   command.run(main)

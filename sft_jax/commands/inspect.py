@@ -154,5 +154,6 @@ def main() -> None:
   sys.exit(0 if found["passed"] else 1)
 
 
-if __name__ == "__main__":
+def cli() -> None:
+  """The command as a program."""
   command.run_with_flags(main)

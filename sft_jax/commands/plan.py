@@ -200,5 +200,6 @@ def search(out, config, outline, tried, limit) -> None:
   )
 
 
-if __name__ == "__main__":
+def cli() -> None:
+  """The command as a program."""
   command.run_with_flags(main)

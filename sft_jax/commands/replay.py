@@ -76,5 +76,6 @@ def main() -> None:
     show(out, row)
 
 
-if __name__ == "__main__":
+def cli() -> None:
+  """The command as a program."""
   command.run(main)

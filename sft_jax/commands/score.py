@@ -173,5 +173,6 @@ def main() -> None:
   show(out, config, score(config, say), SHOWN.value)
 
 
-if __name__ == "__main__":
+def cli() -> None:
+  """The command as a program."""
   command.run_with_flags(main)

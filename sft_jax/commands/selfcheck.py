@@ -160,5 +160,6 @@ def main() -> None:
   sys.exit(1 if failed else 0)
 
 
-if __name__ == "__main__":
+def cli() -> None:
+  """The command as a program."""
   command.run_with_flags(main)

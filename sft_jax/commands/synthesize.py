@@ -121,5 +121,6 @@ def main(argv: Sequence[str] | None = None) -> None:
   terminal.table(out, f"{len(made.rows):,} rows in {args.out}", head, body)
 
 
-if __name__ == "__main__":
+def cli() -> None:
+  """The command as a program."""
   command.run(main)

@@ -21,9 +21,10 @@ import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 model_folder, out, address, index = sys.argv[1:]
 jax.distributed.initialize(address, num_processes=2, process_id=int(index))
-from sft_jax import export, sharding
-from sft_jax.data.tokenizers import load_tokenizer
-from sft_jax.models import hf
+from sft_jax.checkpointing import export
+from sft_jax.common import sharding
+from sft_jax.data.tokenizers.tokenizer import load_tokenizer
+from sft_jax.models.hf import load_save as hf
 assert (jax.device_count(), jax.local_device_count()) == (4, 2)
 mesh = sharding.make_mesh(data=1, fsdp=4, tensor=1)
 place = lambda shapes: sharding.param_shardings(shapes, mesh)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys
 import jax, jax.numpy as jnp
-from sft_jax import compile_cache
+from sft_jax.common import compile_cache
 compile_cache._MIN_SECONDS = 0
 jax.jit(lambda x: x + 1)(1)  # The cache is opened after JAX has compiled.
 with compile_cache.opened(sys.argv[1], print):

@@ -26,10 +26,10 @@ import orbax.checkpoint as ocp
 import sft_jax
 import tiny
 from sft_jax.checkpointing import export, manager
+from sft_jax.commands.train import STOPPED_EXIT, USER_ERRORS
 from sft_jax.data.store import build
 from sft_jax.data.store.store import Store
 from sft_jax.evals import suite
-from sft_jax.main import STOPPED_EXIT, USER_ERRORS
 from sft_jax.training import step_runner
 from sft_jax.training.build import model as setup_model
 from sft_jax.training.interrupts import Stopped

@@ -30,7 +30,7 @@ def test_loading_needs_the_parameters_and_little_more(param_dtype, tmp_path):
     capture_output=True,
     text=True,
     cwd=TOOL.parents[1],
-    env={**os.environ, "PYTHONPATH": str(TOOL.parents[1])},
+    env={**os.environ, "PYTHONPATH": str(TOOL.parents[2])},
   ).stdout
   found = json.loads(out.splitlines()[-1])
   width = {"bfloat16": 2, "float32": 4}[param_dtype] // 2

@@ -4,7 +4,7 @@ import pytest
 
 import fake_runs
 from page_reader import Page
-from sft_jax.commands import compare, report
+from sft_jax.commands import compare
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_folders_of_one_name_are_told_apart_by_path(tmp_path):
 def test_the_report_is_made_anew(tmp_path, workdirs, monkeypatch):
   (workdirs[0] / "result.json").unlink()  # Not finished yet.
   monkeypatch.setattr("sys.argv", ["report.py", str(workdirs[0])])
-  report.main()
+  compare.report()
   page = Page((workdirs[0] / "report.html").read_text())
   assert "Replies, side by side" in page.text
   assert "Losses and forgetting" not in page.text

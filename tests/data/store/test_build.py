@@ -247,10 +247,10 @@ sys.modules["sft_jax"].__path__ = [{str(Path(build.__file__).parents[2])!r}]
 """
 KILLED = """
 import os, signal, sys
-import sft_jax.data.cache as cache
-from sft_jax.data import chunks
-from sft_jax.data.policy import Policy
-from sft_jax.data.tokenizers import load_tokenizer
+import sft_jax.data.store.build as cache
+from sft_jax.data.store import shards as chunks
+from sft_jax.data.chat.options import Policy
+from sft_jax.data.tokenizers.tokenizer import load_tokenizer
 
 folder, rows, directory, when = sys.argv[1:]
 cache._ALONE = 1

@@ -94,7 +94,7 @@ _COMPILE = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jax.experimental import topologies
-from sft_jax.models import spread
+from sft_jax.models.attention import parallel
 from sft_jax.models.attention import attention
 
 chips = np.array(topologies.get_topology_desc("v5e:2x2", "tpu").devices)
@@ -102,7 +102,7 @@ axes = ("data", "fsdp", "context", "tensor")
 mesh = Mesh(chips.reshape(2, 1, 1, 2), axes)
 
 def loss(q, k, v, positions, segments, sinks):
-  out = spread.attention(
+  out = parallel.attention(
     attention, mesh, q, k, v,
     q_positions=positions, kv_positions=positions,
     q_segment_ids=segments, kv_segment_ids=segments,

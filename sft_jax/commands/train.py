@@ -1,0 +1,118 @@
+"""Trains: `python -m sft_jax.main --config=configs/base.py`."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from sft_jax.common import distributed
+from sft_jax.training.interrupts import Stopped
+from sft_jax.training.run import run
+
+CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "A file of configs/ with get_config()."
+)
+FORCE = flags.DEFINE_bool(
+  "force",
+  False,
+  "Go on with another config or other data; incidents.jsonl says so.",
+)
+COORDINATOR = flags.DEFINE_string(
+  "coordinator",
+  "",
+  "host:port of the first of several processes; TPU pods and SLURM need none.",
+)
+PROCESSES = flags.DEFINE_integer("processes", 0, "How many there are.")
+PROCESS = flags.DEFINE_integer("process", -1, "Which of them this is, from 0.")
+DEBUG = flags.DEFINE_bool("debug", False, "Show the trace of an error.")
+
+# What a user or a file can cause; anything else is our mistake and keeps its
+# trace.
+USER_ERRORS = (ValueError, OSError, FloatingPointError)
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again.
+STOPPED_EXIT = 75
+USER_EXIT = 2
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  """Reads the flags; an unknown flag or config key is one line, exit 2."""
+  try:
+    rest = flags.FLAGS(argv)
+    if CONFIG.value is not None:
+      _ = CONFIG.value.workdir  # A file that was not read says so only here.
+    return rest
+  except (
+    *(flags.Error, AttributeError, KeyError, TypeError, ValueError),
+    *(OSError, RuntimeError),
+  ) as error:
+    got = " ".join(str(error.args[0] if error.args else error).split())
+    sys.exit(
+      f"error: command line: {got}\nexpected flags like "
+      "--config=configs/base.py --config.optim.learning_rate=1e-4; every key "
+      "is listed in configs/base.py"
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+  """Trains as the config says."""
+  if len(argv) > 1:
+    sys.exit(f"error: command line: unexpected argument {argv[1]!r}")
+  if CONFIG.value is None:
+    sys.exit(
+      "error: command line: --config is missing, expected a file such "
+      "as --config=configs/base.py"
+    )
+  logging.set_verbosity(logging.WARNING)  # Orbax and JAX narrate at INFO.
+
+  try:
+    with distributed.joined(
+      *(COORDINATOR.value, PROCESSES.value, PROCESS.value),
+      together=(0, STOPPED_EXIT),
+    ):
+      sys.exit(_run())
+  except ValueError as error:
+    if DEBUG.value:
+      raise
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(USER_EXIT)
+
+
+def _command(arguments: Sequence[str]) -> str:
+  """What was typed, to be typed again; one argument per line."""
+  return " \\\n  ".join(
+    ["python -m sft_jax.main", *map(shlex.quote, arguments)]
+  )
+
+
+def _run() -> int:
+  """The run, and its exit code."""
+  try:
+    run(CONFIG.value, force=FORCE.value, command=_command(sys.argv[1:]))
+  except Stopped as stopped:
+    print(stopped, file=sys.stderr)
+    return STOPPED_EXIT
+  except USER_ERRORS as error:
+    if DEBUG.value:
+      raise
+    print(f"error: {error}", file=sys.stderr)
+    return USER_EXIT
+  except jax.errors.JaxRuntimeError as error:
+    if DEBUG.value or "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    first = str(error).splitlines()[0]
+    print(
+      f"error: out of memory: {first}\nThe start page and tools/plan.py say "
+      "what takes it; docs/troubleshooting.md what to change, in order. Then "
+      "the same command goes on from the last step saved.",
+      file=sys.stderr,
+    )
+    return USER_EXIT
+  return 0
+
+
+def cli() -> None:
+  """The command as a program."""
+  app.run(main, flags_parser=_parse)
