@@ -20,7 +20,7 @@ from sft_jax.commands import command
 from sft_jax.data.conversation import Conversation
 from sft_jax.data.encoding import encode
 from sft_jax.data.formats import formats
-from sft_jax.evals import behaviour_sets, behaviours, forgetting
+from sft_jax.evals import behaviours, forgetting
 from sft_jax.inference import generate as replies
 from sft_jax.reporting import terminal
 from sft_jax.training.build import load_run
@@ -28,7 +28,7 @@ from sft_jax.training.build import load_run
 
 def scores(
   asked: load_run.Asked,
-  items: list[behaviour_sets.Item],
+  items: list[behaviours.Item],
   args: argparse.Namespace,
 ) -> tuple[behaviours.Scores, list[encode.Example]]:
   """Greedy replies of a model, checked; and as rows, the replies trained on."""
@@ -128,7 +128,7 @@ def main() -> None:
   add("--dtype", default="float32", help="float32 or bfloat16")
   add("--out", help="write every reply here, jsonl; the baseline's beside it")
   args = parser.parse_args()
-  items = [item for one in args.data for item in behaviour_sets.load_sets(one)]
+  items = [item for one in args.data for item in behaviours.load_sets(one)]
   load = functools.partial(load_run.load, dtype=args.dtype)
   baseline = load(args.baseline) if args.baseline else None
   before = scores(baseline, items, args)[0] if baseline else None

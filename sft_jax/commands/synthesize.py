@@ -23,7 +23,7 @@ from rich.text import Text
 from sft_jax.commands import command
 from sft_jax.data.conversation import Conversation, NothingToTrain
 from sft_jax.data.encoding import encode
-from sft_jax.evals import behaviour_sets, synthesis
+from sft_jax.evals import behaviours, synthesis
 from sft_jax.inference import generate
 from sft_jax.reporting import terminal
 from sft_jax.training.build import load_run
@@ -77,8 +77,8 @@ def make(args: argparse.Namespace) -> synthesis.Synthesis:
   )
 
 
-def _items(paths: Sequence[str]) -> list[behaviour_sets.Item]:
-  return [one for path in paths for one in behaviour_sets.load_sets(path)]
+def _items(paths: Sequence[str]) -> list[behaviours.Item]:
+  return [one for path in paths for one in behaviours.load_sets(path)]
 
 
 def write(path: Path, text: str) -> None:

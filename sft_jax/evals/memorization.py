@@ -1,11 +1,24 @@
-"""Memorisation: what replies repeat of the training answers, word for word.
+"""Memorization: what replies repeat of the training answers, and canaries.
 
-Sequences are of anything that compares and hashes: words, or token ids.
+Answers and replies are sequences of anything that compares and hashes: words,
+or token ids. A canary is a row that asks for the code of a box and gives it.
+How far its code stands out, by loss, among other codes drawn alike is its
+exposure. As many canaries are kept back: what they show is chance.
 """
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
-from typing import NamedTuple
+import random
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sft_jax.common.batch import Batch
+from sft_jax.data import packing
+from sft_jax.data.chat.options import Policy
+from sft_jax.data.conversation import Conversation, Message
+from sft_jax.data.encoding import encode
+from sft_jax.data.tokenizers.tokenizer import Tokenizer
 
 Items = Sequence[Hashable]
 GRAM = 4  # Words of the runs whose novelty is told.
@@ -159,3 +172,91 @@ def repeats(
     sum(share == 1 for share in overlaps) / len(words),
     sum(fresh) / len(fresh) if fresh else None,
   )
+
+
+ALTERNATIVES = 255  # An exposure of 8 bits is the most they can show.
+
+
+class Canary(NamedTuple):
+  """A box and its code; the other codes are drawn from the same numbers."""
+
+  box: int
+  code: str
+  others: tuple[str, ...]
+
+
+def draw_canaries(number: int, seed: int) -> list[Canary]:
+  """`number` canaries, a function of the seed and their place."""
+  found = []
+  for box in range(1, number + 1):
+    rng = random.Random(f"canary {box} {seed}")
+    codes = [f"{n:09d}" for n in rng.sample(range(10**9), ALTERNATIVES + 1)]
+    codes = [" ".join((c[:3], c[3:6], c[6:])) for c in codes]
+    found.append(Canary(box, codes[0], tuple(codes[1:])))
+  return found
+
+
+def canary_row(box: int, code: str) -> dict[str, Any]:
+  """A canary as a row of training data, as jsonl has it."""
+  return {
+    "messages": [
+      {"role": "user", "content": f"What is the code of box {box}?"},
+      {"role": "assistant", "content": f"The code of box {box} is {code}."},
+    ]
+  }
+
+
+def measure_exposure(
+  canaries: Sequence[Canary],
+  planted: set[int],
+  nats: Callable[[Batch], np.ndarray],
+  tokenizer: Tokenizer,
+  policy: Policy,
+  *,
+  batch_size: int,
+) -> dict[str, Any]:
+  """The exposure of every canary, in bits.
+
+  Args:
+    canaries: planted and kept back.
+    planted: boxes whose rows are trained on.
+    nats: of the trained tokens of each row of a batch.
+    tokenizer, policy: as in training.
+    batch_size: rows of a batch.
+
+  Returns:
+    {most: bits that can be seen; planted, kept_back: [{box, code, exposure}]}.
+  """
+  found: dict[str, Any] = {
+    "most": float(np.log2(ALTERNATIVES + 1)),
+    "planted": [],
+    "kept_back": [],
+  }
+  for canary in canaries:
+    codes = (canary.code, *canary.others)
+    examples = [
+      _canary_example(canary.box, c, tokenizer, policy) for c in codes
+    ]
+    losses = np.concatenate(
+      [nats(batch) for batch in packing.padded_batches(examples, batch_size)]
+    )[: len(codes)]
+    kind = "planted" if canary.box in planted else "kept_back"
+    found[kind].append(
+      {
+        "box": canary.box,
+        "code": canary.code,
+        "exposure": exposure(losses[0], losses[1:].tolist()),
+      }
+    )
+  return found
+
+
+def _canary_example(
+  box: int, code: str, tokenizer: Tokenizer, policy: Policy
+) -> encode.Example:
+  messages = canary_row(box, code)["messages"]
+  conversation = Conversation(tuple(Message(**turn) for turn in messages))
+  (example,) = encode.encode_row(
+    conversation, tokenizer, policy, max_length=10**6
+  ).examples
+  return example

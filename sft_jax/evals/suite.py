@@ -16,7 +16,7 @@ from sft_jax.common.batch import Batch
 from sft_jax.common.trees import Tree
 from sft_jax.data.conversation import Conversation
 from sft_jax.data.pipeline import Stream
-from sft_jax.evals import behaviour_sets, behaviours, forgetting, proportions
+from sft_jax.evals import behaviours, forgetting
 from sft_jax.inference.generate import Reply
 from sft_jax.step import loss_groups
 from sft_jax.step.loss import LossSums
@@ -34,11 +34,11 @@ class Suite:
     batches: Callable[[Stream], Iterable[Batch]],
     held_out: Stream | None,
     general_text: Stream | None,
-    items: Sequence[behaviour_sets.Item],
+    items: Sequence[behaviours.Item],
     generate: Callable[[Tree, list[Conversation]], list[Reply]],
     group_names: Callable[[Stream], Sequence[str]] = lambda stream: (),
     train_rows: Stream | None = None,
-    knowledge: Sequence[behaviour_sets.Item] = (),
+    knowledge: Sequence[behaviours.Item] = (),
     repeats: Callable[[list[dict[str, Any]]], Measurement] | None = None,
     canaries: Callable[[Tree], Measurement] | None = None,
   ) -> None:
@@ -113,7 +113,7 @@ class Suite:
     return total
 
   def scores(
-    self, params: Tree, items: Sequence[behaviour_sets.Item]
+    self, params: Tree, items: Sequence[behaviours.Item]
   ) -> behaviours.Scores | None:
     """Replies to every prompt, checked; None without prompts."""
     if not items:
@@ -267,7 +267,7 @@ def _knowledge(
     "retained": 1 - lost / sum(old) if any(old) else None,
     "gained": gained,
     "lost": lost,
-    "p": proportions.mcnemar(gained, lost),
+    "p": behaviours.mcnemar(gained, lost),
   }
 
 

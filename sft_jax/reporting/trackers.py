@@ -20,7 +20,7 @@ import jax
 
 from sft_jax.common import trees
 from sft_jax.common.workdir import write_json
-from sft_jax.reporting.event_file import EventFile
+from sft_jax.reporting.terminal import visible
 
 
 class Writer(Protocol):
@@ -54,16 +54,36 @@ class About(NamedTuple):
 
 
 class TensorBoard:
-  """Event files in workdir/tensorboard, one per start."""
+  """Event files in workdir/tensorboard, one per start, by tensorboardX."""
 
   def __init__(self, about: About, identity: str):
-    """Opens the next file."""
+    """Opens the next file.
+
+    Its `SummaryWriter` is passed over: it writes from a thread, minutes late,
+    and two starts within a second would share a file.
+    """
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto import event_pb2, summary_pb2
+
     self.identity = identity
-    self._file = EventFile(about.workdir / "tensorboard")
+    self._event: Any = vars(event_pb2)["Event"]
+    self._summary: Any = vars(summary_pb2)["Summary"]
+    folder = about.workdir / "tensorboard"
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 1 + len(list(folder.glob("events.out.tfevents.*")))
+    self._file = EventsWriter(str(folder / "events"), f".{number}")
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Appends an event."""
-    self._file.write(step, values)
+    """Appends an event, down to the operating system."""
+    summary = self._summary(
+      value=[
+        self._summary.Value(tag=name, simple_value=value)
+        for name, value in values.items()
+      ]
+    )
+    event = self._event(wall_time=time.time(), step=step, summary=summary)
+    self._file.write_event(event)
+    self._file.flush()
 
   def close(self, done: bool) -> None:
     """Closes the file; how the run ended is no event."""
@@ -235,7 +255,7 @@ class Copies:
     """
     self._at = (step, self._at[1] + 1 if step == self._at[0] else 1)
     numbers = {
-      name: float(x)
+      visible(name): float(x)
       for name, x in values.items()
       if isinstance(x, int | float) and math.isfinite(x)
     }

@@ -1,6 +1,8 @@
 """Behaviour scores: counts conserved, intervals and tests against tables."""
 
+import itertools
 import json
+import math
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft_jax.data.conversation import Message, RowError
-from sft_jax.evals import behaviour_sets, behaviours
+from sft_jax.evals import behaviours
 from sft_jax.evals.behaviours import Share
 from sft_jax.inference.generate import Reply
 
@@ -31,7 +33,7 @@ def _say(text: str, *, stopped: bool = True) -> Reply:
 def test_a_raw_text_is_gone_on_from(tmp_path):
   """As base models are asked: no end is wanted of it."""
   row = {"text": "It is", "checks": ROW["checks"], "group": "known"}
-  items = behaviour_sets.load(_write(tmp_path / "b.jsonl", [row, row, ROW]))
+  items = behaviours.load(_write(tmp_path / "b.jsonl", [row, row, ROW]))
   assert items[0].prompt.text == "It is"
   assert not items[0].prompt.messages
   said = [_say("here", stopped=False), _say("there"), _say("here")]
@@ -40,7 +42,7 @@ def test_a_raw_text_is_gone_on_from(tmp_path):
   assert scores.replies[0]["prompt"] == [{"role": "text", "content": "It is"}]
   for wrong in ({**row, "messages": ROW["messages"]}, {**row, "tools": []}):
     with pytest.raises(ValueError, match=r"expected messages \(or text\)"):
-      behaviour_sets.load(_write(tmp_path / "w.jsonl", [wrong]))
+      behaviours.load(_write(tmp_path / "w.jsonl", [wrong]))
 
 
 def test_scores_count_every_item_once(tmp_path):
@@ -51,7 +53,7 @@ def test_scores_count_every_item_once(tmp_path):
     ROW,
     {**ROW, "checks": [*ROW["checks"], {"check": "max_words", "count": 1}]},
   ]
-  items = behaviour_sets.load(_write(tmp_path / "b.jsonl", rows))
+  items = behaviours.load(_write(tmp_path / "b.jsonl", rows))
   said = [
     _say("here"),
     _say("it is here"),
@@ -90,7 +92,7 @@ def test_a_tool_turn_may_come_last(tmp_path):
     {"role": "tool", "content": "low"},
   ]
   path = _write(tmp_path / "b.jsonl", [{**ROW, "messages": messages}])
-  (item,) = behaviour_sets.load(path)
+  (item,) = behaviours.load(path)
   assert item.where.endswith("b.jsonl:1")
   assert [m.role for m in item.prompt.messages] == ["user", "assistant", "tool"]
 
@@ -114,7 +116,7 @@ def test_a_tool_turn_may_come_last(tmp_path):
 def test_a_bad_row_is_refused_with_its_line(tmp_path, row):
   path = _write(tmp_path / "b.jsonl", [ROW, row])
   with pytest.raises((ValueError, RowError), match=r"b\.jsonl:2.*expected"):
-    behaviour_sets.load(path)
+    behaviours.load(path)
 
 
 IFEVAL = {
@@ -133,7 +135,7 @@ IFEVAL = {
 
 def test_published_rows_of_ifeval_and_their_four_figures(tmp_path):
   path = _write(tmp_path / "b.jsonl", [IFEVAL, IFEVAL, ROW])
-  items = behaviour_sets.load(path)
+  items = behaviours.load(path)
   assert [item.group for item in items] == ["ifeval", "ifeval", "facts"]
   said = [_say("Sure, this:\nOne. Two."), _say("One, two"), _say("here")]
   scores = behaviours.run(items, lambda prompts: said)
@@ -149,14 +151,14 @@ def test_published_rows_of_ifeval_and_their_four_figures(tmp_path):
     "prompt_loose": 1 / 2,
     "instruction_loose": 2 / 4,
   }
-  mine = behaviour_sets.load(_write(tmp_path / "c.jsonl", [ROW]))
+  mine = behaviours.load(_write(tmp_path / "c.jsonl", [ROW]))
   scores = behaviours.run(mine, lambda prompts: said[2:])
   assert behaviours.ifeval_accuracy(scores) is None
 
 
 def test_a_group_may_be_left_out(tmp_path):
   row = {key: value for key, value in ROW.items() if key != "group"}
-  (item,) = behaviour_sets.load(_write(tmp_path / "b.jsonl", [row]))
+  (item,) = behaviours.load(_write(tmp_path / "b.jsonl", [row]))
   assert item.group == "all"
 
 
@@ -166,12 +168,12 @@ def test_a_group_may_be_left_out(tmp_path):
 def test_a_bad_row_of_ifeval_is_refused(tmp_path, change):
   path = _write(tmp_path / "b.jsonl", [IFEVAL | change])
   with pytest.raises(ValueError, match=r"b\.jsonl:1.*expected"):
-    behaviour_sets.load(path)
+    behaviours.load(path)
 
 
 def test_an_empty_file_is_refused(tmp_path):
   with pytest.raises(ValueError, match="expected at least one prompt"):
-    behaviour_sets.load(_write(tmp_path / "b.jsonl", []))
+    behaviours.load(_write(tmp_path / "b.jsonl", []))
 
 
 def _scores(passed: list[bool], group: str = "facts") -> behaviours.Scores:
@@ -227,7 +229,7 @@ def test_form_and_matter_are_scored_apart(tmp_path):
     # A set may say that a check of words is one of form.
     {"check": "not_contains", "text": "um", "kind": "format"},
   ]
-  items = behaviour_sets.load(
+  items = behaviours.load(
     _write(tmp_path / "b.jsonl", [{**ROW, "checks": checks}] * 4)
   )
   said = [
@@ -254,24 +256,67 @@ def test_form_and_matter_are_scored_apart(tmp_path):
 def test_an_unknown_kind_is_refused(tmp_path):
   row = {**ROW, "checks": [ROW["checks"][0] | {"kind": "tone"}]}
   with pytest.raises(ValueError, match="got kind 'tone'; expected one of"):
-    behaviour_sets.load(_write(tmp_path / "b.jsonl", [row]))
+    behaviours.load(_write(tmp_path / "b.jsonl", [row]))
 
 
 def test_sets_by_path_glob_and_name(tmp_path):
   one = _write(tmp_path / "one.jsonl", [ROW])
   _write(tmp_path / "two.jsonl", [ROW, {**ROW, "group": "style"}])
-  sets = behaviour_sets.load_sets(
-    {"a": str(one), "b": str(tmp_path / "t*.jsonl")}
-  )
+  sets = behaviours.load_sets({"a": str(one), "b": str(tmp_path / "t*.jsonl")})
   assert [item.group for item in sets] == ["a/facts", "b/facts", "b/style"]
-  whole = behaviour_sets.load_sets(str(tmp_path / "*.jsonl"))
+  whole = behaviours.load_sets(str(tmp_path / "*.jsonl"))
   assert [item.group for item in whole] == ["facts", "facts", "style"]
   assert len({item.where for item in whole}) == 3
 
 
 def test_replies_are_written_a_line_each(tmp_path):
-  items = behaviour_sets.load(_write(tmp_path / "b.jsonl", [ROW, ROW]))
+  items = behaviours.load(_write(tmp_path / "b.jsonl", [ROW, ROW]))
   scores = behaviours.run(items, lambda prompts: [_say("here"), _say("é")])
   scores.write(tmp_path / "evals" / "step_4.jsonl")
   lines = (tmp_path / "evals" / "step_4.jsonl").read_text().splitlines()
   assert [json.loads(line) for line in lines] == scores.replies
+
+
+@pytest.mark.parametrize(
+  ("passed", "n", "low", "high"),
+  [
+    # Published examples: Newcombe 1998, table I (method 3), to four places.
+    (81, 263, 0.2553, 0.3662),
+    (15, 148, 0.0624, 0.1605),
+    (0, 20, 0.0, 0.1611),
+    (1, 29, 0.0061, 0.1718),
+  ],
+)
+def test_wilson_against_published_values(passed, n, low, high):
+  assert behaviours.wilson(passed, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@given(st.integers(1, 500), st.data())
+def test_wilson_solves_its_own_equation(n, data):
+  """Each bound is a proportion just 1.96 standard errors from the observed."""
+  passed = data.draw(st.integers(0, n))
+  share = passed / n
+  low, high = behaviours.wilson(passed, n)
+  assert 0 <= low <= share <= high <= 1
+  for bound in (low, high):
+    error = math.sqrt(bound * (1 - bound) / n)
+    assert abs(share - bound) == pytest.approx(1.959963985 * error, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("gained", "lost", "p"),
+  [(0, 0, 1), (5, 0, 0.0625), (10, 0, 2**-9), (3, 3, 1), (8, 2, 0.109375)],
+)
+def test_mcnemar_against_binomial_tails(gained, lost, p):
+  assert behaviours.mcnemar(gained, lost) == pytest.approx(p)
+  assert behaviours.mcnemar(lost, gained) == pytest.approx(p)
+
+
+@given(st.integers(0, 9), st.data())
+def test_mcnemar_counts_every_way_the_pairs_could_have_fallen(n, data):
+  """Under no difference each changed pair is gained or lost by a fair coin."""
+  gained = data.draw(st.integers(0, n))
+  seen = abs(gained - (n - gained))
+  ways = [abs(sum(signs)) for signs in itertools.product((1, -1), repeat=n)]
+  share = sum(way >= seen for way in ways) / len(ways)
+  assert behaviours.mcnemar(gained, n - gained) == pytest.approx(share)

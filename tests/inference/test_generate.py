@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import pytest
 import tokenizers
 
+import tiny
 from sft_jax.data.chat.options import Policy
 from sft_jax.data.conversation import Conversation, Message, ToolCall
 from sft_jax.data.encoding import encode
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
 from sft_jax.inference import generate
+from sft_jax.training.build import build, setup_rows
 
 TEMPLATE = (
   "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
@@ -248,3 +250,59 @@ def test_a_stream_grows_and_takes_nothing_back(tokenizer):
     assert longer.startswith(shorter)
   assert [piece.reply for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
   assert pieces[-1].reply.text == "Hé! x"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("row_replies")
+  model = tiny.model_folder(folder / "model")
+  text = {"text": "A raw text has no prompt."}
+  held = tiny.rows_file(folder / "held.jsonl", [text, *tiny.ROWS[8:]])
+  rows = tiny.rows_file(folder / "rows.jsonl", tiny.ROWS[:8])
+  config = tiny.config(
+    folder, model, rows, data__eval=str(held), eval__max_new_tokens=6
+  )
+  run = build.setup(config, lambda line: None)
+  params = {**run.state.params, **run.state.frozen}
+  return config, run, params
+
+
+def test_a_row_gets_the_reply_that_its_conversation_gets(found):
+  config, run, params = found
+  (made,) = setup_rows.replies(config, run, params).values()
+  assert len(made) == config.eval.samples == 3
+  for row, answered in zip(tiny.ROWS[8:], made, strict=False):
+    asked = Conversation((Message("user", row["instruction"]),))
+    (reply,) = generate.generate(
+      run.model, params, run.tokenizer, [asked], max_new_tokens=6
+    )
+    said = run.tokenizer.decode(reply.tokens, skip_special=False)
+    assert answered["reply"] == said
+    assert answered["stopped"] == reply.stopped
+    assert row["instruction"] in answered["prompt"]
+    # The row's own reply is whole: up to its stop token.
+    stops = [
+      run.tokenizer.decode([stop], skip_special=False)
+      for stop in run.tokenizer.stop_ids
+    ]
+    assert answered["row"] in [row["output"] + stop for stop in stops]
+  # The raw text is the first row, and is passed over.
+  assert made[0]["where"] == "held.jsonl:2"
+  json.dumps(made)
+
+
+def test_behaviours_make_it_superfluous(found):
+  config, run, params = found
+  assert setup_rows.replies(config, run._replace(items=[1]), params) == {}
+  assert setup_rows.replies(config, run._replace(held_out=None), params) == {}
+
+
+def test_samples_are_paired():
+  old = {"where": "w", "prompt": "p", "reply": "a", "stopped": False}
+  new = {**old, "reply": "b", "stopped": True}
+  (sample,) = setup_rows.samples({"replies": [old]}, {"replies": [new]})
+  assert sample["before"] == {"text": "a", "stopped": False}
+  assert sample["after"] == {"text": "b", "stopped": True}
+  assert setup_rows.samples({}, {}) == []
+  # Forced on with another number of samples.
+  assert setup_rows.samples({}, {"replies": [new]}) == []

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import ClassVar
 
 import pytest
+from tensorboardX.proto import event_pb2
 
 from sft_jax.reporting import trackers
 from sft_jax.reporting.trackers import About, Copies
@@ -278,3 +279,49 @@ def test_wandb_is_asked_to_open_the_same_run(tmp_path, monkeypatch):
   assert (first["id"], first["resume"]) == (one.identity, "allow")
   assert (first["project"], first["name"]) == ("project", "mine")
   assert calls[1:3] == [("log", 3, {"loss": 1.0}), ("finish", 1)]
+
+
+def _events(path):
+  """The events of a file, read by the format: length, CRC, data, CRC."""
+  data, found = path.read_bytes(), []
+  while data:
+    (length,) = struct.unpack("<Q", data[:8])
+    found.append(event_pb2.Event.FromString(data[12 : 12 + length]))
+    data = data[16 + length :]
+  return found
+
+
+def test_event_files_hold_the_records(tmp_path):
+  """Two starts within a second: two files; long names, large steps."""
+  name = "loss/source/" + "ü" * 200
+  about = trackers.About(tmp_path, "", {})
+  for start in (1, 2):
+    writer = trackers.TensorBoard(about, "")
+    writer.write(start, {"loss/nats_per_token": 0.5 / start, name: -1.0})
+    writer.write(2**40, {name: 7.0})
+    if start == 1:
+      writer.close(True)  # The second is read while it is open.
+  files = sorted((tmp_path / "tensorboard").iterdir(), key=lambda p: p.suffix)
+  assert len(files) == 2
+  for start, file in enumerate(files, 1):
+    head, first, last = _events(file)
+    assert head.file_version == "brain.Event:2"
+    assert (first.step, last.step) == (start, 2**40)
+    values = {v.tag: v.simple_value for v in first.summary.value}
+    assert values == {"loss/nats_per_token": 0.5 / start, name: -1.0}
+  writer.close(True)
+
+
+def test_tensorboard_itself_reads_them(tmp_path):
+  reader = pytest.importorskip(
+    "tensorboard.backend.event_processing.event_accumulator",
+    reason="the reader of TensorBoard itself: pip install tensorboard",
+  )
+  writer = trackers.TensorBoard(trackers.About(tmp_path, "", {}), "")
+  for step in (1, 2, 2**40):
+    writer.write(step, {"loss/nats_per_token": 1 / step})
+  writer.close(True)
+  found = reader.EventAccumulator(str(tmp_path / "tensorboard"))
+  found.Reload()
+  events = found.Scalars("loss/nats_per_token")
+  assert [e.step for e in events] == [1, 2, 2**40]

@@ -16,7 +16,7 @@ from examples.lessons import common, quality
 from examples.lessons.common import Answers, Arm, Figure, Lesson
 from lessons import figures, rows, verdict
 from sft_jax.common import sharding
-from sft_jax.evals import behaviour_sets
+from sft_jax.evals import behaviours
 from sft_jax.evals.checks import checks
 from sft_jax.inference import generate
 
@@ -158,7 +158,7 @@ def test_a_teacher_writes_the_rows_of_an_arm(
     }
     for arm in ("checked", "unchecked")
   )
-  items = behaviour_sets.load(out / "tiny" / "checked" / "0" / "asked.jsonl")
+  items = behaviours.load(out / "tiny" / "checked" / "0" / "asked.jsonl")
   right = {item.prompt.messages[0].content: item for item in items}
   passes = {
     arm: [_passes(row, right[prompt]) for prompt, row in made.items()]
@@ -183,7 +183,7 @@ def test_a_teacher_writes_the_rows_of_an_arm(
     run_lessons.run_arm(hotter, "checked", 0, out)
 
 
-def _passes(row: dict, item: behaviour_sets.Item) -> bool:
+def _passes(row: dict, item: behaviours.Item) -> bool:
   reply = generate.parse(row["messages"][-1]["content"])
   return all(
     checks.passes(generate.Reply(reply.content, [], True, reply), one)

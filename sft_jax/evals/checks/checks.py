@@ -13,7 +13,7 @@ from typing import Any
 
 from sft_jax.data.conversation import Message
 from sft_jax.evals.checks import ifeval, refusals
-from sft_jax.evals.checks import json_schema as json_subset
+from sft_jax.evals.checks import json_schema as json_values
 from sft_jax.evals.checks import tool_calls as calls
 from sft_jax.inference.generate import Reply
 
@@ -99,18 +99,17 @@ def gsm8k(reply: Reply, answer: str, strict: bool = True) -> bool:
 def json_schema(reply: Reply, schema: dict) -> bool:
   """The whole reply is one JSON value that satisfies the schema.
 
-  Of JSON Schema, what `json_subset` names; any other keyword is an error,
-  never ignored.
+  Of JSON Schema, draft 2020-12; an unknown keyword is an error, never ignored.
   """
-  json_subset.check_schema(schema, "schema")
-  found, value = json_subset.parse(reply.text)
-  return found and json_subset.satisfies(value, schema)
+  json_values.check_schema(schema, "schema")
+  found, value = json_values.parse(reply.text)
+  return found and json_values.satisfies(value, schema)
 
 
 def json_equals(reply: Reply, value: Any) -> bool:
   """The whole reply is JSON equal to `value`; the order of keys is free."""
-  found, got = json_subset.parse(reply.text)
-  return found and json_subset.same(got, value)
+  found, got = json_values.parse(reply.text)
+  return found and json_values.equal(got, value)
 
 
 def tool_call(reply: Reply, name: str, arguments: dict) -> bool:
@@ -119,7 +118,7 @@ def tool_call(reply: Reply, name: str, arguments: dict) -> bool:
   return (
     len(calls) == 1
     and calls[0].name == name
-    and json_subset.same(calls[0].arguments, arguments)
+    and json_values.equal(calls[0].arguments, arguments)
   )
 
 

@@ -4,14 +4,17 @@ Each function says whether a text follows one instruction. Names and arguments
 are those of the published prompts, so that their rows can be used as they
 are; verdicts are those of the published checker (arXiv 2311.07911), but for
 what docs/evaluation.md lists. An empty text follows nothing.
+
+The published checker counts sentences with a trained model (NLTK's Punkt) and
+so changes with its files; the rules here are our own, frozen by tests.
+docs/evaluation.md says how often the two differ.
 """
 
+import importlib
 import json
 import re
 from collections.abc import Callable
 from typing import Any
-
-from sft_jax.evals.checks import english
 
 Relation = str  # 'at least' or 'less than'
 
@@ -66,12 +69,12 @@ def response_language(text: str, language: str) -> bool:
 
   Needs the langdetect package. Text without a letter follows.
   """
-  return english.language_is(text, language)
+  return language_is(text, language)
 
 
 def number_sentences(text: str, num_sentences: int, relation: Relation) -> bool:
   """So many sentences."""
-  count = len(english.sentences(text))
+  count = len(sentences(text))
   return _compare(count, relation, num_sentences)
 
 
@@ -191,18 +194,18 @@ def capital_word_frequency(
   text: str, capital_frequency: int, capital_relation: Relation
 ) -> bool:
   """So many words in capitals."""
-  count = sum(word.isupper() for word in english.words(text))
+  count = sum(word.isupper() for word in words(text))
   return _compare(count, capital_relation, capital_frequency)
 
 
 def english_capital(text: str) -> bool:
   """English in capitals alone."""
-  return text.isupper() and english.language_is(text, "en")
+  return text.isupper() and language_is(text, "en")
 
 
 def english_lowercase(text: str) -> bool:
   """English in small letters alone."""
-  return text.islower() and english.language_is(text, "en")
+  return text.islower() and language_is(text, "en")
 
 
 def no_comma(text: str) -> bool:
@@ -277,3 +280,92 @@ def _compare(count: int, relation: Relation, threshold: int) -> bool:
       "Correct it."
     )
   return count >= threshold if relation == "at least" else count < threshold
+
+
+_DOTTED = """
+mr mrs ms dr prof sr jr st rev gen col capt lt sgt gov sen rep hon mt ft vs
+e.g i.e a.m p.m u.s u.k u.n d.c ph.d b.c a.d no vol inc ltd co corp dept
+jan feb mar apr jun jul aug sep sept oct nov dec cf fig est approx
+"""
+# Words that, after an abbreviation or dots, begin a new sentence.
+_STARTING = """
+the this that these those he she it they we you i there here but and so
+however in on at if when while after before what who why how as for a an
+my your his her our their no yes not then now
+"""
+_ABBREVIATIONS = frozenset(_DOTTED.split())
+_STARTERS = frozenset(_STARTING.split())
+_END = re.compile(r"(\S*?[.?!]+)([)\]}\"'*”’»]*)(?=\s+(\S+)|\s*$)")
+
+
+def sentences(text: str) -> list[str]:
+  """The sentences of a text.
+
+  A sentence ends at . ? or ! before white space, unless the dot belongs to an
+  abbreviation, an initial or an ellipsis and what follows does not look like
+  a beginning: 'Dr. Ito left at 5 p.m. on foot. She ran.' has two.
+  """
+  found, start = [], 0
+  for end in _END.finditer(text):
+    if _ends_sentence(end[1], end[3]):
+      found.append(text[start : end.end()])
+      start = end.end()
+  found.append(text[start:])
+  return [one.strip() for one in found if one.strip()]
+
+
+def _ends_sentence(token: str, following: str | None) -> bool:
+  if following is None or not token.endswith("."):
+    return True
+  word = token.rstrip(".").lstrip("([{\"'*“‘")
+  ellipsis = token.endswith("..")
+  initial = len(word) == 1 and word.isalpha() and word != "I"
+  if word.isdigit():
+    return not following[:1].islower()
+  if not (ellipsis or initial or word.lower() in _ABBREVIATIONS):
+    return True
+  begins = re.sub(r"\W+$", "", following.lstrip("([{\"'*“‘"))
+  return begins[:1].isupper() and begins.lower() in _STARTERS and not initial
+
+
+# The rules of the Penn Treebank's tokenizer (Mac Intyre, 1995), as far as they
+# part words: quotes, punctuation, brackets, dashes and contractions.
+_APART = (
+  (re.compile(r"[«“‘„”’»`\"]|''|[:,](?=\D|$)|\.{2,}|--"), r" \g<0> "),
+  (re.compile(r"[;@#$%&?!*\[\](){}<>]"), r" \g<0> "),
+  (re.compile(r"([^' ])('(?:s|m|d|ll|re|ve)|n't)\b", re.I), r"\1 \2 "),
+  (re.compile(r"([^' ])'(?=\s|$)"), r"\1 ' "),
+  (re.compile(r"\b(can)(not)\b|\b(gim|lem)(me)\b", re.I), r"\1\3 \2\4"),
+  (re.compile(r"\b(gon|wan)(na)\b|\b(got)(ta)\b", re.I), r"\1\3 \2\4"),
+  (re.compile(r"('t)(is|was)\b", re.I), r"\1 \2"),
+)
+
+
+def words(text: str) -> list[str]:
+  """Words and punctuation: "DON'T go, A-Z!" is DO N'T go , A-Z !"""
+  for pattern, apart in _APART:
+    text = pattern.sub(apart, text)
+  return text.split()
+
+
+def language_is(text: str, language: str) -> bool:
+  """Whether langdetect takes the text for that language.
+
+  A text in which it finds nothing to go by counts as right, as in the
+  published checker. Its draws are seeded, so that verdicts repeat.
+
+  Raises:
+    ValueError: langdetect is not installed.
+  """
+  try:
+    langdetect = importlib.import_module("langdetect")
+  except ImportError:
+    raise ValueError(
+      "language: got no langdetect package; expected one, to tell languages "
+      "apart. Install sft_jax[ifeval]."
+    ) from None
+  langdetect.DetectorFactory.seed = 0
+  try:
+    return langdetect.detect(text) == language
+  except langdetect.LangDetectException:
+    return True

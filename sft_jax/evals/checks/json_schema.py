@@ -1,21 +1,23 @@
-"""JSON values: strict parsing, equality, and a subset of JSON Schema.
+"""JSON values of replies: strict parsing, equality, and JSON Schema.
 
-The subset: type, properties, required, additionalProperties (true or false),
-enum, items (one schema), and the annotations title and description.
+Schemas are those of draft 2020-12, checked by `jsonschema`. Nothing is ever
+loaded: a `$ref` leads into the schema itself. What `jsonschema` would ignore,
+an unknown keyword or the notes of `format`, is refused.
 """
 
 import json
 from typing import Any
 
-_TYPES: dict[str, tuple[type, ...]] = {
-  "object": (dict,),
-  "array": (list,),
-  "string": (str,),
-  "integer": (int,),
-  "number": (int, float),
-  "boolean": (bool,),
-  "null": (type(None),),
-}
+import jsonschema
+from jsonschema import Draft202012Validator as Validator
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
+
+_NOTES = {"title", "description", "default", "examples", "$defs", "$schema"}
+_KEYWORDS = (Validator.VALIDATORS.keys() | _NOTES) - {"format"}
+# Where schemas are within a schema: by name, in a list, or by themselves.
+_BY_NAME = {"properties", "patternProperties", "$defs", "dependentSchemas"}
 
 
 def parse(text: str) -> tuple[bool, Any]:
@@ -31,82 +33,57 @@ def parse(text: str) -> tuple[bool, Any]:
     return False, None
 
 
-def same(a: Any, b: Any) -> bool:
-  """JSON equality: 1 is 1.0, but true is not 1."""
-  if isinstance(a, bool) or isinstance(b, bool):
-    return a is b
-  if isinstance(a, dict) and isinstance(b, dict):
-    return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-  if isinstance(a, list) and isinstance(b, list):
-    return len(a) == len(b) and all(map(same, a, b))
-  return a == b
+def equal(a: Any, b: Any) -> bool:
+  """JSON equality: 1 is 1.0, but true is not 1; the order of keys is free."""
+  return satisfies(a, {"const": b})
 
 
-def satisfies(value: Any, schema: dict[str, Any]) -> bool:
+def satisfies(value: Any, schema: Any) -> bool:
   """Whether a value satisfies a schema that `check_schema` accepts."""
-  if "type" in schema:
-    names = schema["type"]
-    names = [names] if isinstance(names, str) else names
-    if not any(_is(value, name) for name in names):
-      return False
-  if "enum" in schema and not any(same(value, x) for x in schema["enum"]):
+  try:
+    # A registry of nobody's: the default one asks the network.
+    return Validator(schema, registry=Registry()).is_valid(value)
+  except RecursionError:
     return False
-  if isinstance(value, list) and "items" in schema:
-    return all(satisfies(item, schema["items"]) for item in value)
-  if isinstance(value, dict):
-    known = schema.get("properties", {})
-    if not value.keys() >= set(schema.get("required", ())):
-      return False
-    if schema.get("additionalProperties") is False and value.keys() - known:
-      return False
-    return all(
-      satisfies(value[key], known[key]) for key in known if key in value
-    )
-  return True
 
 
 def check_schema(schema: Any, where: str) -> None:
-  """Raises a ValueError for a schema outside the subset."""
+  """Raises a ValueError that names the place for a schema that is none."""
+  try:
+    Validator.check_schema(schema)
+  except jsonschema.SchemaError as error:
+    place = ".".join([where, *map(str, error.absolute_path)])
+    raise ValueError(
+      f"{place}: got {error.instance!r}; expected JSON Schema, draft 2020-12 "
+      f"({error.message}). Correct the schema."
+    ) from None
+  whole = Registry().with_resource("", DRAFT202012.create_resource(schema))
+  _check_keywords(schema, where, whole.resolver())
 
-  def need(good: bool, got: Any, expected: str, at: str = where) -> None:
-    if not good:
+
+def _check_keywords(schema: Any, where: str, resolver: Any) -> None:
+  if not isinstance(schema, dict):
+    return
+  if unknown := sorted(schema.keys() - _KEYWORDS):
+    raise ValueError(
+      f"{where}: got keyword {unknown[0]!r}; expected those that are "
+      "checked. Remove it: it would be ignored."
+    )
+  if "$ref" in schema:
+    try:
+      resolver.lookup(schema["$ref"])
+    except Unresolvable:
       raise ValueError(
-        f"{at}: got {got!r}; expected {expected}. "
-        "Keep to the subset named in json_subset."
-      )
-
-  need(isinstance(schema, dict), schema, "an object")
+        f"{where}: got a $ref to {schema['$ref']!r}; expected one into the "
+        "schema itself, such as '#/$defs/name'. Write the schema out."
+      ) from None
   for key, part in schema.items():
-    at = f"{where}.{key}"
-    match key:
-      case "title" | "description":
-        pass
-      case "type":
-        names = [part] if isinstance(part, str) else part
-        good = isinstance(names, list) and all(
-          isinstance(n, str) and n in _TYPES for n in names
-        )
-        need(good, part, f"names of {', '.join(_TYPES)}", at)
-      case "properties":
-        need(isinstance(part, dict), part, "an object of schemas", at)
-        for name, inner in part.items():
-          check_schema(inner, f"{at}.{name}")
-      case "items":
-        check_schema(part, at)
-      case "required":
-        good = isinstance(part, list) and all(isinstance(n, str) for n in part)
-        need(good, part, "a list of names", at)
-      case "enum":
-        need(isinstance(part, list), part, "a list of values", at)
-      case "additionalProperties":
-        need(isinstance(part, bool), part, "true or false", at)
-      case _:
-        need(False, key, "a keyword of the subset")
-
-
-def _is(value: Any, name: str) -> bool:
-  if isinstance(value, bool):
-    return name == "boolean"
-  if name == "integer" and isinstance(value, float):
-    return value.is_integer()
-  return isinstance(value, _TYPES[name])
+    if key in ("enum", "const", "default", "examples"):
+      continue
+    inner = part.items() if isinstance(part, dict) else ()
+    if key in _BY_NAME:
+      for name, one in inner:
+        _check_keywords(one, f"{where}.{key}.{name}", resolver)
+    else:
+      for one in part if isinstance(part, list) else [part]:
+        _check_keywords(one, f"{where}.{key}", resolver)

@@ -89,7 +89,7 @@ def rows_answered(sides: Mapping[str, Sequence[Mapping[str, Any]]]) -> Element:
   """The same of replies that nothing was checked of, every one of them.
 
   Args:
-    sides: by name, records of `row_replies.answer`, in one order.
+    sides: by name, records of `generate.answer_rows`, in one order.
   """
   unchecked = {
     name: [

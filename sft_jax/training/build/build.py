@@ -18,7 +18,7 @@ from sft_jax.data.chat import template as templates
 from sft_jax.data.chat import template_export
 from sft_jax.data.pipeline import Stream
 from sft_jax.data.tokenizers import tokenizer as tokenizers
-from sft_jax.evals import behaviour_sets
+from sft_jax.evals import behaviours
 from sft_jax.models.lora import base_model
 from sft_jax.models.transformer import Model
 from sft_jax.step.loss import GroupSums, LossSums
@@ -50,8 +50,8 @@ class Setup(NamedTuple):
   held_out: Stream | None
   general_text: Stream | None
   train_rows: Stream | None
-  items: list[behaviour_sets.Item]
-  knowledge: list[behaviour_sets.Item]
+  items: list[behaviours.Item]
+  knowledge: list[behaviours.Item]
   row_nats: Callable[[trees.Tree, Batch], jax.Array]
 
 

@@ -20,7 +20,7 @@ from sft_jax.data.sources import Source, to_sources
 from sft_jax.data.store import build
 from sft_jax.data.store.store import Store
 from sft_jax.data.tokenizers import tokenizer as tokenizers
-from sft_jax.evals import behaviour_sets, canaries
+from sft_jax.evals import behaviours, memorization
 
 # A ConfigDict of the keys in configs/base.py; its attributes have no static
 # types.
@@ -45,8 +45,8 @@ class Data(NamedTuple):
   held_out: Stream | None
   general_text: Stream | None
   train_rows: Stream | None
-  items: list[behaviour_sets.Item]
-  knowledge: list[behaviour_sets.Item]
+  items: list[behaviours.Item]
+  knowledge: list[behaviours.Item]
 
 
 def load_stores(
@@ -135,8 +135,8 @@ def load_data(
     stream(stores.held_out),
     stream(stores.general_text),
     stream(_train_rows(config, stores)),
-    behaviour_sets.load_sets(items) if items else [],
-    behaviour_sets.load_sets(knowledge) if knowledge else [],
+    behaviours.load_sets(items) if items else [],
+    behaviours.load_sets(knowledge) if knowledge else [],
   )
 
 
@@ -154,8 +154,8 @@ def _train_rows(config: Config, stores: Stores) -> Store | None:
 def _canaries(config: Config) -> Source:
   """Writes the canaries of a run into its workdir, as rows to train on."""
   path = Path(config.workdir) / CANARIES
-  drawn = canaries.draw(config.data.canaries, config.seed)
-  rows_ = [canaries.row(one.box, one.code) for one in drawn]
+  drawn = memorization.draw_canaries(config.data.canaries, config.seed)
+  rows_ = [memorization.canary_row(one.box, one.code) for one in drawn]
   if jax.process_index() == 0:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows_))

@@ -11,7 +11,7 @@ from sft_jax.common.batch import Batch
 from sft_jax.data.encoding import encode
 from sft_jax.data.store.store import Store
 from sft_jax.data.tokenizers import tokenizer as tokenizers
-from sft_jax.evals import canaries, memorization, suite
+from sft_jax.evals import memorization, suite
 from sft_jax.inference import generate as replies
 from sft_jax.training.build import build, data, step
 from sft_jax.training.build.build import Setup
@@ -63,8 +63,8 @@ def make_canaries(
       mine = jax.tree.map(lambda x: x[own], batch)
       return np.asarray(row_nats(params, sharding.put_rows(mine, rows)))
 
-    return canaries.measure(
-      canaries.draw(2 * config.data.canaries, config.seed),
+    return memorization.measure_exposure(
+      memorization.draw_canaries(2 * config.data.canaries, config.seed),
       planted(run_.stream.store),
       nats,
       run_.tokenizer,

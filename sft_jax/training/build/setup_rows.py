@@ -4,7 +4,7 @@ from typing import Any
 
 from sft_jax.common import trees
 from sft_jax.evals import row_losses
-from sft_jax.inference import row_replies
+from sft_jax.inference import generate
 from sft_jax.training.build.build import Setup, batches_on
 from sft_jax.training.build.data import Config
 
@@ -26,7 +26,7 @@ def replies(
   """{'replies': `eval.samples` of them} of a run without behaviours."""
   if run_.items or run_.held_out is None or not config.eval.samples:
     return {}
-  made = row_replies.answer(
+  made = generate.answer_rows(
     *(run_.model, params, run_.tokenizer, run_.held_out.store),
     number=config.eval.samples,
     max_new_tokens=config.eval.max_new_tokens,

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from sft_jax.evals.checks import english, ifeval
+from sft_jax.evals.checks import ifeval
 
 # (instruction, arguments, texts that follow, texts that do not)
 WORKED = [
@@ -104,12 +104,12 @@ def test_an_unknown_relation_is_refused():
   ],
 )  # fmt: skip
 def test_sentences(text, count):
-  assert len(english.sentences(text)) == count
+  assert len(ifeval.sentences(text)) == count
 
 
 def test_words_part_as_in_the_treebank():
-  assert english.words("DON'T go, A-Z!") == ["DO", "N'T", "go", ",", "A-Z", "!"]
-  assert english.words("He's (at) 1,000: \"x\"") == [
+  assert ifeval.words("DON'T go, A-Z!") == ["DO", "N'T", "go", ",", "A-Z", "!"]
+  assert ifeval.words("He's (at) 1,000: \"x\"") == [
     "He", "'s", "(", "at", ")", "1,000", ":", '"', "x", '"'
   ]  # fmt: skip
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from sft_jax.evals import behaviour_sets, behaviours
+from sft_jax.evals import behaviours
 from sft_jax.inference import generate
 from sft_jax.training.build import load_run
 
@@ -47,7 +47,7 @@ def sample(
 ) -> list[list[str]]:
   """Replies to each prompt of a run, so many, drawn at temperature 1."""
   asked = load_run.load(workdir, say=lambda line: None)
-  items = behaviour_sets.load(workdir / "prompts.jsonl")
+  items = behaviours.load(workdir / "prompts.jsonl")
   found = generate.generate(
     asked.model,
     asked.params,
