@@ -20,6 +20,7 @@ from sft_jax.commands import command
 from sft_jax.data.conversation import Conversation
 from sft_jax.data.encoding import encode
 from sft_jax.data.formats import formats
+from sft_jax.data.readers import files
 from sft_jax.evals import behaviours, forgetting
 from sft_jax.inference import generate as replies
 from sft_jax.reporting import terminal
@@ -70,7 +71,7 @@ def texts(
   policy = command.policy(args, asked.policy)
   return [
     example
-    for where, row in formats.read_rows(path)
+    for where, row in files.read_rows(path)
     for example in encode.encode_row(
       formats.to_conversation(row, source=where),
       asked.tokenizer,

@@ -24,10 +24,10 @@ from rich.text import Text
 
 from sft_jax.commands import command
 from sft_jax.common import sharding
-from sft_jax.data import scores
+from sft_jax.data import selection
 from sft_jax.data.audit import score_summary
 from sft_jax.data.readers import files
-from sft_jax.data.scores import RowScore
+from sft_jax.data.selection import RowScore
 from sft_jax.data.sources import Source
 from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.evals import row_scores
@@ -87,8 +87,8 @@ def score(config: Config, say: data.Say) -> dict[str, list[RowScore]]:
   result = {}
   for number, source in enumerate(sources):
     mine = [x for x, of in zip(found, of_row, strict=True) if of == number]
-    path = scores.path_of(source.path, config.data.scores)
-    scores.write(path, by, mine)
+    path = selection.scores_path(source.path, config.data.scores)
+    selection.write_scores(path, by, mine)
     say(f"{len(mine):,} scores in {path}")
     result[source.path] = mine
   return result
@@ -110,7 +110,7 @@ def files_of(config: Config) -> list[Source]:
         )
   paths: dict[Path, str] = {}
   for file in made:
-    path = scores.path_of(file, config.data.scores)
+    path = selection.scores_path(file, config.data.scores)
     if other := paths.get(path):
       raise ValueError(
         f"{path}: got the scores of {other} and of {file}, expected one file "
@@ -157,7 +157,7 @@ def show_figures(out: Console, found: dict[str, Any]) -> None:
   for end in found["ends"]:
     out.print(Text(f"\n{end['name']}", style="bold"))
     for row in end["rows"]:
-      known = [f"{x} {row[x]:.3g}" for x in scores.SCORES if x in row]
+      known = [f"{x} {row[x]:.3g}" for x in selection.SCORES if x in row]
       line = f"{row['place']}  {', '.join(known)}"
       out.print(Text(terminal.visible(line), style="underline"))
       for text in (row["prompt"], row["answer"]):

@@ -1,26 +1,46 @@
 """Selection: rows are dropped, or weighted, by their scores and columns.
 
+Scores are what a model makes of each row, in a file beside the rows:
+
+    rows/a.jsonl                 the rows
+    rows/a.jsonl.scores.jsonl    a line that says who scored, then one a row
+
+A row is found again by its place and the hash of its content, so scores of
+rows that have changed since are noticed, row by row.
+
 A row that a condition drops is a drop in the ledger, with the condition as
 its reason; so is one whose weight is 0. Weights of a source are scaled to a
 mean of 1 over its trained tokens, so that weighting moves a source's loss
 between its rows and never between sources.
 """
 
+import array
+import hashlib
 import json
-from collections.abc import Callable
-from typing import Any
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Bool, Float64, Int64, UInt64
 
-from sft_jax.data import conditions, scores
-from sft_jax.data.conditions import Condition, Weighting
 from sft_jax.data.conversation import RowError
-from sft_jax.data.readers import files as rows
-from sft_jax.data.sources import Source
+from sft_jax.data.readers.files import SCORES_ENDING, find_files
+from sft_jax.data.sources import (
+  ROW,
+  SCORES,
+  SHARES,
+  Condition,
+  Source,
+  Weighting,
+)
 from sft_jax.data.store import shards
 from sft_jax.data.store.files import digest
 from sft_jax.data.store.store import Store
+
+_VERSION = 1  # Of the files of scores.
+CURE = "Score the rows: python tools/score_data.py --config=..."
 
 
 def select(
@@ -111,11 +131,11 @@ class _Table:
 
   def column(self, name: str, chosen: Bool[np.ndarray, " rows"]) -> list[Any]:
     """What is under a name, of the chosen rows; None of the others."""
-    if name.startswith(conditions.ROW):
-      return self._own(name.removeprefix(conditions.ROW), chosen)
+    if name.startswith(ROW):
+      return self._own(name.removeprefix(ROW), chosen)
     if self._scores is None:
       self._scores = self._read()
-    found = self._scores[:, scores.SCORES.index(name)].tolist()
+    found = self._scores[:, SCORES.index(name)].tolist()
     for i in np.flatnonzero(chosen).tolist():
       if np.isnan(found[i]):
         raise ValueError(
@@ -129,13 +149,13 @@ class _Table:
   def _read(self) -> Float64[np.ndarray, "rows scores"]:
     """Scores of the rows, from the files beside theirs."""
     files = []
-    for number, file in enumerate(rows.find_files(self._source.path), 1):
-      path = scores.path_of(file, self._folder)
-      files.append(scores.read(path))
+    for number, file in enumerate(find_files(self._source.path), 1):
+      path = scores_path(file, self._folder)
+      files.append(read_scores(path))
       self.digests[f"scores {number} ({path.name})"] = digest(path)
-    made = np.empty((len(self), len(scores.SCORES)))
+    made = np.empty((len(self), len(SCORES)))
     for i, place in enumerate(self.places):
-      values, changed = scores.look_up(files, place, int(self._contents[i]))
+      values, changed = look_up(files, place, int(self._contents[i]))
       if values is None:
         got = (
           "scores of what it was before it changed" if changed else "no score"
@@ -143,7 +163,7 @@ class _Table:
         names = ", ".join(str(one.path) for one in files)
         raise ValueError(
           f"{place}: got {got} in {names}, expected those of the row as it is. "
-          f"{scores.CURE}"
+          f"{CURE}"
         )
       made[i] = values
     return made
@@ -186,7 +206,7 @@ def _judge(
     kept = reason == ""
     values = table.column(condition.name, kept)
     which = np.flatnonzero(kept)
-    if condition.op in conditions.SHARES:
+    if condition.op in SHARES:
       _check_numbers(values, which, table, condition.name)
       order = np.argsort([values[i] for i in which], kind="stable")
       if condition.op == "highest":
@@ -237,3 +257,152 @@ def _scaled(
   """Weights whose mean over the trained tokens that are kept is 1."""
   total = (weight * trained)[kept].sum()
   return weight * (trained[kept].sum() / total) if total else weight
+
+
+# -- Files of scores ----------------------------------------------------------
+
+
+class RowScore(NamedTuple):
+  """The scores of one row.
+
+  Attributes:
+    place: 'rows.jsonl:12'.
+    content: hash of the row, `chunks.content_of`.
+    values: of each of `SCORES`; None where a row has no such score.
+  """
+
+  place: str
+  content: int
+  values: tuple[float | None, ...]
+
+
+class Scores(NamedTuple):
+  """A file of scores, as arrays; row i is the one whose place has hash i.
+
+  Attributes:
+    path: of the file.
+    by: what its first line says of who scored.
+    places: hashes of the rows' places, ascending.
+    contents: hashes of the rows.
+    values: of each of `SCORES`; NaN is none.
+  """
+
+  path: Path
+  by: dict[str, Any]
+  places: UInt64[np.ndarray, " rows"]
+  contents: UInt64[np.ndarray, " rows"]
+  values: Float64[np.ndarray, "rows scores"]
+
+  def find(self, place: str) -> int | None:
+    """The row of a place."""
+    key = np.uint64(_hash(place))
+    at = int(np.searchsorted(self.places, key))
+    found = at < len(self.places) and self.places[at] == key
+    return at if found else None
+
+
+def scores_path(file: str | Path, folder: str | Path = "") -> Path:
+  """Where the scores of a file of rows are.
+
+  Args:
+    file: of the rows.
+    folder: that holds scores; '' = beside the rows.
+  """
+  file = Path(file)
+  return (Path(folder) if folder else file.parent) / (file.name + SCORES_ENDING)
+
+
+def write_scores(
+  path: Path, by: dict[str, Any], rows: Iterable[RowScore]
+) -> None:
+  """Writes a file of scores, whole or not at all.
+
+  Args:
+    path: see `scores_path`.
+    by: who scored: anything JSON can hold.
+    rows: in the order of the file.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_name(f".{path.name}.{os.getpid()}.part")
+  try:
+    with part.open("w", encoding="utf-8") as file:
+      file.write(json.dumps({"scores": _VERSION, **by}) + "\n")
+      for row in rows:
+        line = {"place": row.place, "content": f"{row.content:016x}"}
+        line |= dict(zip(SCORES, row.values, strict=True))
+        file.write(json.dumps(line) + "\n")
+      file.flush()
+      os.fsync(file.fileno())
+    part.replace(path)
+  finally:
+    part.unlink(missing_ok=True)
+
+
+def read_scores(path: Path) -> Scores:
+  """Reads a file of scores; memory holds some 56 bytes per row.
+
+  Raises:
+    ValueError: no such file, or one that `write_scores` did not write, with the
+      command that makes it.
+  """
+  places, contents, values = (array.array(code) for code in "QQd")
+  number = 1
+  try:
+    with path.open(encoding="utf-8") as file:
+      by = json.loads(next(file, "{}"))
+      if by["scores"] != _VERSION:
+        raise ValueError(f"version {by['scores']!r}")
+      for text in file:
+        number += 1
+        line = json.loads(text)
+        places.append(_hash(line["place"]))
+        contents.append(int(line["content"], 16))
+        values.extend(
+          np.nan if line[name] is None else float(line[name]) for name in SCORES
+        )
+  except FileNotFoundError:
+    raise ValueError(
+      f"{path}: got no such file, expected the scores of its rows, which "
+      f"data.filter or data.weight_by names. {CURE}"
+    ) from None
+  except (ValueError, KeyError, TypeError, OverflowError) as error:
+    raise ValueError(
+      f"{path}:{number}: got {error!r}, expected scores of version {_VERSION}. "
+      f"{CURE}"
+    ) from error
+  hashes = np.array(places, np.uint64)
+  order = np.argsort(hashes, kind="stable")
+  if len(np.unique(hashes)) != len(hashes):
+    raise ValueError(
+      f"{path}: got a place twice, expected every row once. {CURE}"
+    )
+  return Scores(
+    path,
+    by,
+    hashes[order],
+    np.array(contents, np.uint64)[order],
+    np.array(values, np.float64).reshape(-1, len(SCORES))[order],
+  )
+
+
+def look_up(
+  files: Sequence[Scores], place: str, content: int
+) -> tuple[Float64[np.ndarray, " scores"] | None, bool]:
+  """The scores of a row, or None; and then whether it has changed since.
+
+  Args:
+    files: of which one may have it: those of one name in several folders have
+      the same places.
+    place: of the row.
+    content: its hash.
+  """
+  hits = [(one, at) for one in files if (at := one.find(place)) is not None]
+  for one, at in hits:
+    if one.contents[at] == content:
+      return one.values[at], False
+  return None, bool(hits)
+
+
+def _hash(place: str) -> int:
+  made = hashlib.blake2b(place.encode(), digest_size=8).digest()
+  return int.from_bytes(made, "little")

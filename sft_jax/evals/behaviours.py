@@ -50,7 +50,7 @@ def load(path: str | Path) -> list[Item]:
     ValueError: a missing or unknown key, a last turn that leaves nothing to
       reply to, an unknown check or an argument it cannot use; an empty file.
   """
-  items = [_item(row, where) for where, row in formats.read_rows(path)]
+  items = [_item(row, where) for where, row in files.read_rows(path)]
   if not items:
     raise ValueError(
       f"{path}: got no rows; expected at least one prompt. "

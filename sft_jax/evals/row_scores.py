@@ -29,7 +29,7 @@ from sft_jax.common import sharding
 from sft_jax.common.batch import Batch
 from sft_jax.data import packing
 from sft_jax.data.encoding.encode import Example
-from sft_jax.data.scores import RowScore
+from sft_jax.data.selection import RowScore
 from sft_jax.data.store.store import Store
 from sft_jax.step.loss import GroupSums, linear_cross_entropy
 

@@ -7,9 +7,10 @@ import pytest
 
 import tiny
 import tiny_tokenizers
-from sft_jax.data import scores
+from sft_jax.data import selection
 from sft_jax.data.audit import row_texts
-from sft_jax.data.scores import RowScore
+from sft_jax.data.readers import files
+from sft_jax.data.selection import RowScore
 from sft_jax.data.store import shards
 from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.training.build import data as setup_data
@@ -49,8 +50,8 @@ def load(tmp_path, tokenizer):
 
 
 def score(file, rows=ROWS, ifd=IFD):
-  scores.write(
-    scores.path_of(file),
+  selection.write_scores(
+    selection.scores_path(file),
     {"model": "m"},
     (
       RowScore(f"{file.name}:{i}", shards.content_of(row), (1.0 + x, x, 1.0, 5))
@@ -217,7 +218,7 @@ def test_raw_text_has_no_ifd_and_says_so(load, tmp_path):
   line = RowScore(
     "t.jsonl:1", shards.content_of({"text": "A cat."}), (2.0, None, None, 3)
   )
-  scores.write(scores.path_of(file), {}, [line])
+  selection.write_scores(selection.scores_path(file), {}, [line])
   with pytest.raises(ValueError, match=r"t\.jsonl:1: got no ifd.*'filter': "):
     load(train=str(file), data__filter=("ifd", "<", 1.0))
   assert len(load(train=str(file), data__filter=("nats", "<", 3))[0].index)
@@ -260,3 +261,74 @@ def test_the_audit_looks_at_the_rows_that_are_left(load, tmp_path):
       "rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:3"
     ]  # fmt: skip
     assert said.dropped.count["not selected"] == N - 3
+
+
+SCORED = [
+  RowScore("a.jsonl:1", 7, (1.5, 0.5, 3.0, 4)),
+  RowScore("a.jsonl:2", 2**64 - 1, (2.5, None, None, 9)),
+]
+
+
+def test_what_is_written_is_read(tmp_path):
+  path = selection.scores_path(tmp_path / "a.jsonl")
+  assert path.name == "a.jsonl.scores.jsonl"
+  selection.write_scores(path, {"model": "m"}, SCORED)
+  before = path.read_bytes()
+  found = selection.read_scores(path)
+  assert found.by == {"scores": 1, "model": "m"}
+  for row in SCORED:
+    at = found.find(row.place)
+    assert int(found.contents[at]) == row.content
+    want = [np.nan if x is None else x for x in row.values]
+    np.testing.assert_array_equal(found.values[at], want)
+  assert found.find("a.jsonl:3") is None
+  selection.write_scores(path, {"model": "m"}, SCORED)
+  assert path.read_bytes() == before
+  other = selection.scores_path("rows/a.jsonl", tmp_path / "s")
+  assert other == tmp_path / "s" / "a.jsonl.scores.jsonl"
+
+
+def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
+  path = tmp_path / "a.jsonl.scores.jsonl"
+  selection.write_scores(path, {}, SCORED)
+  before = path.read_bytes()
+
+  def breaks():
+    yield SCORED[0]
+    raise OSError("full")
+
+  with pytest.raises(OSError, match="full"):
+    selection.write_scores(path, {}, breaks())
+  assert path.read_bytes() == before
+  assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "", '{"scores": 2}\n', '{"scores": 1}\n{"place": "a"',
+    '{"scores": 1}\n{"place": "a", "content": "z"}\n', "[]\n", '"x"\n',
+  ],
+)  # fmt: skip
+def test_what_is_no_file_of_scores_is_refused_with_the_cure(tmp_path, text):
+  path = tmp_path / "a.jsonl.scores.jsonl"
+  path.write_text(text)
+  with pytest.raises(ValueError, match=r"scores\.jsonl:\d.*score_data"):
+    selection.read_scores(path)
+
+
+def test_no_file_and_a_place_twice(tmp_path):
+  path = tmp_path / "a.jsonl.scores.jsonl"
+  with pytest.raises(ValueError, match="no such file"):
+    selection.read_scores(path)
+  selection.write_scores(path, {}, [SCORED[0], SCORED[0]])
+  with pytest.raises(ValueError, match="a place twice"):
+    selection.read_scores(path)
+
+
+def test_a_glob_takes_rows_and_not_their_scores(tmp_path):
+  file = tiny.rows_file(tmp_path / "a.jsonl")
+  # Named like scores, but of no file here: these are somebody's rows.
+  orphan = tiny.rows_file(tmp_path / "b.jsonl.scores.jsonl")
+  selection.write_scores(selection.scores_path(file), {}, SCORED)
+  assert files.find_files(tmp_path / "*.jsonl") == [file, orphan]

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fake_store import fake_store
+from sft_jax.data import sources
 from sft_jax.data.pipeline import Stream
 from sft_jax.data.sources import Source, solve_copies, to_sources
 
@@ -113,3 +114,61 @@ def test_the_ledger_has_what_came_of_it():
   assert lines[-2] == "mine: seen 0.833333 times per epoch, loss x 0.5"
   weights = [b.loss_weights for b in stream.batches()]
   assert sum(w.sum() for w in weights) == 500 + 84 * 0.5
+
+
+def test_declared_forms():
+  one = sources.to_filter(("ifd", "<", 1.0))
+  assert one == sources.to_filter([["ifd", "<", 1.0]])  # As JSON has it.
+  assert str(one[0]) == "ifd < 1.0"
+  both = sources.to_filter((("nats", "<", 8), ("row.tag", "==", "en")))
+  assert [str(x) for x in both] == ["nats < 8", "row.tag == en"]
+  assert sources.to_filter(()) == ()
+  assert sources.to_weighting(()) is None
+  for name in ("row.quality", ("row.quality",)):
+    assert sources.to_weighting(name) == ("row.quality", ())
+  points = sources.to_weighting(("ifd", (0.5, 1), (1.0, 0)))
+  assert points == ("ifd", ((0.5, 1.0), (1.0, 0.0)))
+
+
+@pytest.mark.parametrize(
+  ("op", "value", "holds"),
+  [
+    ("<", 2, True), ("<", 1, False), ("<=", 1, True), (">", 1, False),
+    (">=", 1.0, True), ("==", 1, True), ("!=", 1, False),
+  ],
+)  # fmt: skip
+def test_comparisons(op, value, holds):
+  assert sources.Condition("nats", op, value).holds(1.0, "a:1") is holds
+
+
+def test_a_value_of_another_kind_is_named():
+  condition = sources.Condition("row.tag", "==", "en")
+  with pytest.raises(ValueError, match=r"a\.jsonl:3: got 7 under row\.tag"):
+    condition.holds(7, "a.jsonl:3")
+
+
+@pytest.mark.parametrize(
+  "bad",
+  [
+    ("ifd", "<"), (("ifd", "<", None),), (("ifd", "~", 1.0),),
+    (("ifd", "highest", 0),), (("ifd", "highest", 1.5),),
+    (("perplexity", "<", 1.0),), (("row.", "<", 1.0),), "ifd < 1",
+  ],
+)  # fmt: skip
+def test_a_filter_that_is_none_is_refused_where_it_stands(bad):
+  with pytest.raises(ValueError, match=r"data\.filter: got"):
+    Source("a.jsonl", filter=bad)
+
+
+@pytest.mark.parametrize(
+  "bad",
+  [
+    ("ifd", (0.5, 1.0)), ("ifd", (0.5, 1.0), (0.5, 0.0)),
+    ("ifd", (0.5, 1.0), (1.0, -0.1)), ("ifd", 0.5, 1.0), "quality",
+    ("ifd", (0.1, 1.0), (0.2, 0.0), (0.3, 1.0)),
+    ("ifd", (0.1, float("nan")), (0.2, 0.0)),
+  ],
+)  # fmt: skip
+def test_a_weighting_that_is_none_is_refused_where_it_stands(bad):
+  with pytest.raises(ValueError, match=r"data\.weight_by: got"):
+    Source("a.jsonl", weight_by=bad)

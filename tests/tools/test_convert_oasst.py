@@ -9,6 +9,7 @@ import pytest
 
 import convert_oasst
 from sft_jax.data.formats import formats
+from sft_jax.data.readers import files
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -77,7 +78,7 @@ def test_files(tmp_path, monkeypatch, capsys):
   out = tmp_path / "out.jsonl"
   run(monkeypatch, tmp_path / "trees.jsonl", out, "--lang=en")
   assert "1 trees: 3 conversations" in capsys.readouterr().out
-  made = [formats.to_conversation(row) for _, row in formats.read_rows(out)]
+  made = [formats.to_conversation(row) for _, row in files.read_rows(out)]
   weights = [[m.loss_weight for m in one.messages] for one in made]
   assert weights == [[0, 1, 0, 1], [0, 1, 0, 1], [0, 0, 0, 1]]
 
@@ -93,7 +94,7 @@ def test_real_trees():
   path = SHARED / "multiturn" / "oasst_en100_tree.jsonl"
   trained = collections.Counter()
   replies = 0
-  for where, tree in formats.read_rows(path):
+  for where, tree in files.read_rows(path):
     pending = [tree["prompt"]]
     while pending:
       one = pending.pop()

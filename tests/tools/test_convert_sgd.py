@@ -9,6 +9,7 @@ import pytest
 import convert_sgd
 from sft_jax.data.conversation import ToolCall
 from sft_jax.data.formats import formats
+from sft_jax.data.readers import files
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 SERVICE = {
@@ -104,7 +105,7 @@ def test_files(tmp_path, monkeypatch, capsys):
   out = tmp_path / "out.jsonl"
   run(monkeypatch, tmp_path / "d.jsonl", tmp_path / "schema.json", out)
   assert "1 dialogues with 1 calls" in capsys.readouterr().out
-  (row,) = [row for _, row in formats.read_rows(out)]
+  (row,) = [row for _, row in files.read_rows(out)]
   assert row == convert_sgd.convert(DIALOGUE, {"Trains_9": SERVICE})
   (tmp_path / "schema.json").write_text("[]")
   with pytest.raises(ValueError, match=r"d.jsonl:1: got no dialogue of these"):
@@ -114,11 +115,11 @@ def test_files(tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data folder")
 def test_real_dialogues():
   tools = SHARED / "tools"
-  schema = formats.read_rows(tools / "sgd_train_schema.json")
+  schema = files.read_rows(tools / "sgd_train_schema.json")
   services = {one["service_name"]: one for _, one in schema}
   count = calls = turns = 0
   path = tools / "sgd_train_200.jsonl"
-  for where, dialogue in formats.read_rows(path):
+  for where, dialogue in files.read_rows(path):
     row = convert_sgd.convert(dialogue, services)
     made = formats.to_conversation(row, source=where)
     called = [call for m in made.messages for call in m.tool_calls]

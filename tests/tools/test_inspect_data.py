@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from sft_jax.data import scores
+from sft_jax.data import selection
 from sft_jax.data.store import shards
 
 ROOT = Path(__file__).parents[2]
@@ -139,7 +139,7 @@ def test_scores_beside_the_rows_are_shown(run, tmp_path):
   """Of 16 rows one has no score, and one another than when it was scored."""
   file = tmp_path / "rows.jsonl"
   found = [
-    scores.RowScore(
+    selection.RowScore(
       f"{file.name}:{n}",
       shards.content_of({**row, "input": "old"} if n == 16 else row),
       # IFD rises to 1.4 where nats fall to 1; the last has none.
@@ -148,7 +148,9 @@ def test_scores_beside_the_rows_are_shown(run, tmp_path):
     for n, row in enumerate(tiny.ROWS, 1)
     if n != 15
   ]
-  scores.write(scores.path_of(file, tmp_path / "scores"), {}, found)
+  selection.write_scores(
+    selection.scores_path(file, tmp_path / "scores"), {}, found
+  )
   page = tmp_path / "page.html"
   where = f"--config.data.scores={tmp_path / 'scores'}"
   code, out, _ = run(tiny.ROWS, where, "--json", "--shown=2", f"--html={page}")

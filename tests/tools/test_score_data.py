@@ -7,7 +7,7 @@ import pytest
 
 import tiny
 from sft_jax.commands import score
-from sft_jax.data import scores
+from sft_jax.data import selection
 from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.reporting import terminal
 from sft_jax.training.build import data
@@ -90,8 +90,8 @@ def test_scores_may_lie_elsewhere(tmp_path, model):
     tmp_path, model, file, data__workers=1, data__scores=str(folder)
   )
   score.score(config, quiet)
-  assert scores.path_of(file, folder).is_file()
-  assert not scores.path_of(file).exists()
+  assert selection.scores_path(file, folder).is_file()
+  assert not selection.scores_path(file).exists()
   config.data.filter = ("nats", "<", 100.0)
   tokenizer = tokenizers.load_tokenizer(model)
   train = data.load_stores(config, tokenizer, quiet).train

@@ -17,13 +17,13 @@ import sft_jax
 from configs import base
 from configs.demo import lora_demo
 from sft_jax.commands import command
-from sft_jax.data.readers import files as rows
+from sft_jax.data.readers.files import find_files
 
 REPLAY = "train_replay.jsonl"
 
 
 def _without_replay(config: Any) -> None:
-  files = rows.find_files(config.data.train)
+  files = find_files(config.data.train)
   config.data.train = tuple(str(f) for f in files if f.name != REPLAY)
 
 

@@ -22,7 +22,7 @@ from absl import flags
 
 import sft_jax
 from sft_jax.commands import command, score
-from sft_jax.data import scores
+from sft_jax.data import selection
 from sft_jax.data.readers import files
 from sft_jax.reporting import terminal
 from sft_jax.training.build import data
@@ -144,7 +144,7 @@ def measure(config: Any, folder: Path, say: data.Say) -> list[tuple]:
     every = [(file, row) for file, those in found.items() for row in those]
     labels = np.array([kinds[file][row.place] for file, row in every])
     for ranking in _RANKINGS:
-      at = scores.SCORES.index(ranking)
+      at = selection.SCORES.index(ranking)
       values = np.array([row.values[at] for _, row in every], np.float64)
       table.append((name, ranking, *figures(values, labels)))
   return table

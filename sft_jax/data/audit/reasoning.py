@@ -13,7 +13,7 @@ import numpy as np
 
 from sft_jax.data.audit import checks, text_hashing
 from sft_jax.data.conversation import RowError
-from sft_jax.data.formats import columns
+from sft_jax.data.formats import fields
 from sft_jax.data.store import shards
 from sft_jax.data.store.store import Store
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ def judge(
   """
   lost, places = [], _Places(store)
   for source in store.sources:
-    names = columns.to_names(source.columns)
+    names = fields.to_names(source.columns)
     ours = {**names.keys, **names.columns}
     for item in shards.read_again(source, seed=seed):
       if isinstance(item, RowError):

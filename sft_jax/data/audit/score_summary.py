@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from sft_jax.data import scores
+from sft_jax.data import selection
 from sft_jax.data.audit import row_texts
 from sft_jax.data.formats import formats
-from sft_jax.data.readers import files as rows
+from sft_jax.data.readers.files import find_files
 from sft_jax.data.sources import Source
 from sft_jax.data.store import shards
 from sft_jax.data.store.store import Store
@@ -32,7 +32,7 @@ def make(
   """Figures of the scores of rows.
 
   Args:
-    values: of each of `scores.SCORES`; NaN is none.
+    values: of each of `selection.SCORES`; NaN is none.
     read: rows by number, asked once for all that are shown.
     most: rows of each end.
 
@@ -41,17 +41,17 @@ def make(
     [{name, rows: [{place, prompt, answer, score: value, ...}]}].
   """
   spread = {}
-  for name, column in zip(scores.SCORES, values.T, strict=True):
+  for name, column in zip(selection.SCORES, values.T, strict=True):
     known = column[~np.isnan(column)]
     if len(known):
       found = np.percentile(known, PERCENTILES).tolist()
       of_name = {f"p{p}": x for p, x in zip(PERCENTILES, found, strict=True)}
       spread[name] = {"rows": len(known), **of_name}
   nats, ifd = (
-    np.argsort(values[:, scores.SCORES.index(name)], kind="stable")
+    np.argsort(values[:, selection.SCORES.index(name)], kind="stable")
     for name in ("nats", "ifd")
   )
-  by_ifd = values[ifd, scores.SCORES.index("ifd")]
+  by_ifd = values[ifd, selection.SCORES.index("ifd")]
   ifd = ifd[~np.isnan(by_ifd)]
   above = int((by_ifd > 1).sum())  # NaN is not above.
   ends = {
@@ -65,7 +65,7 @@ def make(
   said = read({i for which in ends.values() for i in which.tolist()})
 
   def row(i: int) -> dict[str, Any]:
-    known = zip(scores.SCORES, values[i].tolist(), strict=True)
+    known = zip(selection.SCORES, values[i].tolist(), strict=True)
     return {**said[i], **{name: x for name, x in known if not np.isnan(x)}}
 
   return {
@@ -113,7 +113,7 @@ def of_store(
   for i in np.flatnonzero(np.diff(store.index["row"], prepend=-1)).tolist():
     place, number = store.place(i), int(store.source[i])
     content = int(store.index["content"][i])
-    values, changed = scores.look_up(files[number], place, content)
+    values, changed = selection.look_up(files[number], place, content)
     if values is None:
       left["changed" if changed else "unscored"] += 1
     else:
@@ -129,7 +129,7 @@ def of_store(
         said[(number, *key)] = show(row)
     return {i: said[keys[i]] for i in wanted}
 
-  values = np.array(found, np.float64).reshape(-1, len(scores.SCORES))
+  values = np.array(found, np.float64).reshape(-1, len(selection.SCORES))
   return {**make(values, read, most=most), **left}
 
 
@@ -159,7 +159,7 @@ def read_rows(
   return said
 
 
-def _files(path: str, folder: str) -> list[scores.Scores]:
+def _files(path: str, folder: str) -> list[selection.Scores]:
   """The scores of a source's files, as far as there are any."""
-  paths = (scores.path_of(file, folder) for file in rows.find_files(path))
-  return [scores.read(one) for one in paths if one.is_file()]
+  paths = (selection.scores_path(file, folder) for file in find_files(path))
+  return [selection.read_scores(one) for one in paths if one.is_file()]

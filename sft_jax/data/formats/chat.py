@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sft_jax.data.conversation import Message, RowError
-from sft_jax.data.formats import columns, fields
-from sft_jax.data.readers import strict_json
+from sft_jax.data.formats import fields
+from sft_jax.data.readers.json import loads
 
 # What data sets call the four roles.
 ROLES = {
@@ -33,7 +33,7 @@ _THINK = re.compile(r"\s*<think>(.*?)</think>\n*(.*)", re.DOTALL)
 
 
 def read(
-  value: Any, key: str, where: str, names: columns.Names
+  value: Any, key: str, where: str, names: fields.Names
 ) -> list[Message]:
   """The turns that a row holds under `key`."""
   return [
@@ -96,10 +96,10 @@ def refuse_media(item: Mapping[str, Any], where: str) -> None:
       )
 
 
-def _message(item: Any, where: str, names: columns.Names) -> Message:
+def _message(item: Any, where: str, names: fields.Names) -> Message:
   item = fields.present(item, where)
   if names.keys:
-    item = columns.renamed(item, names.keys)
+    item = fields.renamed(item, names.keys)
   refuse_media(item, where)
   role = fields.text(item, fields.only(item, ("role", "from"), where), where)
   # An unknown role passes through to be refused by the grammar.
@@ -120,7 +120,7 @@ def _message(item: Any, where: str, names: columns.Names) -> Message:
     spans=fields.spans(item, where),
   )
   if role in CALLS:
-    calls = fields.tool_calls(strict_json.loads(made.content, where), where)
+    calls = fields.tool_calls(loads(made.content, where), where)
     made = dataclasses.replace(made, content="", tool_calls=calls)
   if made.role != "assistant" and made.spans == ():
     made = dataclasses.replace(made, spans=None)

@@ -1,11 +1,11 @@
-"""A row's fields, or what is wrong with them."""
+"""A row's fields, or what is wrong with them; and a data set's own names."""
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sft_jax.data.conversation import RowError, ToolCall
-from sft_jax.data.readers import strict_json
+from sft_jax.data.readers.json import loads
 
 Row = Mapping[str, Any]
 
@@ -115,7 +115,7 @@ def content(value: Any, where: str) -> str:
 def tool_calls(value: Any, where: str) -> tuple[ToolCall, ...]:
   """The calls in a list, in one object, or in either as JSON text."""
   if isinstance(value, str):
-    value = strict_json.loads(value, where) if value.strip() else []
+    value = loads(value, where) if value.strip() else []
   return tuple(
     tool_call(call, where)
     for call in (value if isinstance(value, list) else [value])
@@ -140,7 +140,7 @@ def tool_call(call: Any, where: str) -> ToolCall:
   found = [key for key in ("arguments", "parameters") if key in inner]
   arguments = inner[only(inner, found, where)] if found else None
   if isinstance(arguments, str) and arguments.strip():
-    arguments = strict_json.loads(arguments, where)
+    arguments = loads(arguments, where)
   if arguments is None or arguments == "":
     arguments = {}
   if not isinstance(arguments, dict):
@@ -161,7 +161,7 @@ def tools(row: Row, where: str) -> tuple[dict[str, Any], ...]:
     return ()
   value = row[only(row, found, where)]
   if isinstance(value, str):
-    value = strict_json.loads(value, where) if value.strip() else []
+    value = loads(value, where) if value.strip() else []
   else:
     value = as_json(value, where)
   listed = isinstance(value, list)
@@ -240,3 +240,72 @@ def spans(item: Row, where: str) -> tuple[tuple[int, int], ...] | None:
     if train:
       made.append((start, end))
   return tuple(sorted(made))
+
+
+# -- A data set's own names ---------------------------------------------------
+
+
+class Names(NamedTuple):
+  """Each maps names of a data set to ours.
+
+  Attributes:
+    columns: of a row.
+    keys: of a turn.
+    roles: the values of a turn's role.
+  """
+
+  columns: Mapping[str, str]
+  keys: Mapping[str, str]
+  roles: Mapping[str, str]
+
+
+OURS = Names({}, {}, {})
+
+
+def to_names(columns: Mapping[str, Any]) -> Names:
+  """`Source.columns`, sorted by what they rename.
+
+  >>> to_names({"query": "prompt", "role": {"bot": "assistant"}})
+  Names(columns={'query': 'prompt'}, keys={}, roles={'bot': 'assistant'})
+
+  Args:
+    columns: new names by old ones; under 'messages' those of a turn's keys,
+      and under 'role' those of roles.
+
+  Raises:
+    ValueError: a new name that is no string, or that two columns share.
+  """
+  inner = {
+    key: dict(columns[key])
+    for key in ("messages", "role")
+    if isinstance(columns.get(key), Mapping)
+  }
+  made = Names(
+    {key: new for key, new in columns.items() if key not in inner},
+    inner.get("messages", {}),
+    inner.get("role", {}),
+  )
+  for part in made:
+    news = list(part.values())
+    shared = part is not made.roles and len(set(map(str, news))) < len(news)
+    if shared or not all(isinstance(new, str) for new in news):
+      raise ValueError(
+        f"columns of the source: got {dict(columns)!r}; expected new names by "
+        "old ones, each once: {'query': 'prompt', 'messages': {'speaker': "
+        "'role'}, 'role': {'bot': 'assistant'}}. Correct it."
+      )
+  return made
+
+
+def renamed(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+  """A row under our names; a renamed column displaces one of its new name.
+
+  >>> renamed({"q": "2 + 2?", "answer": 4}, {"q": "prompt"})
+  {'answer': 4, 'prompt': '2 + 2?'}
+  """
+  kept = {
+    key: held
+    for key, held in row.items()
+    if key not in names and key not in names.values()
+  }
+  return kept | {new: row[old] for old, new in names.items() if old in row}

@@ -4,24 +4,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from sft_jax.data import conversation as conversation_lib
-from sft_jax.data.formats import (
-  chat,
-  fields,
-  instruction,
-  preferences,
-  pretokenized,
-)
-from sft_jax.data.formats import columns as columns_lib
-from sft_jax.data.readers import files
+from sft_jax.data import conversation
+from sft_jax.data.conversation import Conversation, NothingToTrain, RowError
+from sft_jax.data.formats import chat, fields, instruction, pretokenized
+from sft_jax.data.formats.fields import Names
 
-Conversation = conversation_lib.Conversation
-Names = columns_lib.Names
-NothingToTrain = conversation_lib.NothingToTrain
-RowError = conversation_lib.RowError
 Row = Mapping[str, Any]
-
-read_rows = files.read_rows
 
 
 def to_conversation(
@@ -65,10 +53,10 @@ def to_conversation(
   where = source or "row"
   if not isinstance(row, Mapping):
     row = fields.present(row, where)
-  names = columns_lib.OURS
+  names = fields.OURS
   if columns:
-    names = columns_lib.to_names(columns)
-    row = columns_lib.renamed(row, names.columns)
+    names = fields.to_names(columns)
+    row = fields.renamed(row, names.columns)
   # A null answer is an empty answer; any other null is a key left out.
   row = {
     key: held
@@ -88,7 +76,7 @@ def to_conversation(
   made = FORMATS[format].convert(row, source, names)
   if made.messages:
     made = _weighed(made, row, where)
-  return conversation_lib.check(made)
+  return conversation.check(made)
 
 
 def from_messages(row: Row, source: str, names: Names) -> Conversation:
@@ -158,7 +146,7 @@ FORMATS = {
   "preference": Format(
     "chosen, rejected, prompt | messages | conversations",
     _has_chosen,
-    preferences.from_preference,
+    instruction.from_preference,
   ),
   "text": Format("text", lambda row: "text" in row, from_text),
   "tokens": Format(

@@ -1,4 +1,4 @@
-"""Rows of a question and its answer."""
+"""Rows of a question and its answer, or of a better and a worse answer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from sft_jax.data.conversation import (
   RowError,
 )
 from sft_jax.data.formats import chat, fields
-from sft_jax.data.formats.columns import Names
+from sft_jax.data.formats.fields import Names
 
 Row = Mapping[str, Any]
 
@@ -19,6 +19,11 @@ ANSWERS = ("output", "response", "completion", "answer")
 QUESTIONS = ("prompt", "question", "query")
 INPUTS = ("input", "context")
 SYSTEMS = ("system", "system_prompt")
+# Where a prompt may stand: as turns or as a question.
+PROMPTS = (
+  *("messages", "conversations", "conversation", "instruction"),
+  *QUESTIONS,
+)
 
 
 def from_alpaca(row: Row, source: str, names: Names) -> Conversation:
@@ -42,6 +47,54 @@ def from_prompt_completion(row: Row, source: str, names: Names) -> Conversation:
   if isinstance(row[key], list):
     asked = chat.as_prompt(asked)
   return _answered(asked, row, source, names)
+
+
+def from_preference(row: Row, source: str, names: Names) -> Conversation:
+  """The chosen side; what it shares with the rejected side is its prompt.
+
+  The prompt is under a key of the other formats, or chosen begins with it; then
+  it may be told again under several.
+  """
+  where = source or "row"
+  found = [key for key in PROMPTS if key in row]
+  chosen = reply(row, "chosen", source, names)
+  if chosen[0].role == "assistant":
+    if not found:
+      raise RowError(
+        where,
+        f"no prompt in {fields.shown(row)}",
+        "a prompt that chosen answers, or turns that begin with it",
+        'Add one; raw text is columns {"chosen": "text"}.',
+      )
+    key = fields.only(row, found, where)
+    before = prompt(row, key, where, names)
+    if before[-1].role == "assistant":
+      raise RowError(
+        where,
+        f"an assistant turn at the end of {key}, and chosen",
+        "turns up to the one that chosen answers",
+        "Drop one of the two, or name the format (data.format: messages).",
+      )
+    return finished([*chat.as_prompt(before), *chosen], row, source)
+  # The whole conversation; a prompt beside it is its beginning, told again.
+  said = [one for one in chosen if one.role != "system"]
+  for key in found:
+    before = prompt(row, key, where, names)
+    again = [one for one in before if one.role != "system"]
+    if said[: len(again)] != again:
+      raise RowError(
+        where,
+        f"a {key} with which chosen does not begin",
+        "chosen as the answer alone, or as the whole conversation",
+        "Drop one of the two columns.",
+      )
+  shared = max(i for i, one in enumerate(chosen) if one.role != "assistant")
+  if isinstance(row.get("rejected"), list):
+    rejected = chat.read(row["rejected"], "rejected", where, names)
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    shared = next((i for i, (a, b) in pairs if a != b), shared)
+  messages = [*chat.as_prompt(chosen[:shared]), *chosen[shared:]]
+  return finished(messages, row, source)
 
 
 def prompt(row: Row, key: str, where: str, names: Names) -> list[Message]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from sft_jax.data.conversation import Conversation, NothingToTrain, RowError
 from sft_jax.data.formats import fields
-from sft_jax.data.formats.columns import Names
+from sft_jax.data.formats.fields import Names
 
 # What labels hold where nothing is trained.
 IGNORED = -100

@@ -8,7 +8,7 @@ nulls, or the order of their keys, belong in columns of JSON text.
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ import pyarrow
 import pyarrow.parquet
 
 from sft_jax.data.conversation import RowError
-from sft_jax.data.readers import strict_json
-
-Rows = Iterator[tuple[str, dict[str, Any]]]
-OnBadRow = Callable[[RowError], None]
+from sft_jax.data.readers import json
+from sft_jax.data.readers.json import OnBadRow, Rows
 
 # Rows that are Python objects at a time.
 _BATCH = 256
+# Of a value that is there and has no Python form: bytes that are not UTF-8, a
+# time beyond the calendar.
+_FAULTS = (ValueError, OverflowError, pyarrow.ArrowException)
 # What an Arrow stream ends with (IPC format, "end-of-stream").
 _END = b"\xff\xff\xff\xff\0\0\0\0"
 
@@ -55,12 +56,12 @@ def read_arrow(file: Path, on_bad_row: OnBadRow) -> Rows:
         table = pyarrow.ipc.open_file(mapped)
         whole = map(table.get_batch, range(table.num_record_batches))
     _check_names(table.schema, file)
-    parts = (
+    batches = (
       batch.slice(start, _BATCH)
       for batch in whole
       for start in range(0, batch.num_rows, _BATCH)
     )
-    yield from _rows(parts, file, on_bad_row)
+    yield from _rows(batches, file, on_bad_row)
 
 
 def saved_files(folder: Path, split: str = "") -> list[Path]:
@@ -106,7 +107,7 @@ def _listing(file: Path, key: str) -> list[str] | None:
   """The plain names that a JSON file of `datasets` lists under a key."""
   if not file.is_file():
     return None
-  held = strict_json.loads(file.read_text(encoding="utf-8"), str(file))
+  held = json.loads(file.read_text(encoding="utf-8"), str(file))
   listed = held.get(key) if isinstance(held, dict) else None
   names = []
   for one in listed or ():
@@ -136,7 +137,7 @@ def _rows(
     with contextlib.suppress(*_FAULTS):
       # Offsets that lead out of a buffer would be followed.
       batch.validate(full=True)
-      if batch.nbytes <= strict_json.MAX_ROW_BYTES:
+      if batch.nbytes <= json.MAX_ROW_BYTES:
         rows = enumerate(batch.to_pylist(), start=index)
     for at, row in rows or _one_by_one(batch, file, index, on_bad_row):
       for name in structs:
@@ -154,8 +155,8 @@ def _one_by_one(
     one = batch.slice(at - index, 1)
     try:
       one.validate(full=True)
-      if one.nbytes > strict_json.MAX_ROW_BYTES:
-        raise strict_json.too_long(where)
+      if one.nbytes > json.MAX_ROW_BYTES:
+        raise json.too_long(where)
       (row,) = one.to_pylist()
     except RowError as error:
       on_bad_row(error)
@@ -165,7 +166,7 @@ def _one_by_one(
           where,
           f"a value that cannot be read ({error})",
           "UTF-8 text and values that Python has",
-          "Mend or drop the row.",
+          "Correct or drop the row.",
         )
       )
     else:
@@ -215,8 +216,3 @@ def _without_nulls(value: Any) -> Any:
   if isinstance(value, list):
     return [_without_nulls(held) for held in value]
   return value
-
-
-# Of a value that is there and has no Python form: bytes that are not UTF-8, a
-# time beyond the calendar.
-_FAULTS = (ValueError, OverflowError, pyarrow.ArrowException)

@@ -1,17 +1,17 @@
-"""Rows from files: strict, streaming, and each with its place."""
+"""Rows from files: which files a path names, and which reader reads each."""
 
 import glob as glob_lib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
-from sft_jax.data import scores
+from sft_jax.common import hub
 from sft_jax.data.conversation import RowError
-from sft_jax.data.readers import arrow, hub_files, json
+from sft_jax.data.readers import arrow, json
+from sft_jax.data.readers.json import OnBadRow, Rows
 
-Rows = Iterator[tuple[str, dict[str, Any]]]
-OnBadRow = Callable[[RowError], None]
-
+# What the scores of a file of rows are called, see `selection`.
+SCORES_ENDING = ".scores.jsonl"
 _TEXT = {
   ".jsonl": json.read_jsonl,
   ".json": json.read_json,
@@ -20,13 +20,16 @@ _TEXT = {
 # By the end of a file's name.
 READERS = {
   **{
-    ending + packing: read
+    ending + compression: read
     for ending, read in _TEXT.items()
-    for packing in ("", *json.PACKINGS)
+    for compression in ("", *json.COMPRESSIONS)
   },
   ".parquet": arrow.read_parquet,
   ".arrow": arrow.read_arrow,
 }
+# On the hub: tables about the data, and the numbers of shards.
+_NO_ROWS = re.compile(r"(dataset_infos?|dataset_dict|state)\.json")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
 
 def stop(error: RowError) -> None:
@@ -39,13 +42,13 @@ def read_rows(path: str | Path, *, on_bad_row: OnBadRow = stop) -> Rows:
 
   Formats, by suffix: .jsonl (an object on each line), .json (an array of
   objects, or JSON lines), .txt (the whole file is one row of raw text), each
-  also as .gz or .zst; .parquet; .arrow. All are streamed. A place is
-  'rows.jsonl:12' (a line, from 1) or 'rows.json[3]' (an index, from 0).
+  also as .gz, .bz2, .xz or .zst; .parquet; .arrow. A place is 'rows.jsonl:12'
+  (a line, from 1) or 'rows.json[3]' (an index, from 0).
 
   Args:
     path: see `find_files`.
     on_bad_row: called once with the fault of each row that cannot be read;
-      where it returns, reading goes on after that row.
+      where it returns, reading continues after that row.
 
   Raises:
     ValueError: no such file, or a suffix that is not known.
@@ -56,8 +59,7 @@ def read_rows(path: str | Path, *, on_bad_row: OnBadRow = stop) -> Rows:
       than 16 MiB.
   """
   for file in find_files(path):
-    read = READERS[_ending(file)]
-    yield from read(file, on_bad_row)
+    yield from READERS[_ending(file)](file, on_bad_row)
 
 
 def find_files(path: str | Path) -> list[Path]:
@@ -66,8 +68,8 @@ def find_files(path: str | Path) -> list[Path]:
   'rows.jsonl' is a file, 'rows/*.parquet' a glob ('**' for any folders), and
   'saved' a folder of `datasets.save_to_disk`, of which 'saved#train' is one
   split. What is none of these and reads 'org/name' (or 'hf://org/name') is a
-  data set of the Hugging Face hub; see `hub_files.find`. A glob leaves out
-  the scores of other files (`scores.is_scores`): they are no rows.
+  data set of the Hugging Face hub. A glob leaves out the scores of other
+  files: they are no rows.
 
   Raises:
     ValueError: no such file or split, or a suffix that is not known.
@@ -83,10 +85,10 @@ def find_files(path: str | Path) -> list[Path]:
   else:
     matches = sorted(glob_lib.glob(path, recursive=True))
     files = [Path(match) for match in matches if Path(match).is_file()]
-    found = [file for file in files if not scores.is_scores(file)]
+    found = [file for file in files if not _is_scores(file)]
     local = _ending(Path(path)) or glob_lib.has_magic(path)
-    if not found and not local and hub_files.is_hub_path(path):
-      found = hub_files.find(path, [one for one in READERS if one != ".txt"])
+    if not found and not local and _is_hub_path(path):
+      found = _find_on_hub(path, [one for one in READERS if one != ".txt"])
   if not found:
     raise ValueError(
       f"{path}: got no such file; expected a file, a folder that datasets "
@@ -104,3 +106,53 @@ def find_files(path: str | Path) -> list[Path]:
 def _ending(file: Path) -> str:
   """The key of `READERS` that a file's name ends with; '' if none."""
   return next((one for one in READERS if file.name.endswith(one)), "")
+
+
+def _is_scores(file: Path) -> bool:
+  """Whether a file is the scores of another one beside it."""
+  name = file.name.removesuffix(SCORES_ENDING)
+  return name != file.name and file.with_name(name).is_file()
+
+
+def _is_hub_path(path: str) -> bool:
+  """Whether a path that is not here may be the hub's.
+
+  >>> [_is_hub_path(p) for p in ('hf://o/n', 'org/name@v1#train', 'a.json')]
+  [True, True, False]
+  """
+  return path.startswith("hf://") or hub.is_id(path.partition("#")[0])
+
+
+def _find_on_hub(path: str, endings: Collection[str]) -> list[Path]:
+  """Fetches 'org/name', 'org/name@revision' or 'hf://org/name', as files.
+
+  'org/name#main/train' is the files whose path has the part main/train between
+  slashes, dots and dashes. All files found must be shards of one split.
+
+  Args:
+    path: see above.
+    endings: of the names of files that can be read.
+
+  Raises:
+    ValueError: see `hub.fetch`; no such part, or several and none chosen.
+  """
+  name, _, part = path.removeprefix("hf://").partition("#")
+  name = name.removeprefix("datasets/")
+  patterns = [f"*{part}*{ending}" for ending in endings]
+  folder = hub.fetch(name, kind="dataset", patterns=patterns).folder
+  wanted = re.compile(rf"(^|[/.-]){re.escape(part)}([/.-]|$)")
+  found = {
+    file: str(file.relative_to(folder))
+    for file in sorted(folder.rglob("*"))
+    if file.name.endswith(tuple(endings)) and not _NO_ROWS.fullmatch(file.name)
+  }
+  chosen = [file for file, inner in found.items() if wanted.search(inner)]
+  choices = {_SHARD.sub("", found[file]) for file in chosen}
+  if len(choices) != 1:
+    listed = sorted(choices or {_SHARD.sub("", one) for one in found.values()})
+    raise ValueError(
+      f"{path}: got {len(choices)} sets of files, of "
+      f"{', '.join(listed[:20]) or 'none'}; expected one, of one split. Append "
+      f"a part of its name, as in {name}#train."
+    )
+  return chosen

@@ -1,15 +1,24 @@
-"""Rows of JSON lines, JSON arrays and plain text, compressed or not.
+"""Rows of JSON lines, JSON arrays and plain text, read strictly.
 
-Every reader streams: of a file of any size it holds one row and a buffer, also
-of a small .gz that unpacks to terabytes. A fault of one row is handed to
-`on_bad_row` and reading goes on with the next. A file that breaks off is
-refused in any case, since nobody knows how many rows are missing.
+A key given twice, NaN, a number beyond every float, half a surrogate pair and
+very deep nesting all pass `json.loads`, and end as a row that is not the one
+that was written, or as a crash further down. Here each is a RowError.
+
+Lines are streamed: of a file of any size one row and a buffer are held, also
+of a small .gz that unpacks to terabytes. A JSON array is read whole. A fault
+of one row is handed to `on_bad_row` and reading continues after that row; a
+file that breaks off is refused in any case, since nobody knows how many rows
+are missing.
 """
 
+import bz2
 import codecs
 import gzip
 import io
 import itertools
+import json
+import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,29 +27,40 @@ from typing import Any
 import pyarrow
 
 from sft_jax.data.conversation import RowError
-from sft_jax.data.readers import json_array, strict_json
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 OnBadRow = Callable[[RowError], None]
 
-PACKINGS = (".gz", ".zst")
+COMPRESSIONS = {
+  ".gz": gzip.GzipFile,
+  ".bz2": bz2.BZ2File,
+  ".xz": lzma.LZMAFile,
+  ".zst": lambda file: pyarrow.CompressedInputStream(str(file), "zstd"),
+}
+# The longest row, in bytes of its file: some four million tokens. Parsed JSON
+# may take thirty times its text, so that this bounds memory too.
+MAX_ROW_BYTES = 16 * 2**20
+# The longest file that is one JSON array: memory holds it whole.
+MAX_ARRAY_BYTES = 2**30
+# Levels of lists and objects: tool schemas take about twenty.
+MAX_DEPTH = 100
 
-_CHUNK = 2**20
+
+# -- Files --------------------------------------------------------------------
 
 
 def read_jsonl(file: Path, on_bad_row: OnBadRow) -> Rows:
   """An object on each line; places are 'rows.jsonl:12', counted from 1."""
-  with _open(file) as stream:
+  with open_bytes(file) as stream:
     # Bytes, so that a line ends at \n alone and faults have a line number.
     for number, line in _lines(stream, file):
       if line.isspace():
         continue
       where = f"{file.name}:{number}"
       try:
-        if len(line) > strict_json.MAX_ROW_BYTES:
-          raise strict_json.too_long(where)
-        text = _decoded(line.rstrip(), where)
-        row = _object(strict_json.loads(text, where), where)
+        if len(line) > MAX_ROW_BYTES:
+          raise too_long(where)
+        row = _object(loads(_decoded(line.rstrip(), where), where), where)
       except RowError as error:
         on_bad_row(error)
       else:
@@ -48,22 +68,29 @@ def read_jsonl(file: Path, on_bad_row: OnBadRow) -> Rows:
 
 
 def read_json(file: Path, on_bad_row: OnBadRow) -> Rows:
-  """An array of objects ('rows.json[3]', from 0), or what is JSON lines."""
-  with _open(file) as stream:
-    texts = _texts(stream, file)
-    # Spaces may fill any number of pieces.
-    first = next((piece for piece in texts if piece.strip()), "")
-    if first.lstrip().startswith("["):
-      texts = itertools.chain([first], texts)
-      for where, row in json_array.read_array(texts, file.name, on_bad_row):
-        try:
-          made = _object(row, where)
-        except RowError as error:
-          on_bad_row(error)
-        else:
-          yield where, made
-      return
-  start = first.lstrip()[:20]
+  """An array of objects ('rows.json[3]', from 0), or what is JSON lines.
+
+  Raises:
+    RowError: an array of more than `MAX_ARRAY_BYTES`; text that is not JSON,
+      with line and column: after such a place values cannot be told apart.
+  """
+  with open_bytes(file) as stream:
+    head = _guarded(stream.peek, 1, file).lstrip()
+    if head.startswith(b"["):
+      data = _guarded(stream.read, MAX_ARRAY_BYTES + 1, file)
+  if head.startswith(b"["):
+    if len(data) > MAX_ARRAY_BYTES:
+      raise RowError(
+        file.name,
+        f"a JSON array of more than {MAX_ARRAY_BYTES // 2**20} MiB",
+        "JSON lines, which are read row by row",
+        "Convert it: jq -c '.[]' rows.json > rows.jsonl.",
+      )
+    text = _decoded(data, file.name)
+    del data
+    yield from read_array(text, file.name, on_bad_row)
+    return
+  start = head[:20].decode(errors="replace")
   if not start.startswith("{") or start.split("\n")[0].strip() == "{":
     raise RowError(
       file.name,
@@ -74,13 +101,45 @@ def read_json(file: Path, on_bad_row: OnBadRow) -> Rows:
   yield from read_jsonl(file, on_bad_row)
 
 
+def read_array(text: str, name: str, on_bad_row: OnBadRow) -> Rows:
+  """The objects of one JSON array, decoded one by one; see `read_json`."""
+  try:
+    at, index = _skip(text, 0, "["), 0
+    while not text.startswith("]", at):
+      if index:
+        at = _skip(text, at, ",")
+      where = f"{name}[{index}]"
+      try:
+        value, end = _decode(text, at)
+        if end - at > MAX_ROW_BYTES:
+          raise too_long(where)
+        row = _object(value, where)
+      except _Fault as fault:
+        error = RowError(where, *fault.args)
+        try:  # Python's own reader knows where the value ends.
+          end = _LENIENT.raw_decode(text, at)[1]
+        except RecursionError:
+          raise error from None
+        on_bad_row(error)
+      except RowError as error:
+        on_bad_row(error)
+      else:
+        yield where, row
+      at, index = _skip(text, end), index + 1
+    if (end := _skip(text, at, "]")) < len(text):
+      raise json.JSONDecodeError("extra data", text, end)
+  except json.JSONDecodeError as error:
+    where = f"{name} line {error.lineno} column {error.colno}"
+    raise _syntax_error(error, where) from None
+
+
 def read_txt(file: Path, on_bad_row: OnBadRow) -> Rows:
   """The whole file as one row of raw text, whose place is its name."""
-  with _open(file) as stream:
-    data = _guarded(stream.read, strict_json.MAX_ROW_BYTES + 1, file)
+  with open_bytes(file) as stream:
+    data = _guarded(stream.read, MAX_ROW_BYTES + 1, file)
   try:
-    if len(data) > strict_json.MAX_ROW_BYTES:
-      raise strict_json.too_long(file.name)
+    if len(data) > MAX_ROW_BYTES:
+      raise too_long(file.name)
     text = _decoded(data, file.name)
   except RowError as error:
     on_bad_row(error)
@@ -88,16 +147,10 @@ def read_txt(file: Path, on_bad_row: OnBadRow) -> Rows:
     yield file.name, {"text": text}
 
 
-def _open(file: Path) -> io.BufferedIOBase:
+def open_bytes(file: Path) -> io.BufferedReader:
   """The file's bytes, unpacked, after a byte order mark if there is one."""
-  if file.suffix == ".gz":
-    stream = io.BufferedReader(gzip.GzipFile(file), _CHUNK)
-  elif file.suffix == ".zst":
-    packed = pyarrow.OSFile(str(file))
-    unpacked = pyarrow.CompressedInputStream(packed, "zstd")
-    stream = io.BufferedReader(unpacked, _CHUNK)
-  else:
-    stream = file.open("rb")
+  unpack = COMPRESSIONS.get(file.suffix.lower())
+  stream = io.BufferedReader(unpack(file), 2**20) if unpack else file.open("rb")
   if _guarded(stream.peek, 3, file).startswith(codecs.BOM_UTF8):
     stream.read(3)
   return stream
@@ -107,8 +160,8 @@ def _guarded(read: Callable[[int], bytes], size: int, file: Path) -> bytes:
   """What `read` gives; packed data that is damaged is a RowError."""
   try:
     return read(size)
-  except (EOFError, OSError, zlib.error) as error:
-    if file.suffix not in PACKINGS:
+  except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+    if file.suffix.lower() not in COMPRESSIONS:
       raise
     raise RowError(
       file.name,
@@ -120,7 +173,7 @@ def _guarded(read: Callable[[int], bytes], size: int, file: Path) -> bytes:
 
 def _lines(stream: Any, file: Path) -> Iterator[tuple[int, bytes]]:
   """Numbered lines; of one that is too long, only its beginning."""
-  limit = strict_json.MAX_ROW_BYTES + 1
+  limit = MAX_ROW_BYTES + 1
   for number in itertools.count(1):
     line = _guarded(stream.readline, limit, file)
     if not line:
@@ -131,40 +184,16 @@ def _lines(stream: Any, file: Path) -> Iterator[tuple[int, bytes]]:
     yield number, line
 
 
-def _texts(stream: Any, file: Path) -> Iterator[str]:
-  """The text in pieces, none of them empty."""
-  decoder = codecs.getincrementaldecoder("utf-8")()
-  read = 0
-  while data := _guarded(stream.read, _CHUNK, file):
-    # What the decoder keeps of a character that was cut.
-    held = len(decoder.getstate()[0])
-    try:
-      piece = decoder.decode(data)
-    except UnicodeDecodeError as error:
-      raise _not_utf8(error, file.name, read - held) from None
-    read += len(data)
-    if piece:
-      yield piece
-  try:
-    decoder.decode(b"", final=True)
-  except UnicodeDecodeError as error:
-    raise _not_utf8(error, file.name, read - len(error.object)) from None
-
-
 def _decoded(data: bytes, where: str) -> str:
   try:
     return data.decode()
   except UnicodeDecodeError as error:
-    raise _not_utf8(error, where, 0) from None
-
-
-def _not_utf8(error: UnicodeDecodeError, where: str, before: int) -> RowError:
-  return RowError(
-    f"{where} byte {before + error.start}",
-    f"the byte 0x{error.object[error.start]:02x}, which is not UTF-8",
-    "UTF-8",
-    "Convert the file, or mend or drop the row.",
-  )
+    raise RowError(
+      f"{where} byte {error.start}",
+      f"the byte 0x{data[error.start]:02x}, which is not UTF-8",
+      "UTF-8",
+      "Convert the file, or correct or drop the row.",
+    ) from None
 
 
 def _object(row: Any, where: str) -> dict[str, Any]:
@@ -176,3 +205,151 @@ def _object(row: Any, where: str) -> dict[str, Any]:
       "Give every row as {...}.",
     )
   return row
+
+
+def too_long(where: str) -> RowError:
+  """What is wrong with a row of more than `MAX_ROW_BYTES`."""
+  return RowError(
+    where,
+    f"a row of more than {MAX_ROW_BYTES // 2**20} MiB",
+    f"rows of at most {MAX_ROW_BYTES // 2**20} MiB",
+    "Cut it into several rows.",
+  )
+
+
+# -- Values -------------------------------------------------------------------
+
+
+class _Fault(Exception):
+  """(got, expected, cure) of JSON that is well formed and still refused."""
+
+
+_TOO_DEEP = _Fault(
+  "JSON nested too deep", f"at most {MAX_DEPTH} levels", "Drop the row."
+)
+_SPACE = re.compile(r"[ \t\n\r]*+")
+# A lone half of a surrogate pair can only come from an escape.
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def loads(text: str, where: str) -> Any:
+  """The value of a JSON text.
+
+  Raises:
+    RowError: text that is not JSON, with its column (and line, where it has
+      several); a key given twice; NaN or infinity; half a surrogate pair;
+      integers of thousands of digits; more than `MAX_DEPTH` levels.
+  """
+  try:
+    value, end = _decode(text, _skip(text, 0))
+    if _skip(text, end) != len(text):
+      raise json.JSONDecodeError("extra data", text, _skip(text, end))
+  except json.JSONDecodeError as error:
+    line = f" line {error.lineno}" if "\n" in text else ""
+    raise _syntax_error(error, f"{where}{line} column {error.colno}") from None
+  except _Fault as fault:
+    raise RowError(where, *fault.args) from None
+  return value
+
+
+def _skip(text: str, at: int, mark: str = "") -> int:
+  """Where the text continues after white space and `mark`, and white space."""
+  at = _SPACE.match(text, at).end()  # pyright: ignore[reportOptionalMemberAccess]
+  if not text.startswith(mark, at):
+    raise json.JSONDecodeError(f"expecting {mark!r}", text, at)
+  return _SPACE.match(text, at + len(mark)).end()  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def _decode(text: str, start: int) -> tuple[Any, int]:
+  """The value that begins at `start`, and where it ends.
+
+  Raises:
+    json.JSONDecodeError: no value is complete there.
+    _Fault: it is complete, or breaks off too deep, and is refused.
+  """
+  try:
+    value, end = _DECODER.raw_decode(text, start)
+  except RecursionError:
+    raise _TOO_DEEP from None
+  except json.JSONDecodeError:
+    raise
+  except ValueError:
+    # Of Python's limit on digits, which keeps conversion from hanging.
+    raise _Fault(
+      "an integer of thousands of digits",
+      "a number of ordinary size",
+      "Write it as a string, or drop the row.",
+    ) from None
+  nested = text.count("[", start, end) + text.count("{", start, end)
+  if nested > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
+    raise _TOO_DEEP
+  if _SURROGATE_ESCAPE.search(text, start, end):
+    # Whole pairs became one character in reading; halves cannot be encoded.
+    try:
+      json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+      raise _Fault(
+        f"half a surrogate pair ({error.object[error.start]!r})",
+        "whole characters",
+        "Correct the escape or drop the row.",
+      ) from None
+  return value, end
+
+
+def _syntax_error(error: json.JSONDecodeError, where: str) -> RowError:
+  near = error.doc[max(0, error.pos - 10) : error.pos + 20]
+  return RowError(
+    where,
+    f"{error.msg.lower()} at {near!r}",
+    "valid JSON",
+    "Correct or drop the row.",
+  )
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+  containers = [value] if isinstance(value, dict | list) else []
+  while containers and levels > 0:
+    levels -= 1
+    containers = [
+      inner
+      for held in containers
+      for inner in (held.values() if isinstance(held, dict) else held)
+      if isinstance(inner, dict | list)
+    ]
+  return bool(containers)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  made = dict(pairs)
+  if len(made) != len(pairs):
+    known = set()
+    for key, _ in pairs:
+      if key in known:
+        raise _Fault(
+          f"the key {key!r} twice in one object",
+          "each key once",
+          "Keep one of the two values.",
+        )
+      known.add(key)
+  return made
+
+
+def _no_constant(name: str) -> Any:
+  raise _Fault(name, "a JSON number", "Replace it: JSON has no such value.")
+
+
+def _float(text: str) -> float:
+  value = float(text)
+  if value in (float("inf"), float("-inf")):
+    raise _Fault(
+      f"the number {text[:40]}", "a number that fits a float", "Correct it."
+    )
+  return value
+
+
+# Made once: making a decoder takes longer than reading a short row.
+_DECODER = json.JSONDecoder(
+  object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_float
+)
+# For where a refused value ends.
+_LENIENT = json.JSONDecoder(parse_int=len, parse_float=len)

@@ -4,7 +4,7 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
-from sft_jax.data.readers import files as rows
+from sft_jax.data.readers.files import find_files
 from sft_jax.data.sources import Source
 from sft_jax.data.store.files import digest, hash_text
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
@@ -13,10 +13,8 @@ from sft_jax.data.tokenizers.tokenizer import Tokenizer
 # is.
 _ELSEWHERE = (
   "audit/",
-  "conditions.py",
   "packing.py",
   "pipeline.py",
-  "scores.py",
   "selection.py",
   "chat/template_export.py",
   "store/stats.py",
@@ -28,7 +26,7 @@ _LIBRARIES = ("jinja2", "sentencepiece", "tokenizers")
 def of_source(source: Source, format: str, seed: int) -> dict[str, Any]:
   causes: dict[str, Any] = {
     f"file {number} ({file.name})": digest(file)
-    for number, file in enumerate(rows.find_files(source.path), 1)
+    for number, file in enumerate(find_files(source.path), 1)
   }
   causes["format"] = source.format or format
   causes["columns"] = dict(source.columns)

@@ -19,7 +19,7 @@ from sft_jax.data.conversation import Conversation, NothingToTrain, RowError
 from sft_jax.data.encoding import encode, fast_path
 from sft_jax.data.encoding.encode import Example
 from sft_jax.data.formats import formats
-from sft_jax.data.readers import files as rows
+from sft_jax.data.readers.files import read_rows
 from sft_jax.data.sources import Source
 from sft_jax.data.store.files import INDEX, RUN
 from sft_jax.data.store.stats import SourceLedger
@@ -138,7 +138,7 @@ def _read(source: Source) -> Iterator[Any]:
   """(place, row), the RowError of one that cannot be read, or _Broken."""
   unreadable: list[RowError] = []
   try:
-    for item in rows.read_rows(source.path, on_bad_row=unreadable.append):
+    for item in read_rows(source.path, on_bad_row=unreadable.append):
       while unreadable:
         yield unreadable.pop(0)
       yield item

@@ -15,7 +15,7 @@ from sft_jax.data import selection
 from sft_jax.data.audit import checks, token_checks
 from sft_jax.data.chat.options import Policy
 from sft_jax.data.pipeline import Stream
-from sft_jax.data.readers import files as rows
+from sft_jax.data.readers.files import find_files
 from sft_jax.data.sources import Source, to_sources
 from sft_jax.data.store import build
 from sft_jax.data.store.store import Store
@@ -242,7 +242,7 @@ def _by_file(source: Source) -> list[Source]:
   """
   if source.name or source.share is not None or source.limit is not None:
     return [source]
-  files = rows.find_files(source.path)
+  files = find_files(source.path)
   return [dataclasses.replace(source, path=str(file)) for file in files]
 
 

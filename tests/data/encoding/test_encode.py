@@ -19,6 +19,7 @@ from sft_jax.data.conversation import (
 )
 from sft_jax.data.encoding import encode
 from sft_jax.data.formats import formats
+from sft_jax.data.readers import files
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
 from tiny_rows import chat, runs
 from tiny_tokenizers import (
@@ -393,7 +394,7 @@ def test_ids_equal_transformers(name, tmp_path, monkeypatch):
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data folder")
 def test_the_real_model_on_real_rows():
   one = load_tokenizer(SHARED / "pretrained" / "stories260k_hf")
-  rows = formats.read_rows(SHARED / "instruction" / "alpaca_5000.json")
+  rows = files.read_rows(SHARED / "instruction" / "alpaca_5000.json")
   for _, (where, row) in zip(range(40), rows, strict=False):
     assert_law_1(formats.to_conversation(row, source=where), one)
   turns = ("u:Hi", "a:Once upon a time", "u:And then?", "a:The end.")

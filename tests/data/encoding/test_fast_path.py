@@ -10,6 +10,7 @@ from sft_jax.data.chat.options import Policy
 from sft_jax.data.conversation import Conversation, Message, RowError
 from sft_jax.data.encoding import encode, fast_path
 from sft_jax.data.formats import formats
+from sft_jax.data.readers import files
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
 from tiny_tokenizers import (
   CHATML,
@@ -203,7 +204,7 @@ def test_real_rows_by_real_templates(name, tmp_path):
   rows = []
   for file in ("instruction/t0_sample.jsonl", "instruction/alpaca_5000.json"):
     for _, (_, row) in zip(
-      range(15), formats.read_rows(SHARED / file), strict=False
+      range(15), files.read_rows(SHARED / file), strict=False
     ):
       rows.append(formats.to_conversation(row))
   asked = [m.content for row in rows for m in row.messages][:12]

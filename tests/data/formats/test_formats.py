@@ -13,6 +13,7 @@ from sft_jax.data.conversation import (
   ToolCall,
 )
 from sft_jax.data.formats import formats
+from sft_jax.data.readers import files
 from tiny_tokenizers import SHARED
 
 needs_shared = pytest.mark.skipif(
@@ -340,7 +341,7 @@ def test_every_shared_file_is_listed():
 
 def load(name, **kwargs):
   made, dropped = 0, collections.Counter()
-  for where, row in formats.read_rows(SHARED / name):
+  for where, row in files.read_rows(SHARED / name):
     try:
       formats.to_conversation(row, source=where, **kwargs)
       made += 1

@@ -11,7 +11,8 @@ import pytest
 
 from sft_jax.data.conversation import RowError
 from sft_jax.data.formats import formats
-from sft_jax.data.readers import files, strict_json
+from sft_jax.data.readers import files
+from sft_jax.data.readers import json as json_reader
 
 CALL = {"name": "f", "arguments": {"city": "Ulm"}}
 TRACE = [
@@ -119,7 +120,7 @@ def test_a_value_that_is_not_utf8_is_one_bad_row(tmp_path, name):
 
 
 def test_a_row_that_is_too_long_is_one_bad_row(tmp_path, monkeypatch):
-  monkeypatch.setattr(strict_json, "MAX_ROW_BYTES", 1000)
+  monkeypatch.setattr(json_reader, "MAX_ROW_BYTES", 1000)
   made = [{"text": "x" * n} for n in (10, 2000, 20)]
   path = write(pyarrow.Table.from_pylist(made), tmp_path / "a.parquet")
   skipped = []

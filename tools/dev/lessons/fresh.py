@@ -12,6 +12,7 @@ import sft_jax
 from demo_world import split, world
 from demo_world.conversations import Maker, Row
 from sft_jax.data.formats import formats
+from sft_jax.data.readers import files
 
 DEMO = Path(sft_jax.__file__).parent / "demo"
 
@@ -45,7 +46,7 @@ def fresh(seed: int, *, counts: Mapping[str, int]) -> list[Row]:
 def _asked(path: Path) -> set[str]:
   """Keys of the prompts of rows of any format."""
   talks = []
-  for where, row in formats.read_rows(path):
+  for where, row in files.read_rows(path):
     if "checks" in row:
       talks.append(row["messages"])
     else:
