@@ -17,7 +17,7 @@ import numpy as np
 from sft_jax.common import trees
 from sft_jax.data.chat import template as templates
 from sft_jax.data.chat import template_export
-from sft_jax.data.chat.options import DEFAULT, Policy
+from sft_jax.data.chat.options import DEFAULT, RenderOptions
 from sft_jax.data.conversation import Conversation, Message, RowError
 from sft_jax.data.encoding import encode
 from sft_jax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -83,7 +83,7 @@ def save_pretrained(
   *,
   dtype: Any = None,
   max_shard_bytes: int = 5_000_000_000,
-  policy: Policy = DEFAULT,
+  options: RenderOptions = DEFAULT,
   shardings: load_save.Shardings | None = None,
 ) -> Evidence:
   """Writes a Hugging Face folder, adapters merged, and verifies it.
@@ -97,7 +97,7 @@ def save_pretrained(
     tokenizer: whose files to copy and whose stop ids to write.
     dtype: of the written tensors, see `models.hf.save_pretrained`.
     max_shard_bytes: size above which the tensors are split over files.
-    policy: that prompts were trained with.
+    options: that prompts were trained with.
     shardings: where the folder's parameters shall lie while they are compared,
       see `models.hf.load_pretrained`.
 
@@ -118,12 +118,12 @@ def save_pretrained(
       max_shard_bytes=max_shard_bytes,
     )
     if tokenizer:
-      _write_template(folder, tokenizer, policy)
+      _write_template(folder, tokenizer, options)
     wait_for_all()
     try:
       found.append(
         _verify(
-          path, folder, model, params, tokenizer, dtype, policy, shardings
+          path, folder, model, params, tokenizer, dtype, options, shardings
         )
       )
     except ValueError as error:
@@ -140,12 +140,14 @@ def save_pretrained(
   return found[0]
 
 
-def _write_template(folder: Path, tokenizer: Tokenizer, policy: Policy) -> None:
+def _write_template(
+  folder: Path, tokenizer: Tokenizer, options: RenderOptions
+) -> None:
   """Replaces the chat template where it alone would give other prompts."""
   if tokenizer.chat_template is None or jax.process_index():
     return
   template = templates.chat_template(tokenizer)
-  if source := template_export.exported(template, policy):
+  if source := template_export.exported(template, options):
     path = folder / "chat_template.jinja"
     path.write_text(source, encoding="utf-8")
 
@@ -157,14 +159,14 @@ def _verify(
   params: trees.Tree,
   tokenizer: Tokenizer | None,
   dtype: Any,
-  policy: Policy,
+  options: RenderOptions,
   shardings: load_save.Shardings | None,
 ) -> Evidence:
   """Raises ValueError where the folder is not the model."""
   written = load_save.export_dtype(model, dtype)
   stops, prompts = None, []
   if tokenizer:
-    stops, prompts = _same_words(folder, tokenizer, policy)
+    stops, prompts = _same_words(folder, tokenizer, options)
   # Both dtypes that parameters can have hold every float16.
   keep = jnp.bfloat16 if written == jnp.bfloat16 else jnp.float32
   stranger, loaded = load_save.load_pretrained(
@@ -222,7 +224,7 @@ def _same_weights(
 
 
 def _same_words(
-  folder: Path, tokenizer: Tokenizer, policy: Policy
+  folder: Path, tokenizer: Tokenizer, options: RenderOptions
 ) -> tuple[list[int], list[list[int]]]:
   """The stop ids and the prompts of the folder, which are the tokenizer's."""
   stranger = load_tokenizer(folder)
@@ -238,12 +240,12 @@ def _same_words(
       raise ValueError(f"{where} stops at {got}, not at {stops}")
   prompts = []
   # A stranger knows nothing of what the run chose, but for the day.
-  date = {k: v for k, v in policy.template_kwargs.items() if k == "date"}
+  date = {k: v for k, v in options.template_kwargs.items() if k == "date"}
   unaware = dataclasses.replace(
-    policy, template_kwargs=date, generation_prompt="error"
+    options, template_kwargs=date, generation_prompt="error"
   )
   for conversation in _CONVERSATIONS:
-    ours = _render(conversation, tokenizer, policy)
+    ours = _render(conversation, tokenizer, options)
     theirs = _render(conversation, stranger, unaware)
     if ours != theirs:
       raise ValueError(
@@ -256,14 +258,14 @@ def _same_words(
 
 
 def _render(
-  conversation: Conversation, tokenizer: Tokenizer, policy: Policy
+  conversation: Conversation, tokenizer: Tokenizer, options: RenderOptions
 ) -> list[int] | str:
   """Ids of a prompt; the text itself where there is no template for it; what
   the template says where it takes no such turns."""
   if tokenizer.chat_template is None:
     return tokenizer.encode(conversation.messages[0].content)
   try:
-    return encode.prompt_ids(conversation, tokenizer, policy)
+    return encode.prompt_ids(conversation, tokenizer, options)
   except RowError as error:
     return str(error)
 

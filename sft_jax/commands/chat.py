@@ -54,7 +54,7 @@ class Talk:
       max_new_tokens=args.max_new_tokens, temperature=args.temperature,
       top_p=args.top_p, min_p=args.min_p, seed=seed,
       stop_strings=args.stop or (),
-      policy=command.policy(args, asked.policy), every=args.every,
+      options=command.render_options(args, asked.options), every=args.every,
     )  # fmt: skip
     for piece in pieces:
       shown = Text(terminal.visible(piece.text))
@@ -118,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
   add("--max_new_tokens", type=int, default=256, help="per reply")
   add("--stop", action="append", help="ends a reply where this text begins")
   add("--every", type=int, default=4, help="tokens shown at a time")
-  command.add_policy(parser)
+  command.add_render_options(parser)
   add("--dtype", default="float32", help="float32 or bfloat16")
   return parser
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sft_jax.data.chat.options import CHOICES, DEFAULT, Policy
+from sft_jax.data.chat.options import CHOICES, DEFAULT, RenderOptions
 
 # As in train.py: anything else is our mistake and keeps its trace.
 USER_ERRORS = (ValueError, OSError)
@@ -60,11 +60,11 @@ def run_with_flags(main: Callable[[], None]) -> None:
   app.run(parsed)
 
 
-# What of a policy concerns a prompt.
+# Render options that concern a prompt.
 _OF_PROMPTS = ("generation_prompt", "reasoning", "control_tokens")
 
 
-def add_policy(parser: argparse.ArgumentParser) -> None:
+def add_render_options(parser: argparse.ArgumentParser) -> None:
   """Adds what training may have chosen for prompts; exports need none of it,
   but for the date and reasoning=strip, and runs remember it."""
   add = parser.add_argument
@@ -73,8 +73,10 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
     add(f"--{name}", choices=CHOICES[name], help="as in training")
 
 
-def policy(args: argparse.Namespace, ours: Policy = DEFAULT) -> Policy:
-  """A model's own policy, with what `add_policy`'s arguments tell."""
+def render_options(
+  args: argparse.Namespace, ours: RenderOptions = DEFAULT
+) -> RenderOptions:
+  """A model's own options, with what `add_render_options`'s arguments tell."""
   names = ("template_kwargs", *_OF_PROMPTS)
   given = {name: getattr(args, name) for name in names}
   told = {name: x for name, x in given.items() if x is not None}

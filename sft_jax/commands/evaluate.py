@@ -33,7 +33,7 @@ def scores(
   args: argparse.Namespace,
 ) -> tuple[behaviours.Scores, list[encode.Example]]:
   """Greedy replies of a model, checked; and as rows, the replies trained on."""
-  policy = command.policy(args, asked.policy)
+  options = command.render_options(args, asked.options)
   said = list[replies.Reply]()
 
   def generate(prompts: list[Conversation]) -> list[replies.Reply]:
@@ -44,7 +44,7 @@ def scores(
       prompts,
       max_new_tokens=args.max_new_tokens,
       stop_strings=args.stop or (),
-      policy=policy,
+      options=options,
       batch_size=args.batch_size,
       int8_cache=args.int8_cache,
     )
@@ -52,7 +52,7 @@ def scores(
 
   found = behaviours.run(items, generate)
   rows_ = [
-    _row(encode.prompt_ids(item.prompt, asked.tokenizer, policy), reply.tokens)
+    _row(encode.prompt_ids(item.prompt, asked.tokenizer, options), reply.tokens)
     for item, reply in zip(items, said, strict=True)
   ]
   return found, rows_
@@ -68,14 +68,14 @@ def texts(
   path: str, asked: load_run.Asked, args: argparse.Namespace
 ) -> list[encode.Example]:
   """The rows of a file, raw text or conversations, as training has them."""
-  policy = command.policy(args, asked.policy)
+  options = command.render_options(args, asked.options)
   return [
     example
     for where, row in files.read_rows(path)
     for example in encode.encode_row(
       formats.to_conversation(row, source=where),
       asked.tokenizer,
-      policy,
+      options,
       max_length=args.max_length,
     ).examples
   ]
@@ -125,7 +125,7 @@ def main() -> None:
   add("--stop", action="append", help="ends a reply where this text begins")
   add("--batch_size", type=int, default=64, help="prompts at once")
   add("--int8_cache", action="store_true", help="keys and values in 8 bits")
-  command.add_policy(parser)
+  command.add_render_options(parser)
   add("--dtype", default="float32", help="float32 or bfloat16")
   add("--out", help="write every reply here, jsonl; the baseline's beside it")
   args = parser.parse_args()

@@ -62,7 +62,7 @@ def inspect(config: data.Config, say: data.Say) -> dict[str, Any]:
     own_files=bool(config.data.eval),
     allow=config.data.allow,
     format=config.data.format,
-    policy=data.make_policy(config),
+    options=data.make_render_options(config),
     rows_seed=config.seed,
     samples=SAMPLES.value,
     samples_seed=SEED.value,

@@ -82,7 +82,7 @@ def score(config: Config, say: data.Say) -> dict[str, list[RowScore]]:
   by = {
     "model": config.model.path,
     "seq_len": config.data.seq_len,
-    "policy": data.make_policy(config).to_json(),
+    "options": data.make_render_options(config).to_json(),
   }
   result = {}
   for number, source in enumerate(sources):

@@ -30,7 +30,7 @@ from sft_jax.reporting import terminal
 from sft_jax.training import selfcheck
 from sft_jax.training.build import build
 from sft_jax.training.build import step as setup_step
-from sft_jax.training.build.data import Config, Say, make_policy
+from sft_jax.training.build.data import Config, Say, make_render_options
 from sft_jax.training.selfcheck import Finding
 from sft_jax.training.setup_selfcheck import quick, toy_shape
 
@@ -56,7 +56,7 @@ def check(config: Config, say: Say) -> list[Finding]:
       params,
       run_.tokenizer,
       dtype=config.export_dtype or config.model.param_dtype,
-      policy=make_policy(config),
+      options=make_render_options(config),
       shardings=lambda shapes: sharding.param_shardings(shapes, run_.mesh),
     )
   difference, most = found.logit_difference, found.tolerance

@@ -37,7 +37,7 @@ def make(args: argparse.Namespace) -> synthesis.Synthesis:
   if not against:
     say("--against: no evaluation set is named, so none was compared with.")
   asked = load_run.load(args.teacher, dtype=args.dtype, say=say)
-  policy = command.policy(args, asked.policy)
+  options = command.render_options(args, asked.options)
 
   def sample(
     prompts: list[Conversation], seeds: list[int]
@@ -52,14 +52,14 @@ def make(args: argparse.Namespace) -> synthesis.Synthesis:
       top_p=args.top_p,
       seeds=seeds,
       stop_strings=args.stop or (),
-      policy=policy,
+      options=options,
       batch_size=args.batch_size,
     )
 
   def usable(conversation: Conversation) -> None:
     try:
       encode.encode_row(
-        conversation, asked.tokenizer, policy, max_length=1 << 30
+        conversation, asked.tokenizer, options, max_length=1 << 30
       )
     except NothingToTrain as nothing:  # Never of a turn that says something.
       raise AssertionError(nothing) from nothing
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   add("--max_new_tokens", type=int, default=80, help="per reply")
   add("--stop", action="append", help="ends a reply where this text begins")
   add("--batch_size", type=int, default=64, help="prompts at once")
-  command.add_policy(parser)
+  command.add_render_options(parser)
   add("--dtype", default="float32", help="float32 or bfloat16")
   args = parser.parse_args(argv)
   made = make(args)

@@ -15,7 +15,7 @@ import numpy as np
 
 from sft_jax.common.batch import Batch
 from sft_jax.data import packing
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.conversation import Conversation, Message
 from sft_jax.data.encoding import encode
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
@@ -211,7 +211,7 @@ def measure_exposure(
   planted: set[int],
   nats: Callable[[Batch], np.ndarray],
   tokenizer: Tokenizer,
-  policy: Policy,
+  options: RenderOptions,
   *,
   batch_size: int,
 ) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def measure_exposure(
     canaries: planted and kept back.
     planted: boxes whose rows are trained on.
     nats: of the trained tokens of each row of a batch.
-    tokenizer, policy: as in training.
+    tokenizer, options: as in training.
     batch_size: rows of a batch.
 
   Returns:
@@ -235,7 +235,7 @@ def measure_exposure(
   for canary in canaries:
     codes = (canary.code, *canary.others)
     examples = [
-      _canary_example(canary.box, c, tokenizer, policy) for c in codes
+      _canary_example(canary.box, c, tokenizer, options) for c in codes
     ]
     losses = np.concatenate(
       [nats(batch) for batch in packing.padded_batches(examples, batch_size)]
@@ -252,11 +252,11 @@ def measure_exposure(
 
 
 def _canary_example(
-  box: int, code: str, tokenizer: Tokenizer, policy: Policy
+  box: int, code: str, tokenizer: Tokenizer, options: RenderOptions
 ) -> encode.Example:
   messages = canary_row(box, code)["messages"]
   conversation = Conversation(tuple(Message(**turn) for turn in messages))
   (example,) = encode.encode_row(
-    conversation, tokenizer, policy, max_length=10**6
+    conversation, tokenizer, options, max_length=10**6
   ).examples
   return example

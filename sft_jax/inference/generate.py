@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sft_jax.common.trees import Tree
-from sft_jax.data.chat.options import DEFAULT, Policy
+from sft_jax.data.chat.options import DEFAULT, RenderOptions
 from sft_jax.data.conversation import Conversation, Message, ToolCall
 from sft_jax.data.encoding import encode
 from sft_jax.data.store.store import Store
@@ -100,7 +100,7 @@ def stream(
   seed: int = 0,
   seeds: Sequence[int] | None = None,
   stop_strings: Sequence[str] = (),
-  policy: Policy = DEFAULT,
+  options: RenderOptions = DEFAULT,
   batch_size: int = 64,
   int8_cache: bool = False,
   mesh: Mesh | None = None,
@@ -119,11 +119,13 @@ def stream(
       temperature of 0 is greedy.
     stop_strings: a reply ends where the first of them begins in its text, and
       counts as stopped; `tokens` are those up to the one that completed it.
-    policy: as in training.
+    options: as in training.
     batch_size: most conversations at once.
     int8_cache, mesh, every: see `sampler.stream`.
   """
-  prompts = [encode.prompt_ids(one, tokenizer, policy) for one in conversations]
+  prompts = [
+    encode.prompt_ids(one, tokenizer, options) for one in conversations
+  ]
   decode = lambda tokens: tokenizer.decode(tokens, skip_special=False)
 
   def cut(index: int, tokens: list[int]) -> int | None:

@@ -30,7 +30,7 @@ from sft_jax.step.train_step import TrainState
 from sft_jax.training import setup_selfcheck, start_page
 from sft_jax.training.build import host_consistency, model, setup_rows
 from sft_jax.training.build.build import Setup, setup
-from sft_jax.training.build.data import Config, Say, make_policy
+from sft_jax.training.build.data import Config, Say, make_render_options
 from sft_jax.training.build.evals import make_suite
 from sft_jax.training.interrupts import StopRequest
 from sft_jax.training.loop import followed, make_patience, train_steps
@@ -333,6 +333,6 @@ def export_run(
     params,
     run_.tokenizer,
     dtype=config.export_dtype or config.model.param_dtype,
-    policy=make_policy(config),
+    options=make_render_options(config),
     shardings=lambda shapes: sharding.param_shardings(shapes, run_.mesh),
   )

@@ -14,7 +14,7 @@ import sft_jax
 import tiny
 from sft_jax.checkpointing import export
 from sft_jax.common import sharding, trees
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.conversation import Conversation, Message
 from sft_jax.data.encoding import encode
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
@@ -134,15 +134,17 @@ def test_its_template_needs_none_of_the_runs_settings(folder, tmp_path):
     + "{% if add_generation_prompt %}{{ mood | default('<hm>') }}{% endif %}"
   )
   tokenizer = load_tokenizer(changed)
-  policy = Policy({"mood": "<think>"}, generation_prompt="omit")
+  options = RenderOptions({"mood": "<think>"}, generation_prompt="omit")
   asked = Conversation((Message("user", "Hi"),))
   export.save_pretrained(
-    tmp_path / "out", model, params, tokenizer, policy=policy
+    tmp_path / "out", model, params, tokenizer, options=options
   )
   stranger = load_tokenizer(tmp_path / "out")
-  expected = encode.prompt_ids(asked, tokenizer, policy)
+  expected = encode.prompt_ids(asked, tokenizer, options)
   assert encode.prompt_ids(asked, stranger) == expected
-  whole = encode.prompt_ids(asked, tokenizer, Policy({"mood": "<think>"}))
+  whole = encode.prompt_ids(
+    asked, tokenizer, RenderOptions({"mood": "<think>"})
+  )
   assert whole[: len(expected)] == expected != whole
 
 

@@ -44,7 +44,7 @@ def made(tmp_path_factory):
     history: build.build(
       str(file),
       tokenizer,
-      options.Policy(history=history),
+      options.RenderOptions(history=history),
       directory=root / "cache",
       max_length=64,
       num_workers=1,

@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 
 import tiny
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.conversation import Conversation, Message, ToolCall
 from sft_jax.data.encoding import encode
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
@@ -106,7 +106,9 @@ def test_thinking_is_not_what_is_said(tokenizer):
   assert reply.text == "4"
   # The same when the generation prompt has opened it.
   (reply,) = say(
-    tokenizer, "2+2\n</think>\n\n4<|im_end|>", policy=Policy({"opened": True})
+    tokenizer,
+    "2+2\n</think>\n\n4<|im_end|>",
+    options=RenderOptions({"opened": True}),
   )
   assert reply.message == Message("assistant", "4", reasoning="2+2")
 
@@ -130,16 +132,21 @@ def test_prompts_are_those_of_training(tokenizer):
 
   script = jnp.asarray(tokenizer.encode("<|im_end|>"))
   conversation = ask("Hi")
-  policy = Policy({"opened": True})
+  options = RenderOptions({"opened": True})
   generate.generate(
-    Watching, script, tokenizer, [conversation], max_new_tokens=2, policy=policy
+    Watching,
+    script,
+    tokenizer,
+    [conversation],
+    max_new_tokens=2,
+    options=options,
   )
   jax.effects_barrier()
-  assert seen == [encode.prompt_ids(conversation, tokenizer, policy)]
+  assert seen == [encode.prompt_ids(conversation, tokenizer, options)]
 
 
 def test_no_more_tokens_than_the_model_has_positions(tokenizer):
-  prompt = encode.prompt_ids(ask("Hi"), tokenizer, Policy())
+  prompt = encode.prompt_ids(ask("Hi"), tokenizer, RenderOptions())
 
   class Short(Scripted):
     config = SimpleNamespace(position_limit=len(prompt) + 7)

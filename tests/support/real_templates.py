@@ -214,16 +214,16 @@ def main() -> None:
   """Prints the table of docs/templates.md."""
   from sft_jax.data.chat import template as templates
   from sft_jax.data.chat import template_probes
-  from sft_jax.data.chat.options import Policy
+  from sft_jax.data.chat.options import RenderOptions
   from sft_jax.data.encoding import encode
   from sft_jax.data.tokenizers.tokenizer import load_tokenizer
 
   date = {"date": DATE}
   ways = {
-    "as it is": Policy(date),
-    "omit": Policy(date, generation_prompt="omit"),
-    "enable_thinking": Policy({**date, "enable_thinking": True}),
-    "strip": Policy(
+    "as it is": RenderOptions(date),
+    "omit": RenderOptions(date, generation_prompt="omit"),
+    "enable_thinking": RenderOptions({**date, "enable_thinking": True}),
+    "strip": RenderOptions(
       {**date, "enable_thinking": False}, "omit", reasoning="strip"
     ),
   }
@@ -238,12 +238,12 @@ def main() -> None:
     counts, refused, notes = [], {}, set()
     if tail := template_probes.omitted(templates.chat_template(one), date):
       notes.add(f"omits `{tail!r}`")
-    for way, policy in ways.items():
+    for way, options in ways.items():
       trained = 0
       for case in CASES:
         try:
           made = encode.encode_row(
-            case.conversation, one, policy, max_length=10**6
+            case.conversation, one, options, max_length=10**6
           )
           trained += 1
           notes |= made.notes.keys() - {"split history"}

@@ -124,7 +124,7 @@ def test_a_checkpoint_without_its_manifest_is_refused(run, monkeypatch):
 
 def test_the_policy_of_a_run_is_remembered(run):
   result, base, _ = run
-  assert load_run.load(result.workdir).policy.over_long == "drop"
+  assert load_run.load(result.workdir).options.over_long == "drop"
   assert load_run.load(base).tokenizer.vocab_size > 0
 
 

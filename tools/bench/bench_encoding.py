@@ -25,13 +25,13 @@ import bench_data
 from sft_jax.commands import command
 from sft_jax.data.chat import loss_spans
 from sft_jax.data.chat import template as templates
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.encoding import encode, fast_path
 from sft_jax.data.formats import formats
 from sft_jax.data.store import build, workers
 from sft_jax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
-POLICY = Policy()
+OPTIONS = RenderOptions()
 LENGTH = 2048
 CHUNK = 128
 
@@ -54,10 +54,10 @@ def encode_all(conversations: list, tokenizer: Tokenizer) -> int:
   tokens = 0
   for begin in range(0, len(conversations), CHUNK):
     some = conversations[begin : begin + CHUNK]
-    alike = fast_path.encode_alike(some, tokenizer, POLICY)
+    alike = fast_path.encode_alike(some, tokenizer, OPTIONS)
     for conversation, made in zip(some, alike, strict=True):
       row = encode.encode_row(
-        conversation, tokenizer, POLICY, max_length=LENGTH, made=made
+        conversation, tokenizer, OPTIONS, max_length=LENGTH, made=made
       )
       tokens += sum(len(example.tokens) for example in row.examples)
   return tokens
@@ -70,7 +70,7 @@ def against_library(
 
   template = templates.chat_template(tokenizer)
   texts = [
-    loss_spans.render_spans(one, template, POLICY)[0].text
+    loss_spans.render_spans(one, template, OPTIONS)[0].text
     for one in conversations
   ]
   model = tokenizers.Tokenizer.from_file(
@@ -106,7 +106,7 @@ def against_trl(
       build.build(
         str(path),
         tokenizer,
-        POLICY,
+        OPTIONS,
         directory=folder,
         max_length=LENGTH,
         announce=lambda line: None,

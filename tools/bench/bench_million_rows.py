@@ -23,13 +23,13 @@ import sys, time
 from pathlib import Path
 import sft_jax
 from sft_jax.data import pipeline
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.store import build
 from sft_jax.data.tokenizers import tokenizer as tokenizers
 folder, rows = sys.argv[1:]
 tokenizer = tokenizers.load_tokenizer(Path(folder) / "model")
 begin = time.perf_counter()
-store = build.build(rows, tokenizer, Policy(), max_length=2048,
+store = build.build(rows, tokenizer, RenderOptions(), max_length=2048,
                     directory=Path(folder) / "cache")
 built = time.perf_counter()
 stream = pipeline.Stream(store, seq_len=2048, batch_size=8)

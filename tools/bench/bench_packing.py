@@ -21,7 +21,7 @@ import numpy as np
 import bench_data
 from sft_jax.commands import command
 from sft_jax.data import packing
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.store import build
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
 
@@ -81,7 +81,7 @@ def real_lengths(shared: Path) -> dict[str, np.ndarray]:
         str(file),
         tokenizer,
         # T0's answers end in the text of another model's stop token.
-        Policy(control_tokens="allow"),
+        RenderOptions(control_tokens="allow"),
         directory=Path(folder) / "cache",
         max_length=CAPACITY,
         announce=lambda line: None,

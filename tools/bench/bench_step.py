@@ -32,7 +32,7 @@ import numpy as np
 import bench_data
 from sft_jax.commands import command
 from sft_jax.common import flops as fit
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.store import build
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
 from sft_jax.models import transformer
@@ -116,7 +116,7 @@ def write_rows(folder: Path, train: list[str], seq_len: int) -> np.ndarray:
   store = build.build(
     train,
     load_tokenizer(folder / "model"),
-    Policy(control_tokens="allow"),
+    RenderOptions(control_tokens="allow"),
     directory=folder / "cache",
     max_length=seq_len,
     announce=lambda line: None,

@@ -34,10 +34,10 @@ def judge(
 ) -> checks.Verdict:
   """The verdict 'think': rows whose reasoning their examples do not hold.
 
-  Rows that are cut or dropped lose it by their policy and are not at fault.
+  Rows that are cut or dropped lose it by their options and are not at fault.
 
   Args:
-    store: of a policy that keeps reasoning.
+    store: of render options that keep reasoning.
     tokenizer: of the store.
     seed: drew the rows of sources with a limit; see `cache.build`.
   """

@@ -22,7 +22,7 @@ from sft_jax.data.audit import (
   text_hashing,
 )
 from sft_jax.data.audit import warnings as suspicions
-from sft_jax.data.chat.options import DEFAULT, Policy
+from sft_jax.data.chat.options import DEFAULT, RenderOptions
 from sft_jax.data.encoding.encode import PARTS, Example
 from sft_jax.data.pipeline import Stream
 from sft_jax.data.store.store import Store
@@ -47,7 +47,7 @@ def inspect(
   own_files: bool = True,
   allow: Collection[str] = (),
   format: str = "auto",
-  policy: Policy = DEFAULT,
+  options: RenderOptions = DEFAULT,
   rows_seed: int = 0,
   samples: int = 3,
   samples_seed: int = 0,
@@ -64,7 +64,7 @@ def inspect(
     own_files: the held-out rows come from files of their own.
     allow: names of verdicts that may fail.
     format: of the rows; see `formats.to_conversation`.
-    policy: of the stores. Where it leaves reasoning out, nobody asks for it.
+    options: of the stores. Where it leaves reasoning out, nobody asks for it.
     rows_seed: of the stores: drew the rows of sources with a limit.
     samples: examples to show.
     samples_seed: which of them.
@@ -79,7 +79,7 @@ def inspect(
   ):
     verdicts = list(verdicts)
     # Templates may strip the reasoning of turns before the last.
-    if policy.reasoning != "strip" and policy.train_on != "last_turn":
+    if options.reasoning != "strip" and options.train_on != "last_turn":
       verdicts.append(reasoning.judge(train, tokenizer, seed=rows_seed))
     warnings = suspicions.find(said)
     if held_out:

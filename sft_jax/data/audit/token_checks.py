@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, Integer, UInt8
 
-from sft_jax.data.chat.options import DEFAULT, Policy
+from sft_jax.data.chat.options import DEFAULT, RenderOptions
 from sft_jax.data.encoding.encode import PARTS
 from sft_jax.data.store.store import Store
 from sft_jax.data.tokenizers import files
@@ -56,11 +56,11 @@ class Documents(NamedTuple):
   parts: UInt8[np.ndarray, " tokens"]
 
 
-def facts(tokenizer: Tokenizer, policy: Policy = DEFAULT) -> Facts:
-  """What a tokenizer is, and what a policy makes of it.
+def facts(tokenizer: Tokenizer, options: RenderOptions = DEFAULT) -> Facts:
+  """What a tokenizer is, and how render options read its special tokens.
 
   Whether it adds BOS to texts is in its folder. Messages hold control tokens
-  under control_tokens='allow' alone: other policies refuse or escape them.
+  under control_tokens='allow' alone: otherwise they are refused or escaped.
   """
   config = files.read(tokenizer.folder).config
   unknown = tokenizer.named_tokens.get("unk_token")
@@ -72,8 +72,8 @@ def facts(tokenizer: Tokenizer, policy: Policy = DEFAULT) -> Facts:
     bos_id=tokenizer.bos_id,
     pad_id=tokenizer.pad_id,
     adds_bos=config.get("add_bos_token") is True,
-    special_ids=special if policy.control_tokens == "allow" else (),
-    turns=policy.train_on != "all",
+    special_ids=special if options.control_tokens == "allow" else (),
+    turns=options.train_on != "all",
   )
 
 

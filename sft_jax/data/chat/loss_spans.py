@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Sequence
 
 from sft_jax.data.chat import token_roles, trained_turn, unsaid
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.chat.renderer import Script
 from sft_jax.data.chat.template import ChatTemplate
 from sft_jax.data.conversation import Conversation, NothingToTrain, RowError
@@ -39,7 +39,7 @@ class Rendered:
 def render_spans(
   conversation: Conversation,
   template: ChatTemplate,
-  policy: Policy,
+  options: RenderOptions,
 ) -> list[Rendered]:
   """Renders a conversation for training and marks what is trained (Law 1).
 
@@ -63,29 +63,29 @@ def render_spans(
   Args:
     conversation: at least one assistant turn with a weight above 0.
     template: the model's own.
-    policy: see `Policy`; templates that drop earlier thinking need a history
-      that is split.
+    options: see `RenderOptions`; templates that drop earlier thinking need
+      history='auto' or 'split'.
 
   Raises:
     RowError: the template refuses the row, leaves out or changes what a turn
       says, or does not go on from its own generation prompt; a message holds
       a control token; a reply has no stop token; 'keep' would be wrong; what
-      a policy needs to know of the rendering is not certain.
+      the options need to know of the rendering is not certain.
     NothingToTrain: no assistant turn, or none with a weight above 0.
   """
-  script = Script(conversation, template, policy)
-  if policy.train_on == "all":
+  script = Script(conversation, template, options)
+  if options.train_on == "all":
     return [_whole(script)]
-  trained = _trained_turns(script, policy)
+  trained = _trained_turns(script, options)
   cut = [trained_turn.Turn(script, index) for index in trained]
   last = cut[-1]
-  if policy.history != "split":
+  if options.history != "split":
     rewritten = [
       one for one in cut if not last.text.startswith(one.text[: one.end])
     ]
     if not rewritten:
       return [_rendered(script, last, cut)]
-    if policy.history == "keep":
+    if options.history == "keep":
       one = rewritten[0]
       raise RowError(
         conversation.where(one.index),
@@ -98,19 +98,19 @@ def render_spans(
 
 
 def prompt(
-  conversation: Conversation, template: ChatTemplate, policy: Policy
+  conversation: Conversation, template: ChatTemplate, options: RenderOptions
 ) -> Rendered:
   """The conversation so far and the generation prompt: what inference sees."""
-  script = Script(conversation, template, policy)
+  script = Script(conversation, template, options)
   count = len(script.conversation.messages)
   text = script.prompt(count)
-  if policy.control_tokens == "allow":
+  if options.control_tokens == "allow":
     return Rendered(text, ())
   literal = token_roles.literal(script, text, script.prompt_pieces(count, text))
   return Rendered(text, (), literal=literal)
 
 
-def _trained_turns(script: Script, policy: Policy) -> list[int]:
+def _trained_turns(script: Script, options: RenderOptions) -> list[int]:
   messages = script.conversation.messages
   found = [i for i, message in enumerate(messages) if message.loss_weight > 0]
   if not found:
@@ -119,7 +119,7 @@ def _trained_turns(script: Script, policy: Policy) -> list[int]:
       "no trained turn" if "assistant" in roles else "no assistant turn",
       script.conversation.source,
     )
-  if policy.train_on == "last_turn":
+  if options.train_on == "last_turn":
     found = found[-1:]
   # Without its thinking a turn may have nothing left to say.
   says = lambda index: (

@@ -1,4 +1,4 @@
-"""Policy: every choice between a conversation and what of it is trained."""
+"""RenderOptions: how a conversation is rendered, and what is trained."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ CHOICES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Policy:
+class RenderOptions:
   """How a conversation is rendered, and what of it is trained.
 
-  The same policy reaches training, evaluation, sampling and chat; where only
+  The same options reach training, evaluation, sampling and chat; where only
   a prompt is rendered, what concerns training has no effect.
 
   Attributes:
@@ -73,4 +73,4 @@ class Policy:
     return dataclasses.asdict(self)
 
 
-DEFAULT = Policy()
+DEFAULT = RenderOptions()

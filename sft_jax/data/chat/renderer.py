@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sft_jax.data.chat import jinja, marks, template_messages, template_probes
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.chat.template import ChatTemplate
 from sft_jax.data.conversation import Conversation, RowError
 
@@ -18,29 +18,32 @@ class Script:
     conversation: with reasoning='strip', its thinking is left out, and with
       'write' where the template leaves it out.
     template: the model's own.
-    policy: see `Policy`.
+    options: see `RenderOptions`.
 
   Attributes:
     thoughts: by turn, the thinking that is to be written into its reply
       (`thinking.fill`); '' where there is none.
 
   Raises:
-    RowError: a control token in what is said (see `Policy.control_tokens`);
-      tools, and a template that reads none.
+    RowError: a control token in what is said (see
+      `RenderOptions.control_tokens`); tools, and a template that reads none.
   """
 
   def __init__(
-    self, conversation: Conversation, template: ChatTemplate, policy: Policy
+    self,
+    conversation: Conversation,
+    template: ChatTemplate,
+    options: RenderOptions,
   ):
-    if policy.reasoning == "strip":
+    if options.reasoning == "strip":
       conversation = _without_thinking(conversation)
     # Whether some text must be read as ordinary characters.
-    self.escapes = refuse_control_tokens(conversation, template, policy)
+    self.escapes = refuse_control_tokens(conversation, template, options)
     self.thoughts = [""] * len(conversation.messages)
     if (
-      policy.reasoning == "write"
+      options.reasoning == "write"
       and not template.reads_reasoning  # Its tags may be others.
-      and not template_probes.shows_thinking(template, policy.template_kwargs)
+      and not template_probes.shows_thinking(template, options.template_kwargs)
     ):
       self.thoughts = [
         (message.reasoning or "").strip() for message in conversation.messages
@@ -54,12 +57,12 @@ class Script:
         "Use a template with tools, or drop them from the row.",
       )
     self.conversation, self.template = conversation, template
-    self.policy = policy
+    self.options = options
 
   @functools.cached_property
   def _form(self) -> template_messages.Form:
     if any(message.tool_calls for message in self.conversation.messages):
-      return template_probes.form(self.template, self.policy.template_kwargs)
+      return template_probes.form(self.template, self.options.template_kwargs)
     return template_messages.Form(reasoning_field=self.template.reads_reasoning)
 
   @functools.cached_property
@@ -99,8 +102,8 @@ class Script:
     return ink.find(self._cut(self._render(made[:count], count, True)), text)
 
   def _cut(self, prompt: str) -> str:
-    if self.policy.generation_prompt == "omit":
-      kwargs = self.policy.template_kwargs
+    if self.options.generation_prompt == "omit":
+      kwargs = self.options.template_kwargs
       return prompt.removesuffix(template_probes.omitted(self.template, kwargs))
     return prompt
 
@@ -113,7 +116,7 @@ class Script:
         turns,
         tools=self.conversation.tools,
         add_generation_prompt=prompt,
-        **self.policy.template_kwargs,
+        **self.options.template_kwargs,
       )
     except jinja.TemplateFailed as error:
       raise RowError(
@@ -150,21 +153,21 @@ def refuse_surrogates(text: str, conversation: Conversation) -> None:
 
 
 def refuse_control_tokens(
-  conversation: Conversation, template: ChatTemplate, policy: Policy
+  conversation: Conversation, template: ChatTemplate, options: RenderOptions
 ) -> bool:
   """Raises a RowError where a text holds a control token it must not hold.
 
   Returns:
     Whether a turn says the text of a control token that is to be escaped.
   """
-  if policy.control_tokens == "allow":
+  if options.control_tokens == "allow":
     return False
   escapes = False
 
   def look(text: str, where: str, escapable: bool = False) -> None:
     nonlocal escapes
     if found := template.control.search(text):
-      if escapable and policy.control_tokens == "escape":
+      if escapable and options.control_tokens == "escape":
         escapes = True
         return
       raise RowError(
@@ -172,7 +175,7 @@ def refuse_control_tokens(
         f"the control token {found[0]!r} in the text",
         "text without control tokens",
         "Remove it: the model would read it as structure."
-        if policy.control_tokens == "escape"
+        if options.control_tokens == "escape"
         else "Remove it, for the model would read it as structure, or set "
         "data.control_tokens to escape.",
       )

@@ -8,11 +8,11 @@ import json
 from typing import Any
 
 from sft_jax.data.chat import template_probes
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.chat.template import ChatTemplate
 
 
-def exported(template: ChatTemplate, policy: Policy) -> str | None:
+def exported(template: ChatTemplate, options: RenderOptions) -> str | None:
   """The Jinja source for an export; None where the original will do.
 
   Variables of `template_kwargs` become defaults, which a caller can still
@@ -23,10 +23,10 @@ def exported(template: ChatTemplate, policy: Policy) -> str | None:
       {% set rendered %}... the original ...{% endset %}
       {{ rendered[:-8] if add_generation_prompt and ... else rendered }}
   """
-  kwargs = {k: v for k, v in policy.template_kwargs.items() if k != "date"}
+  kwargs = {k: v for k, v in options.template_kwargs.items() if k != "date"}
   omitted = ""
-  if policy.generation_prompt == "omit":
-    omitted = template_probes.omitted(template, policy.template_kwargs)
+  if options.generation_prompt == "omit":
+    omitted = template_probes.omitted(template, options.template_kwargs)
   if not kwargs and not omitted:
     return None
   source = template.source
@@ -47,13 +47,13 @@ def exported(template: ChatTemplate, policy: Policy) -> str | None:
   )
 
 
-def described(template: ChatTemplate, policy: Policy) -> list[str]:
+def described(template: ChatTemplate, options: RenderOptions) -> list[str]:
   """What is said of the prompts of a run, and of its export."""
   lines = []
-  kwargs = dict(policy.template_kwargs)
+  kwargs = dict(options.template_kwargs)
   if kwargs:
     lines.append(f"chat template: {json.dumps(kwargs)}")
-  if policy.generation_prompt == "omit":
+  if options.generation_prompt == "omit":
     omitted = template_probes.omitted(template, kwargs)
     lines.append(
       f"generation prompt: without its end {omitted!r}, in training, "

@@ -20,7 +20,7 @@ def muted(
   own spans leave out."""
   message = script.conversation.messages[one.index]
   hides = (
-    script.policy.reasoning == "hide" and (message.reasoning or "").strip()
+    script.options.reasoning == "hide" and (message.reasoning or "").strip()
   )
   if not hides and message.spans is None:
     return []
@@ -141,8 +141,8 @@ def literal(
   script: Script, text: str, pieces: Sequence[Piece] | None
 ) -> tuple[tuple[int, int], ...]:
   """Control tokens that what is said makes up, wholly or in part."""
-  policy, template = script.policy, script.template
-  if policy.control_tokens == "allow":
+  options, template = script.options, script.template
+  if options.control_tokens == "allow":
     return ()
   if pieces is None:
     if script.escapes:
@@ -161,7 +161,7 @@ def literal(
       at += 1
     if at < len(pieces) and pieces[at].start < token.end():
       found.append(token.span())
-  if found and policy.control_tokens == "error":
+  if found and options.control_tokens == "error":
     a, b = found[0]
     raise RowError(
       script.conversation.source or "row",
@@ -179,7 +179,7 @@ def notes(script: Script, last: Turn, cut: Sequence[Turn]) -> frozenset[str]:
   messages = script.conversation.messages
   if messages[0].role != "system":
     put = template_probes.injected(
-      script.template, script.policy.template_kwargs
+      script.template, script.options.template_kwargs
     )
     if put and put in last.text:
       happened.add("injected system prompt")

@@ -29,7 +29,7 @@ class Turn:
   - The template ends a turn by opening the next (GLM: <|user|>). Then the
     stop token is that of a rendering in which a turn follows.
 
-  Thinking that the template leaves out and the policy wants is put in first
+  Thinking that the template leaves out and the options ask for is put in first
   (`thinking.fill`).
 
   Raises:
@@ -114,7 +114,7 @@ class Turn:
     )
     before = script.prompt_pieces(self.index, prompt)
     pieces = self.pieces
-    if script.policy.history == "keep" or not before or not pieces:
+    if script.options.history == "keep" or not before or not pieces:
       raise refusal
     first = len(pieces)
     while first and pieces[first - 1].part in _REPLIES:

@@ -43,7 +43,9 @@ def refuse_unsaid(script: Script, last: Turn, cut: Sequence[Turn]) -> None:
     index, part, text = missing
     cure = "Use a template that renders it, or drop it from the row."
     if part == "reasoning":
-      ways = "strip" if script.policy.reasoning == "write" else "strip or write"
+      ways = (
+        "strip" if script.options.reasoning == "write" else "strip or write"
+      )
       cure = f"Set data.reasoning to {ways}, or use a template that renders it."
     raise RowError(
       script.conversation.where(index),

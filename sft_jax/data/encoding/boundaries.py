@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from sft_jax.data.chat.loss_spans import Rendered
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.conversation import Conversation, RowError
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
 
@@ -32,7 +32,7 @@ _ANCHORS = ("", "\n", ".", "a", "|")
 
 
 class Tokens(NamedTuple):
-  """Ids, their weights and who says them, before the length policy."""
+  """Ids, their weights and who says them, before the length rule."""
 
   ids: list[int]
   weights: Float32[np.ndarray, " n"]
@@ -42,7 +42,7 @@ class Tokens(NamedTuple):
 def encode_rendered(
   rendered: Rendered,
   tokenizer: Tokenizer,
-  policy: Policy,
+  options: RenderOptions,
   conversation: Conversation,
 ) -> list[Tokens]:
   """All in one, or one per span where spans cannot share their ids."""
@@ -63,7 +63,7 @@ def encode_rendered(
       weights[start : stop + 1] = weight
     _mute(weights, rendered, offsets)
     return [Tokens(ids, weights, _parts(rendered, offsets))]
-  if len(spans) > 1 and policy.history == "keep":
+  if len(spans) > 1 and options.history == "keep":
     raise RowError(
       conversation.source or "row",
       "a token that joins a prompt to its reply",

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
 from sft_jax.data.chat import loss_spans
-from sft_jax.data.chat.options import DEFAULT, Policy
+from sft_jax.data.chat.options import DEFAULT, RenderOptions
 from sft_jax.data.chat.template import chat_template
 from sft_jax.data.conversation import Conversation, NothingToTrain, RowError
 from sft_jax.data.encoding import boundaries, unrendered
@@ -50,7 +50,7 @@ class EncodedRow(NamedTuple):
 
 
 class Made(NamedTuple):
-  """The ids of a conversation, before the length policy, and its notes."""
+  """The ids of a conversation, before the length rule, and its notes."""
 
   tokens: list[boundaries.Tokens]
   notes: frozenset[str]
@@ -61,7 +61,7 @@ def encode(
   tokenizer: Tokenizer,
   *,
   max_length: int,
-  **policy: Any,
+  **options: Any,
 ) -> list[Example]:
   """The Examples of a conversation; see `encode_row`.
 
@@ -69,13 +69,13 @@ def encode(
     conversation: what to encode.
     tokenizer: with its chat template.
     max_length: tokens that an Example may have; at least 2.
-    **policy: fields of `policy.Policy`, such as history='split'.
+    **options: fields of `options.RenderOptions`, such as history='split'.
 
   Raises:
     NothingToTrain: none is left; its reason is the ledger's key.
   """
   row = encode_row(
-    conversation, tokenizer, Policy(**policy), max_length=max_length
+    conversation, tokenizer, RenderOptions(**options), max_length=max_length
   )
   if not row.examples:
     reason = next(iter(row.dropped))
@@ -86,7 +86,7 @@ def encode(
 def encode_row(
   conversation: Conversation,
   tokenizer: Tokenizer,
-  policy: Policy,
+  options: RenderOptions,
   *,
   max_length: int,
   made: Made | None = None,
@@ -114,7 +114,7 @@ def encode_row(
   Args:
     conversation: what to encode.
     tokenizer: with its chat template.
-    policy: how to render it, and what of it to train.
+    options: how to render it, and what of it to train.
     max_length: tokens that an Example may have; at least 2.
     made: what `shapes.encode_alike` has made of it.
 
@@ -132,23 +132,23 @@ def encode_row(
       f"data.seq_len: got {max_length}; expected at least 2. Correct it."
     )
   if conversation.text is not None:
-    windows = unrendered.windows(conversation, tokenizer, policy, max_length)
+    windows = unrendered.windows(conversation, tokenizer, options, max_length)
     return EncodedRow([_example(window) for window in windows], {}, {})
   if made is None:
-    made = _make(conversation, tokenizer, policy)
+    made = _make(conversation, tokenizer, options)
   notes = set(made.notes)
   examples, dropped = [], collections.Counter()
   for one in made.tokens:
     _check_bos(one.ids, tokenizer, conversation)
     long = len(one.ids) > max_length
-    if long and policy.over_long == "error":
+    if long and options.over_long == "error":
       raise RowError(
         conversation.source or "row",
         f"{len(one.ids)} tokens",
         f"at most {max_length}",
         "Raise data.seq_len, or set data.over_long to drop or truncate.",
       )
-    if long and policy.over_long == "drop":
+    if long and options.over_long == "drop":
       dropped["over long"] += 1
       continue
     cut = slice(max_length)
@@ -164,17 +164,19 @@ def encode_row(
 
 
 def _make(
-  conversation: Conversation, tokenizer: Tokenizer, policy: Policy
+  conversation: Conversation, tokenizer: Tokenizer, options: RenderOptions
 ) -> Made:
   if conversation.ids:
     return Made([unrendered.given(conversation, tokenizer)], frozenset())
   rendered = loss_spans.render_spans(
-    conversation, chat_template(tokenizer), policy
+    conversation, chat_template(tokenizer), options
   )
   made = [
     one
     for text in rendered
-    for one in boundaries.encode_rendered(text, tokenizer, policy, conversation)
+    for one in boundaries.encode_rendered(
+      text, tokenizer, options, conversation
+    )
   ]
   notes = set().union(*(text.notes for text in rendered))
   notes |= {"split history"} if len(made) > 1 else set()
@@ -186,7 +188,7 @@ def _make(
 def prompt_ids(
   conversation: Conversation,
   tokenizer: Tokenizer,
-  policy: Policy = DEFAULT,
+  options: RenderOptions = DEFAULT,
 ) -> list[int]:
   """What inference sees: the turns so far and the generation prompt, as ids.
 
@@ -196,7 +198,7 @@ def prompt_ids(
     RowError: the last turn is the assistant's; see `spans.render_spans`.
   """
   if conversation.text is not None:
-    return unrendered.prompt_ids(conversation, tokenizer, policy)
+    return unrendered.prompt_ids(conversation, tokenizer, options)
   if conversation.ids:
     return list(conversation.ids)
   last = len(conversation.messages) - 1
@@ -207,7 +209,7 @@ def prompt_ids(
       "a turn to be answered",
       "Drop the turn to generate it.",
     )
-  prompt = loss_spans.prompt(conversation, chat_template(tokenizer), policy)
+  prompt = loss_spans.prompt(conversation, chat_template(tokenizer), options)
   ids, _ = tokenizer.encode_with_offsets(prompt.text, prompt.literal)
   _check_bos(ids, tokenizer, conversation)
   return ids

@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from sft_jax.data.chat.loss_spans import Rendered
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.chat.renderer import Script
 from sft_jax.data.chat.template import ChatTemplate, chat_template
 from sft_jax.data.conversation import Conversation, NothingToTrain, RowError
@@ -39,7 +39,7 @@ from sft_jax.data.tokenizers.tokenizer import Tokenizer
 def encode_alike(
   conversations: Sequence[Conversation | None],
   tokenizer: Tokenizer,
-  policy: Policy,
+  options: RenderOptions,
 ) -> list[Made | None]:
   """Ids, weights and parts of conversations; None where it takes more care."""
   made: list[Made | None] = [None] * len(conversations)
@@ -47,21 +47,21 @@ def encode_alike(
   plain = [
     (number, conversation)
     for number, conversation in enumerate(conversations)
-    if conversation is not None and _is_plain(conversation, policy)
+    if conversation is not None and _is_plain(conversation, options)
   ]
   if not plain:  # Then there may be no chat template.
     return made
   template = chat_template(tokenizer)
-  known = _skeletons(template, repr(policy))
+  known = _skeletons(template, repr(options))
   for number, conversation in plain:
     try:
-      if (filled := _fill(conversation, template, policy, known)) is None:
+      if (filled := _fill(conversation, template, options, known)) is None:
         continue
       if filled.skeleton.in_ids:
         found.append((number, filled))
         continue
       tokens = boundaries.encode_rendered(
-        _rendered(filled), tokenizer, policy, conversation
+        _rendered(filled), tokenizer, options, conversation
       )
       if len(tokens) == 1:
         made[number] = Made(tokens, filled.skeleton.notes)
@@ -93,10 +93,10 @@ class _Filled(NamedTuple):
     return place.static + self.before[place.texts]
 
 
-def _is_plain(conversation: Conversation, policy: Policy) -> bool:
+def _is_plain(conversation: Conversation, options: RenderOptions) -> bool:
   """Whether its turns are texts, and nothing else."""
   return (
-    policy.train_on != "all"
+    options.train_on != "all"
     and not conversation.tools
     and bool(conversation.messages)
     and all(
@@ -116,7 +116,7 @@ def _is_plain(conversation: Conversation, policy: Policy) -> bool:
 def _fill(
   conversation: Conversation,
   template: ChatTemplate,
-  policy: Policy,
+  options: RenderOptions,
   known: dict[tuple[str, ...], Skeleton | None],
 ) -> _Filled | None:
   """The rendering, if it is that of a known skeleton."""
@@ -124,11 +124,11 @@ def _fill(
   stripped = [text.strip() for text in texts]
   roles = tuple(message.role for message in conversation.messages)
   if roles not in known:
-    known[roles] = take_apart(conversation, stripped, template, policy)
+    known[roles] = take_apart(conversation, stripped, template, options)
   skeleton = known[roles]
   if skeleton is None:
     return None
-  script = Script(conversation, template, policy)
+  script = Script(conversation, template, options)
   last = skeleton.trained[-1]
   text, texts = script.turns(last + 1), texts[: last + 1]
   if text != skeleton.filled(texts):
@@ -170,10 +170,10 @@ def _rendered(filled: _Filled) -> Rendered:
 
 @functools.lru_cache(maxsize=8)
 def _skeletons(
-  template: ChatTemplate, policy: str
+  template: ChatTemplate, options: str
 ) -> dict[tuple[str, ...], Skeleton | None]:
   """The skeletons known, by roles; None where there is none to find."""
-  del template, policy
+  del template, options
   return {}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sft_jax.data.chat import loss_spans as spans
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.chat.template import ChatTemplate
 from sft_jax.data.conversation import Conversation
 
@@ -63,7 +63,7 @@ def take_apart(
   conversation: Conversation,
   texts: list[str],
   template: ChatTemplate,
-  policy: Policy,
+  options: RenderOptions,
 ) -> Skeleton | None:
   """The skeleton of a conversation with these texts, which are stripped.
 
@@ -75,7 +75,7 @@ def take_apart(
     for message, text in zip(conversation.messages, texts, strict=True)
   )
   conversation = dataclasses.replace(conversation, messages=messages)
-  rendered = spans.render_spans(conversation, template, policy)
+  rendered = spans.render_spans(conversation, template, options)
   if len(rendered) != 1 or rendered[0].literal or rendered[0].muted:
     return None
   (one,) = rendered

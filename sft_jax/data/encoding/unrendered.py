@@ -4,7 +4,7 @@ import numpy as np
 
 from sft_jax.data.chat import renderer
 from sft_jax.data.chat import template as templates
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.conversation import Conversation, NothingToTrain, RowError
 from sft_jax.data.encoding.boundaries import PARTS, Tokens
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
@@ -13,7 +13,7 @@ from sft_jax.data.tokenizers.tokenizer import Tokenizer
 def windows(
   conversation: Conversation,
   tokenizer: Tokenizer,
-  policy: Policy,
+  options: RenderOptions,
   max_length: int,
 ) -> list[Tokens]:
   """A raw text and its EOS, all trained, in windows of `max_length`.
@@ -28,7 +28,7 @@ def windows(
   Raises:
     RowError: a control token in the text; half of a character.
   """
-  start = prompt_ids(conversation, tokenizer, policy)
+  start = prompt_ids(conversation, tokenizer, options)
   end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
   ids = start + end
   parts = np.full(len(ids), PARTS.index("text"), np.uint8)
@@ -42,10 +42,10 @@ def windows(
 
 
 def prompt_ids(
-  conversation: Conversation, tokenizer: Tokenizer, policy: Policy
+  conversation: Conversation, tokenizer: Tokenizer, options: RenderOptions
 ) -> list[int]:
   """BOS, where the tokenizer has one, and a raw text: a text to go on from."""
-  return _bos(tokenizer) + _text_ids(conversation, tokenizer, policy)
+  return _bos(tokenizer) + _text_ids(conversation, tokenizer, options)
 
 
 def given(conversation: Conversation, tokenizer: Tokenizer) -> Tokens:
@@ -83,13 +83,13 @@ def _bos(tokenizer: Tokenizer) -> list[int]:
 
 
 def _text_ids(
-  conversation: Conversation, tokenizer: Tokenizer, policy: Policy
+  conversation: Conversation, tokenizer: Tokenizer, options: RenderOptions
 ) -> list[int]:
-  """The ids of a raw text, by the policy for control tokens."""
+  """The ids of a raw text, by the options for control tokens."""
   text = conversation.text or ""
   renderer.refuse_surrogates(text, conversation)
   # Raw text needs no template, only to know what the control tokens are.
   template = templates.with_tokens(tokenizer, tokenizer.chat_template or "")
   literal = ((0, len(text)),)
-  escapes = renderer.refuse_control_tokens(conversation, template, policy)
+  escapes = renderer.refuse_control_tokens(conversation, template, options)
   return tokenizer.encode_with_offsets(text, literal if escapes else ())[0]

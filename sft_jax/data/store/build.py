@@ -1,7 +1,7 @@
 """Cache: rows encoded once, kept on disk under the hash of what made them.
 
 The key of a store is the bytes of its files, the tokenizer with its template,
-every policy, and the code that encodes: change one, and the rows are encoded
+every options, and the code that encodes: change one, and the rows are encoded
 again. A store is written beside its final place and renamed into it, so it is
 there whole or not at all. What a killed build leaves, the next one removes.
 """
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.sources import Source, Sources, to_sources
 from sft_jax.data.store import fingerprint, shards, workers
 from sft_jax.data.store.files import (
@@ -46,7 +46,7 @@ _ALONE = 8
 def build(
   sources: Sources,
   tokenizer: Tokenizer,
-  policy: Policy,
+  options: RenderOptions,
   *,
   directory: str | Path,
   max_length: int,
@@ -66,7 +66,7 @@ def build(
     sources: see `sources.to_sources`. How often their rows are seen, and how
       much these weigh, belongs to the stream and not to the key.
     tokenizer: carries the chat template.
-    policy: see `encode.encode_row`.
+    options: see `encode.encode_row`.
     directory: holds one folder per store.
     max_length: tokens of the longest example.
     format: of rows whose source names none; see `formats.to_conversation`.
@@ -78,7 +78,7 @@ def build(
 
   Raises:
     RowError: a malformed row, by its place: the first, whatever the workers.
-    ValueError: a file that is not there, or a policy that is not known.
+    ValueError: a file that is not there, or options that are not known.
     workers.WorkerDied: a worker was killed.
   """
   if on_bad_row not in ("error", "skip"):
@@ -95,7 +95,7 @@ def build(
     "tokenizer": fingerprint.of_tokenizer(tokenizer),
     "data.on_bad_row": on_bad_row,
     "data.seq_len": max_length,
-    "policy": policy.to_json(),
+    "options": options.to_json(),
   }
   key = json.dumps([made_from, fingerprint.code_version()], sort_keys=True)
   directory = Path(directory)
@@ -111,7 +111,7 @@ def build(
 
   announce(f"data: encoding {', '.join(s.label for s in parts)} into {folder}")
   recipe = shards.Recipe(
-    tokenizer, policy, max_length, format, skip_bad_rows=on_bad_row == "skip"
+    tokenizer, options, max_length, format, skip_bad_rows=on_bad_row == "skip"
   )
   jobs = itertools.chain.from_iterable(
     shards.read(number, source, seed=seed)

@@ -65,7 +65,7 @@ def code_version() -> str:
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
   """What differs between the causes of two stores or streams, in words.
 
-  ['source 1, file 2 (chat.jsonl): changed', "policy, history: 'auto' ->
+  ['source 1, file 2 (chat.jsonl): changed', "options, history: 'auto' ->
   'split'"]. That the examples differ is said only where nothing says why.
   """
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Shaped
 
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.conversation import Conversation, NothingToTrain, RowError
 from sft_jax.data.encoding import encode, fast_path
 from sft_jax.data.encoding.encode import Example
@@ -34,7 +34,7 @@ class Recipe(NamedTuple):
   """What turns the rows of every source into examples; see `cache.build`."""
 
   tokenizer: Tokenizer
-  policy: Policy
+  options: RenderOptions
   max_length: int
   format: str
   skip_bad_rows: bool
@@ -157,7 +157,7 @@ def encode_chunk(recipe: Recipe, chunk: Chunk) -> Encoded:
   alike = fast_path.encode_alike(
     [one if isinstance(one, Conversation) else None for one in read],
     recipe.tokenizer,
-    recipe.policy,
+    recipe.options,
   )
   made = _Arrays(recipe)
   fault = None
@@ -224,7 +224,7 @@ class _Arrays:
     encoded = encode.encode_row(
       conversation,
       recipe.tokenizer,
-      recipe.policy,
+      recipe.options,
       max_length=recipe.max_length,
       made=made,
     )
@@ -244,7 +244,7 @@ class _Arrays:
   ) -> None:
     where = place.encode()
     row = self.ledger.rows_trained
-    truncates = self._recipe.policy.over_long == "truncate"
+    truncates = self._recipe.options.over_long == "truncate"
     for example in examples:
       length = len(example.tokens)
       runs = to_runs(example)

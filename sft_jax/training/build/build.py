@@ -67,7 +67,7 @@ def setup(config: Config, say: Say) -> Setup:
   if tokenizer.chat_template is not None:
     template = templates.chat_template(tokenizer)
     for line in template_export.described(
-      template, setup_data.make_policy(config)
+      template, setup_data.make_render_options(config)
     ):
       say(line)
   say(f"Reading {config.data.train} ...")

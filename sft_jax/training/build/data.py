@@ -1,4 +1,4 @@
-"""What a config says of data: sources, policies, stores, streams."""
+"""What a config says of data: sources, render options, stores, streams."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ import numpy as np
 from sft_jax.common import distributed
 from sft_jax.data import selection
 from sft_jax.data.audit import checks, token_checks
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.pipeline import Stream
 from sft_jax.data.readers.files import find_files
 from sft_jax.data.sources import Source, to_sources
@@ -55,9 +55,9 @@ def load_stores(
   say: Say,
 ) -> Stores:
   """Encodes (or re-uses) every source and judges what came of it."""
-  policy = make_policy(config)
+  options = make_render_options(config)
   known, verdicts = (
-    token_checks.facts(tokenizer, policy),
+    token_checks.facts(tokenizer, options),
     list[checks.Verdict](),
   )
   columns = config.data.columns.to_dict()
@@ -102,7 +102,7 @@ def build_store(
     return build.build(
       sources,
       tokenizer,
-      make_policy(config),
+      make_render_options(config),
       directory=config.data.cache_dir or Path(config.workdir) / "cache",
       format=config.data.format,
       max_length=config.data.seq_len,
@@ -185,9 +185,9 @@ def make_stream(config: Config, store: Store, **choices: Any) -> Stream:
   )
 
 
-def make_policy(config: Config) -> Policy:
+def make_render_options(config: Config) -> RenderOptions:
   """What `config.data` says of rendering and of what is trained."""
-  return Policy(
+  return RenderOptions(
     template_kwargs=config.data.template_kwargs.to_dict(),
     generation_prompt=config.data.generation_prompt,
     history=config.data.history,

@@ -37,7 +37,7 @@ def make_suite(config: Config, run_: Setup) -> suite.Suite:
       run_.tokenizer,
       conversations,
       max_new_tokens=config.eval.max_new_tokens,
-      policy=data.make_policy(config),
+      options=data.make_render_options(config),
       batch_size=config.eval.batch_size,
       mesh=run_.mesh,
     ),
@@ -68,7 +68,7 @@ def make_canaries(
       planted(run_.stream.store),
       nats,
       run_.tokenizer,
-      data.make_policy(config),
+      data.make_render_options(config),
       batch_size=config.batch_size,
     )
 

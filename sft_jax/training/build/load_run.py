@@ -11,7 +11,7 @@ from orbax.checkpoint import v1 as ocp
 
 from sft_jax.checkpointing import digests
 from sft_jax.common import sharding, trees
-from sft_jax.data.chat.options import DEFAULT, Policy
+from sft_jax.data.chat.options import DEFAULT, RenderOptions
 from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.models.transformer import Model
 from sft_jax.step.train_step import TrainState
@@ -24,14 +24,14 @@ class Asked(NamedTuple):
 
   Attributes:
     model, params, tokenizer: as `evals.replies` wants them.
-    policy: how the run rendered its prompts; of a Hugging Face folder, whose
+    options: how the run rendered its prompts; of a Hugging Face folder, whose
       template says it all, the default.
   """
 
   model: Model
   params: trees.Tree
   tokenizer: tokenizers.Tokenizer
-  policy: Policy
+  options: RenderOptions
 
 
 def load(
@@ -84,8 +84,8 @@ def load(
   for part in ("params", "frozen"):
     for name, x in trees.flatten(state[part] or {}).items():
       held[name] = jax.device_put(x, held[name].sharding)
-  policy = data.make_policy(config)
-  return Asked(model, trees.unflatten(held), tokenizer, policy)
+  options = data.make_render_options(config)
+  return Asked(model, trees.unflatten(held), tokenizer, options)
 
 
 def _read(path: Path, base: trees.Tree) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from sft_jax.data.audit import (
   summary,
   token_checks,
 )
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.pipeline import Stream
 from sft_jax.data.store import build as cache
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
@@ -39,13 +39,13 @@ def tokenizer(tmp_path_factory):
 def look(tmp_path, tokenizer):
   """Writes rows, encodes and inspects them; and held-out rows beside."""
 
-  def build(rows: list[dict], name: str, source=None, **policy) -> tuple:
+  def build(rows: list[dict], name: str, source=None, **options) -> tuple:
     path = tmp_path / name
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return cache.build(
       {"path": str(path), **(source or {})},
       tokenizer,
-      Policy(**policy),
+      RenderOptions(**options),
       directory=tmp_path / "cache",
       max_length=512,
       announce=lambda line: None,
@@ -55,18 +55,18 @@ def look(tmp_path, tokenizer):
     rows: list[dict],
     held: list[dict] | None = None,
     source: dict | None = None,
-    **policy,
+    **options,
   ) -> dict:
-    train = build(rows, "train.jsonl", source, **policy)
-    held_out = build(held, "held.jsonl", **policy) if held else None
-    known = token_checks.facts(tokenizer, Policy(**policy))
+    train = build(rows, "train.jsonl", source, **options)
+    held_out = build(held, "held.jsonl", **options) if held else None
+    known = token_checks.facts(tokenizer, RenderOptions(**options))
     found = summary.inspect(
       train,
       held_out,
       Stream(train, seq_len=512, batch_size=2),
       checks.judge(train, known),
       tokenizer,
-      policy=Policy(**policy),
+      options=RenderOptions(**options),
       samples=2,
     )
     json.dumps(found, allow_nan=False)

@@ -4,7 +4,7 @@ import pytest
 
 from sft_jax.data.chat import loss_spans
 from sft_jax.data.chat import template as templates
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.conversation import (
   Message,
   NothingToTrain,
@@ -21,7 +21,9 @@ STOPS = ["<|im_end|>", "</s>"]
 def trained(conversation, source, **kwargs):
   """The trained texts of each rendering."""
   template = templates.ChatTemplate(source, NAMES, stop_tokens=STOPS)
-  made = loss_spans.render_spans(conversation, template, Policy(**kwargs))
+  made = loss_spans.render_spans(
+    conversation, template, RenderOptions(**kwargs)
+  )
   return [[one.text[a:b] for a, b, _ in one.spans] for one in made]
 
 
@@ -53,7 +55,7 @@ def test_a_template_that_rewrites_history_splits_by_itself():
     ["<think>\nThrees.\n</think>\n\n6<|im_end|>"],
   ]
   template = templates.ChatTemplate(FORGETFUL, NAMES, stop_tokens=STOPS)
-  last = loss_spans.render_spans(THOUGHTS, template, Policy())[1]
+  last = loss_spans.render_spans(THOUGHTS, template, RenderOptions())[1]
   assert "Twos." not in last.text
   with pytest.raises(RowError, match=r"messages\[1\]: got a turn that later"):
     trained(THOUGHTS, FORGETFUL, history="keep")
@@ -64,7 +66,7 @@ def test_only_the_turns_with_weight_are_trained():
   half = Message("assistant", "Goodbye.", weight=0.5)
   row = chat("u:Hi", unweighted, "u:Bye", half, "u:Still there?")
   template = templates.ChatTemplate(CHATML, NAMES, stop_tokens=STOPS)
-  (made,) = loss_spans.render_spans(row, template, Policy())
+  (made,) = loss_spans.render_spans(row, template, RenderOptions())
   ((start, end, weight),) = made.spans
   assert (made.text[start:end], weight) == ("Goodbye.<|im_end|>", 0.5)
   assert "Still there?" not in made.text

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.conversation import Conversation, Message, RowError, ToolCall
 from sft_jax.data.encoding import encode
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
@@ -239,21 +239,21 @@ def tokenizers(tmp_path_factory):
 def test_law_1_or_a_reason(tokenizers, name):
   one = tokenizers[name]
   _, must, reason = NASTY[name]
-  policy = Policy({"date": "2026-01-31"})
+  options = RenderOptions({"date": "2026-01-31"})
   for label, row in ROWS.items():
     if label not in must:
       if reason is not None:
         with pytest.raises(RowError, match=re.escape(reason)):
-          encode.encode_row(row, one, policy, max_length=9999)
+          encode.encode_row(row, one, options, max_length=9999)
       continue
-    examples = encode.encode_row(row, one, policy, max_length=9999).examples
+    examples = encode.encode_row(row, one, options, max_length=9999).examples
     turns = [i for i, m in enumerate(row.messages) if m.role == "assistant"]
     found = [(e, *run) for e in examples for run in runs(e.loss_weights)]
     assert len(found) == len(turns)
     for (made, start, end), turn in zip(found, turns, strict=True):
       tokens = made.tokens.tolist()
       so_far = Conversation(row.messages[:turn], row.tools)
-      assert tokens[:start] == encode.prompt_ids(so_far, one, policy)
+      assert tokens[:start] == encode.prompt_ids(so_far, one, options)
       stops = [token in one.stop_ids for token in tokens[start:end]]
       assert stops == [False] * (end - start - 1) + [True]
       said = one.decode(tokens[start:end], skip_special=False)

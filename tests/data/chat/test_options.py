@@ -1,11 +1,11 @@
-"""What of a conversation is trained, by policy, in ids."""
+"""What is trained of a conversation under each render option, in ids."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.conversation import (
   Conversation,
   Message,
@@ -51,9 +51,9 @@ def tiny(tmp_path_factory):
   return load_all(tmp_path_factory.mktemp("tokenizers"), MAKERS)
 
 
-def trained(row, tokenizer, **policy):
+def trained(row, tokenizer, **options):
   """The trained text of each Example, runs apart by |."""
-  made = encode.encode(row, tokenizer, max_length=999, **policy)
+  made = encode.encode(row, tokenizer, max_length=999, **options)
   texts = []
   for one in made:
     edges = np.flatnonzero(np.diff([0, *(one.loss_weights > 0), 0]))
@@ -86,14 +86,14 @@ def test_omit_trains_and_samples_from_the_common_prefix(tiny):
   # Both texts, and the ways out.
   assert "'im_start|>assistant\\n<think>\\n' against" in str(error.value)
   assert "data.generation_prompt to omit" in str(error.value)
-  policy = Policy(generation_prompt="omit")
+  options = RenderOptions(generation_prompt="omit")
   assert trained(TWO, one, generation_prompt="omit") == [
     "the dog<|im_end|>|the town<|im_end|>"
   ]
-  (made,) = encode.encode_row(TWO, one, policy, max_length=999).examples
+  (made,) = encode.encode_row(TWO, one, options, max_length=999).examples
   for count in (1, 3):
     so_far = Conversation(TWO.messages[:count])
-    prompt = encode.prompt_ids(so_far, one, policy)
+    prompt = encode.prompt_ids(so_far, one, options)
     assert one.decode(prompt, skip_special=False).endswith("assistant\n")
     assert made.tokens[: len(prompt)].tolist() == prompt
     assert made.loss_weights[len(prompt)] == 1
@@ -137,7 +137,7 @@ def test_all_trains_the_rendering_as_text(tiny):
   with pytest.raises(RowError, match="a weight or spans of its own"):
     trained(odd, one, train_on="all")
   with pytest.raises(ValueError, match="reasoning: got 'hide' with"):
-    Policy(train_on="all", reasoning="hide")
+    RenderOptions(train_on="all", reasoning="hide")
 
 
 # -- reasoning ----------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_reasoning(tiny):
   assert "<think>" not in one.decode(made.tokens.tolist())
   # Inference strips the thinking of earlier turns too.
   so_far = Conversation(THOUGHTS.messages[:3])
-  prompt = encode.prompt_ids(so_far, one, Policy(reasoning="strip"))
+  prompt = encode.prompt_ids(so_far, one, RenderOptions(reasoning="strip"))
   assert made.tokens[: len(prompt)].tolist() == prompt
 
 
@@ -216,7 +216,7 @@ def test_spans_that_train_nothing_are_dropped_and_counted(tiny):
   for spans in ((), ((5, 6),)):
     turn = Message("assistant", "the dog", spans=spans)
     made = encode.encode_row(
-      chat("u:Hi", turn), tiny["byte_level"], Policy(), max_length=99
+      chat("u:Hi", turn), tiny["byte_level"], RenderOptions(), max_length=99
     )
     assert made == ([], {"nothing trained": 1}, {})
 
@@ -238,8 +238,8 @@ def test_spans_must_be_certain(tiny, tmp_path):
 def test_a_cut_answer_is_counted_and_has_no_stop(tiny):
   one = tiny["byte_level"]
   row = chat("u:the cat", "a:" + "the dog " * 20)
-  policy = Policy(over_long="truncate")
-  (made,), dropped, notes = encode.encode_row(row, one, policy, max_length=40)
+  options = RenderOptions(over_long="truncate")
+  (made,), dropped, notes = encode.encode_row(row, one, options, max_length=40)
   assert (dropped, notes) == ({}, {"cut answer": 1})
   assert not set(made.tokens[made.loss_weights > 0]) & set(one.stop_ids)
   assert len(made.tokens) == len(made.parts) == 40
@@ -262,8 +262,8 @@ CONTROL = st.lists(
 def test_escaped_control_tokens_are_text(tiny, kind, asked, answer):
   one = tiny[kind]
   row = chat(f"u:{asked}", f"a:the {answer}", "u:Bye", "a:Goodbye.")
-  policy = Policy(control_tokens="escape")
-  (made,) = encode.encode_row(row, one, policy, max_length=9999).examples
+  options = RenderOptions(control_tokens="escape")
+  (made,) = encode.encode_row(row, one, options, max_length=9999).examples
   tokens = made.tokens.tolist()
   plain = encode.encode(
     chat("u:x", "a:the y", "u:Bye", "a:Goodbye."), one, max_length=999
@@ -278,7 +278,7 @@ def test_escaped_control_tokens_are_text(tiny, kind, asked, answer):
   for text in (asked, f"the {answer}"):
     assert text.strip() in shown
   # And inference sees the same.
-  prompt = encode.prompt_ids(Conversation(row.messages[:1]), one, policy)
+  prompt = encode.prompt_ids(Conversation(row.messages[:1]), one, options)
   assert tokens[: len(prompt)] == prompt
   assert made.loss_weights[len(prompt)] == 1
   stops = [t for t in made.tokens[made.loss_weights > 0] if t in one.stop_ids]
@@ -344,8 +344,10 @@ def test_given_ids_are_trained_as_they_are(tiny):
       Conversation(ids=(5, 6), id_weights=(1, 0)), one, max_length=9
     )
   assert error.value.reason == "no trained token"
-  for policy, left in (("drop", 0), ("truncate", 1)):
+  for how, left in (("drop", 0), ("truncate", 1)):
     long = Conversation(ids=(5,) * 12, id_weights=(1,) * 12)
-    found = encode.encode_row(long, one, Policy(over_long=policy), max_length=9)
+    found = encode.encode_row(
+      long, one, RenderOptions(over_long=how), max_length=9
+    )
     assert len(found.examples) == left
     assert found.dropped == ({} if left else {"over long": 1})

@@ -14,7 +14,7 @@ import real_templates
 from real_templates import CASES, DATE, STOPS
 from sft_jax.data.chat import template as templates
 from sft_jax.data.chat import template_export, template_probes
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.conversation import Conversation, RowError
 from sft_jax.data.encoding import encode
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
@@ -159,14 +159,16 @@ def test_law_1(name, tmp_path, monkeypatch):
   template = templates.chat_template(ours)
   for setting in SETTINGS.get(name, [{}]):
     extra = setting.get("template_kwargs", {})
-    policy = Policy(**{**setting, "template_kwargs": {"date": DATE, **extra}})
+    options = RenderOptions(
+      **{**setting, "template_kwargs": {"date": DATE, **extra}}
+    )
     omitted = ""
-    if policy.generation_prompt == "omit":
-      omitted = template_probes.omitted(template, policy.template_kwargs)
+    if options.generation_prompt == "omit":
+      omitted = template_probes.omitted(template, options.template_kwargs)
       assert omitted
 
     # The template of an export renders the same prompts, without settings.
-    exported = template_export.exported(template, policy)
+    exported = template_export.exported(template, options)
 
     def render(plain, tools, prompt, extra=extra, omitted=omitted):
       text = theirs.apply_chat_template(
@@ -182,13 +184,13 @@ def test_law_1(name, tmp_path, monkeypatch):
       row = case.conversation
       if reason := REFUSED.get(name, {}).get(case.name):
         with pytest.raises(RowError) as error:
-          encode.encode_row(row, ours, policy, max_length=10**6)
+          encode.encode_row(row, ours, options, max_length=10**6)
         assert reason in str(error.value), case.name
         continue
-      made = encode.encode_row(row, ours, policy, max_length=10**6)
+      made = encode.encode_row(row, ours, options, max_length=10**6)
       plain = _plain(
         row,
-        strip=policy.reasoning == "strip",
+        strip=options.reasoning == "strip",
         in_content=not template.reads_reasoning,
       )
       turns = [i for i, one in enumerate(plain) if one["role"] == "assistant"]
@@ -212,7 +214,7 @@ def test_law_1(name, tmp_path, monkeypatch):
             tokenize=False,
           )
         so_far = Conversation(row.messages[:turn], row.tools)
-        assert tokens[:start] == encode.prompt_ids(so_far, ours, policy)
+        assert tokens[:start] == encode.prompt_ids(so_far, ours, options)
         # It stops at the first stop token, and there alone.
         stops = [token in ours.stop_ids for token in tokens[start:end]]
         assert stops == [False] * (end - start - 1) + [True], case.name

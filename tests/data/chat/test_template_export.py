@@ -3,7 +3,7 @@
 import pytest
 
 from sft_jax.data.chat import template_export
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.chat.renderer import Script
 from sft_jax.data.chat.template import ChatTemplate
 from sft_jax.data.conversation import Conversation, Message
@@ -26,29 +26,29 @@ ROWS = [
     )
   ),
 ]
-POLICIES = [
-  Policy(generation_prompt="omit"),
-  Policy({"style": "plain"}),
-  Policy({"style": 'odd "quotes"\n', "n": [1, None, {"a": True}]}),
-  Policy({"style": 3}, generation_prompt="omit"),
+OPTIONS = [
+  RenderOptions(generation_prompt="omit"),
+  RenderOptions({"style": "plain"}),
+  RenderOptions({"style": 'odd "quotes"\n', "n": [1, None, {"a": True}]}),
+  RenderOptions({"style": 3}, generation_prompt="omit"),
 ]
 
 
 @pytest.mark.parametrize("ends", ["", "\n", "\n\n", "  "])
-@pytest.mark.parametrize("policy", POLICIES)
-def test_the_export_needs_no_settings(policy, ends):
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_export_needs_no_settings(options, ends):
   template = ChatTemplate(THINKER + ends, control_tokens=["<|assistant|>"])
-  source = template_export.exported(template, policy)
+  source = template_export.exported(template, options)
   assert source is not None
   alone = ChatTemplate(source)
   for row in ROWS:
     plain = [{"role": m.role, "content": m.content} for m in row.messages]
     count = len(plain)
     assert alone.render(plain, add_generation_prompt=True) == Script(
-      row, template, policy
+      row, template, options
     ).prompt(count)
     # Without a generation prompt nothing is cut.
-    assert alone.render(plain) == Script(row, template, policy).turns(count)
+    assert alone.render(plain) == Script(row, template, options).turns(count)
     # A caller can still choose.
     choice = {"add_generation_prompt": True, "style": "plain"}
     assert alone.render(plain, **choice) == template.render(plain, **choice)
@@ -56,21 +56,21 @@ def test_the_export_needs_no_settings(policy, ends):
 
 def test_what_needs_no_other_template():
   template = ChatTemplate(THINKER)
-  assert template_export.exported(template, Policy()) is None
+  assert template_export.exported(template, RenderOptions()) is None
   # The day was pinned for training; a model in use has its own.
-  dated = Policy({"date": "2026-01-31"})
+  dated = RenderOptions({"date": "2026-01-31"})
   assert template_export.exported(template, dated) is None
 
 
 def test_a_run_says_what_it_chose():
   template = ChatTemplate(THINKER.rstrip(), control_tokens=["<|assistant|>"])
   said = template_export.described(
-    template, Policy({"date": "2026-01-31"}, generation_prompt="omit")
+    template, RenderOptions({"date": "2026-01-31"}, generation_prompt="omit")
   )
   assert said == [
     'chat template: {"date": "2026-01-31"}',
     "generation prompt: without its end '<think>\\n', in training, sampling "
     "and the export",
   ]
-  plain = Policy({"style": "plain"}, generation_prompt="omit")
+  plain = RenderOptions({"style": "plain"}, generation_prompt="omit")
   assert "nothing to omit" in template_export.described(template, plain)[1]

@@ -5,7 +5,7 @@ import pytest
 
 import real_templates
 from sft_jax.data.chat import thinking
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.conversation import Conversation, RowError
 from sft_jax.data.encoding import encode
 from sft_jax.data.encoding.encode import PARTS
@@ -78,31 +78,35 @@ def test_a_prompt_that_no_thinking_follows(prompt, full):
 
 
 @pytest.mark.parametrize(
-  ("source", "policy", "block"),
+  ("source", "options", "block"),
   [
-    (OPENS, Policy(reasoning="write"), "{}\n</think>\n\n{}<|im_end|>"),
+    (OPENS, RenderOptions(reasoning="write"), "{}\n</think>\n\n{}<|im_end|>"),
     (
       OPENS,
-      Policy(reasoning="write", generation_prompt="omit"),
+      RenderOptions(reasoning="write", generation_prompt="omit"),
       "<think>\n{}\n</think>\n\n{}<|im_end|>",
     ),
-    (CUTS, Policy(reasoning="write"), "<think>\n{}\n</think>\n\n{}<|im_end|>"),
+    (
+      CUTS,
+      RenderOptions(reasoning="write"),
+      "<think>\n{}\n</think>\n\n{}<|im_end|>",
+    ),
     (
       CHOOSES,
-      Policy({"thinking": True}, reasoning="write"),
+      RenderOptions({"thinking": True}, reasoning="write"),
       "{}</think>{}<|im_end|>",
     ),
     # A template that shows it needs no help.
     (
       CHATML,
-      Policy(reasoning="write"),
+      RenderOptions(reasoning="write"),
       "<think>\n{}\n</think>\n\n{}<|im_end|>",
     ),
   ],
 )
-def test_every_trained_turn_has_its_thinking(load, source, policy, block):
+def test_every_trained_turn_has_its_thinking(load, source, options, block):
   one = load(source)
-  made = encode.encode_row(THOUGHTS, one, policy, max_length=999)
+  made = encode.encode_row(THOUGHTS, one, options, max_length=999)
   shows = source == CHATML
   assert len(made.examples) == (1 if shows else 3)
   found = [
@@ -113,7 +117,7 @@ def test_every_trained_turn_has_its_thinking(load, source, policy, block):
   for i, (tokens, parts, start, end) in enumerate(found):
     # What is before is what inference holds, whose history shows no thinking.
     so_far = Conversation(THOUGHTS.messages[: 2 * i + 1])
-    assert tokens[:start] == encode.prompt_ids(so_far, one, policy)
+    assert tokens[:start] == encode.prompt_ids(so_far, one, options)
     assert shows or SAID[0][0] not in one.decode(tokens[:start])
     reply = one.decode(tokens[start:end], skip_special=False)
     assert reply == block.format(*SAID[i])
@@ -169,8 +173,8 @@ def test_real_templates(name, kwargs, block, tmp_path):
     eos_token=real_templates.STOPS[name][0],
     chat_template=real_templates.source(name),
   )
-  policy = Policy(kwargs, reasoning="write")
-  made = encode.encode_row(THOUGHTS, ours, policy, max_length=9999)
+  options = RenderOptions(kwargs, reasoning="write")
+  made = encode.encode_row(THOUGHTS, ours, options, max_length=9999)
   turns = [{"role": m.role, "content": m.content} for m in THOUGHTS.messages]
   for i, example in enumerate(made.examples):
     ((start, end),) = runs(example.loss_weights)
@@ -184,4 +188,4 @@ def test_real_templates(name, kwargs, block, tmp_path):
 
 def test_plain_text_has_no_turns_to_write_into():
   with pytest.raises(ValueError, match="got 'write' with train_on='all'"):
-    Policy(train_on="all", reasoning="write")
+    RenderOptions(train_on="all", reasoning="write")

@@ -14,9 +14,9 @@ PROMPT = "<s>user: Hello\nassistant: "
 REPLY = "the cat</s>"
 
 
-def encode(text, spans, tokenizer, policy=DEFAULT):
+def encode(text, spans, tokenizer, options=DEFAULT):
   return boundaries.encode_rendered(
-    Rendered(text, spans), tokenizer, policy, ROW
+    Rendered(text, spans), tokenizer, options, ROW
   )
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.conversation import (
   Conversation,
   Message,
@@ -179,7 +179,9 @@ def test_over_long(tiny):
   # A cut answer never gets a stop token it did not have.
   assert not set(cut.tokens[start:].tolist()) & set(one.stop_ids)
   assert cut.loss_weights[start:].tolist() == [1.0] * 5
-  assert encode.encode_row(row, one, Policy(**kwargs), max_length=start) == (
+  assert encode.encode_row(
+    row, one, RenderOptions(**kwargs), max_length=start
+  ) == (
     [],
     {"over long": 1},
     {},
@@ -189,7 +191,7 @@ def test_over_long(tiny):
 def test_a_split_row_may_be_dropped_in_part(tiny):
   row = chat("u:the cat", "a:the dog", "u:a", "a:" + "house " * 50)
   made = encode.encode_row(
-    row, tiny["byte_level"], Policy(history="split"), max_length=60
+    row, tiny["byte_level"], RenderOptions(history="split"), max_length=60
   )
   assert len(made.examples) == 1
   assert made.dropped == {"over long": 1}
@@ -383,7 +385,7 @@ def test_ids_equal_transformers(name, tmp_path, monkeypatch):
       ((start, end),) = runs(one.loss_weights)
       assert one.tokens[:start].tolist() == prompt
       so_far = Conversation(row.messages[:index], row.tools)
-      assert prompt == encode.prompt_ids(so_far, ours, Policy(kwargs))
+      assert prompt == encode.prompt_ids(so_far, ours, RenderOptions(kwargs))
       assert one.tokens.tolist() == full
       assert one.tokens[end - 1] in ours.stop_ids
     whole = encode.encode(row, ours, **options)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.conversation import Conversation, Message, RowError
 from sft_jax.data.encoding import encode, fast_path
 from sft_jax.data.formats import formats
@@ -40,11 +40,11 @@ MAKERS = {
   "glued_metaspace": (metaspace, GLUED),
   "fickle": (byte_level, FICKLE),
 }
-POLICIES = (
-  Policy(),
-  Policy(history="split"),
-  Policy(train_on="last_turn", over_long="truncate"),
-  Policy(control_tokens="escape"),
+OPTIONS = (
+  RenderOptions(),
+  RenderOptions(history="split"),
+  RenderOptions(train_on="last_turn", over_long="truncate"),
+  RenderOptions(control_tokens="escape"),
 )
 
 
@@ -53,10 +53,10 @@ def tiny(tmp_path_factory):
   return load_all(tmp_path_factory.mktemp("tokenizers"), MAKERS)
 
 
-def _careful(conversation, tokenizer, policy, made=None):
+def _careful(conversation, tokenizer, options, made=None):
   try:
     row = encode.encode_row(
-      conversation, tokenizer, policy, max_length=60, made=made
+      conversation, tokenizer, options, max_length=60, made=made
     )
   except ValueError as error:
     return str(error)
@@ -67,13 +67,13 @@ def _careful(conversation, tokenizer, policy, made=None):
   return examples, row.dropped, row.notes
 
 
-def assert_equal(conversations, tokenizer, policy):
+def assert_equal(conversations, tokenizer, options):
   """The number of conversations that were encoded by comparison."""
-  alike = fast_path.encode_alike(conversations, tokenizer, policy)
+  alike = fast_path.encode_alike(conversations, tokenizer, options)
   for conversation, made in zip(conversations, alike, strict=True):
     if made is not None:
-      got = _careful(conversation, tokenizer, policy, made)
-      assert got == _careful(conversation, tokenizer, policy)
+      got = _careful(conversation, tokenizer, options, made)
+      assert got == _careful(conversation, tokenizer, options)
   return sum(made is not None for made in alike)
 
 
@@ -103,10 +103,10 @@ said = st.lists(
 @settings(max_examples=25, deadline=None)
 @given(
   rows=st.lists(st.lists(said, min_size=2, max_size=5), min_size=1, max_size=4),
-  policy=st.sampled_from(POLICIES),
+  options=st.sampled_from(OPTIONS),
 )
 @pytest.mark.parametrize("kind", MAKERS)
-def test_any_words_are_encoded_the_same(tiny, kind, rows, policy):
+def test_any_words_are_encoded_the_same(tiny, kind, rows, options):
   conversations = [
     Conversation(
       tuple(
@@ -116,7 +116,7 @@ def test_any_words_are_encoded_the_same(tiny, kind, rows, policy):
     )
     for texts in rows
   ]
-  assert_equal(conversations, tiny[kind], policy)
+  assert_equal(conversations, tiny[kind], options)
 
 
 def _chat(*texts, **kwargs):
@@ -130,11 +130,11 @@ def test_most_are_alike(tiny):
   rows = [_chat("the cat", "a dog"), _chat("a house\n", "the town")]
   rows += [_chat("one", "two", "three", "four")]
   for kind in ("chatml", "chatml_pieces", "chatml_metaspace"):
-    assert assert_equal(rows, tiny[kind], Policy()) == 3
+    assert assert_equal(rows, tiny[kind], RenderOptions()) == 3
   # A template that changes its mind with what is said.
   fickle = [_chat("a hen", "a pen"), _chat("a cat", "a pen")]
   fickle += [_chat("a dog", "a pen")]
-  assert assert_equal(fickle, tiny["fickle"], Policy()) == 1
+  assert assert_equal(fickle, tiny["fickle"], RenderOptions()) == 1
 
 
 def test_what_is_more_than_text_takes_care(tiny):
@@ -147,16 +147,20 @@ def test_what_is_more_than_text_takes_care(tiny):
     dataclasses.replace(second, name="Ann"),
   ):
     row = dataclasses.replace(plain, messages=(first, changed))
-    assert assert_equal([plain, row, plain], tiny["chatml"], Policy()) == 2
+    assert (
+      assert_equal([plain, row, plain], tiny["chatml"], RenderOptions()) == 2
+    )
   with_tools = dataclasses.replace(plain, tools=({"name": "look"},))
   text = Conversation(text="the cat")
   assert fast_path.encode_alike(
-    [with_tools, text, None], tiny["chatml"], Policy()
+    [with_tools, text, None], tiny["chatml"], RenderOptions()
   ) == [None, None, None]
   bad = _chat("the <|im_end|>", "a dog")
-  assert fast_path.encode_alike([bad], tiny["chatml"], Policy()) == [None]
+  assert fast_path.encode_alike([bad], tiny["chatml"], RenderOptions()) == [
+    None
+  ]
   with pytest.raises(RowError, match="control token"):
-    encode.encode_row(bad, tiny["chatml"], Policy(), max_length=60)
+    encode.encode_row(bad, tiny["chatml"], RenderOptions(), max_length=60)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data folder")
@@ -200,7 +204,7 @@ def test_real_rows_by_real_templates(name, tmp_path):
     json.dumps({"bos_token": "<s>", "eos_token": "</s>"})
   )
   tokenizer = load_tokenizer(tmp_path)
-  policy = Policy({"date": "2026-01-31"}, generation_prompt="omit")
+  options = RenderOptions({"date": "2026-01-31"}, generation_prompt="omit")
   rows = []
   for file in ("instruction/t0_sample.jsonl", "instruction/alpaca_5000.json"):
     for _, (_, row) in zip(
@@ -209,5 +213,5 @@ def test_real_rows_by_real_templates(name, tmp_path):
       rows.append(formats.to_conversation(row))
   asked = [m.content for row in rows for m in row.messages][:12]
   rows += [_chat(*asked[:4]), _chat(*asked[4:8]), _chat(*asked[6:12])]
-  number = assert_equal(rows, tokenizer, policy)
+  number = assert_equal(rows, tokenizer, options)
   assert number >= 20

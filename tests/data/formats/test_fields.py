@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.formats import fields
 from sft_jax.data.formats.formats import to_conversation
 from sft_jax.data.store import build
@@ -85,7 +85,7 @@ def test_the_columns_of_a_source_reach_its_rows(tmp_path):
       {"path": str(ours)},
     ],
     load_tokenizer(byte_level(tmp_path / "tokenizer")),
-    Policy(),
+    RenderOptions(),
     directory=tmp_path / "cache",
     max_length=64,
     announce=lambda line: None,

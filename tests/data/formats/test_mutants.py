@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from mutants import KEYS, VALUES, mutated
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.conversation import NothingToTrain, RowError
 from sft_jax.data.encoding import encode
 from sft_jax.data.formats import formats
@@ -32,7 +32,7 @@ def outcome(where, row, tokenizer):
   try:
     made = formats.to_conversation(row, source=where)
     examples, dropped, _ = encode.encode_row(
-      made, tokenizer, Policy(), max_length=4096
+      made, tokenizer, RenderOptions(), max_length=4096
     )
   except NothingToTrain as nothing:
     return nothing.reason

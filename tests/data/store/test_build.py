@@ -13,7 +13,7 @@ import pytest
 
 import tiny_tokenizers
 from sft_jax.data.audit import checks, token_checks
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.conversation import RowError
 from sft_jax.data.encoding import encode
 from sft_jax.data.formats import formats
@@ -39,11 +39,11 @@ def _write(path, rows):
 
 def _build(sources, tokenizer, folder, **kwargs):
   told = []
-  fields = {field.name for field in dataclasses.fields(Policy)}
-  policy = Policy(**{k: v for k, v in kwargs.items() if k in fields})
+  fields = {field.name for field in dataclasses.fields(RenderOptions)}
+  options = RenderOptions(**{k: v for k, v in kwargs.items() if k in fields})
   arguments = {"directory": folder, "max_length": 64, "announce": told.append}
   arguments |= {k: v for k, v in kwargs.items() if k not in fields}
-  return build.build(sources, tokenizer, policy, **arguments), told
+  return build.build(sources, tokenizer, options, **arguments), told
 
 
 def _same(a, b):
@@ -249,7 +249,7 @@ KILLED = """
 import os, signal, sys
 import sft_jax.data.store.build as cache
 from sft_jax.data.store import shards as chunks
-from sft_jax.data.chat.options import Policy
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
 
 folder, rows, directory, when = sys.argv[1:]
@@ -272,7 +272,7 @@ else:
     append(self, chunk) if left[0] else die()
 
   cache._Writer.append = count_down
-cache.build(rows, load_tokenizer(folder), Policy(), directory=directory,
+cache.build(rows, load_tokenizer(folder), RenderOptions(), directory=directory,
             max_length=64, num_workers=2)
 """
 

@@ -56,7 +56,7 @@ def sample(
     max_new_tokens=max_new_tokens,
     temperature=1.0,
     seed=seed,
-    policy=asked.policy,
+    options=asked.options,
   )
   texts = iter(reply.text for reply in found)
   return [list(itertools.islice(texts, samples)) for _ in items]
