@@ -49,11 +49,17 @@ def commands(page: Path) -> list[str]:
 def _with_imports(tool: Path) -> str:
   """A program's text and that of the commands it imports, which add flags."""
   text = tool.read_text()
-  names = re.findall(r"sft_jax\.commands import (\w+)", text)
+  names = re.findall(r"sft_jax\.commands import ([\w, ]+)", text)
   names += re.findall(r"sft_jax\.commands\.(\w+) import", text)
-  for name in names:
-    other = ROOT / "sft_jax" / "commands" / f"{name}.py"
-    if other != tool:
+  others = [
+    ROOT / "sft_jax" / "commands" / f"{name.strip()}.py"
+    for names_of_one in names
+    for name in names_of_one.split(",")
+  ]
+  for name in re.findall(r"^import (\w+)$", text, re.M):
+    others.append(tool.with_name(f"{name}.py"))
+  for other in others:
+    if other != tool and other.exists():
       text += _with_imports(other)
   return text
 

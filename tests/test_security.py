@@ -21,7 +21,7 @@ READERS = {
   *("yaml", "torch", "tarfile", "zipfile", "csv", "xml", "code", "runpy"),
 }
 # Own processes tell one another of rows and faults in pickles, by pipes.
-BY_PIPE = {"chunks.py imports pickle", "workers.py imports pickle"}
+BY_PIPE = {"shards.py imports pickle", "workers.py imports pickle"}
 CALLS = {"eval", "exec", "__import__"}
 
 

@@ -1,5 +1,6 @@
 """The frame of the tools: errors are a line, and a trace where it is asked."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ def test_debug_shows_the_trace_of_an_error(words):
     return subprocess.run(
       [sys.executable, *words, *more],
       cwd=ROOT,
+      env=os.environ | {"PYTHONPATH": str(ROOT)},
       capture_output=True,
       text=True,
       check=False,

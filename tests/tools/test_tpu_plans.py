@@ -24,7 +24,9 @@ def number(text: str) -> float:
 
 def test_the_table_is_read():
   assert len(TABLE) == 4
-  assert all((ROOT / "configs" / f"{row[0]}.py").is_file() for row in TABLE)
+  assert all(
+    (ROOT / "configs" / "models" / f"{row[0]}.py").is_file() for row in TABLE
+  )
 
 
 @pytest.mark.slow
@@ -37,7 +39,7 @@ def test_what_the_page_shows_is_what_the_tool_says(row):
   done = subprocess.run(
     [
       *(sys.executable, "tools/plan.py", "--quick"),
-      *(f"--config=configs/{name}.py", f"--topology={topology}"),
+      *(f"--config=configs/models/{name}.py", f"--topology={topology}"),
     ],
     cwd=ROOT,
     env={"PYTHONPATH": str(ROOT)} | environment | {"COLUMNS": "200"},

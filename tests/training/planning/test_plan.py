@@ -15,7 +15,7 @@ import peak_memory
 import tiny
 from sft_jax.common import machines, sharding, trees
 from sft_jax.models.config import parse_config
-from sft_jax.training.build import abstract
+from sft_jax.training.build import abstract, build
 from sft_jax.training.planning import plan
 
 
@@ -97,7 +97,7 @@ def test_alternatives_are_configs_of_their_own(tmp_path):
     names.append(change.name)
     assert other.to_json() != config.to_json()
     assert other.batch_size == config.batch_size
-    abstract.setup.check_batch_size(
+    build.check_batch_size(
       other, sharding.make_mesh(**other.mesh, devices=jax.devices()[:2])
     )
   assert any("remat" in name for name in names)
