@@ -161,6 +161,10 @@ def get_config() -> ml_collections.ConfigDict:
   evaluation.patience = 0
   # Words of training answers that replies are searched for; 0 = off.
   evaluation.answer_words = 100_000
+  # Most seconds of one measurement: the first leaves out what does not fit,
+  # and those after it measure the same. 'auto' = a quarter of the expected
+  # training, at least two minutes; 0 = no bound.
+  evaluation.max_seconds = "auto"
   evaluation.max_new_tokens = 80  # Per reply.
   evaluation.batch_size = 64  # Prompts sampled together.
   # Replies shown before and after, to held-out rows where there are no

@@ -5,13 +5,14 @@ side. Measurements are plain dicts, as they are written to `workdir/evals`.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
+from sft_jax.common import distributed
 from sft_jax.common.batch import Batch
 from sft_jax.common.trees import Tree
 from sft_jax.data.conversation import Conversation
@@ -19,18 +20,28 @@ from sft_jax.data.pipeline import Stream
 from sft_jax.evals import behaviours, forgetting
 from sft_jax.inference.generate import Reply
 from sft_jax.step import loss_groups
-from sft_jax.step.loss import LossSums
+from sft_jax.step.loss import BaseSums, LossSums
 
 Measurement = dict[str, Any]
+Part = TypeVar("Part")
+# (what is measured, how much is done, how much there is).
+Progress = Callable[[str, int, int], None]
 
 
 class Suite:
-  """Everything that is measured about one model, given its parameters."""
+  """Everything that is measured about one model, given its parameters.
+
+  Attributes:
+    measured: {set: (how much of it is measured, how much there is)}, batches
+      of text and prompts, once the first measurement has chosen. Set it to go
+      on measuring what another process has chosen.
+  """
 
   def __init__(
     self,
     *,
     loss_fn: Callable[[Tree, Batch], LossSums],
+    own_loss_fn: Callable[[Tree, Batch], LossSums] | None = None,
     batches: Callable[[Stream], Iterable[Batch]],
     held_out: Stream | None,
     general_text: Stream | None,
@@ -41,12 +52,17 @@ class Suite:
     knowledge: Sequence[behaviours.Item] = (),
     repeats: Callable[[list[dict[str, Any]]], Measurement] | None = None,
     canaries: Callable[[Tree], Measurement] | None = None,
+    max_seconds: float = 0.0,
+    prompts_at_once: int = 64,
+    progress: Progress = lambda what, done, of: None,
   ) -> None:
     """Keeps what a measurement needs.
 
     Args:
       loss_fn: (params, batch) -> sums over its trained tokens, those of the
         base among them where the parameters tell what it is.
+      own_loss_fn: the same without the base, for half the work; measures a
+        model that is its own base.
       batches: the batches of a stream, on the mesh.
       held_out: conversations not trained on; None = not measured.
       general_text: raw text; None = not measured.
@@ -57,8 +73,16 @@ class Suite:
       knowledge: what the base knows, asked in raw text.
       repeats: what of the training answers a set's replies repeat.
       canaries: params -> how far planted canaries stand out.
+      max_seconds: of the first measurement, but for compiling; what does not
+        fit is left out, then and in every later measurement. 0: no bound.
+      prompts_at_once: that are answered between two looks at the clock.
+      progress: called after each batch and each group of prompts.
     """
     self._loss = jax.jit(loss_fn)
+    self._own_loss = jax.jit(own_loss_fn) if own_loss_fn else None
+    self._max_seconds, self._progress = max_seconds, progress
+    self._prompts_at_once = prompts_at_once
+    self.measured: dict[str, tuple[int, int]] = {}
     self._batches = batches
     self._streams = {"held_out": held_out, "general_text": general_text}
     self._train_rows = train_rows
@@ -67,7 +91,7 @@ class Suite:
     self._generate = generate
     self._group_names = group_names
 
-  def losses(self, params: Tree) -> Measurement:
+  def losses(self, params: Tree, *, is_base: bool = False) -> Measurement:
     """{'<set>/nats_per_token', '<set>/perplexity'} of each text set.
 
     With them '<set>/loss/<group>' and '<set>/acc/<group>' of its groups of
@@ -80,7 +104,7 @@ class Suite:
     values = {}
     for name, stream in self._streams.items():
       if stream is not None:
-        sums = self._sums(params, stream)
+        sums = self._sums(params, name, stream, is_base)
         found = forgetting.perplexity(
           lambda sums=sums: (float(sums.nats), float(sums.weight))
         )
@@ -96,30 +120,87 @@ class Suite:
           left = forgetting.left(sums.base, sums.weight)
           values |= {f"{name}/{figure}": x for figure, x in left.items()}
     if self._train_rows is not None and "held_out/nats_per_token" in values:
-      sums = self._sums(params, self._train_rows)
+      sums = self._sums(params, "train_rows", self._train_rows, is_base)
       trained = float(sums.nats / sums.weight)
       values["train_rows/nats_per_token"] = trained
       values["held_out/gap"] = values["held_out/nats_per_token"] - trained
     return values
 
-  def _sums(self, params: Tree, stream: Stream) -> LossSums:
-    """Sums over every row of a stream, each once, in float64."""
+  def _sums(
+    self, params: Tree, name: str, stream: Stream, is_base: bool
+  ) -> LossSums:
+    """Sums over rows of a stream, each once, in float64."""
+    own = is_base and self._own_loss is not None
+    loss = self._own_loss if own and self._own_loss else self._loss
     total = None
-    for batch in self._batches(stream):
-      sums = jax.device_get(self._loss(params, batch))
+    steps = stream.num_steps or 0
+    for batch in self._within(name, self._batches(stream), steps):
+      sums = jax.device_get(loss(params, batch))
       sums = jax.tree.map(np.float64, sums)
       total = sums if total is None else jax.tree.map(np.add, total, sums)
     assert total is not None  # A Stream has at least one batch.
+    if own:  # Every prediction is the base's.
+      same = (0.0, total.weight, total.correct, total.correct)
+      total = total._replace(base=BaseSums(*map(np.float64, same)))
     return total
 
+  def _within(
+    self,
+    name: str,
+    parts: Iterable[Part],
+    of: int,
+    size: Callable[[Part], int] = lambda part: 1,
+  ) -> Iterator[Part]:
+    """Of the parts of a set, those that are measured, with progress.
+
+    The first measurement takes parts while its share of the time lasts; the
+    first part, which compiles, is free. Later ones measure the same. The first
+    process decides for all.
+    """
+    chosen = self.measured.get(name)
+    most = chosen[0] if chosen else of
+    done, times = 0, list[float]()
+    share = self._max_seconds / max(len(self._sets), 1)
+    for part in parts:
+      began = time.perf_counter()
+      yield part
+      times.append(time.perf_counter() - began)
+      done += size(part)
+      if share and not chosen and len(times) > 1 and done < most:
+        late = sum(times[1:]) + max(times[1:]) > share
+        if distributed.first_says(late):
+          most = done
+      self._progress(name, done, most)
+      if done >= most:
+        break
+    self.measured[name] = (done, of)
+
+  @property
+  def _sets(self) -> list[str]:
+    """Names of what takes time, between which it is divided."""
+    streams = self._streams | {"train_rows": self._train_rows}
+    names = [name for name, stream in streams.items() if stream is not None]
+    asked = {"behaviours": self._items, "knowledge": self._knowledge}
+    return names + [name for name, items in asked.items() if items]
+
   def scores(
-    self, params: Tree, items: Sequence[behaviours.Item]
+    self, params: Tree, name: str, items: Sequence[behaviours.Item]
   ) -> behaviours.Scores | None:
-    """Replies to every prompt, checked; None without prompts."""
+    """Replies to the prompts of a set, checked; None without prompts."""
     if not items:
       return None
+    order, size = _round_robin(items), self._prompts_at_once
+    if (chosen := self.measured.get(name)) or not self._max_seconds:
+      # At once: no group of prompts waits for the one before it.
+      order, size = order[: chosen[0] if chosen else None], len(order)
+    parts = [order[i : i + size] for i in range(0, len(order), size)]
+    replies: dict[int, Reply] = {}
+    for part in self._within(name, parts, len(items), len):
+      made = self._generate(params, [items[i].prompt for i in part])
+      replies |= zip(part, made, strict=True)
     return behaviours.run(
-      items, lambda prompts: self._generate(params, prompts)
+      [items[i] for i in sorted(replies)],
+      lambda prompts: [replies[i] for i in sorted(replies)],
     )
 
   def scalars(
@@ -136,24 +217,48 @@ class Suite:
     """
     started = time.perf_counter()
     values = self.losses(params)
-    scores = self.scores(params, self._items) if replies else None
+    scores = self.scores(params, "behaviours", self._items) if replies else None
     if replies and scores:
       values |= scores.metrics()
       scores.write(replies)
     return values | {"time/evaluation_s": time.perf_counter() - started}
 
-  def __call__(self, params: Tree) -> Measurement:
-    """Losses, the scores with every reply, and what is known by heart."""
-    values: Measurement = self.losses(params)
-    if scores := self.scores(params, self._items):
+  def __call__(self, params: Tree, *, is_base: bool = False) -> Measurement:
+    """Losses, the scores with every reply, and what is memorized.
+
+    Args:
+      params: of the model.
+      is_base: it is its own base still: nothing is compared with it.
+    """
+    values: Measurement = self.losses(params, is_base=is_base)
+    if scores := self.scores(params, "behaviours", self._items):
       if self._repeats:
         values["repeats"] = self._repeats(scores.replies)
       values["behaviours"] = scores.to_json()
-    if knowledge := self.scores(params, self._knowledge):
+    if knowledge := self.scores(params, "knowledge", self._knowledge):
       values["knowledge"] = knowledge.to_json()
     if self._canaries:
       values["canaries"] = self._canaries(params)
-    return values
+    return values | {"measured": dict(self.measured)}
+
+  def left_out(self) -> list[str]:
+    """A line for each set that is not measured whole."""
+    return [
+      f"{name.replace('_', ' ')}: {done:,} of {of:,} "
+      f"{'prompts' if name in ('behaviours', 'knowledge') else 'batches'}"
+      for name, (done, of) in self.measured.items()
+      if done < of
+    ]
+
+
+def _round_robin(items: Sequence[behaviours.Item]) -> list[int]:
+  """Numbers of the items, one of each group, then the next of each."""
+  seen: dict[str, int] = {}
+  turn = []
+  for item in items:
+    turn.append(seen.get(item.group, 0))
+    seen[item.group] = turn[-1] + 1
+  return sorted(range(len(items)), key=turn.__getitem__)
 
 
 def compare(before: Measurement, after: Measurement) -> dict[str, Any]:

@@ -6,7 +6,8 @@ nothing is shown.
 """
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -128,6 +129,44 @@ class StepProgress:
     """Leaves the bar as it stands."""
     if self._bar is not None:
       self._bar.stop()
+
+
+class TaskProgress:
+  """How far something that takes long is, with the time left.
+
+  A line every `seconds`, and none of what is done sooner.
+  """
+
+  def __init__(
+    self,
+    out: Console,
+    *,
+    seconds: float = 20.0,
+    now: Callable[[], float] = time.monotonic,
+  ) -> None:
+    self._out, self._seconds, self._now = out, seconds, now
+    self._task = ""
+
+  def __call__(self, task: str, done: int, of: int) -> None:
+    """Of a task, so much is done of so much."""
+    now = self._now()
+    if task != self._task:
+      # The first part compiles and says little of the time that is left.
+      self._task, self._began, self._first = task, now, done
+      self._shown = now
+    if done >= of:
+      self._task = ""
+    if done < of and now - self._shown >= self._seconds:
+      self._shown = now
+      name = visible(task).replace("_", " ")
+      self._out.print(f"{name} {done:,}/{of:,}{self._left(done, of, now)}")
+      sys.stdout.flush()
+
+  def _left(self, done: int, of: int, now: float) -> str:
+    if done == self._first:
+      return ""
+    pace = (now - self._began) / (done - self._first)
+    return f"  {duration(pace * (of - done))} left"
 
 
 def figures(values: Mapping[str, float]) -> str:

@@ -152,21 +152,27 @@ def _run(
   )
 
   # -- Before ---------------------------------------------------------------
-  suite = make_suite(config, run_)
+  suite = make_suite(config, run_, terminal.TaskProgress(out))
   before_path = workdir / "evals" / "before.json"
   if before_path.exists():
     before = json.loads(before_path.read_text())
+    suite.measured = {
+      name: (done, of)
+      for name, (done, of) in before.get("measured", {}).items()
+    }
   else:
     say("Measuring the model before training ...")
     params = trees.merge(resumed.state.params, resumed.state.frozen)
-    measured = params
-    if not (start_step or config.model.from_scratch):
-      # Now it is the base itself, of which no copy is needed.
-      copies = base_model.to_copy(params, run_.trained)
-      measured = base_model.with_copies(params, copies)
+    is_base = not (start_step or config.model.from_scratch or config.lora.path)
     with clock.on("evaluation"):
-      before = {**suite(measured), **setup_rows.replies(config, run_, params)}
-    del params, measured  # They are donated.
+      before = suite(params, is_base=is_base and config.eval.kl)
+      before |= setup_rows.replies(config, run_, params)
+    del params  # They are donated.
+    for line in suite.left_out():
+      say(
+        f"eval.max_seconds: measured here and from now on are {line}, what "
+        "fits. Raise it, or set it to 0 for everything."
+      )
     write_json(before_path, before)
 
   # -- Train ----------------------------------------------------------------
@@ -208,7 +214,7 @@ def _run(
     after = suite(beside_base(config, run_, params, say))
     params = base_model.own(params)
     after |= setup_rows.replies(config, run_, params)
-    rows = setup_rows.losses(run_, params)
+    rows = setup_rows.losses(run_, params, suite.measured.get("held_out"))
   write_json(workdir / "evals" / "after.json", after)
   write_jsonl(workdir / "evals" / "held_out_rows.jsonl", rows)
   result = measure.compare(before, after)

@@ -15,14 +15,12 @@ from sft_jax.data.pipeline import Stream
 from sft_jax.models.lora import quantize
 from sft_jax.reporting import terminal
 from sft_jax.training import versions
-from sft_jax.training.build import abstract
+from sft_jax.training.build import abstract, evals
 from sft_jax.training.build import step as setup_step
 from sft_jax.training.build.build import Setup
 from sft_jax.training.build.data import Config
 from sft_jax.training.planning import plan
 
-# Of a device's matmul rate, what a training step usually reaches.
-_USUAL_SHARE = 0.4
 # Training examples that a report shows.
 _SAMPLES = 6
 _SKETCH = 40  # Characters of the sketch of the learning rate.
@@ -118,9 +116,9 @@ def _model(config: Config, run_: Setup) -> dict[str, str]:
 def _plan(config: Config, run_: Setup, start_step: int) -> dict[str, str]:
   epoch = run_.stream.ledger.epoch
   assert epoch is not None  # A Stream has planned its first epoch.
-  tokens = run_.num_steps * config.batch_size * config.data.seq_len
-  peak = run_.machine.chip.flops * run_.mesh.size
-  seconds = tokens * run_.flops_per_token / (_USUAL_SHARE * peak)
+  seconds = evals.training_seconds(
+    config, run_, max(run_.num_steps - start_step, 0)
+  )
   return {
     "steps": f"{run_.num_steps} of {config.batch_size} rows x "
     f"{config.data.seq_len} tokens"
@@ -134,8 +132,25 @@ def _plan(config: Config, run_: Setup, start_step: int) -> dict[str, str]:
     "general text": _describe(run_.general_text),
     "behaviours": f"{len(run_.items)} prompts",
     "expected time": f"about {terminal.duration(seconds)} of training",
+    "evaluation": _evaluation(config, run_),
     "workdir": config.workdir,
   }
+
+
+def _evaluation(config: Config, run_: Setup) -> str:
+  """What measuring costs, how often, and what bounds it."""
+  seconds = evals.evaluation_seconds(config, run_)
+  bound = evals.max_seconds(config, run_)
+  between = run_.num_steps // config.eval.every if config.eval.every else 0
+  text = f"about {terminal.duration(min(seconds, bound or seconds))} each time"
+  text += (
+    f", before and after and {between} times between"
+    if between
+    else (", before and after")
+  )
+  if bound:
+    text += f"; at most {terminal.duration(bound)} (eval.max_seconds)"
+  return text
 
 
 def _describe(stream: Stream | None) -> str:

@@ -6,28 +6,34 @@ import pytest
 
 import tiny
 from fake_store import fake_store
+from sft_jax.data.conversation import Conversation, Message
 from sft_jax.data.pipeline import Stream
+from sft_jax.evals import suite as suites
+from sft_jax.evals.behaviours import Item
 from sft_jax.evals.suite import Suite, compare
+from sft_jax.inference.generate import Reply
 from sft_jax.step.loss import BaseSums
+from sft_jax.training.build import build, evals
 
 
-def suite_of(loss_fn, **streams):
+def suite_of(loss_fn, streams=None, items=(), generate=None, **choices):
   """Rows of so many trained tokens each, by the name of the stream."""
   made = {
     name: Stream(
       fake_store([([7] * n, [0.0] + [1.0] * (n - 1)) for n in lengths]),
       seq_len=10, batch_size=2, epochs=1,
     )
-    for name, lengths in streams.items()
+    for name, lengths in (streams or {}).items()
   }  # fmt: skip
   return Suite(
     loss_fn=loss_fn,
     batches=lambda stream: stream.batches(),
-    held_out=made["held_out"],
+    held_out=made.get("held_out"),
     general_text=made.get("general_text"),
     train_rows=made.get("train_rows"),
-    items=[],
-    generate=lambda params, prompts: pytest.fail("nothing to generate"),
+    items=items,
+    generate=generate or (lambda params, prompts: pytest.fail("no prompts")),
+    **choices,
   )
 
 
@@ -39,12 +45,12 @@ def by_length(params, batch):
 
 def test_the_gap_is_held_out_above_trained():
   """Of rows of their own, each one document to a row."""
-  suite = suite_of(by_length, held_out=(9, 7), train_rows=(8, 6))
+  suite = suite_of(by_length, {"held_out": (9, 7), "train_rows": (8, 6)})
   found = suite.losses(jnp.float32(1.0))
   held_out, trained = (8 * 8 + 6 * 6) / 14, (7 * 7 + 5 * 5) / 12
   assert found["train_rows/nats_per_token"] == pytest.approx(trained)
   assert found["held_out/gap"] == pytest.approx(held_out - trained)
-  assert "held_out/gap" not in suite_of(by_length, held_out=(9,)).losses(
+  assert "held_out/gap" not in suite_of(by_length, {"held_out": (9,)}).losses(
     jnp.float32(1.0)
   )
 
@@ -57,7 +63,7 @@ def test_what_is_left_of_the_base_is_a_ratio_of_sums():
     left = BaseSums(0.5 * sums.nats, 0.25 * sums.weight, right, right / 2)
     return sums._replace(base=left)
 
-  suite = suite_of(loss_fn, held_out=(9, 7, 5), general_text=(4, 7))
+  suite = suite_of(loss_fn, {"held_out": (9, 7, 5), "general_text": (4, 7)})
   found = suite.losses(jnp.float32(1.0))
   assert found["held_out/kl"] == pytest.approx(0.5 * (64 + 36 + 16) / 18)
   assert found["held_out/kept"] == 0.25
@@ -135,3 +141,112 @@ def test_the_held_out_loss_is_of_all_tokens_whatever_the_batch(batch_size):
     "held_out/nats_per_token": pytest.approx(want, rel=1e-5),
     "held_out/perplexity": pytest.approx(np.exp(want), rel=1e-5),
   }
+
+
+def test_a_model_that_is_its_base_is_measured_once():
+  """The program that compares with a base is not run at all."""
+
+  def compared(params, batch):
+    raise AssertionError("the base was asked")
+
+  suite = suite_of(
+    compared, {"held_out": (9, 7), "general_text": (5,)}, own_loss_fn=by_length
+  )
+  found = suite.losses(jnp.float32(1.0), is_base=True)
+  for name in ("held_out", "general_text"):
+    assert found[f"{name}/kl"] == 0
+    assert found[f"{name}/kept"] == 1
+    # `by_length` says that nothing is predicted rightly.
+    assert found[f"{name}/base_right"] == 0
+  with pytest.raises(AssertionError, match="the base was asked"):
+    suite.losses(jnp.float32(1.0))
+
+
+def prompts(groups):
+  return [
+    Item(
+      group,
+      Conversation((Message("user", f"{group} {i}"),)),
+      ({"check": "contains", "text": "yes"},),
+      f"b.jsonl:{i}",
+    )
+    for i, group in enumerate(groups)
+  ]
+
+
+def test_what_does_not_fit_is_left_out_now_and_later(monkeypatch):
+  """Two sets share 10 s; each batch takes 2 s, each prompt 1 s, by the clock.
+
+  The first part of each is free: it compiles.
+  """
+  clock = [0.0]
+  monkeypatch.setattr(suites.time, "perf_counter", lambda: clock[0])
+  asked, reports = [], []
+
+  def loss_fn(params, batch):
+    return tiny.loss_sums(params * 3, batch.loss_weights.sum())
+
+  def generate(params, conversations):
+    asked.append([one.messages[0].content for one in conversations])
+    clock[0] += len(conversations)
+    return [
+      Reply("yes", [1], True, Message("assistant", "yes"))
+      for _ in conversations
+    ]
+
+  suite = suite_of(
+    loss_fn,
+    {"held_out": (9,) * 20},
+    prompts("aaaaaaaabbbb"),
+    generate,
+    max_seconds=10.0,
+    prompts_at_once=2,
+    progress=lambda *report: reports.append(report),
+  )
+
+  def slow_loss(params, batch):
+    clock[0] += 2
+    return loss_fn(params, batch)
+
+  suite._loss = slow_loss
+  first = suite(jnp.float32(1.0))
+  # Of 10 batches one is free, two fit into 5 s, and a third would not.
+  assert suite.measured == {"held_out": (3, 10), "behaviours": (6, 12)}
+  assert first["measured"] == suite.measured
+  assert reports[2] == ("held_out", 3, 3)
+  # One of each group in turn.
+  assert asked == [["a 0", "b 8"], ["a 1", "b 9"], ["a 2", "b 10"]]
+  assert len(suite.left_out()) == 2
+  later = suite(jnp.float32(2.0))
+  assert asked[3] == [prompt for some in asked[:3] for prompt in some]
+  places = [
+    [reply["where"] for reply in one["behaviours"]["replies"]]
+    for one in (first, later)
+  ]
+  assert places[0] == places[1] == [f"b.jsonl:{i}" for i in (0, 1, 2, 8, 9, 10)]
+  assert later["held_out/nats_per_token"] == pytest.approx(
+    2 * first["held_out/nats_per_token"]
+  )
+  # Another process that resumes measures the same.
+  other = suite_of(loss_fn, {"held_out": (9,) * 20}, max_seconds=10.0)
+  other.measured = {"held_out": (3, 10)}
+  other.losses(jnp.float32(1.0))
+  assert other.measured == {"held_out": (3, 10)}
+
+
+def test_on_a_cpu_bfloat16_is_measured_in_float32(tmp_path):
+  model = tiny.model_folder(tmp_path / "model")
+  rows = tiny.rows_file(tmp_path / "rows.jsonl", tiny.ROWS)
+  found = []
+  for dtype in ("float32", "bfloat16"):
+    config = tiny.config(
+      tmp_path, model, rows, model__dtype=dtype, data__eval=str(rows)
+    )
+    config.data.allow = ("overlap",)
+    run = build.setup(config, lambda line: None)
+    params = {**run.state.params, **run.state.frozen}
+    found.append(evals.make_suite(config, run).losses(params, is_base=True))
+  assert found[0] == found[1]
+  config.eval.max_seconds = "long"
+  with pytest.raises(ValueError, match=r"eval\.max_seconds: got 'long'"):
+    evals.max_seconds(config, run)

@@ -83,3 +83,20 @@ def test_a_table_keeps_its_figures_however_narrow_the_terminal(width):
   for cell in cells:
     assert cell.strip() in text
   assert "…" not in text
+
+
+def test_what_takes_long_says_so_with_the_time_left():
+  """A batch takes 8 s; what is done within 20 s says nothing."""
+  out = Console(file=io.StringIO(), width=80)
+  now = [0.0]
+  progress = terminal.TaskProgress(out, now=lambda: now[0])
+  for done in range(1, 11):
+    progress("held_out", done, 10)
+    now[0] += 8
+  progress("general_text", 1, 2)
+  progress("general_text", 2, 2)
+  lines = out.file.getvalue().splitlines()
+  assert lines == [
+    "held out 4/10  48 s left",
+    "held out 7/10  24 s left",
+  ]

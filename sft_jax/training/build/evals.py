@@ -1,5 +1,6 @@
 """What a config says of evaluation: the suite that a run is measured by."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,14 +15,26 @@ from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.evals import memorization, suite
 from sft_jax.inference import generate as replies
 from sft_jax.training.build import build, data, step
+from sft_jax.training.build import model as setup_model
 from sft_jax.training.build.build import Setup
 from sft_jax.training.build.data import Config
 
+# Of a device's matmul rate, what a training step usually reaches, and what
+# replies do, which are made token by token.
+_USUAL_SHARE, _SAMPLING_SHARE = 0.4, 0.1
+_LEAST_SECONDS = 120.0
 
-def make_suite(config: Config, run_: Setup) -> suite.Suite:
+
+def make_suite(
+  config: Config,
+  run_: Setup,
+  progress: suite.Progress = lambda what, done, of: None,
+) -> suite.Suite:
   """What is measured before and after training."""
+  model, own_loss, loss = _in_float32(config, run_)
   return suite.Suite(
-    loss_fn=run_.measure_fn,
+    loss_fn=loss,
+    own_loss_fn=own_loss if config.eval.kl else None,
     batches=lambda stream: build.batches_on(run_.mesh, stream),
     held_out=run_.held_out,
     general_text=run_.general_text,
@@ -31,8 +44,11 @@ def make_suite(config: Config, run_: Setup) -> suite.Suite:
     knowledge=run_.knowledge,
     repeats=make_repeats(config, run_),
     canaries=make_canaries(config, run_),
+    max_seconds=max_seconds(config, run_),
+    prompts_at_once=config.eval.batch_size,
+    progress=progress,
     generate=lambda params, conversations: replies.generate(
-      run_.model,
+      model,
       params,
       run_.tokenizer,
       conversations,
@@ -42,6 +58,62 @@ def make_suite(config: Config, run_: Setup) -> suite.Suite:
       mesh=run_.mesh,
     ),
   )
+
+
+def _in_float32(config: Config, run_: Setup) -> tuple[Any, Any, Any]:
+  """(model, loss, loss with what the base says), as they measure.
+
+  Those of the run; in float32 where it computes in bfloat16 on a CPU, most of
+  which emulate that.
+  """
+  on_cpu = run_.mesh.devices.flat[0].platform == "cpu"
+  if not on_cpu or config.model.dtype != "bfloat16":
+    return run_.model, run_.loss_fn, run_.measure_fn
+  config = config.copy_and_resolve_references()
+  config.model.dtype = "float32"
+  model = setup_model.build_model(config, run_.model.config, run_.mesh).model
+  streams = (run_.stream, run_.held_out, run_.general_text)
+  made = step.make_step(config, model, run_.mesh, run_.num_steps, streams)
+  return model, made.loss_fn, made.measure_fn
+
+
+def training_seconds(config: Config, run_: Setup, steps: int) -> float:
+  """What so many steps will take, at the share of its peak that is usual."""
+  tokens = steps * config.batch_size * config.data.seq_len
+  peak = run_.machine.chip.flops * run_.mesh.size
+  return tokens * run_.flops_per_token / (_USUAL_SHARE * peak)
+
+
+def evaluation_seconds(config: Config, run_: Setup) -> float:
+  """What one measurement will take, were it not bounded."""
+  peak = run_.machine.chip.flops * run_.mesh.size
+  forward = run_.flops_per_token / 3
+  streams = (run_.held_out, run_.general_text, run_.train_rows)
+  batches = sum(stream.num_steps or 0 for stream in streams if stream)
+  tokens = batches * config.batch_size * config.data.seq_len
+  prompts = len(run_.items) + len(run_.knowledge)
+  sampled = prompts * config.eval.max_new_tokens
+  return tokens * forward / (_USUAL_SHARE * peak) + sampled * forward / (
+    _SAMPLING_SHARE * peak
+  )
+
+
+def max_seconds(config: Config, run_: Setup) -> float:
+  """The bound of one measurement: `eval.max_seconds`; 0 is none.
+
+  Raises:
+    ValueError: neither 'auto' nor a number of seconds.
+  """
+  bound = config.eval.max_seconds
+  if bound == "auto":
+    quarter = training_seconds(config, run_, run_.num_steps) / 4
+    return max(quarter, _LEAST_SECONDS)
+  if isinstance(bound, str | bool) or not 0 <= bound < math.inf:
+    raise ValueError(
+      f"eval.max_seconds: got {bound!r}, expected 'auto', 0 (no bound) or a "
+      "number of seconds. Set it to one of these."
+    )
+  return float(bound)
 
 
 def make_canaries(

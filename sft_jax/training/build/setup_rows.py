@@ -9,14 +9,20 @@ from sft_jax.training.build.build import Setup, batches_on
 from sft_jax.training.build.data import Config
 
 
-def losses(run_: Setup, params: trees.Tree) -> list[dict[str, Any]]:
-  """Every held-out example by its loss, the worst first; see `row_losses`."""
+def losses(
+  run_: Setup, params: trees.Tree, measured: tuple[int, int] | None = None
+) -> list[dict[str, Any]]:
+  """Held-out examples by loss, the worst first; see `row_losses`.
+
+  `measured` tells how many batches of how many; None is all.
+  """
   if run_.held_out is None:
     return []
   return row_losses.hardest_first(
     *(params, run_.held_out, run_.tokenizer),
     loss=run_.document_loss,
     batches=lambda stream: batches_on(run_.mesh, stream),
+    most_batches=measured[0] if measured else None,
   )
 
 
