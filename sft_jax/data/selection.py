@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float64, Int64, UInt64
 
-from sft_jax.data.conversation import RowError
-from sft_jax.data.readers.files import SCORES_ENDING, find_files
+from sft_jax.data.conversation import Conversation, RowError
+from sft_jax.data.readers.files import SCORES_ENDING
 from sft_jax.data.sources import (
   ROW,
   SCORES,
@@ -149,7 +149,7 @@ class _Table:
   def _read(self) -> Float64[np.ndarray, "rows scores"]:
     """Scores of the rows, from the files beside theirs."""
     files = []
-    for number, file in enumerate(find_files(self._source.path), 1):
+    for number, file in enumerate(self._source.files(), 1):
       path = scores_path(file, self._folder)
       files.append(read_scores(path))
       self.digests[f"scores {number} ({path.name})"] = digest(path)
@@ -180,6 +180,8 @@ class _Table:
       row = item[1]
       if shards.content_of(row) != self._contents[at]:
         continue
+      if isinstance(row, Conversation):
+        row = {}
       if chosen[at] and row.get(name) is None:
         raise ValueError(
           f"{item[0]}: got nothing under {name!r}, which data.filter or "

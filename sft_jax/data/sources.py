@@ -19,11 +19,18 @@ is one of `SCORES`, or 'row.NAME' for what a row itself has under NAME.
 """
 
 import dataclasses
+import hashlib
 import itertools
+import json
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from sft_jax.data.conversation import Conversation, RowError
+from sft_jax.data.readers.files import find_files, read_rows
+from sft_jax.data.readers.json import OnBadRow, Rows
 
 # What `sft_jax.commands.score` gives each row; see `evals.row_scores`.
 SCORES = ("nats", "ifd", "alone", "tokens")
@@ -175,12 +182,62 @@ def _no_weighting(got: Any) -> ValueError:
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-  """Rows of one file, glob or hub id.
+class MemoryRows:
+  """Rows in memory, read as often as needed and known by their content.
 
   Attributes:
-    path: of the files.
+    rows: dicts or Conversations; an iterator is read to its end, once.
+    digest: 64 hex digits, equal for equal rows in equal order.
+
+  Raises:
+    RowError: a row of values that have no JSON form, by which a change of it
+      could be noticed.
+  """
+
+  def __init__(self, rows: Iterable[Mapping[str, Any] | Conversation]):
+    self.rows = list(rows)
+    made = hashlib.sha256()
+    for index, row in enumerate(self.rows):
+      if isinstance(row, Conversation):
+        row = {"conversation": dataclasses.asdict(row)}
+      try:
+        made.update(json.dumps(row, default=_plain).encode() + b"\n")
+      except (TypeError, ValueError, RecursionError) as error:
+        raise RowError(
+          f"rows[{index}]",
+          f"a value that JSON cannot hold ({error})",
+          "strings, numbers, booleans, null, lists and dicts",
+          "Convert or drop it.",
+        ) from None
+    self.digest = made.hexdigest()
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, MemoryRows) and self.digest == other.digest
+
+  def __hash__(self) -> int:
+    return hash(self.digest)
+
+  def __repr__(self) -> str:
+    return f"{len(self.rows)} rows in memory"
+
+
+def _plain(value: Any) -> Any:
+  """A value of pandas, numpy or `datasets` as JSON, for its digest alone."""
+  if hasattr(value, "tolist"):
+    return value.tolist()
+  if isinstance(value, bytes):
+    return value.hex()
+  if hasattr(value, "isoformat"):
+    return value.isoformat()
+  raise TypeError(f"type {type(value).__name__}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Rows of one file, glob, folder or hub id, or rows in memory.
+
+  Attributes:
+    path: of the files, see `files.find_files`; '' where `rows` is given.
     repeat: times that each row is seen per epoch; of a fractional part, a
       random share of the rows, drawn anew each epoch.
     share: of the epoch's tokens, prompt and trained; decides `repeat`.
@@ -188,13 +245,15 @@ class Source:
     loss_weight: scales the loss of its tokens in training.
     format: of its rows; '' is data.format. See `formats.to_conversation`.
     columns: {name in these rows: name that formats know}.
-    name: in the ledger; '' is the path.
+    name: in the ledger; '' is the path, or 'rows'.
     filter: what rows to train on must satisfy; None is data.filter, () is
       none. See the head of this file.
     weight_by: what a row's loss is weighted by; None is data.weight_by.
+    rows: a list or iterator of dicts or Conversations, whose places are
+      'rows[12]', from 0; it must not change while it is used.
   """
 
-  path: str
+  path: str = ""
   repeat: int | float = 1.0
   share: float | None = None
   limit: int | None = None
@@ -204,8 +263,17 @@ class Source:
   name: str = ""
   filter: Any = None
   weight_by: Any = None
+  rows: Any = None
 
   def __post_init__(self):
+    if bool(self.path) == (self.rows is not None):
+      got = "both path and" if self.path else "neither path nor"
+      raise ValueError(
+        f"data source: got {got} rows; expected one of them: a path to files, "
+        "or rows in memory. Correct it."
+      )
+    if self.rows is not None and not isinstance(self.rows, MemoryRows):
+      object.__setattr__(self, "rows", MemoryRows(self.rows))
     limit = 1 if self.limit is None else self.limit
     positive = (self.repeat, self.loss_weight, limit)
     if not all(0 < number < math.inf for number in positive):
@@ -226,7 +294,22 @@ class Source:
   @property
   def label(self) -> str:
     """What the ledger calls it."""
-    return self.name or self.path
+    return self.name or self.path or "rows"
+
+  def read(self, on_bad_row: OnBadRow) -> Rows:
+    """(place, row) of its rows; see `files.read_rows`."""
+    if self.rows is None:
+      return read_rows(self.path, on_bad_row=on_bad_row)
+    places = (f"{self.name or 'rows'}[{i}]" for i in itertools.count())
+    return zip(places, self.rows.rows, strict=False)
+
+  def files(self) -> list[Path]:
+    """The files of its rows; none of rows in memory."""
+    return [] if self.rows is not None else find_files(self.path)
+
+  def without_rows(self) -> "Source":
+    """The same, to send with some of its rows to another process."""
+    return self if self.rows is None else dataclasses.replace(self, rows=())
 
   @property
   def conditions(self) -> tuple[Condition, ...]:
@@ -282,7 +365,7 @@ def _to_source(one: Any) -> Source:
   if isinstance(one, str):
     return Source(one)
   if isinstance(one, Mapping):
-    if "path" not in one or not set(one) <= set(_FIELDS):
+    if not set(one) <= set(_FIELDS):
       raise ValueError(
         f"data source: got keys {sorted(one)}; expected path and, if wanted, "
         f"{', '.join(_FIELDS[1:])}. Correct the key."

@@ -1,11 +1,13 @@
 """Sources in every form, and the copies that give them their shares."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fake_store import fake_store
 from sft_jax.data import sources
+from sft_jax.data.conversation import Conversation
 from sft_jax.data.pipeline import Stream
 from sft_jax.data.sources import Source, solve_copies, to_sources
 
@@ -44,12 +46,30 @@ def test_sources_in_every_form():
     ({"path": "a.jsonl", "share": 0.5, "repeat": 2}, "share 0.5 and repeat 2"),
     ({"path": "a.jsonl", "share": 1.5}, "share 1.5"),
     ({"path": "a.jsonl", "weight": 2}, "got keys"),
-    ({"repeat": 2}, "got keys"),
+    ({"repeat": 2}, "neither path nor rows"),
   ],
 )
 def test_sources_that_make_no_sense(bad, message):
   with pytest.raises(ValueError, match=message):
     to_sources(bad)
+
+
+def test_rows_in_memory_instead_of_a_path():
+  rows = [{"text": "a", "array": np.arange(2000)}, Conversation(text="b")]
+  one = Source(rows=iter(rows))
+  assert (one.label, one.files()) == ("rows", [])
+  assert list(one.read(print)) == [("rows[0]", rows[0]), ("rows[1]", rows[1])]
+  assert one.rows.digest == Source(rows=rows).rows.digest
+  # numpy prints only the ends of a long array.
+  other = np.arange(2000)
+  other[1000] = 7
+  changed = [{"text": "a", "array": other}, rows[1]]
+  assert one.rows.digest != Source(rows=changed).rows.digest
+  assert one.rows.digest != Source(rows=rows[::-1]).rows.digest
+  with pytest.raises(ValueError, match="got both path and rows"):
+    Source("a.jsonl", rows=rows)
+  with pytest.raises(ValueError, match=r"rows\[1\]: got a value that JSON"):
+    Source(rows=[{"text": "a"}, {"text": object()}])
 
 
 def test_the_pictured_mixtures():

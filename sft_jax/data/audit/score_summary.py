@@ -12,7 +12,6 @@ from jaxtyping import Float64
 from sft_jax.data import selection
 from sft_jax.data.audit import row_texts
 from sft_jax.data.formats import formats
-from sft_jax.data.readers.files import find_files
 from sft_jax.data.sources import Source
 from sft_jax.data.store import shards
 from sft_jax.data.store.store import Store
@@ -104,7 +103,7 @@ def of_store(
   Raises:
     ValueError: a file of scores that cannot be read.
   """
-  files = [_files(source.path, folder) for source in store.sources]
+  files = [_files(source, folder) for source in store.sources]
   if not any(files):
     return None
   found, keys = [], []
@@ -159,7 +158,7 @@ def read_rows(
   return said
 
 
-def _files(path: str, folder: str) -> list[selection.Scores]:
+def _files(source: Source, folder: str) -> list[selection.Scores]:
   """The scores of a source's files, as far as there are any."""
-  paths = (selection.scores_path(file, folder) for file in find_files(path))
+  paths = (selection.scores_path(file, folder) for file in source.files())
   return [selection.read_scores(one) for one in paths if one.is_file()]

@@ -13,7 +13,7 @@ Row = Mapping[str, Any]
 
 
 def to_conversation(
-  row: Row,
+  row: Row | Conversation,
   *,
   format: str = "auto",
   columns: Mapping[str, Any] | None = None,
@@ -34,7 +34,8 @@ def to_conversation(
   docs/data_formats.md shows every key and spelling.
 
   Args:
-    row: the row; a key whose value is None counts as absent.
+    row: the row; a key whose value is None counts as absent. A Conversation
+      is checked, and gets the place `source`.
     format: a name in `FORMATS`, or 'auto' to tell it from the row's keys.
     columns: what the data set's names mean here: {"query": "prompt"} for a
       column; under 'messages', the keys of a turn, {"messages": {"speaker":
@@ -51,6 +52,10 @@ def to_conversation(
     ValueError: an unknown format or malformed columns.
   """
   where = source or "row"
+  if isinstance(row, Conversation):
+    if source:
+      row = dataclasses.replace(row, source=source)
+    return conversation.check(row)
   if not isinstance(row, Mapping):
     row = fields.present(row, where)
   names = fields.OURS

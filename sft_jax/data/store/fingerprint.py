@@ -4,7 +4,6 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
-from sft_jax.data.readers.files import find_files
 from sft_jax.data.sources import Source
 from sft_jax.data.store.files import digest, hash_text
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
@@ -26,8 +25,10 @@ _LIBRARIES = ("jinja2", "sentencepiece", "tokenizers")
 def of_source(source: Source, format: str, seed: int) -> dict[str, Any]:
   causes: dict[str, Any] = {
     f"file {number} ({file.name})": digest(file)
-    for number, file in enumerate(find_files(source.path), 1)
+    for number, file in enumerate(source.files(), 1)
   }
+  if source.rows is not None:
+    causes["rows in memory"] = source.rows.digest
   causes["format"] = source.format or format
   causes["columns"] = dict(source.columns)
   if source.limit is not None:

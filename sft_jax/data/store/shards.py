@@ -19,7 +19,6 @@ from sft_jax.data.conversation import Conversation, NothingToTrain, RowError
 from sft_jax.data.encoding import encode, fast_path
 from sft_jax.data.encoding.encode import Example
 from sft_jax.data.formats import formats
-from sft_jax.data.readers.files import read_rows
 from sft_jax.data.sources import Source
 from sft_jax.data.store.files import INDEX, RUN
 from sft_jax.data.store.stats import SourceLedger
@@ -79,7 +78,9 @@ def read(
   """Reads the rows of a source, in chunks."""
   pickled: list[bytes] = []
   size = 0
-  for item in _items(source, seed):
+  items = _items(source, seed)
+  source = source.without_rows()
+  for item in items:
     one = pickle.dumps(item, pickle.HIGHEST_PROTOCOL)
     pickled.append(one)
     size += len(one)
@@ -138,7 +139,7 @@ def _read(source: Source) -> Iterator[Any]:
   """(place, row), the RowError of one that cannot be read, or _Broken."""
   unreadable: list[RowError] = []
   try:
-    for item in read_rows(source.path, on_bad_row=unreadable.append):
+    for item in source.read(unreadable.append):
       while unreadable:
         yield unreadable.pop(0)
       yield item

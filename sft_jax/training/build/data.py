@@ -15,7 +15,6 @@ from sft_jax.data import selection
 from sft_jax.data.audit import checks, token_checks
 from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.pipeline import Stream
-from sft_jax.data.readers.files import find_files
 from sft_jax.data.sources import Source, to_sources
 from sft_jax.data.store import build
 from sft_jax.data.store.store import Store
@@ -240,9 +239,10 @@ def _by_file(source: Source) -> list[Source]:
 
   Not where it is wanted as one: under a name, or to a share or limit.
   """
-  if source.name or source.share is not None or source.limit is not None:
+  one = source.name or source.share is not None or source.limit is not None
+  if one or source.rows is not None:
     return [source]
-  files = find_files(source.path)
+  files = source.files()
   return [dataclasses.replace(source, path=str(file)) for file in files]
 
 
@@ -255,7 +255,7 @@ def beside(config: Config, name: str, say: Say) -> Any:
     return value or None
   first = make_sources(config.data.train)[0]
   path = Path(first.path).parent / f"{name}.jsonl"
-  if path.is_file():
+  if first.path and path.is_file():
     return str(path)
-  say(f"eval.{name}: none, as there is no {path}")
+  say(f"eval.{name}: none, as there is no {path if first.path else 'file'}")
   return None

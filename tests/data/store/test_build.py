@@ -18,6 +18,7 @@ from sft_jax.data.conversation import RowError
 from sft_jax.data.encoding import encode
 from sft_jax.data.formats import formats
 from sft_jax.data.pipeline import Stream
+from sft_jax.data.sources import Source
 from sft_jax.data.store import build, shards
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
 
@@ -364,3 +365,39 @@ def test_unknown_policy(tmp_path, tokenizer):
   path = _write(tmp_path / "rows.jsonl", [_row(1)])
   with pytest.raises(ValueError, match=r"data\.on_bad_row: got 'ignore'"):
     _build(path, tokenizer, tmp_path, on_bad_row="ignore")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_rows_in_memory_are_those_of_a_file(tmp_path, tokenizer, workers):
+  rows = [_row(i) for i in range(3000 if workers > 1 else 6)] + [_row(9, "")]
+  path = _write(tmp_path / "rows.jsonl", rows)
+  file, _ = _build(path, tokenizer, tmp_path / "a", num_workers=1)
+  conversations = [formats.to_conversation(row) for row in rows[:-1]]
+  for given in (iter(rows), [*conversations, rows[-1]]):
+    store, _ = _build(
+      Source(rows=given), tokenizer, tmp_path / "b", num_workers=workers
+    )
+    assert store.ledger.source("rows").dropped == {"empty answer": 1}
+    assert len(store.index) == len(file.index)
+    for i in (0, 1, len(file.index) - 1):
+      assert _same(store.example(i), file.example(i))
+      assert store.place(i) == f"rows[{i}]"
+
+
+def test_rows_in_memory_are_known_by_their_content(tmp_path, tokenizer):
+  rows = [_row(i) for i in range(5)]
+  first, _ = _build(Source(rows=rows), tokenizer, tmp_path / "cache")
+  again, told = _build(
+    Source(rows=(dict(row) for row in rows)), tokenizer, tmp_path / "cache"
+  )
+  assert "from cache" in told[0]
+  assert again.fingerprint == first.fingerprint
+  other = [*rows[:4], _row(4, "The cats.")]
+  store, told = _build(Source(rows=other), tokenizer, tmp_path / "cache")
+  assert "from cache" not in told[0]
+  few = Source(rows=rows, limit=2)
+  store, _ = _build(few, tokenizer, tmp_path / "cache")
+  assert store.ledger.source("rows").dropped == {"beyond limit": 3}
+  bad = Source(rows=[rows[0], {"a": 1}], name="mine")
+  with pytest.raises(RowError, match=r"^mine\[1\]: got .*no known format"):
+    _build(bad, tokenizer, tmp_path / "cache")
