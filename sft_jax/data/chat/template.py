@@ -92,8 +92,10 @@ def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
     ValueError: the tokenizer has none.
   """
   if tokenizer.chat_template is None:
+    named = list(tokenizer.chat_templates)
+    got = f"the chat templates {named}" if named else "no chat template"
     raise ValueError(
-      f"{tokenizer.folder}: got no chat template; expected one, to render "
+      f"{tokenizer.folder}: got {got}; expected one named default, to render "
       "conversations. Add chat_template.jinja to the folder, or train on raw "
       "text."
     )

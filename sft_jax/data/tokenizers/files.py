@@ -1,10 +1,12 @@
-"""What the files of a tokenizer folder say beside the vocabulary."""
+"""What the files of a tokenizer folder hold beside the vocabulary."""
 
+import copy
 import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self, cast
 
 # What an export copies beside the weights, where the folder has it.
 FILES = (
@@ -16,43 +18,71 @@ FILES = (
   "special_tokens_map.json",
   "added_tokens.json",
   "chat_template.jinja",
+  "chat_template.json",
   "generation_config.json",
 )
+# Folders of more templates, each named after its file.
+_TEMPLATES = ("additional_chat_templates", "chat_templates")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_SPECIAL = dict.fromkeys(_FLAGS, False) | {"special": True}
 
 
 class Folder(NamedTuple):
-  """What a tokenizer folder says beside the vocabulary."""
+  """What a tokenizer folder holds beside the vocabulary.
+
+  Attributes:
+    path: the folder.
+    files: those of it that belong to the tokenizer.
+    fingerprint: a digest of what decides ids.
+    config: tokenizer_config.json.
+    named_tokens: {'bos_token': '<s>', ...}.
+    unnamed: keys such as 'eos_token' that some file sets to null.
+    special: texts of special tokens, named or listed.
+    added: {text: (id, flags)} of tokens beside the vocabulary.
+    stop_ids: eos_token_id of generation_config.json, or else of config.json.
+    chat_templates: {name: Jinja source}, 'default' among them or not.
+    extra_tokens: {text: id} of tokens that no file calls special; see
+      `Resolved.with_new_tokens`.
+  """
 
   path: Path
   files: tuple[Path, ...]
   fingerprint: str
   config: dict[str, Any]
   named_tokens: dict[str, str]
+  unnamed: frozenset[str]
   special: tuple[str, ...]
   added: dict[str, tuple[int, dict[str, Any]]]
   stop_ids: tuple[int, ...]
-  chat_template: str | None
+  chat_templates: dict[str, str]
+  extra_tokens: dict[str, int]
 
 
 def read(folder: Path) -> Folder:
+  """Reads the files; see `tokenizer.load_tokenizer` for what is refused."""
   config = _json(folder / "tokenizer_config.json")
-  tokens = _json(folder / "special_tokens_map.json") | config
+  listed = _json(folder / "special_tokens_map.json")
+  # As transformers: the list counts where the config is too old to have all.
+  tokens = (
+    listed | config if "added_tokens_decoder" in config else config | listed
+  )
+  tokens |= tokens.get("model_specific_special_tokens") or {}
   # {'content': '</s>', ...} and '</s>' are the same token.
   named = {
     key: text
     for key, value in tokens.items()
     if key.endswith("_token") and (text := _content(value)) is not None
   }
-  more = tokens.get("additional_special_tokens") or []
-  extra = config.get("extra_special_tokens") or []
-  more = [*more, *(extra.values() if isinstance(extra, dict) else extra)]
-  special = [*named.values(), *filter(None, map(_content, more))]
+  special = [*named.values()]
+  for key in ("additional_special_tokens", "extra_special_tokens"):
+    more = tokens.get(key) or []
+    more = more.values() if isinstance(more, dict) else more
+    special += filter(None, map(_content, more))
   added = {
     text: (number, {"special": False})
     for text, number in _json(folder / "added_tokens.json").items()
   }
-  for number, token in config.get("added_tokens_decoder", {}).items():
+  for number, token in (config.get("added_tokens_decoder") or {}).items():
     flags = {key: value for key, value in token.items() if key in _FLAGS}
     added[token["content"]] = (int(number), flags)
   generation = _json(folder / "generation_config.json")
@@ -60,7 +90,10 @@ def read(folder: Path) -> Folder:
     generation = _json(folder / "config.json")
   stops = generation.get("eos_token_id")
   stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
-  files = tuple(folder / name for name in FILES if (folder / name).is_file())
+  more = [
+    f for one in _TEMPLATES for f in sorted((folder / one).glob("*.jinja"))
+  ]
+  files = [folder / name for name in FILES if (folder / name).is_file()] + more
   digest = hashlib.sha256(repr(sorted(stops)).encode())
   for file in files:
     # How a model likes to be sampled does not change what text becomes.
@@ -69,19 +102,21 @@ def read(folder: Path) -> Folder:
       digest.update(f"{file.name} {len(data)} ".encode() + data)
   return Folder(
     path=folder,
-    files=files,
+    files=tuple(files),
     fingerprint=digest.hexdigest(),
     config=config,
     named_tokens=named,
+    unnamed=frozenset(k for k, value in tokens.items() if value is None),
     special=tuple(dict.fromkeys(special)),
     added=added,
     stop_ids=tuple(stops),
-    chat_template=_chat_template(folder, config),
+    chat_templates=_chat_templates(folder, config, more),
+    extra_tokens={},
   )
 
 
 class Resolved:
-  """What a folder says, in ids: the attributes of `tokenizers.Tokenizer`.
+  """What a folder holds, in ids: the attributes of `tokenizer.Tokenizer`.
 
   Args:
     read: the folder.
@@ -92,11 +127,14 @@ class Resolved:
     ValueError: a special token that the vocabulary does not hold.
   """
 
+  _id_of: Callable[[str], int | None]
+
   def __init__(self, read: Folder, ids: Mapping[str, int], size: int):
+    self._read = read
     self.folder, self.files = read.path, read.files
     self.fingerprint = read.fingerprint
-    self.chat_template = read.chat_template
-    self.named_tokens = read.named_tokens
+    self.chat_templates = read.chat_templates
+    self.chat_template = read.chat_templates.get("default")
     self.vocab_size = size
     for text in read.special:
       if text not in ids:
@@ -104,34 +142,147 @@ class Resolved:
           f"{read.path}/tokenizer_config.json: got the special token {text!r}; "
           "expected one of the vocabulary. Correct it or add the token."
         )
-    named = read.named_tokens
-    self.bos_id = ids[named["bos_token"]] if "bos_token" in named else None
-    self.eos_id = ids[named["eos_token"]] if "eos_token" in named else None
-    self.pad_id = ids[named["pad_token"]] if "pad_token" in named else None
-    ends = () if self.eos_id is None else (self.eos_id,)
-    self.stop_ids = tuple(sorted({*read.stop_ids, *ends}))
-    for stop in self.stop_ids:
+    named = dict(read.named_tokens)
+    for stop in read.stop_ids:
       if not 0 <= stop < size:
         raise ValueError(
           f"{read.path}: got eos_token_id {stop}; expected an id below "
           f"{size}. Correct generation_config.json."
         )
+    if read.stop_ids and not {"eos_token"} & (read.unnamed | named.keys()):
+      first = next(t for t, n in ids.items() if n == read.stop_ids[0])
+      named["eos_token"] = first
+    self.named_tokens = named
+    self.bos_id = ids[named["bos_token"]] if "bos_token" in named else None
+    self.eos_id = ids[named["eos_token"]] if "eos_token" in named else None
+    self.pad_id = ids[named["pad_token"]] if "pad_token" in named else None
+    ends = () if self.eos_id is None else (self.eos_id,)
+    self.stop_ids = tuple(sorted({*read.stop_ids, *ends}))
+
+  def with_chat_template(self, source: str) -> Self:
+    """This tokenizer with another chat template, which an export writes."""
+    other = copy.copy(self)
+    other.chat_template = source
+    other.fingerprint = _digest(self.fingerprint, source)
+    return other
+
+  def with_new_tokens(
+    self, texts: Sequence[str], *, stop: Sequence[str] = ()
+  ) -> tuple[Self, dict[str, int]]:
+    """This tokenizer with more special tokens, which an export writes.
+
+    Args:
+      texts: of the tokens. One that the vocabulary has keeps its id, and is
+        special from now on.
+      stop: those of them at which generation stops, too.
+
+    Returns:
+      The tokenizer, and {text: id} of the tokens that are new to it: the ids
+      from `vocab_size` on. A model may have rows for them, if its vocabulary
+      is padded; nothing has been trained into these.
+
+    Raises:
+      ValueError: an empty text or one with white space at its edges; `stop`
+        with a text that is no token.
+    """
+    for text in texts:
+      if not text or text != text.strip():
+        raise ValueError(
+          f"model.new_tokens: got {text!r}; expected a text without white "
+          "space around it. Correct it."
+        )
+    known = {text: self._id_of(text) for text in (*texts, *stop)}
+    new = [text for text in dict.fromkeys(texts) if known[text] is None]
+    numbers = {text: self.vocab_size + i for i, text in enumerate(new)}
+    known |= numbers
+    for text in stop:
+      if known[text] is None:
+        raise ValueError(
+          f"model.new_tokens: got no token {text!r}, at which generation shall "
+          "stop; expected it in the vocabulary or among the new tokens. Add it."
+        )
+    read = self._read
+    stops = [*read.stop_ids, *(known[text] for text in stop)]
+    read = read._replace(
+      fingerprint=_digest(read.fingerprint, repr((list(texts), list(stop)))),
+      special=tuple(dict.fromkeys([*read.special, *texts])),
+      added=read.added | {text: (n, _SPECIAL) for text, n in numbers.items()},
+      stop_ids=tuple(dict.fromkeys(stops)),
+      extra_tokens=read.extra_tokens | {text: known[text] for text in texts},
+    )
+    other = cast(Any, type(self))(read)
+    if self.chat_template not in (None, other.chat_template):
+      other = other.with_chat_template(self.chat_template)
+    return other, numbers
+
+  def write_files(self, folder: Path) -> None:
+    """Writes the tokenizer's files into a folder, its new tokens included.
+
+    generation_config.json is copied as it is: whoever exports the model
+    completes it.
+    """
+    read = self._read
+    folder.mkdir(exist_ok=True)
+    for file in self.files:
+      target = folder / file.relative_to(self.folder)
+      target.parent.mkdir(exist_ok=True)
+      shutil.copyfile(file, target)
+    if self.chat_template != read.chat_templates.get("default"):
+      path = folder / "chat_template.jinja"
+      path.write_text(self.chat_template or "", encoding="utf-8")
+    if not read.extra_tokens:
+      return
+    tokens = {
+      text: {"id": number, "content": text, **_SPECIAL}
+      for text, number in read.extra_tokens.items()
+    }
+    if (path := folder / "tokenizer.json").is_file():
+      state = _json(path)
+      added = {one["content"]: one for one in state["added_tokens"]}
+      for text, token in tokens.items():
+        added[text] = added.get(text, token) | {"special": True}
+      state["added_tokens"] = sorted(added.values(), key=lambda one: one["id"])
+      path.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
+    path = folder / "added_tokens.json"
+    _write_json(path, _json(path) | read.extra_tokens)
+    path = folder / "tokenizer_config.json"
+    config = _json(path)
+    decoder = config.get("added_tokens_decoder")
+    if decoder is not None:
+      for text, number in read.extra_tokens.items():
+        decoder[str(number)] = {"content": text, **_SPECIAL}
+    # The newer name holds a list from version 5 of transformers on.
+    key = "extra_special_tokens"
+    if not isinstance(config.get(key), list):
+      key = "additional_special_tokens"
+    listed = config.get(key) or []
+    texts = set(map(_content, listed))
+    config[key] = [*listed, *(one for one in tokens if one not in texts)]
+    _write_json(path, config)
 
 
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+def _chat_templates(
+  folder: Path, config: dict[str, Any], files: Sequence[Path]
+) -> dict[str, str]:
+  """{name: source}; a file of its own wins over an entry of a config."""
+  found: dict[str, str] = {}
+  for place in (config, _json(folder / "chat_template.json")):
+    source = place.get("chat_template") or {}
+    if isinstance(source, str):
+      source = {"default": source}
+    elif isinstance(source, list):
+      source = {one["name"]: one["template"] for one in source}
+    found |= source
   if (path := folder / "chat_template.jinja").is_file():
-    return path.read_text(encoding="utf-8")
-  template = config.get("chat_template")
-  if isinstance(template, list):
-    named = {one["name"]: one["template"] for one in template}
-    if "default" not in named:
-      raise ValueError(
-        f"{folder}/tokenizer_config.json: got chat templates {sorted(named)}; "
-        "expected one named default. Write the one to use to "
-        "chat_template.jinja."
-      )
-    return named["default"]
-  return template
+    files = [path, *files]
+  for path in files:
+    own = path.parent == folder
+    found["default" if own else path.stem] = path.read_text(encoding="utf-8")
+  return found
+
+
+def _digest(*texts: str) -> str:
+  return hashlib.sha256(repr(texts).encode()).hexdigest()
 
 
 def _content(token: Any) -> str | None:
@@ -156,3 +307,8 @@ def _json(path: Path) -> dict[str, Any]:
       "Copy it again."
     )
   return value
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+  text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+  path.write_text(text, encoding="utf-8")

@@ -6,21 +6,38 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
-from sft_jax.data.tokenizers import files, vocab_merges
-from sft_jax.data.tokenizers import literal as escapes
-from sft_jax.data.tokenizers.literal import Ranges
+from sft_jax.data.tokenizers import files
+from sft_jax.data.tokenizers.literal import LiteralEncoder, Ranges
+
+# How Qwen2 cuts text before merging: digits one by one, line breaks together.
+_QWEN2 = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# By the class that a folder names (less 'Fast'); GPT-2's where it names none.
+_CUTS = {
+  "GPT2Tokenizer": "gpt2",
+  "CodeGenTokenizer": "gpt2",
+  "Qwen2Tokenizer": "qwen2",
+}
+# Special tokens that the classes have where no file names them.
+_DEFAULTS = {
+  "gpt2": dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>"),
+  "qwen2": dict.fromkeys(("eos_token", "pad_token"), "<|endoftext|>"),
+}
 
 
 class HuggingFaceTokenizer(files.Resolved):
-  """Runs on the `tokenizers` library; see `tokenizers.Tokenizer`."""
+  """Runs on the `tokenizers` library; see `tokenizer.Tokenizer`."""
 
   def __init__(self, read: files.Folder):
     path = read.path / "tokenizer.json"
     if path.is_file():
       self._model = _from_json(path)
     else:
-      self._model, named = vocab_merges.load(read.path, read.config)
+      self._model, named = _from_vocab_and_merges(read.path, read.config)
       named = named | read.named_tokens
       special = tuple(dict.fromkeys([*named.values(), *read.special]))
       read = read._replace(named_tokens=named, special=special)
@@ -39,12 +56,21 @@ class HuggingFaceTokenizer(files.Resolved):
     stops = map(self._model.id_to_token, read.stop_ids)
     self._promote(*read.special, *filter(None, stops))
     ids = self._model.get_vocab(with_added_tokens=True)
+    if not read.config and "bos_token" not in read.named_tokens:
+      # A tokenizer.json by itself: what it puts before a text.
+      before = self._model.encode("").ids[:1]
+      texts = [text for text, number in ids.items() if [number] == before]
+      named = dict.fromkeys(["bos_token"][: len(texts)], *texts)
+      read = read._replace(named_tokens=named | read.named_tokens)
     super().__init__(read, ids, max(ids.values()) + 1)
     self.special_tokens = {
       one.content: number
       for number, one in self._model.get_added_tokens_decoder().items()
       if one.special or one.content in read.special or number in self.stop_ids
     }
+
+  def _id_of(self, text: str) -> int | None:
+    return self._model.token_to_id(text)
 
   def _promote(self, *texts: str) -> None:
     """Has ordinary tokens of these texts read whole, as transformers does."""
@@ -66,7 +92,9 @@ class HuggingFaceTokenizer(files.Resolved):
     self, text: str, literal: Ranges = ()
   ) -> tuple[list[int], list[tuple[int, int]]]:
     if literal:
-      return self._escaper.encode_with_offsets(text, literal)
+      return self._searched(
+        lambda text, **_: self._literal.encode_with_offsets(text, literal), text
+      )
     encoding = self._searched(self._model.encode, text)
     return encoding.ids, encoding.offsets
 
@@ -89,8 +117,11 @@ class HuggingFaceTokenizer(files.Resolved):
       ) from None
 
   @functools.cached_property
-  def _escaper(self) -> escapes.Escaper:
-    return escapes.Escaper(self._model, self.special_tokens, self.folder)
+  def _literal(self) -> LiteralEncoder:
+    unknown = self.special_tokens.get(self.named_tokens.get("unk_token", ""))
+    return LiteralEncoder(
+      self._model, self.special_tokens, unknown, self.folder
+    )
 
   def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
     return self._model.decode(list(ids), skip_special_tokens=skip_special)
@@ -99,8 +130,61 @@ class HuggingFaceTokenizer(files.Resolved):
 def _from_json(path: Path) -> tokenizers.Tokenizer:
   try:
     return tokenizers.Tokenizer.from_file(str(path))
-  except Exception as error:  # The library raises bare Exception.
+  except BaseException as error:  # Bare ones, and panics that are no Exception.
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+      raise
     raise ValueError(
       f"{path}: got {error}; expected a file of the tokenizers library. "
       "Copy it again."
     ) from error
+
+
+def _from_vocab_and_merges(
+  folder: Path, config: dict[str, Any]
+) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+  """The tokenizer, and special tokens by name unless the config names others.
+
+  Args:
+    folder: with vocab.json and merges.txt.
+    config: its tokenizer_config.json.
+
+  Raises:
+    ValueError: a tokenizer_class whose way of cutting text is not known here;
+      files that are not such a tokenizer.
+  """
+  named = str(config.get("tokenizer_class") or "GPT2Tokenizer")
+  cut = _CUTS.get(named.removesuffix("Fast"))
+  if cut is None:
+    raise ValueError(
+      f"{folder}/tokenizer_config.json: got tokenizer_class {named!r} without "
+      f"a tokenizer.json; expected one of {', '.join(_CUTS)}. Save the "
+      "tokenizer as tokenizer.json (transformers' save_pretrained does)."
+    )
+  try:
+    bpe = models.BPE.from_file(
+      str(folder / "vocab.json"), str(folder / "merges.txt")
+    )
+  except Exception as error:  # The library raises bare Exception.
+    raise ValueError(
+      f"{folder}: got {error}; expected the vocab.json and merges.txt of one "
+      "tokenizer. Copy them again."
+    ) from error
+  model = tokenizers.Tokenizer(bpe)
+  space = bool(config.get("add_prefix_space", False))
+  if cut == "gpt2":
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
+  else:
+    model.normalizer = normalizers.NFC()
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+      [
+        pre_tokenizers.Split(Regex(_QWEN2), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=False),
+      ]
+    )
+  model.decoder = decoders.ByteLevel()
+  defaults = {
+    name: text
+    for name, text in _DEFAULTS[cut].items()
+    if name not in config and model.token_to_id(text) is not None
+  }
+  return model, defaults

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 import sentencepiece
 
 from sft_jax.data.tokenizers import files
-from sft_jax.data.tokenizers import literal as escapes
-from sft_jax.data.tokenizers.literal import Ranges
+from sft_jax.data.tokenizers.literal import Ranges, any_of, overlaps, refusal
 
 # Appended to a SentencePiece model, this overrides one field of it (protocol
 # buffers merge when concatenated): normalizer_spec { add_dummy_prefix: false }.
@@ -15,7 +14,7 @@ _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
 class SentencePieceTokenizer(files.Resolved):
-  """Runs on the `sentencepiece` library; see `tokenizers.Tokenizer`.
+  """Runs on the `sentencepiece` library; see `tokenizer.Tokenizer`.
 
   SentencePiece never reads control tokens out of text, so text is split at
   them here. The space that a model may put before text goes before the very
@@ -73,9 +72,13 @@ class SentencePieceTokenizer(files.Resolved):
     )
     self._whole = self.special_tokens | added
     self._texts = {number: text for text, number in self._whole.items()}
-    longest_first = sorted(self._whole, key=len, reverse=True)
-    pattern = "|".join(map(re.escape, longest_first)) or r"(?!)"
-    self._split = re.compile(f"({pattern})")
+    self._split = re.compile(f"({any_of(self._whole).pattern})")
+    unknown = self.named_tokens.get("unk_token")
+    # Pieces of text that the model's own encoder may find are among them.
+    self._forbidden = frozenset(
+      n for text, n in self.special_tokens.items() if text != unknown
+    )
+    self._pieces = ids
 
   def encode(self, text: str) -> list[int]:
     return self.encode_with_offsets(text)[0]
@@ -88,29 +91,37 @@ class SentencePieceTokenizer(files.Resolved):
   ) -> tuple[list[int], list[tuple[int, int]]]:
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
+
+    def read(start: int, end: int) -> None:
+      """Text without tokens that are to be read whole."""
+      if start == end:
+        return
+      model = self._rest if start else self._first
+      made = model.encode(text[start:end], return_type="offset_mapping")
+      if literal and self._forbidden.intersection(made["ids"]):
+        # The model takes such a token for a piece of text: cut it.
+        token = self._split.search(text, start, end)
+        if token is None or token.start() + 1 == end:
+          raise refusal(self.folder, text)
+        read(start, token.start() + 1)
+        read(token.start() + 1, end)
+        return
+      ids.extend(made["ids"])
+      offsets.extend((start + a, start + b) for a, b in made["offsets"])
+
     at = 0
-    for part in self._parts(text, literal):
-      if part in self._whole:
-        ids.append(self._whole[part])
-        offsets.append((at, at + len(part)))
-      elif part:
-        model = self._first if at == 0 else self._rest
-        made = model.encode(part, return_type="offset_mapping")
-        ids.extend(made["ids"])
-        offsets.extend((at + a, at + b) for a, b in made["offsets"])
-      at += len(part)
+    for token in self._split.finditer(text):
+      if token[0] in self.special_tokens and overlaps(token.span(), literal):
+        continue
+      read(at, token.start())
+      ids.append(self._whole[token[0]])
+      offsets.append(token.span())
+      at = token.end()
+    read(at, len(text))
     return ids, offsets
 
-  def _parts(self, text: str, literal: Ranges) -> list[str]:
-    """The text cut at its tokens, those but special ones that are literal."""
-    if not literal:
-      return self._split.split(text)
-    parts, at = [], 0
-    for token in self._split.finditer(text):
-      if not escapes.inside(token.span(), literal):
-        parts += [text[at : token.start()], token[0]]
-        at = token.end()
-    return [*parts, text[at:]]
+  def _id_of(self, text: str) -> int | None:
+    return self._pieces.get(text)
 
   def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
     texts: list[str] = []

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 from sft_jax.common import hub
-from sft_jax.data.tokenizers import files as tokenizer_folder
+from sft_jax.data.tokenizers import files
 from sft_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from sft_jax.data.tokenizers.literal import Ranges
 from sft_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -20,6 +20,8 @@ class Tokenizer(Protocol):
     bos_id, eos_id, pad_id: None where the tokenizer has no such token.
     stop_ids: ids at which generation stops, ascending.
     chat_template: the Jinja source; None where the folder has none.
+    chat_templates: {name: Jinja source} of all of the folder's; the one named
+      'default' is `chat_template`.
     named_tokens: {'bos_token': '<s>', ...}, the variables templates read.
     special_tokens: {text: id} of tokens that are structure, not text; the
       stop tokens are among them.
@@ -34,6 +36,7 @@ class Tokenizer(Protocol):
   pad_id: int | None
   stop_ids: tuple[int, ...]
   chat_template: str | None
+  chat_templates: dict[str, str]
   named_tokens: dict[str, str]
   special_tokens: dict[str, int]
   folder: Path
@@ -56,6 +59,23 @@ class Tokenizer(Protocol):
     A special token that reaches into one of the (start, end) characters of
     `literal` is read as the ordinary text it is written in.
     """
+    ...
+
+  def with_chat_template(self, source: str) -> Self:
+    """This tokenizer with another chat template, which an export writes."""
+    ...
+
+  def with_new_tokens(
+    self, texts: Sequence[str], *, stop: Sequence[str] = ()
+  ) -> tuple[Self, dict[str, int]]:
+    """This tokenizer with more special tokens, and {text: id} of new ones.
+
+    See `files.Resolved.with_new_tokens`.
+    """
+    ...
+
+  def write_files(self, folder: Path) -> None:
+    """Writes the tokenizer's files into a folder, new tokens included."""
     ...
 
   def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
@@ -82,15 +102,23 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     raise ValueError(
       f"{path}: got no such folder; expected a model folder. Check model.path."
     )
-  read = tokenizer_folder.read(path)
+  read = files.read(path)
   if (path / "tokenizer.json").is_file():
     return HuggingFaceTokenizer(read)
   if (path / "tokenizer.model").is_file():
     return SentencePieceTokenizer(read)
   if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
     return HuggingFaceTokenizer(read)
+  names = sorted(file.name for file in path.iterdir())
+  foreign = [name for name in names if "tekken" in name or "tiktoken" in name]
+  cure = "Copy it from the model's repository."
+  if foreign:
+    cure = (
+      f"{foreign[0]} is a format of Mistral's or OpenAI's own libraries: copy "
+      "tokenizer.json from the repository's files for transformers, or convert "
+      "it with transformers.convert_slow_tokenizer."
+    )
   raise ValueError(
-    f"{path}: got {sorted(file.name for file in path.iterdir())}; expected "
-    "tokenizer.json, or tokenizer.model, or vocab.json and merges.txt. Copy it "
-    "from the model's repository."
+    f"{path}: got {names}; expected tokenizer.json, or tokenizer.model, or "
+    f"vocab.json and merges.txt. {cure}"
   )

@@ -8,7 +8,6 @@ devices that of `placing`.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -49,9 +48,8 @@ Shardings = Tree | Callable[[Tree], Tree]
 class TokenizerFiles(Protocol):
   """What an export needs to know of a tokenizer."""
 
-  @property
-  def files(self) -> Sequence[Path]:
-    """Files of the tokenizer, to copy."""
+  def write_files(self, folder: Path) -> None:
+    """Writes the tokenizer's files into a folder."""
     ...
 
   @property
@@ -212,12 +210,11 @@ def write_folder(
     write_tensors(None, tensors, max_shard_bytes=max_shard_bytes)
     return
   generation = {"bos_token_id": raw.get("bos_token_id")}
-  files = list(tokenizer.files) if tokenizer else []
-  for file in files:
-    shutil.copyfile(file, folder / file.name)
-    if file.name == "generation_config.json":
-      generation = json.loads(file.read_text(encoding="utf-8"))
   if tokenizer:
+    tokenizer.write_files(folder)
+    file = folder / "generation_config.json"
+    if file.is_file():
+      generation = json.loads(file.read_text(encoding="utf-8"))
     stops = [int(i) for i in tokenizer.stop_ids]
     raw["eos_token_id"] = stops[0] if len(stops) == 1 else stops
   generation["eos_token_id"] = raw.get("eos_token_id")

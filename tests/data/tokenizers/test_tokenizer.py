@@ -9,6 +9,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sft_jax.data.chat.template import chat_template
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
 from tiny_tokenizers import (
   SHARED,
@@ -148,8 +149,21 @@ def test_templates_from_the_config(tmp_path):
   path.write_text(json.dumps(config | {"chat_template": named}))
   assert load_tokenizer(folder).chat_template == "B"
   path.write_text(json.dumps(config | {"chat_template": named[1:]}))
-  with pytest.raises(ValueError, match="expected one named default"):
-    load_tokenizer(folder)
+  one = load_tokenizer(folder)
+  assert (one.chat_template, one.chat_templates) == (None, {"tool_use": "C"})
+  with pytest.raises(ValueError, match=r"\['tool_use'\]; expected one named d"):
+    chat_template(one)
+  (folder / "chat_template.json").write_text('{"chat_template": "D"}')
+  assert load_tokenizer(folder).chat_template == "D"
+  more = folder / "additional_chat_templates"
+  more.mkdir()
+  (more / "rag.jinja").write_text("E")
+  (folder / "chat_template.jinja").write_text("F")
+  one = load_tokenizer(folder)
+  assert one.chat_templates == {"tool_use": "C", "default": "F", "rag": "E"}
+  assert one.chat_template == "F"
+  one.write_files(tmp_path / "copy")
+  assert load_tokenizer(tmp_path / "copy").chat_templates == one.chat_templates
 
 
 def test_tokens_that_only_the_config_declares(tmp_path):
@@ -257,3 +271,126 @@ def test_vocab_and_merges_give_the_ids_that_llama_cpp_expects(
 def test_other_files_are_refused_by_name():
   with pytest.raises(ValueError, match=r"got \['tokenizer_llama3.tiktoken'\]"):
     load_tokenizer(SHARED / "tokenizers" / "llama3")
+
+
+@needs_shared
+def test_formats_of_other_libraries_get_a_word_of_their_own(tmp_path):
+  (tmp_path / "tekken.json").write_text("{}")
+  for folder, name in (
+    (tmp_path, r"tekken\.json"),
+    (SHARED / "tokenizers" / "llama3", r"tokenizer_llama3\.tiktoken"),
+  ):
+    with pytest.raises(ValueError, match=f"{name} is a format of Mistral's or"):
+      load_tokenizer(folder)
+
+
+def test_a_tokenizer_json_by_itself(tmp_path):
+  """Its post-processor has the BOS, and the model's config the EOS."""
+  folder = byte_level(tmp_path)
+  model = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+  model.post_processor = tokenizers.processors.TemplateProcessing(
+    single="<s> $A", special_tokens=[("<s>", 1)]
+  )
+  model.save(str(folder / "tokenizer.json"))
+  (folder / "tokenizer_config.json").unlink()
+  (folder / "generation_config.json").unlink()
+  (folder / "config.json").write_text('{"eos_token_id": [4, 2]}')
+  one = load_tokenizer(folder)
+  assert (one.bos_id, one.eos_id, one.stop_ids) == (1, 4, (2, 4))
+  assert one.named_tokens == {"bos_token": "<s>", "eos_token": "<|im_end|>"}
+  # A null is an answer.
+  config = folder / "tokenizer_config.json"
+  config.write_text('{"bos_token": null, "eos_token": null}')
+  one = load_tokenizer(folder)
+  assert (one.bos_id, one.eos_id, one.stop_ids) == (None, None, (2, 4))
+
+
+def test_lists_of_special_tokens_of_every_age(tmp_path):
+  """transformers has called them by four names, and two kinds of file."""
+  size = load_tokenizer(byte_level(tmp_path / "a")).vocab_size
+  named = {"bos_token": "<s>", "eos_token": "</s>"}
+  new = {"<|a|>": size, "<|b|>": size + 1}
+  token = {"special": True, "normalized": False}
+  decoder = {str(n): token | {"content": text} for text, n in new.items()}
+  ages = [
+    # Before tokenizer_config.json listed tokens.
+    ({}, {**named, "additional_special_tokens": [*new]}, new),
+    (named, {"additional_special_tokens": [{"content": t} for t in new]}, new),
+    ({**named, "additional_special_tokens": [*new]}, {}, new),
+    # Version 4.
+    ({**named, "added_tokens_decoder": decoder}, {}, {}),
+    # Version 4's named tokens, and version 5's list.
+    ({**named, "extra_special_tokens": {"image_token": "<|a|>"}}, {}, new),
+    ({**named, "extra_special_tokens": [*new]}, {}, new),
+    ({**named, "model_specific_special_tokens": {"a": "<|a|>"}}, {}, new),
+  ]
+  for i, (config, listed, added) in enumerate(ages):
+    folder = byte_level(tmp_path / str(i))
+    for name, value in (
+      ("tokenizer_config", config),
+      ("special_tokens_map", listed),
+      ("added_tokens", added),
+    ):
+      path = folder / f"{name}.json"
+      path.unlink(missing_ok=True)
+      if value:
+        path.write_text(json.dumps(value))
+    one = load_tokenizer(folder)
+    assert (one.bos_id, one.eos_id) == (1, 2), config
+    assert one.encode("<|a|>b<|b|>")[:1] == [size], config
+    assert one.vocab_size == size + 2
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_new_tokens_are_written_and_read_back(tmp_path, kind):
+  folder = MAKERS[kind](tmp_path / "a")
+  old = load_tokenizer(folder)
+  texts = ["<|turn|>", "<|im_start|>", "<|done|>"]
+  one, new = old.with_new_tokens(texts, stop=["<|done|>"])
+  size = old.vocab_size
+  assert new == {"<|turn|>": size, "<|done|>": size + 1}
+  assert one.vocab_size == size + 2
+  assert one.special_tokens.items() >= new.items()
+  assert one.stop_ids == (*old.stop_ids, size + 1)
+  assert (one.bos_id, one.eos_id) == (old.bos_id, old.eos_id)
+  assert one.fingerprint != old.fingerprint
+  text = "<|turn|>the cat<|im_start|><|done|>"
+  ids = one.encode(text)
+  assert (ids[0], ids[-1]) == (size, size + 1)
+  assert one.encode("the cat") == old.encode("the cat")
+  # Again, and with a template, through files.
+  again, more = one.with_new_tokens(["<|turn|>", "<|more|>"])
+  assert more == {"<|more|>": size + 2}
+  again = again.with_chat_template("{{ messages[0].content }}")
+  again.write_files(tmp_path / "b")
+  (tmp_path / "b" / "generation_config.json").write_text(
+    json.dumps({"eos_token_id": list(again.stop_ids)})
+  )
+  read = load_tokenizer(tmp_path / "b")
+  assert read.chat_template == again.chat_template
+  assert read.stop_ids == again.stop_ids
+  assert read.vocab_size == again.vocab_size
+  assert read.special_tokens == again.special_tokens
+  for one in (text + "<|more|>", "the cat"):
+    assert read.encode(one) == again.encode(one)
+  literal, _ = again.encode_with_offsets(text, [(0, len(text))])
+  assert not set(literal) & {size, size + 1}
+  with pytest.raises(ValueError, match=r"got no token '<\|x\|>'"):
+    old.with_new_tokens([], stop=["<|x|>"])
+  with pytest.raises(ValueError, match=r"model\.new_tokens: got ' a'"):
+    old.with_new_tokens([" a"])
+
+
+def test_transformers_reads_new_tokens_as_they_are_here(tmp_path):
+  transformers = pytest.importorskip("transformers", reason="live oracle")
+  one, new = load_tokenizer(byte_level(tmp_path / "a")).with_new_tokens(
+    ["<|turn|>", "<|done|>"], stop=["<|done|>"]
+  )
+  one.write_files(tmp_path / "b")
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
+  text = "<s><|turn|>the cat<|im_start|> ü<|done|>\n"
+  assert theirs.encode(text, add_special_tokens=False) == one.encode(text)
+  assert len(theirs) == one.vocab_size
+  assert {*new} <= {*theirs.all_special_tokens}
+  ids = one.encode(text)
+  assert theirs.decode(ids, skip_special_tokens=True) == one.decode(ids)

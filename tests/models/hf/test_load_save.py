@@ -161,7 +161,11 @@ def test_export_holds_the_tokenizer_and_every_stop_id(tmp_path):
   source.mkdir()
   (source / "tokenizer.json").write_text("{}")
   (source / "generation_config.json").write_text('{"top_k": 5}')
-  tokenizer = SimpleNamespace(files=sorted(source.iterdir()), stop_ids=(2, 7))
+
+  def copy(folder):
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+
+  tokenizer = SimpleNamespace(write_files=copy, stop_ids=(2, 7))
   model, params = load("qwen3")
   load_save.save_pretrained(tmp_path / "out", model, params, tokenizer)
 
