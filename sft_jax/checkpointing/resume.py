@@ -65,7 +65,9 @@ def restore(
     return Resumed(run_.state, {}, [])
   changed = []
   if restored.meta["data"] != run_.stream.fingerprint:
-    changed = differences(restored.meta["data_causes"], run_.stream.causes)
+    changed = differences(
+      restored.meta["data_fingerprint_inputs"], run_.stream.fingerprint_inputs
+    )
     if not force:
       raise ValueError(
         f"checkpoint {restored.step}: made from other data than the config "

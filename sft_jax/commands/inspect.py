@@ -3,13 +3,13 @@
     python tools/inspect_data.py --config=configs/base.py
     python tools/inspect_data.py --config=... --html=data.html --json
 
-Shows verdicts, warnings with examples, the scores that lie beside the rows
+Shows findings, warnings with examples, the scores that lie beside the rows
 (tools/score_data.py writes them), rows and tokens by source, lengths, and
 samples as the model will see them: prompt dim, trained green (of another
 weight than 1: yellow), special tokens bold. The data is built as training
 builds it, with the same cache. See docs/audit.md for all of it.
 
-Exit codes: 0 fine, warnings allowed; 1 a verdict failed; 2 the config or the
+Exit codes: 0 fine, warnings allowed; 1 a finding failed; 2 the config or the
 data cannot be read.
 """
 
@@ -24,7 +24,7 @@ from rich.text import Text
 from sft_jax.commands import command, score
 from sft_jax.data.audit import checks, summary
 from sft_jax.data.conversation import RowError
-from sft_jax.data.store.stats import Ledger
+from sft_jax.data.store.stats import DatasetStats
 from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.reporting import terminal
 from sft_jax.reporting.html import audit_page
@@ -49,7 +49,7 @@ def inspect(config: data.Config, say: data.Say) -> dict[str, Any]:
     with config.unlocked():
       config.data.on_bad_row = "skip"
     stores = data.load_stores(config, tokenizer, say)
-  verdicts = [*stores.verdicts, checks.malformed(stores.train, fault)]
+  findings = [*stores.findings, checks.malformed(stores.train, fault)]
   stream = None
   if len(stores.train.index):
     stream = data.make_stream(config, stores.train)
@@ -57,7 +57,7 @@ def inspect(config: data.Config, say: data.Say) -> dict[str, Any]:
     stores.train,
     stores.held_out,
     stream,
-    verdicts,
+    findings,
     tokenizer,
     own_files=bool(config.data.eval),
     allow=config.data.allow,
@@ -75,7 +75,7 @@ def show(out: Console, found: dict[str, Any]) -> None:
   """Prints what was found, the most important last, above the prompt."""
   for sample in found["samples"]:
     show_sample(out, sample)
-  ledger = Ledger.from_json(found["ledger"])
+  ledger = DatasetStats.from_json(found["ledger"])
   terminal.lines(out, "\nData", [*ledger.lines(), *ledger.details()])
   if epoch := found["epoch"]:
     facts = {
@@ -100,23 +100,23 @@ def show(out: Console, found: dict[str, Any]) -> None:
     )
   for warning in found["warnings"]:
     title = f"\nwarning: {warning['name']} ({warning['count']:,})"
-    terminal.lines(out, title, [warning["said"]])
+    terminal.lines(out, title, [warning["message"]])
     for example in warning["examples"]:
       terminal.lines(out, f"  {example['note']}", map(_row, example["rows"]))
   passed: dict[str, list[str]] = {}
-  for verdict in found["verdicts"]:
-    if verdict["passed"]:
-      passed.setdefault(verdict["of"], []).append(verdict["name"])
+  for finding in found["findings"]:
+    if finding["passed"]:
+      passed.setdefault(finding["of"], []).append(finding["name"])
   out.print()
   for of, names in passed.items():
     out.print(Text(f"passed  {of}: {', '.join(names)}", style="green"))
-  for verdict in found["verdicts"]:
-    if not verdict["passed"]:
+  for finding in found["findings"]:
+    if not finding["passed"]:
       word, style = "FAILED ", "bold red"
-      if verdict["allowed"]:
+      if finding["allowed"]:
         word, style = "allowed", "yellow"
-      out.print(Text(f"{word} {verdict['name']} ({verdict['of']})", style))
-      out.print(Text(f"        {terminal.visible(verdict['said'])}"))
+      out.print(Text(f"{word} {finding['name']} ({finding['of']})", style))
+      out.print(Text(f"        {terminal.visible(finding['message'])}"))
 
 
 def show_sample(out: Console, sample: dict[str, Any]) -> None:
@@ -124,11 +124,11 @@ def show_sample(out: Console, sample: dict[str, Any]) -> None:
   title = f"\n{sample['place']}: {len(sample['tokens'])} tokens, {trained} "
   out.print(Text(terminal.visible(title) + "trained", style="underline"))
   text = Text()
-  for piece in sample["pieces"]:
-    weight = piece["weight"]
+  for span in sample["spans"]:
+    weight = span["weight"]
     style = "dim" if not weight else "green" if weight == 1 else "yellow"
-    bold = " bold" if piece["special"] else ""
-    text.append(terminal.visible(piece["text"]), style=style + bold)
+    bold = " bold" if span["special"] else ""
+    text.append(terminal.visible(span["text"]), style=style + bold)
   out.print(text)
 
 

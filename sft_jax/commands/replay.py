@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from sft_jax.commands import command
-from sft_jax.data.audit.step_rows import step_rows
+from sft_jax.data.audit.summary import step_rows
 from sft_jax.data.store import fingerprint
 from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.reporting import terminal
@@ -35,13 +35,13 @@ def show(out: Console, row: dict[str, Any]) -> None:
   )
   out.print(Text(terminal.visible(title), style="underline"))
   text = Text()
-  for piece in row["pieces"]:
-    weight = piece["weight"]
+  for span in row["spans"]:
+    weight = span["weight"]
     style = "dim" if not weight else "green" if weight == 1 else "yellow"
-    said = terminal.visible(piece["text"])
+    said = terminal.visible(span["text"])
     if weight and not out.color_system:
       said = f"[[{said}]]"
-    text.append(said, style + (" bold" if piece["special"] else ""))
+    text.append(said, style + (" bold" if span["special"] else ""))
   out.print(text)
 
 
@@ -66,7 +66,9 @@ def main() -> None:
   )
   made_from = json.loads((workdir / "data.json").read_text(encoding="utf-8"))
   if made_from["fingerprint"] != stream.fingerprint:
-    changed = fingerprint.differences(made_from["causes"], stream.causes)
+    changed = fingerprint.differences(
+      made_from["fingerprint_inputs"], stream.fingerprint_inputs
+    )
     raise ValueError(
       f"{workdir}: was trained on other data than there now are:\n  "
       + "\n  ".join(changed)

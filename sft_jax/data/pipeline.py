@@ -25,7 +25,7 @@ from jaxtyping import Int64
 
 from sft_jax.common.batch import Batch
 from sft_jax.data import packing as packer
-from sft_jax.data.store.stats import EpochLedger, Ledger, Mixed
+from sft_jax.data.store.stats import DatasetStats, EpochStats, Mixed
 from sft_jax.data.store.store import Store
 
 # Part of the fingerprint; a test pins the order of a small stream. Raise it
@@ -60,9 +60,10 @@ class Stream:
   Attributes:
     num_steps: steps until `epochs` are done, the last one filled up with
       empty rows of weight 0; None when `epochs` is.
-    causes: what decides the batches, by name; see `causes.differences`.
-    fingerprint: of the causes; streams with the same give the same batches.
-    ledger: the store's ledger with the slots of the first epoch.
+    fingerprint_inputs: what decides the batches, by name; see
+      `fingerprint.differences`.
+    fingerprint: of these inputs; streams with the same give the same batches.
+    stats: the store's stats with the slots of the first epoch.
   """
 
   def __init__(
@@ -94,7 +95,7 @@ class Stream:
     """
     if not len(store.lengths):
       raise ValueError(
-        "data: got no rows, expected at least one. Read the ledger for why."
+        "data: got no rows, expected at least one. Read the stats for why."
       )
     if batch_size < 1 or (epochs is not None and epochs < 1):
       raise ValueError(
@@ -132,12 +133,12 @@ class Stream:
     self._scales = [float(source.loss_weight) for source in store.sources]
     self._packs_of_first = int(self._patterns(0).packs.sum())
     self._first_packs = [0]  # of each epoch, counted from the run's start
-    self.ledger = self._account()
+    self.stats = self._account()
     self._num_packs = None if epochs is None else self._first_pack(epochs)
     self.num_steps = None
     if self._num_packs is not None:
       self.num_steps = -(-self._num_packs // batch_size)
-    self.causes = {
+    self.fingerprint_inputs = {
       "order of rows": ORDER_VERSION,
       "examples": store.fingerprint,
       "seed": seed,
@@ -145,23 +146,23 @@ class Stream:
       "data.seq_len": seq_len,
       "data.packing": packing,
       "loss.normalize": normalize,
-      **store.causes,
+      **store.fingerprint_inputs,
     }
     for number, source in enumerate(store.sources, 1):
-      self.causes[f"source {number}"] = {
-        **store.causes.get(f"source {number}", {}),
+      self.fingerprint_inputs[f"source {number}"] = {
+        **store.fingerprint_inputs.get(f"source {number}", {}),
         "repeat": float(source.repeat),
         "share": source.share,
         "loss_weight": float(source.loss_weight),
       }
-    text = json.dumps(self.causes, sort_keys=True)
+    text = json.dumps(self.fingerprint_inputs, sort_keys=True)
     self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
 
   @property
   def fill(self) -> float:
     """Share of the first epoch's slots that hold a token."""
-    assert self.ledger.epoch
-    return self.ledger.epoch.fill
+    assert self.stats.epoch
+    return self.stats.epoch.fill
 
   @property
   def steps_per_epoch(self) -> float:
@@ -291,7 +292,7 @@ class Stream:
     plan = packer.assign_rows(self.store.lengths[ids], patterns, seed=seed)
     return plan._replace(rows=ids[plan.rows])
 
-  def _account(self) -> Ledger:
+  def _account(self) -> DatasetStats:
     ids = self._ids(0)
     packs = self._first_pack(1)
     sources, lengths = self.store.source[ids], self.store.lengths[ids]
@@ -301,7 +302,7 @@ class Stream:
     tokens_of = np.bincount(sources, lengths, number)
     trained_of = np.bincount(sources, trained, number)
     tokens, trained = int(tokens_of.sum()), int(trained_of.sum())
-    epoch = EpochLedger(
+    epoch = EpochStats(
       packs=packs,
       slots=packs * self.seq_len,
       tokens_prompt=tokens - trained,
@@ -324,4 +325,4 @@ class Stream:
         )
       },
     )
-    return dataclasses.replace(self.store.ledger, epoch=epoch)
+    return dataclasses.replace(self.store.stats, epoch=epoch)

@@ -13,7 +13,7 @@ from sft_jax.checkpointing.resume import Resumed, stored
 from sft_jax.common import distributed, sharding, trees
 from sft_jax.common.batch import Batch
 from sft_jax.common.workdir import Incidents
-from sft_jax.data.audit.step_rows import step_rows
+from sft_jax.data.audit.summary import step_rows
 from sft_jax.evals import suite as measure
 from sft_jax.reporting import profiling, terminal, throughput
 from sft_jax.step.train_step import TrainState, split_micro_batches
@@ -117,7 +117,7 @@ def train_steps(
     held, beside = stored(steps.state)
     meta = {
       "data": run_.stream.fingerprint,
-      "data_causes": run_.stream.causes,
+      "data_fingerprint_inputs": run_.stream.fingerprint_inputs,
       "config": config.to_json(),
       "memory": {
         **judge.to_json(),

@@ -127,8 +127,11 @@ def _run(
   write_json(workdir / "config.json", config.to_dict())
   source = {"path": config.model.path, **run_.source._asdict()}
   write_json(workdir / "model.json", source | {"folder": str(source["folder"])})
-  write_json(workdir / "ledger.json", run_.stream.ledger.to_json())
-  data = {"fingerprint": run_.stream.fingerprint, "causes": run_.stream.causes}
+  write_json(workdir / "ledger.json", run_.stream.stats.to_json())
+  data = {
+    "fingerprint": run_.stream.fingerprint,
+    "fingerprint_inputs": run_.stream.fingerprint_inputs,
+  }
   write_json(workdir / "data.json", data)
   words = start_page.facts(config, run_, start_step)
   start_page.show(run_, words, out)

@@ -44,7 +44,7 @@ def show(
   """Prints `facts`, the data and, on several devices, the sharding."""
   model, *others = words
   terminal.facts(out, model, words[model])
-  terminal.lines(out, "Data", run_.stream.ledger.lines())
+  terminal.lines(out, "Data", run_.stream.stats.lines())
   for title in others:
     terminal.facts(out, title, words[title])
   if run_.mesh.size > 1:
@@ -114,7 +114,7 @@ def _model(config: Config, run_: Setup) -> dict[str, str]:
 
 
 def _plan(config: Config, run_: Setup, start_step: int) -> dict[str, str]:
-  epoch = run_.stream.ledger.epoch
+  epoch = run_.stream.stats.epoch
   assert epoch is not None  # A Stream has planned its first epoch.
   seconds = evals.training_seconds(
     config, run_, max(run_.num_steps - start_step, 0)

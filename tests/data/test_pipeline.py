@@ -60,7 +60,7 @@ def test_one_epoch_is_every_row_once(packing):
 
   tokens = sum(int((b.segment_ids > 0).sum()) for b in batches)
   trained = sum(int((b.loss_weights > 0).sum()) for b in batches)
-  epoch = stream.ledger.epoch
+  epoch = stream.stats.epoch
   assert (epoch.tokens_trained, epoch.tokens_prompt) == (
     trained,
     tokens - trained,
@@ -69,7 +69,7 @@ def test_one_epoch_is_every_row_once(packing):
   rows = sum(int((b.segment_ids.max(axis=1) > 0).sum()) for b in batches)
   assert (epoch.packs, epoch.tokens_padding) == (rows, rows * T - tokens)
   assert stream.fill == tokens / (rows * T)
-  stream.ledger.check()
+  stream.stats.check()
 
 
 @pytest.mark.parametrize("copies", [1, 2.5])
@@ -93,9 +93,9 @@ def test_what_was_consumed_is_what_the_batches_held(copies, epochs):
     a.epochs < b.epochs
     for a, b in itertools.pairwise(map(stream.consumed, range(steps)))
   )
-  half = stream.ledger.epoch.packs / 8
+  half = stream.stats.epoch.packs / 8
   assert stream.consumed(int(half)).epochs == pytest.approx(
-    int(half) * 4 / stream.ledger.epoch.packs
+    int(half) * 4 / stream.stats.epoch.packs
   )
   if epochs:
     assert stream.consumed(steps) == (2.0, round(120 * copies))
@@ -104,7 +104,7 @@ def test_what_was_consumed_is_what_the_batches_held(copies, epochs):
 def test_epochs_join_without_a_gap():
   store = random_store(50, longest=T)
   stream = Stream(store, seq_len=T, batch_size=4, epochs=3)
-  packs = stream.ledger.epoch.packs
+  packs = stream.stats.epoch.packs
   assert packs % 4, "the seed should leave a remainder to carry over"
   assert stream.num_steps == -(-3 * packs // 4)
   batches = list(stream.batches())
@@ -118,7 +118,7 @@ def test_epochs_join_without_a_gap():
 def test_neighbours_change_with_the_epoch():
   store = random_store(200, longest=8)
   stream = Stream(store, seq_len=T, batch_size=1, epochs=2)
-  packs = stream.ledger.epoch.packs
+  packs = stream.stats.epoch.packs
   first, second = (
     {
       pair
@@ -217,7 +217,7 @@ def test_mixture_weights():
   source = [0] * 20 + [1] * 20 + [2] * 20
   store = random_store(60, longest=8, source=source, weights=(1.0, 2.0, 1.25))
   stream = Stream(store, seq_len=8, batch_size=1, packing=False, epochs=4)
-  packs = stream.ledger.epoch.packs
+  packs = stream.stats.epoch.packs
   assert packs == 20 + 40 + 25
   assert stream.num_steps == 4 * packs
   chosen = []

@@ -71,16 +71,16 @@ def test_rows_that_fail_are_drops_with_their_reason(load):
   )
   want = [i for i in range(N) if IFD[i] < 0.85 and i % 3]
   assert places(store) == [i + 1 for i in want]
-  entry = store.ledger.sources[str(load.file)]
+  entry = store.stats.sources[str(load.file)]
   dropped = {"fails ifd < 0.85": 7, "fails row.tag == en": 3}
   assert entry.dropped == dropped
   assert entry.rows_in == N
   assert entry.places["fails row.tag == en"] == [
     "rows.jsonl:1", "rows.jsonl:4", "rows.jsonl:7"
   ]  # fmt: skip
-  stream.ledger.check()
-  assert stream.ledger.epoch.tokens_trained == store.trained.sum()
-  cause = stream.causes["source 1"]
+  stream.stats.check()
+  assert stream.stats.epoch.tokens_trained == store.trained.sum()
+  cause = stream.fingerprint_inputs["source 1"]
   assert cause["filter"] == [["ifd", "<", 0.85], ["row.tag", "==", "en"]]
   assert len(cause["scores 1 (rows.jsonl.scores.jsonl)"]) == 64
 
@@ -103,7 +103,7 @@ def test_weights_reach_the_loss_with_a_mean_of_one(load, normalize):
   # What weighs nothing trains nothing: it is dropped and counted.
   kept = np.flatnonzero(raw)
   assert places(store) == (kept + 1).tolist()
-  assert store.ledger.dropped("weight 0 by ifd") == N - len(kept)
+  assert store.stats.dropped("weight 0 by ifd") == N - len(kept)
   want = raw[kept] / np.average(raw[kept], weights=store.trained)
   np.testing.assert_allclose(store.weights, want, rtol=1e-6)
   found = {}
@@ -152,7 +152,7 @@ def test_held_out_rows_are_not_filtered(load):
   plain, _, _ = load(data__holdout=0.25)
   store, _, _ = load(data__holdout=0.25, data__filter=("ifd", "<", 0.85))
   assert set(places(store)) == {i for i in places(plain) if IFD[i - 1] < 0.85}
-  assert store.ledger.dropped("held out") == N - len(plain.index)
+  assert store.stats.dropped("held out") == N - len(plain.index)
 
 
 def test_scores_conditions_and_weights_are_in_the_fingerprint(load):
@@ -248,7 +248,7 @@ def test_all_examples_of_a_split_row_share_its_fate(tmp_path, tokenizer):
     store.weights[[0, 2]] / store.weights[0], [1, 4 / 3], rtol=1e-6
   )
   assert store.weights[0] == store.weights[1]
-  entry = store.ledger.sources[str(file)]
+  entry = store.stats.sources[str(file)]
   assert (entry.rows_trained, entry.examples) == (2, 4)
   assert json.loads(json.dumps(entry.dropped)) == {"fails ifd highest 0.5": 2}
 

@@ -122,14 +122,14 @@ def test_the_ledger_has_what_came_of_it():
   sources = (Source("a"), Source("b", share=0.25, name="mine", loss_weight=0.5))
   store = fake_store(rows, source=[0] * 100 + [1] * 50, sources=sources)
   stream = Stream(store, seq_len=32, batch_size=4, epochs=1)
-  mixture = stream.ledger.epoch.mixture
+  mixture = stream.stats.epoch.mixture
   # 1000 tokens are three quarters, so the other 333 are 42 of the 50 rows.
   assert mixture["mine"].tokens == 42 * 8
   assert mixture["mine"].copies == pytest.approx(333.33 / 400, rel=1e-3)
   assert mixture["mine"].share == 336 / 1336
   assert mixture["mine"].trained_share == 84 / 584
-  stream.ledger.check()
-  lines = stream.ledger.lines()
+  stream.stats.check()
+  lines = stream.stats.lines()
   assert lines[2].split()[-2:] == ["25.1%", "14.4%"]
   assert lines[-2] == "mine: seen 0.833333 times per epoch, loss x 0.5"
   weights = [b.loss_weights for b in stream.batches()]

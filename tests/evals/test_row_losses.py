@@ -58,7 +58,7 @@ def test_each_row_has_the_loss_it_has_alone(run):
   assert losses == sorted(losses, reverse=True)
   # Packed, or each document would have a row to itself and prove nothing.
   assert max(len(ids) for ids in stream.rows_of(0)) > 1
-  shown = [row for row in found if "pieces" in row]
+  shown = [row for row in found if "spans" in row]
   assert shown == found[:5]
-  text = "".join(piece["text"] for piece in shown[0]["pieces"])
+  text = "".join(span["text"] for span in shown[0]["spans"])
   assert "What goes with" in text

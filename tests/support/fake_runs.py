@@ -36,15 +36,15 @@ def reply(x: str, where: str, text: str, passed: bool) -> dict[str, Any]:
 
 def finished(x: str) -> dict[str, Any]:
   """A finished run with the text x in every place that holds text."""
-  piece = {"text": x, "special": True, "weight": 0.5, "part": "answer"}
+  piece = {"text": x, "special": True, "weight": 0.5, "role": "answer"}
   sample = {
-    "place": x, "tokens": [1, 2], "loss_weights": [0, 0.5], "pieces": [piece],
+    "place": x, "tokens": [1, 2], "loss_weights": [0, 0.5], "spans": [piece],
   }  # fmt: skip
   source = {
     "rows_in": 5, "rows_trained": 3, "rows_text": 0,
     "dropped": {"too long": 2}, "dropped_turns": {}, "notes": {x: 1},
     "places": {"too long": [x]}, "examples": 3, "tokens_prompt": 7,
-    "tokens_trained": 1234567, "parts": {"answer": [7, 5]}, "lengths": {},
+    "tokens_trained": 1234567, "roles": {"answer": [7, 5]}, "lengths": {},
   }  # fmt: skip
   mixed = {
     "copies": 1.0, "loss_weight": 1.0, "tokens": 12, "share": 1.0,
@@ -85,7 +85,7 @@ def finished(x: str) -> dict[str, Any]:
        "nats_per_token": 7.77, **sample},
       {"place": x, "nats": 1.0, "trained_tokens": 2.0, "nats_per_token": 0.5},
     ],
-    "data": {"fingerprint": "f", "causes": {"seed": 0, "rows": x}},
+    "data": {"fingerprint": "f", "fingerprint_inputs": {"seed": 0, "rows": x}},
     **{
       when: {"behaviours": {"groups": {}, "replies": replies}}
       for when, replies in sides.items()

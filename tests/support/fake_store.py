@@ -8,7 +8,7 @@ from sft_jax.data.encoding.encode import PARTS, Example
 from sft_jax.data.sources import Source
 from sft_jax.data.store.files import INDEX, RUN
 from sft_jax.data.store.shards import to_runs
-from sft_jax.data.store.stats import Ledger
+from sft_jax.data.store.stats import DatasetStats
 from sft_jax.data.store.store import Store, count
 
 USER, ANSWER = PARTS.index("user"), PARTS.index("answer")
@@ -54,8 +54,8 @@ def fake_store(
     Source(f"{i}.jsonl", w) for i, w in enumerate(weights)
   )
   all_runs = np.concatenate([np.empty(0, RUN), *runs])
-  ledger = count(index, all_runs, sources, Ledger())
-  for entry in ledger.sources.values():
+  stats = count(index, all_runs, sources, DatasetStats())
+  for entry in stats.sources.values():
     entry.rows_in = entry.rows_trained
   return Store(
     tokens=tokens,
@@ -64,8 +64,8 @@ def fake_store(
     index=index,
     sources=sources,
     fingerprint=hashlib.sha256(tokens.tobytes()).hexdigest(),
-    causes={},
-    ledger=ledger,
+    fingerprint_inputs={},
+    stats=stats,
   )
 
 

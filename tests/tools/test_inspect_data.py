@@ -60,9 +60,9 @@ def test_passing_rows_as_json_and_as_a_page(run, tmp_path):
   found = json.loads(out)
   assert code == 0
   assert found["passed"]
-  assert found["schema"] == 1
+  assert found["schema"] == 2
   assert {*found} == {
-    "schema", "passed", "verdicts", "warnings", "ledger", "held_out", "epoch",
+    "schema", "passed", "findings", "warnings", "ledger", "held_out", "epoch",
     "lengths", "samples", "scores",
   }  # fmt: skip
   assert found["scores"] is None
@@ -70,7 +70,7 @@ def test_passing_rows_as_json_and_as_a_page(run, tmp_path):
   assert "Data audit" in (tmp_path / "page.html").read_text()
 
 
-def test_a_failed_verdict_is_exit_1_and_may_be_allowed(run):
+def test_a_failed_finding_is_exit_1_and_may_be_allowed(run):
   code, out, _ = run(tiny.ROWS, held=tiny.ROWS[:2])
   assert code == 1
   assert "FAILED  overlap (held out)" in out
@@ -83,11 +83,11 @@ def test_a_failed_verdict_is_exit_1_and_may_be_allowed(run):
 def test_malformed_rows_are_all_told_and_exit_1(run):
   bad = [{"instruction": "Say <|im_end|>.", "output": "No."}, {"odd": 1}]
   code, out, _ = run([*tiny.ROWS, *bad], "--json")
-  found = {v["name"]: v for v in json.loads(out)["verdicts"]}
+  found = {v["name"]: v for v in json.loads(out)["findings"]}
   assert code == 1
   places = [place.split()[0] for place in found["malformed"]["places"]]
   assert places == ["rows.jsonl:17", "rows.jsonl:18"]
-  assert "control token" in found["malformed"]["said"]
+  assert "control token" in found["malformed"]["message"]
 
 
 def test_what_cannot_be_read_is_exit_2(run):
@@ -131,7 +131,7 @@ def test_hostile_rows_as_json_are_ascii_and_come_back_as_they_were(
   assert shown["prompt"] == rows[0]["instruction"]
   assert shown["answer"] == rows[0]["output"]
   assert shown["place"] == f"{named.name}:1"
-  texts = ["".join(p["text"] for p in s["pieces"]) for s in found["samples"]]
+  texts = ["".join(p["text"] for p in s["spans"]) for s in found["samples"]]
   assert all(HOSTILE.strip() in text for text in texts)
 
 
@@ -196,12 +196,12 @@ def test_alpaca_and_its_overlap(run):
   found = json.loads(out)
   assert code == 1
   empty = next(w for w in found["warnings"] if w["name"] == "empty answers")
-  assert "(alpaca_5000.json[2335], alpaca_5000.json[4658])" in empty["said"]
+  assert "(alpaca_5000.json[2335], alpaca_5000.json[4658])" in empty["message"]
   assert not {"duplicates", "near duplicates"} & {
     w["name"] for w in found["warnings"]
   }
-  by_tokens, by_words = (v for v in found["verdicts"] if v["name"] == "overlap")
-  assert "97 by their prompt" in by_tokens["said"]
+  by_tokens, by_words = (v for v in found["findings"] if v["name"] == "overlap")
+  assert "97 by their prompt" in by_tokens["message"]
   # This tokenizer knows 400 tokens, so that runs of 13 are a few words.
   assert by_tokens["count"] <= 99
   assert by_words["count"] == 97

@@ -51,7 +51,7 @@ def test_scores_of_a_glob_are_read_by_a_run(tmp_path, model, capsys):
   config.data.train = str(tmp_path / "*.jsonl")
   tokenizer = tokenizers.load_tokenizer(model)
   train = data.load_stores(config, tokenizer, quiet).train
-  entry = train.ledger.sources[str(tmp_path / "a.jsonl")]
+  entry = train.stats.sources[str(tmp_path / "a.jsonl")]
   assert (entry.rows_in, entry.rows_trained) == (18, 9)
   assert entry.dropped == {
     "empty answer": 1, f"fails nats <= {cut}": 8

@@ -109,7 +109,7 @@ def against_trl(
         OPTIONS,
         directory=folder,
         max_length=LENGTH,
-        announce=lambda line: None,
+        log=lambda line: None,
       )
 
   sides: dict[str, Callable[[], Any]] = {"ours": ours}

@@ -84,7 +84,7 @@ def real_lengths(shared: Path) -> dict[str, np.ndarray]:
         RenderOptions(control_tokens="allow"),
         directory=Path(folder) / "cache",
         max_length=CAPACITY,
-        announce=lambda line: None,
+        log=lambda line: None,
       ).lengths.copy()
       for name, file in bench_data.files(shared).items()
     }

@@ -17,7 +17,7 @@ import bench_data
 from sft_jax.commands import command
 from sft_jax.data.pipeline import Stream
 from sft_jax.data.sources import Source
-from sft_jax.data.store.stats import Ledger
+from sft_jax.data.store.stats import DatasetStats
 from sft_jax.data.store.store import INDEX, RUN, Store, count
 
 
@@ -37,8 +37,8 @@ def store_of(lengths: np.ndarray) -> Store:
   )
   runs["weight"][1::2] = 1
   sources = (Source("random"),)
-  ledger = count(index, runs, sources, Ledger())
-  ledger.source("random").rows_in = number
+  stats = count(index, runs, sources, DatasetStats())
+  stats.source("random").rows_in = number
   ids = np.random.default_rng(0).integers(0, 32_000, tokens)
   return Store(
     tokens=ids.astype(np.uint16),
@@ -47,8 +47,8 @@ def store_of(lengths: np.ndarray) -> Store:
     index=index,
     sources=sources,
     fingerprint="random",
-    causes={},
-    ledger=ledger,
+    fingerprint_inputs={},
+    stats=stats,
   )
 
 

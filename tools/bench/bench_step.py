@@ -119,7 +119,7 @@ def write_rows(folder: Path, train: list[str], seq_len: int) -> np.ndarray:
     RenderOptions(control_tokens="allow"),
     directory=folder / "cache",
     max_length=seq_len,
-    announce=lambda line: None,
+    log=lambda line: None,
   )
   numbers = list(range(len(store.lengths)))
   random.Random(0).shuffle(numbers)

@@ -1,6 +1,6 @@
 """Answers that look wrong by themselves: none at all, refused, cut off.
 
-Rules of thumb on plain text, for warnings with examples, not for verdicts.
+Rules of thumb on plain text, for warnings with examples, not for findings.
 """
 
 import re

@@ -1,7 +1,8 @@
-"""Audit: verdicts on encoded rows that would teach a model the wrong thing.
+"""Audit: findings on encoded rows that would teach a model the wrong thing.
 
-A verdict is a fault that no run should start with. `judge` and `overlap` look
-at a store; `refuse` raises for those that fail, unless they are allowed:
+Each check asks one question of a store; its `Finding` is the answer. A finding
+with a count above 0 is a fault that no run should start with: `refuse` raises
+for it, unless `data.allow` names its check.
 
     malformed   rows that cannot be read or encoded, and may not be skipped
     vocabulary  a token id outside the model's embedding
@@ -33,35 +34,35 @@ NAMES = ("malformed", "vocabulary", "nothing", "bos", "stop", "pad",
 _SHOWN = 5  # places
 
 
-class Verdict(NamedTuple):
+class Finding(NamedTuple):
   """One question asked of the data, and its answer.
 
   Attributes:
     name: one of `NAMES`.
     count: rows (of 'nothing': sources) at fault; 0 is a pass.
-    said: what is wrong and how to mend it, in a line; '' for a pass.
+    message: what is wrong and how to mend it, in a line; '' for a pass.
     places: the first few faults, as 'rows.jsonl:12'.
     of: which rows were looked at: 'train', 'held out' or 'general text'.
   """
 
   name: str
   count: int = 0
-  said: str = ""
+  message: str = ""
   places: tuple[str, ...] = ()
   of: str = "train"
 
 
-def judge(
+def check_store(
   store: Store, known: token_checks.Facts, *, of: str = "train"
-) -> list[Verdict]:
-  """Verdicts on the examples of a store, as `cache.build` returns it."""
-  verdicts = [_nothing(store)]
+) -> list[Finding]:
+  """Findings on the examples of a store, as `cache.build` returns it."""
+  findings = [_nothing(store)]
   if len(store.index):
-    verdicts += _of_tokens(store, known)
-  return [verdict._replace(of=of) for verdict in verdicts]
+    findings += _of_tokens(store, known)
+  return [finding._replace(of=of) for finding in findings]
 
 
-def _of_tokens(store: Store, known: token_checks.Facts) -> list[Verdict]:
+def _of_tokens(store: Store, known: token_checks.Facts) -> list[Finding]:
   noted = _Noted(store)
   begins: list[np.ndarray] = []
   for documents in token_checks.batches(store):
@@ -82,7 +83,7 @@ def _of_tokens(store: Store, known: token_checks.Facts) -> list[Verdict]:
   if len(without) and not noted.rows["bos"]:
     noted.rows["bos"] = without.tolist()
   return [
-    noted.verdict(
+    noted.finding(
       "vocabulary",
       lambda row, token: (
         f"got token id {token}, expected below {known.vocab_size}, the rows of "
@@ -91,8 +92,8 @@ def _of_tokens(store: Store, known: token_checks.Facts) -> list[Verdict]:
         "not to the model.",
       ),
     ),
-    noted.verdict("bos", lambda row, token: _bos_words(store, row, known)),
-    noted.verdict(
+    noted.finding("bos", lambda row, token: _bos_words(store, row, known)),
+    noted.finding(
       "stop",
       lambda row, token: (
         f"a trained turn ends in token {token}, expected one of the stop "
@@ -102,7 +103,7 @@ def _of_tokens(store: Store, known: token_checks.Facts) -> list[Verdict]:
         "tokenizer's eos_token.",
       ),
     ),
-    noted.verdict(
+    noted.finding(
       "pad",
       lambda row, token: (
         f"padding (token id {known.pad_id}) is trained, or a stop token with "
@@ -111,7 +112,7 @@ def _of_tokens(store: Store, known: token_checks.Facts) -> list[Verdict]:
         "id; a stop token is trained.",
       ),
     ),
-    noted.verdict(
+    noted.finding(
       "control",
       lambda row, token: (
         f"a message holds the control token of id {token}, expected text",
@@ -122,19 +123,19 @@ def _of_tokens(store: Store, known: token_checks.Facts) -> list[Verdict]:
   ]
 
 
-def overlap(train: Store, held_out: Store, *, own_files: bool) -> Verdict:
-  """The verdict on held-out rows that training rows give away.
+def overlap(train: Store, held_out: Store, *, own_files: bool) -> Finding:
+  """The finding on held-out rows that training rows give away.
 
   Prompts are compared token by token, texts by runs of 13 tokens; see
-  `overlap.find`, and `overlap_verdict`.
+  `overlap.find`, and `overlap_finding`.
   """
   found = overlaps.find(overlaps.of_store(train), overlaps.of_store(held_out))
-  return overlap_verdict(found, held_out.place, own_files=own_files)
+  return overlap_finding(found, held_out.place, own_files=own_files)
 
 
-def overlap_verdict(
+def overlap_finding(
   found: overlaps.Overlap, place: Callable[[int], str], *, own_files: bool
-) -> Verdict:
+) -> Finding:
   """What was found, in words.
 
   Args:
@@ -146,10 +147,10 @@ def overlap_verdict(
   """
   rows = np.flatnonzero(found.found if own_files else found.same_prompt)
   if not len(rows):
-    return Verdict("overlap", of="held out")
+    return Finding("overlap", of="held out")
   same = int(found.same_prompt.sum())
   places = tuple(place(int(row)) for row in rows[:_SHOWN])
-  return Verdict(
+  return Finding(
     "overlap",
     len(rows),
     f"{places[0]}: training gives away {len(rows):,} of {len(found.found):,} "
@@ -161,22 +162,22 @@ def overlap_verdict(
   )
 
 
-def malformed(store: Store, fault: str | None) -> Verdict:
-  """The verdict on rows that could not be read or encoded.
+def malformed(store: Store, fault: str | None) -> Finding:
+  """The finding on rows that could not be read or encoded.
 
   Args:
     store: built without them.
     fault: the first error; None where such rows may be skipped.
   """
-  count = store.ledger.dropped("malformed")
+  count = store.stats.dropped("malformed")
   if fault is None:
-    return Verdict("malformed")
+    return Finding("malformed")
   places = [
     place
-    for source in store.ledger.sources.values()
+    for source in store.stats.sources.values()
     for place in source.places.get("malformed", [])
   ]
-  return Verdict(
+  return Finding(
     "malformed",
     max(count, 1),
     f"{fault} ({count:,} such rows.)",
@@ -185,27 +186,27 @@ def malformed(store: Store, fault: str | None) -> Verdict:
 
 
 def refuse(
-  verdicts: Sequence[Verdict],
+  findings: Sequence[Finding],
   *,
   allow: Collection[str],
-  announce: Callable[[str], None],
+  log: Callable[[str], None],
 ) -> None:
-  """Raises for the verdicts that fail, but announces those allowed.
+  """Raises for the findings that fail, but announces those allowed.
 
   Raises:
-    ValueError: a verdict fails that is not in `allow`, with the switch that
-      overrides it; `allow` has a name that is no verdict's.
+    ValueError: a finding fails that is not in `allow`, with the switch that
+      overrides it; `allow` has a name that is no finding's.
   """
   if unknown := set(allow) - set(NAMES):
     raise ValueError(
-      f"data.allow: got {sorted(unknown)}; expected names of verdicts: "
+      f"data.allow: got {sorted(unknown)}; expected names of findings: "
       f"{', '.join(NAMES)}. Correct it."
     )
-  failed = [verdict for verdict in verdicts if verdict.count]
-  for verdict in failed:
-    if verdict.name in allow:
-      announce(f"data.allow lets pass: {verdict.said}")
-  refused = {v.name: v.said for v in failed if v.name not in allow}
+  failed = [finding for finding in findings if finding.count]
+  for finding in failed:
+    if finding.name in allow:
+      log(f"data.allow lets pass: {finding.message}")
+  refused = {v.name: v.message for v in failed if v.name not in allow}
   if refused:
     raise ValueError(
       "\n".join(refused.values())
@@ -216,7 +217,7 @@ def refuse(
 
 
 class _Noted:
-  """Which rows are at fault, and the token of each verdict's first fault."""
+  """Which rows are at fault, and the token of each finding's first fault."""
 
   def __init__(self, store: Store):
     self._store = store
@@ -235,16 +236,16 @@ class _Noted:
       self.rows[name] += (np.unique(rows) + documents.rows.start).tolist()
       self._token.setdefault(name, int(documents.tokens[at[0]]))
 
-  def verdict(
+  def finding(
     self, name: str, say: Callable[[int, int], tuple[str, str]]
-  ) -> Verdict:
-    """The verdict; `say(row, token)` is the fault and its cure."""
+  ) -> Finding:
+    """The finding; `say(row, token)` is the fault and its cure."""
     rows = sorted(set(self.rows[name]))
     if not rows:
-      return Verdict(name)
+      return Finding(name)
     places = [self._store.place(row) for row in rows[: 4 * _SHOWN]]
     fault, cure = say(rows[0], self._token.get(name, -1))
-    return Verdict(
+    return Finding(
       name,
       len(rows),
       f"{places[0]}: {fault} ({len(rows):,} such rows). {cure}",
@@ -252,16 +253,16 @@ class _Noted:
     )
 
 
-def _nothing(store: Store) -> Verdict:
+def _nothing(store: Store) -> Finding:
   empty = [
     name
-    for name, source in store.ledger.sources.items()
+    for name, source in store.stats.sources.items()
     if not source.rows_trained
   ]
   if not empty and len(store.index):
-    return Verdict("nothing")
+    return Finding("nothing")
   where = "data" if not len(store.index) else empty[0]
-  return Verdict(
+  return Finding(
     "nothing",
     max(1, len(empty)),
     f"{where}: got no row with anything to train on, expected at least one. "

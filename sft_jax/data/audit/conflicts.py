@@ -95,9 +95,9 @@ def disagree(one: str, other: str) -> bool:
     return False
   if max(len(a), len(b)) <= _SHORT:
     return True
-  verdicts = [_YES_NO.match(text) for text in (one, other)]
-  if verdicts[0] and verdicts[1]:
-    return verdicts[0][1].lower() != verdicts[1][1].lower()
+  answered = [_YES_NO.match(text) for text in (one, other)]
+  if answered[0] and answered[1]:
+    return answered[0][1].lower() != answered[1][1].lower()
   numbers = [_NUMBER.findall(text)[-1:] for text in (one, other)]
   if numbers[0] and numbers[1] and numbers[0] != numbers[1]:
     return True

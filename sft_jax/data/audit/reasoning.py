@@ -29,10 +29,10 @@ _FOUND = 0.9
 _SHOWN = 5
 
 
-def judge(
+def check(
   store: Store, tokenizer: Tokenizer, *, seed: int = 0
-) -> checks.Verdict:
-  """The verdict 'think': rows whose reasoning their examples do not hold.
+) -> checks.Finding:
+  """The finding 'think': rows whose reasoning their examples do not hold.
 
   Rows that are cut or dropped lose it by their options and are not at fault.
 
@@ -60,8 +60,8 @@ def judge(
         if not all(holds(seen, thought) for thought in thoughts):
           lost.append(where)
   if not lost:
-    return checks.Verdict("think")
-  return checks.Verdict(
+    return checks.Finding("think")
+  return checks.Finding(
     "think",
     len(lost),
     f"{lost[0]}: holds reasoning that is not in what is trained "

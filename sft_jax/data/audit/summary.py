@@ -21,14 +21,14 @@ from sft_jax.data.audit import (
   score_summary,
   text_hashing,
 )
-from sft_jax.data.audit import warnings as suspicions
+from sft_jax.data.audit import warnings as warnings_
 from sft_jax.data.chat.options import DEFAULT, RenderOptions
 from sft_jax.data.encoding.encode import PARTS, Example
 from sft_jax.data.pipeline import Stream
 from sft_jax.data.store.store import Store
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
 
-SCHEMA = 1
+SCHEMA = 2
 _QUANTILES = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95,
               "p99": 0.99}  # fmt: skip
 _BINS = 24
@@ -41,7 +41,7 @@ def inspect(
   train: Store,
   held_out: Store | None,
   stream: Stream | None,
-  verdicts: Sequence[checks.Verdict],
+  findings: Sequence[checks.Finding],
   tokenizer: Tokenizer,
   *,
   own_files: bool = True,
@@ -59,10 +59,10 @@ def inspect(
   Args:
     train, held_out: encoded rows.
     stream: the training rows as batches; None where there are none.
-    verdicts: what `audit` said of the stores.
+    findings: what `audit` said of the stores.
     tokenizer: of the stores.
     own_files: the held-out rows come from files of their own.
-    allow: names of verdicts that may fail.
+    allow: names of findings that may fail.
     format: of the rows; see `formats.to_conversation`.
     options: of the stores. Where it leaves reasoning out, nobody asks for it.
     rows_seed: of the stores: drew the rows of sources with a limit.
@@ -77,25 +77,25 @@ def inspect(
       train, held_out, folder=Path(folder), format=format, seed=rows_seed
     ) as said,
   ):
-    verdicts = list(verdicts)
+    findings = list(findings)
     # Templates may strip the reasoning of turns before the last.
     if options.reasoning != "strip" and options.train_on != "last_turn":
-      verdicts.append(reasoning.judge(train, tokenizer, seed=rows_seed))
-    warnings = suspicions.find(said)
+      findings.append(reasoning.check(train, tokenizer, seed=rows_seed))
+    warnings = warnings_.find(said)
     if held_out:
-      verdict, like = _overlap(said, own_files=own_files)
-      verdicts.append(verdict)
+      finding, like = _overlap(said, own_files=own_files)
+      findings.append(finding)
       warnings += [like] if like.count else []
     warnings = [_warning(one, said) for one in warnings]
   rng = np.random.default_rng(samples_seed)
   chosen = rng.permutation(len(train.index))[:samples]
   return {
     "schema": SCHEMA,
-    "passed": not any(v.count and v.name not in allow for v in verdicts),
-    "verdicts": [_verdict(one, allow) for one in verdicts],
+    "passed": not any(v.count and v.name not in allow for v in findings),
+    "findings": [_finding(one, allow) for one in findings],
     "warnings": warnings,
-    "ledger": (stream or train).ledger.to_json(),
-    "held_out": held_out.ledger.to_json() if held_out else None,
+    "ledger": (stream or train).stats.to_json(),
+    "held_out": held_out.stats.to_json() if held_out else None,
     "epoch": stream
     and {
       "steps": stream.steps_per_epoch,
@@ -149,14 +149,44 @@ def sample(store: Store, i: int, tokenizer: Tokenizer) -> dict[str, Any]:
     "place": store.place(i),
     "tokens": example.tokens.tolist(),
     "loss_weights": example.loss_weights.tolist(),
-    "pieces": pieces(example, tokenizer),
+    "spans": spans(example, tokenizer),
   }
 
 
-def pieces(example: Example, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def step_rows(
+  stream: Stream, tokenizer: Tokenizer, step: int
+) -> list[dict[str, Any]]:
+  """Every example that step number `step` trained on.
+
+  Args:
+    stream: of the run.
+    tokenizer: of the run.
+    step: 1 for the first.
+
+  Returns:
+    [{'step', 'row' of the batch, 'place', 'tokens', 'loss_weights', 'spans'}],
+    see `sample`.
+
+  Raises:
+    ValueError: a step that the stream does not have.
+  """
+  last = stream.num_steps
+  if step < 1 or (last is not None and step > last):
+    raise ValueError(
+      f"step: got {step}, expected 1 to {last or 'any number'}. Name a step "
+      "of this run."
+    )
+  return [
+    {"step": step, "row": row, **sample(stream.store, i, tokenizer)}
+    for row, ids in enumerate(stream.rows_of(step - 1))
+    for i in ids
+  ]
+
+
+def spans(example: Example, tokenizer: Tokenizer) -> list[dict[str, Any]]:
   """The text of an example, cut where the kind of its tokens changes.
 
-  Each piece is {'text', 'special': bool, 'weight': float, 'part': who says it,
+  Each piece is {'text', 'special': bool, 'weight': float, 'role':
   see `encode.PARTS`}. Together they are the text of all tokens.
   """
   ids = example.tokens.tolist()
@@ -168,7 +198,7 @@ def pieces(example: Example, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     )
   ]
   made, shown = [], ""
-  for end, (is_special, weight, part) in enumerate(kinds, 1):
+  for end, (is_special, weight, role) in enumerate(kinds, 1):
     if end == len(kinds) or kinds[end] != kinds[end - 1]:
       # A token may be part of a character, or lose its space when it stands
       # alone, so what a run adds to all before it is shown.
@@ -178,7 +208,7 @@ def pieces(example: Example, tokenizer: Tokenizer) -> list[dict[str, Any]]:
           "text": whole[len(shown) :],
           "special": is_special,
           "weight": weight,
-          "part": part,
+          "role": role,
         }
       )
       shown = whole
@@ -187,24 +217,24 @@ def pieces(example: Example, tokenizer: Tokenizer) -> list[dict[str, Any]]:
 
 def _overlap(
   said: row_texts.Texts, *, own_files: bool
-) -> tuple[checks.Verdict, suspicions.Suspicion]:
+) -> tuple[checks.Finding, warnings_.DataWarning]:
   """Overlap by words, which sees prompts that differ in case or spacing."""
   held = np.flatnonzero(said.held_out)
   found = overlap.find(
     _rows(said, np.flatnonzero(~said.held_out)), _rows(said, held)
   )
-  verdict = checks.overlap_verdict(
+  finding = checks.overlap_finding(
     found, lambda i: said.place(int(held[i])), own_files=own_files
   )
   like = np.flatnonzero(found.share >= overlap.SHARE)
-  return verdict._replace(of="held out, by words"), suspicions.Suspicion(
+  return finding._replace(of="held out, by words"), warnings_.DataWarning(
     "held-out look-alikes",
     len(like),
     f"{len(like):,} of {len(held):,} held-out rows stand by half or more in "
     f"training rows, in runs of {overlap.RUN} words: what is measured on them "
     "is partly memory.",
     tuple(
-      suspicions.Example(f"{found.share[i]:.0%} of it", (int(held[i]),))
+      warnings_.Example(f"{found.share[i]:.0%} of it", (int(held[i]),))
       for i in like[:_LIKE_SHOWN]
     ),
   )
@@ -225,25 +255,25 @@ def _rows(
     yield overlap.Rows(prompts, text_hashing.take(whole, rows))
 
 
-def _verdict(one: checks.Verdict, allow: Collection[str]) -> dict[str, Any]:
+def _finding(one: checks.Finding, allow: Collection[str]) -> dict[str, Any]:
   return {
     "name": one.name,
     "of": one.of,
     "passed": not one.count,
     "allowed": one.name in allow,
     "count": one.count,
-    "said": one.said,
+    "message": one.message,
     "places": list(one.places),
   }
 
 
 def _warning(
-  one: suspicions.Suspicion, said: row_texts.Texts
+  one: warnings_.DataWarning, said: row_texts.Texts
 ) -> dict[str, Any]:
   return {
     "name": one.name,
     "count": one.count,
-    "said": one.said,
+    "message": one.message,
     "examples": [
       {
         "note": example.note,

@@ -13,13 +13,13 @@ from sft_jax.data.tokenizers import files
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
 
 _CHUNK = 1 << 18  # tokens looked at together: what caches hold
-# Parts that a row's author wrote, and those that go on with a turn.
+# Roles of text that a row's author wrote, and those that go on with a turn.
 _SAID = ("system", "user", "tool", "answer", "reasoning")
 _OF_TURN = ("answer", "reasoning", "tool_call", "stop")
 
 
 class Facts(NamedTuple):
-  """What verdicts need to know of a tokenizer; see `facts`.
+  """What findings need to know of a tokenizer; see `facts`.
 
   Attributes:
     vocab_size: ids that there are.
@@ -46,14 +46,14 @@ class Documents(NamedTuple):
   Attributes:
     rows: which examples of the store.
     starts: example k is tokens[starts[k]:starts[k + 1]].
-    tokens, weights, parts: theirs; see `encode.Example`.
+    tokens, weights, roles: theirs; see `encode.Example`.
   """
 
   rows: slice
   starts: Int64[np.ndarray, " rows+1"]
   tokens: Int32[np.ndarray, " tokens"]
   weights: Float32[np.ndarray, " tokens"]
-  parts: UInt8[np.ndarray, " tokens"]
+  roles: UInt8[np.ndarray, " tokens"]
 
 
 def facts(tokenizer: Tokenizer, options: RenderOptions = DEFAULT) -> Facts:
@@ -96,7 +96,7 @@ def batches(store: Store) -> Iterator[Documents]:
       ends,
       tokens.astype(np.int32),
       np.repeat(runs["weight"], sizes),
-      np.repeat(runs["part"], sizes),
+      np.repeat(runs["role"], sizes),
     )
     at = end
 
@@ -144,7 +144,7 @@ def turn_ends(
   # Raw text ends anywhere, and what is cut off ends where it is cut.
   ends[last[cut]] = False
   ends[np.repeat(raw, np.diff(documents.starts))] = False
-  goes_on = _is_part(documents, _OF_TURN)
+  goes_on = _has_role(documents, _OF_TURN)
   goes_on[documents.starts[:-1]] = False
   ends[:-1] &= ~goes_on[1:]
   at = np.flatnonzero(ends)
@@ -199,10 +199,10 @@ def control_tokens(
   if not known.special_ids:
     return np.empty(0, np.int64)
   special = np.isin(documents.tokens, list(known.special_ids))
-  return np.flatnonzero(special & _is_part(documents, _SAID))
+  return np.flatnonzero(special & _has_role(documents, _SAID))
 
 
-def _is_part(
-  documents: Documents, parts: Collection[str]
+def _has_role(
+  documents: Documents, roles: Collection[str]
 ) -> Bool[np.ndarray, " tokens"]:
-  return np.isin(documents.parts, [PARTS.index(part) for part in parts])
+  return np.isin(documents.roles, [PARTS.index(role) for role in roles])

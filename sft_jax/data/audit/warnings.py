@@ -1,4 +1,4 @@
-"""Suspicions: what looks wrong with training rows, with examples.
+"""Warnings: what looks wrong with training rows, with examples.
 
 None of them refuses a run:
 
@@ -36,7 +36,7 @@ _FAR = 5.0
 
 
 class Example(NamedTuple):
-  """Rows that show a suspicion: what they are, and where they stand.
+  """Rows that show a warning: what they are, and where they stand.
 
   Attributes:
     note: in a few words, such as 'similarity 0.91'.
@@ -47,24 +47,24 @@ class Example(NamedTuple):
   rows: tuple[int, ...]
 
 
-class Suspicion(NamedTuple):
+class DataWarning(NamedTuple):
   """One thing that looks wrong.
 
   Attributes:
     name: see the head of this file.
     count: rows concerned.
-    said: what it means, in a line.
+    message: what it means, in a line.
     examples: a few.
   """
 
   name: str
   count: int
-  said: str
+  message: str
   examples: tuple[Example, ...]
 
 
-def find(texts: Texts) -> list[Suspicion]:
-  """All suspicions about training rows; those about none are left out."""
+def find(texts: Texts) -> list[DataWarning]:
+  """All warnings about training rows; those about none are left out."""
   rows = texts.words("row")
   # Rows without a word have nothing to share.
   first = _first_of(words_lib.whole(rows), texts.watched & (rows.counts > 0))
@@ -78,7 +78,7 @@ def find(texts: Texts) -> list[Suspicion]:
     _lengths(texts),
     *_by_answer(texts),
   ]
-  return [suspicion for suspicion in found if suspicion.count]
+  return [warning for warning in found if warning.count]
 
 
 def _first_of(
@@ -111,9 +111,9 @@ def _groups(
   return again, tuple(examples)
 
 
-def _duplicates(first: Int64[np.ndarray, " rows"]) -> Suspicion:
+def _duplicates(first: Int64[np.ndarray, " rows"]) -> DataWarning:
   count, examples = _groups(first, "with the same words")
-  return Suspicion(
+  return DataWarning(
     "duplicates",
     count,
     f"{count:,} rows repeat another, case, spacing and punctuation aside: "
@@ -124,7 +124,7 @@ def _duplicates(first: Int64[np.ndarray, " rows"]) -> Suspicion:
 
 def _near_duplicates(
   texts: Texts, first: Int64[np.ndarray, " rows"]
-) -> Suspicion:
+) -> DataWarning:
   rows = texts.words("row")
   unique = texts.watched & (first == np.arange(len(first)))
   common = near_duplicates.boilerplate(rows, n=SHINGLE, among=unique)
@@ -133,7 +133,7 @@ def _near_duplicates(
   )
   count, _ = _groups(pairs.group, "")
   order = np.argsort(-pairs.similarity, kind="stable")[:_SHOWN]
-  return Suspicion(
+  return DataWarning(
     "near duplicates",
     count,
     f"{count:,} rows nearly repeat another (Jaccard of {SHINGLE}-word runs at "
@@ -148,10 +148,10 @@ def _near_duplicates(
   )
 
 
-def _conflicts(texts: Texts) -> Suspicion:
+def _conflicts(texts: Texts) -> DataWarning:
   found = conflicts.find(texts)
   rows = {row for pair in found for row in pair}
-  return Suspicion(
+  return DataWarning(
     "conflicts",
     len(rows),
     f"{len(rows):,} rows answer the same question in different ways "
@@ -160,7 +160,7 @@ def _conflicts(texts: Texts) -> Suspicion:
   )
 
 
-def _empty(texts: Texts) -> Suspicion:
+def _empty(texts: Texts) -> DataWarning:
   kept = []
   for start, some in texts.batches("answer"):
     kept += [start + i for i, text in enumerate(some) if answers.is_empty(text)]
@@ -177,7 +177,7 @@ def _empty(texts: Texts) -> Suspicion:
     said = (
       f"{count:,} answers are empty, and dropped ({', '.join(places)}); "
     ) + said
-  return Suspicion(
+  return DataWarning(
     "empty answers",
     count + len(kept),
     said + ".",
@@ -185,7 +185,7 @@ def _empty(texts: Texts) -> Suspicion:
   )
 
 
-def _openings(texts: Texts) -> Iterable[Suspicion]:
+def _openings(texts: Texts) -> Iterable[DataWarning]:
   """Prompts that begin or end alike, and answers that begin alike."""
   for column, edge, count_of in (
     ("prompt", "begin", words_lib.first),
@@ -201,7 +201,7 @@ def _openings(texts: Texts) -> Iterable[Suspicion]:
     )
     many = many[np.argsort(-sizes[many], kind="stable")]
     count = int(sizes[many].sum())
-    yield Suspicion(
+    yield DataWarning(
       f"{column}s that {edge} alike",
       count,
       f"{count:,} of {asked:,} {column}s {edge} with one of {len(many)} "
@@ -213,7 +213,7 @@ def _openings(texts: Texts) -> Iterable[Suspicion]:
     )
 
 
-def _languages(texts: Texts) -> Suspicion:
+def _languages(texts: Texts) -> DataWarning:
   found = [np.empty(0, np.int64)]
   words = texts.words("answer")
   for start, some in texts.batches("answer"):
@@ -232,7 +232,7 @@ def _languages(texts: Texts) -> Suspicion:
   shares = ", ".join(
     f"{names[i]} {counts[i]:,}" for i in np.argsort(-counts) if counts[i]
   )
-  return Suspicion(
+  return DataWarning(
     "languages",
     int(counts[rare].sum()),
     f"Answers by language: {shares}. Those below {_RARE_LANGUAGE:.0%} of the "
@@ -241,7 +241,7 @@ def _languages(texts: Texts) -> Suspicion:
   )
 
 
-def _lengths(texts: Texts) -> Suspicion:
+def _lengths(texts: Texts) -> DataWarning:
   """Answers whose length is far from the others'.
 
   Lengths of texts are about log-normal: distance is measured in their
@@ -251,14 +251,14 @@ def _lengths(texts: Texts) -> Suspicion:
   counts = texts.words("answer").counts
   looked = texts.watched & ~texts.text  # Raw text is as long as it is.
   if not looked.any():
-    return Suspicion("lengths", 0, "", ())
+    return DataWarning("lengths", 0, "", ())
   logs = np.log1p(counts)
   middle = np.median(logs[looked])
   apart = np.where(looked, np.abs(logs - middle), 0)
   spread = max(1.4826 * float(np.median(apart[looked])), 0.25)
   far = apart > _FAR * spread
   order = np.argsort(-apart, kind="stable")[: far.sum()]
-  return Suspicion(
+  return DataWarning(
     "lengths",
     int(far.sum()),
     f"{int(far.sum()):,} answers are much longer or shorter than the median of "
@@ -269,7 +269,7 @@ def _lengths(texts: Texts) -> Suspicion:
   )
 
 
-def _by_answer(texts: Texts) -> list[Suspicion]:
+def _by_answer(texts: Texts) -> list[DataWarning]:
   """What each answer shows by itself: refusals, and ends cut off."""
   refused: list[Example] = []
   cut: list[Example] = []
@@ -283,13 +283,13 @@ def _by_answer(texts: Texts) -> list[Suspicion]:
         cut.append(Example(why, (row,)))
   total = max(int(texts.watched.sum()), 1)
   return [
-    Suspicion(
+    DataWarning(
       "refusals",
       len(refused),
       f"{len(refused):,} answers decline ({len(refused) / total:.1%}).",
       tuple(refused[:_SHOWN]),
     ),
-    Suspicion(
+    DataWarning(
       "cut off",
       len(cut),
       f"{len(cut):,} answers look cut off ({len(cut) / total:.1%}).",

@@ -34,7 +34,7 @@ from sft_jax.data.store.files import (
   token_dtype,
   write_meta,
 )
-from sft_jax.data.store.stats import Ledger
+from sft_jax.data.store.stats import DatasetStats
 from sft_jax.data.store.store import Store, count, open_store
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
 
@@ -54,7 +54,7 @@ def build(
   on_bad_row: str = "error",
   seed: int = 0,
   num_workers: int = 0,
-  announce: Callable[[str], None] = print,
+  log: Callable[[str], None] = print,
 ) -> Store:
   """Encodes every row of the sources, or opens what was encoded before.
 
@@ -74,7 +74,7 @@ def build(
       writes its place and fault to bad_rows.jsonl.
     seed: draws the rows of sources with a limit.
     num_workers: processes that encode; 0 is one per core, 1 only this one.
-    announce: told in a line each what is done.
+    log: told in a line each what is done.
 
   Raises:
     RowError: a malformed row, by its place: the first, whatever the workers.
@@ -103,13 +103,13 @@ def build(
   if folder.exists():
     try:
       store = open_store(folder, parts)
-      announce(f"data: {len(store.index):,} examples from cache {folder}")
+      log(f"data: {len(store.index):,} examples from cache {folder}")
       return store
     except ValueError as damage:
-      announce(f"{damage} Making it again now.")
+      log(f"{damage} Making it again now.")
       shutil.rmtree(folder)
 
-  announce(f"data: encoding {', '.join(s.label for s in parts)} into {folder}")
+  log(f"data: encoding {', '.join(s.label for s in parts)} into {folder}")
   recipe = shards.Recipe(
     tokenizer, options, max_length, format, skip_bad_rows=on_bad_row == "skip"
   )
@@ -128,12 +128,12 @@ def build(
     ):
       for chunk in encoded:
         writer.append(chunk)
-    _seal(place, parts, writer.ledger, made_from, writer.tokens)
+    _seal(place, parts, writer.stats, made_from, writer.tokens)
     _move(place, folder)
   store = open_store(folder, parts)
-  if bad := store.ledger.dropped("malformed"):
+  if bad := store.stats.dropped("malformed"):
     where = folder / "bad_rows.jsonl"
-    announce(f"data: {bad:,} malformed rows skipped; see {where}")
+    log(f"data: {bad:,} malformed rows skipped; see {where}")
   return store
 
 
@@ -153,9 +153,9 @@ class _Writer:
   """Appends encoded chunks to the files of a store."""
 
   def __init__(self, folder: Path, vocab_size: int, sources: Sequence[Source]):
-    self.ledger = Ledger()
+    self.stats = DatasetStats()
     for source in sources:
-      self.ledger.source(source.label)
+      self.stats.source(source.label)
     self.tokens = token_dtype(vocab_size)
     self._sources = sources
     names = (*FILES, "bad_rows.jsonl")
@@ -176,12 +176,12 @@ class _Writer:
     """Writes a chunk; raises its fault."""
     if chunk.fault:
       raise chunk.fault
-    self.ledger.source(self._sources[chunk.number].label).add(chunk.ledger)
+    self.stats.source(self._sources[chunk.number].label).add(chunk.stats)
     for name, begin in self._begin.items():
       chunk.index[name] += begin
     self._begin["start"] += len(chunk.tokens)
     self._begin["run"] += len(chunk.runs)
-    self._begin["row"] += chunk.ledger.rows_trained
+    self._begin["row"] += chunk.stats.rows_trained
     self._begin["place"] += len(chunk.places)
     data = (
       _narrow(chunk.tokens, self.tokens).tobytes(),
@@ -207,14 +207,14 @@ def _narrow(tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def _seal(
   folder: Path,
   sources: Sequence[Source],
-  ledger: Ledger,
+  stats: DatasetStats,
   made_from: dict[str, Any],
   tokens: np.dtype,
 ) -> None:
   """Counts what was written and puts it under digests."""
   index = map_file(folder / "index.bin", INDEX)
   runs = map_file(folder / "runs.bin", RUN)
-  count(index, runs, sources, ledger).check()
+  count(index, runs, sources, stats).check()
   files = {file.name: digest(file) for file in sorted(folder.iterdir())}
   made = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode())
   made.update((files["tokens.bin"] + files["runs.bin"]).encode())
@@ -223,8 +223,8 @@ def _seal(
     "files": files,
     "tokens": tokens.str,
     "fingerprint": made.hexdigest(),
-    "causes": made_from,
-    "ledger": ledger.to_json(),
+    "fingerprint_inputs": made_from,
+    "stats": stats.to_json(),
   }
   write_meta(folder, meta)
 

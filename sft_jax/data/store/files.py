@@ -1,11 +1,11 @@
 """The files of a store: what lies where, and digests to tell damage by.
 
     tokens.bin   ids      all examples' tokens, back to back
-    runs.bin     RUN      their weights and parts, as runs of equal ones
+    runs.bin     RUN      their weights and roles, as runs of equal ones
     index.bin    INDEX    where each example lies and what it came from
     places.txt   utf-8    'rows.jsonl:12', for each row
     bad_rows.jsonl        malformed rows that were skipped, and why
-    meta.json             size and digest of the above; causes; the ledger
+    meta.json             digests of the above, fingerprint inputs, stats
 
 Ids take two bytes where the vocabulary allows it, and an example has a few
 runs: three or five bytes per token in all, for examples of 100 tokens.
@@ -39,9 +39,9 @@ INDEX = np.dtype(
     ("may_run_on", "?"),  # raw or truncated: need not end in a stop token
   ]
 )
-# Neighbouring tokens of one example of one weight and one part, which is an
+# Neighbouring tokens of one example of one weight and one role, which is an
 # index of `encode.PARTS`.
-RUN = np.dtype([("length", "<i4"), ("weight", "<f4"), ("part", "u1")])
+RUN = np.dtype([("length", "<i4"), ("weight", "<f4"), ("role", "u1")])
 FILES = ("tokens.bin", "runs.bin", "index.bin", "places.txt")
 _BLOCK = 1 << 24  # bytes digested together
 

@@ -21,7 +21,7 @@ from sft_jax.data.encoding.encode import Example
 from sft_jax.data.formats import formats
 from sft_jax.data.sources import Source
 from sft_jax.data.store.files import INDEX, RUN
-from sft_jax.data.store.stats import SourceLedger
+from sft_jax.data.store.stats import SourceStats
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
 
 # A chunk ends at whichever comes first. It is about 50 ms of work.
@@ -52,7 +52,7 @@ class Encoded(NamedTuple):
 
   Attributes:
     number: of its source.
-    ledger: what became of each row.
+    stats: what became of each row.
     tokens: of all examples, back to back.
     runs: see `store_files.RUN`.
     index: see `store_files.INDEX`; starts and rows count from those of the
@@ -63,7 +63,7 @@ class Encoded(NamedTuple):
   """
 
   number: int
-  ledger: SourceLedger
+  stats: SourceStats
   tokens: Shaped[np.ndarray, " tokens"]
   runs: Shaped[np.ndarray, " runs"]
   index: Shaped[np.ndarray, " examples"]
@@ -166,21 +166,21 @@ def encode_chunk(recipe: Recipe, chunk: Chunk) -> Encoded:
     if isinstance(conversation, _Broken):
       fault = conversation.fault
       break
-    made.ledger.rows_in += 1
+    made.stats.rows_in += 1
     try:
       if isinstance(conversation, _Beyond):
-        made.ledger.drop("beyond limit", conversation.place)
+        made.stats.drop("beyond limit", conversation.place)
       elif isinstance(conversation, Exception):
         raise conversation
       else:
         made.add(conversation, tokens, content_of(item[1]))
     except NothingToTrain as nothing:
-      made.ledger.drop(nothing.reason, item[0])
+      made.stats.drop(nothing.reason, item[0])
     except RowError as error:
       if not recipe.skip_bad_rows:
         fault = error
         break
-      made.ledger.drop("malformed", error.where)
+      made.stats.drop("malformed", error.where)
       line = {"where": error.where, "error": str(error)}
       made.bad_rows += json.dumps(line).encode() + b"\n"
   return made.encoded(chunk.number, fault)
@@ -208,7 +208,7 @@ class _Arrays:
   """Grows the arrays of an `Encoded`."""
 
   def __init__(self, recipe: Recipe):
-    self.ledger = SourceLedger()
+    self.stats = SourceStats()
     self.bad_rows = bytearray()
     self._recipe = recipe
     self._examples: list[Example] = []
@@ -230,12 +230,12 @@ class _Arrays:
       made=made,
     )
     if not encoded.examples:
-      self.ledger.drop(next(iter(encoded.dropped), "empty text"), place)
+      self.stats.drop(next(iter(encoded.dropped), "empty text"), place)
       return
     for reason, turns in encoded.dropped.items():
-      self.ledger.drop_turns(reason, turns, place)
+      self.stats.drop_turns(reason, turns, place)
     for note in encoded.notes:
-      self.ledger.note(note, place)
+      self.stats.note(note, place)
     self._append(
       encoded.examples, content, place, conversation.text is not None
     )
@@ -244,7 +244,7 @@ class _Arrays:
     self, examples: Sequence[Example], content: int, place: str, text: bool
   ) -> None:
     where = place.encode()
-    row = self.ledger.rows_trained
+    row = self.stats.rows_trained
     truncates = self._recipe.options.over_long == "truncate"
     for example in examples:
       length = len(example.tokens)
@@ -261,7 +261,7 @@ class _Arrays:
       self._num_tokens += length
       self._num_runs += len(runs)
     self._places += where
-    self.ledger.rows_trained += 1
+    self.stats.rows_trained += 1
 
   def encoded(self, number: int, fault: Exception | None) -> Encoded:
     tokens = [example.tokens for example in self._examples]
@@ -269,7 +269,7 @@ class _Arrays:
     index["source"] = number
     return Encoded(
       number=number,
-      ledger=self.ledger,
+      stats=self.stats,
       tokens=np.concatenate([np.empty(0, np.int32), *tokens]),
       runs=np.concatenate([np.empty(0, RUN), *self._runs]),
       index=index,
@@ -280,14 +280,14 @@ class _Arrays:
 
 
 def to_runs(example: Example) -> Shaped[np.ndarray, " runs"]:
-  """Weights and parts as runs of equal ones: [0 0 1] -> 2 x 0, 1 x 1."""
-  weights, parts = example.loss_weights, example.parts
-  new = (weights[1:] != weights[:-1]) | (parts[1:] != parts[:-1])
+  """Weights and roles as runs of equal ones: [0 0 1] -> 2 x 0, 1 x 1."""
+  weights, roles = example.loss_weights, example.parts
+  new = (weights[1:] != weights[:-1]) | (roles[1:] != roles[:-1])
   starts = np.concatenate([[0], np.flatnonzero(new) + 1])
   runs = np.empty(len(starts), RUN)
   runs["length"] = np.diff(starts, append=len(weights))
   runs["weight"] = weights[starts]
-  runs["part"] = parts[starts]
+  runs["role"] = roles[starts]
   return runs
 
 

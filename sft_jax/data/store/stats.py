@@ -1,4 +1,4 @@
-"""Ledger: every row and every token is counted, from the first row read.
+"""DatasetStats: every row and every token is counted, from the first row read.
 
 Law 2 is arithmetic: rows in = trained + dropped (by reason), and tokens =
 prompt + trained + padding. Both sums are kept per source, checked, printed at
@@ -17,7 +17,7 @@ QUANTILES = {"shortest": 0.0, "median": 0.5, "95 %": 0.95, "longest": 1.0}
 
 
 @dataclasses.dataclass
-class SourceLedger:
+class SourceStats:
   """What became of one source.
 
   Attributes:
@@ -32,7 +32,7 @@ class SourceLedger:
     examples: documents made from the trained rows.
     tokens_prompt: tokens read but not trained.
     tokens_trained: tokens with a weight above zero.
-    parts: (tokens, trained ones) by who says them: see `encode.PARTS`.
+    roles: (tokens, trained ones) by role: see `encode.PARTS`.
     lengths: of the examples, in tokens: the quantiles named in `QUANTILES`.
   """
 
@@ -46,10 +46,10 @@ class SourceLedger:
   examples: int = 0
   tokens_prompt: int = 0
   tokens_trained: int = 0
-  parts: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+  roles: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
   lengths: dict[str, int] = dataclasses.field(default_factory=dict)
 
-  def add(self, later: "SourceLedger") -> None:
+  def add(self, later: "SourceStats") -> None:
     """Enters what became of rows that come after these."""
     self.rows_in += later.rows_in
     for name in ("dropped", "dropped_turns", "notes"):
@@ -75,7 +75,7 @@ class SourceLedger:
     self.notes[note] = self.notes.get(note, 0) + 1
     self.remember(note, place)
 
-  def read_as(self, whole: "SourceLedger") -> None:
+  def read_as(self, whole: "SourceStats") -> None:
     """Enters what was read and dropped when all of the rows were here."""
     self.rows_in = whole.rows_in
     for name in ("dropped", "dropped_turns", "notes"):
@@ -103,17 +103,17 @@ class SourceLedger:
     return lines
 
   def details(self) -> list[str]:
-    """Lengths, and tokens by who says them."""
+    """Lengths, and tokens by role."""
     lines = []
     if self.lengths:
       spread = [f"{what} {number:,}" for what, number in self.lengths.items()]
       lines.append(f"tokens of an example: {', '.join(spread)}")
-    if self.parts:
+    if self.roles:
       said = [
-        f"{part} {tokens:,}" + (f" ({trained:,} trained)" if trained else "")
-        for part, (tokens, trained) in self.parts.items()
+        f"{role} {tokens:,}" + (f" ({trained:,} trained)" if trained else "")
+        for role, (tokens, trained) in self.roles.items()
       ]
-      lines.append(f"tokens by part: {', '.join(said)}")
+      lines.append(f"tokens by role: {', '.join(said)}")
     return lines
 
   def _where(self, reason: str, number: int) -> str:
@@ -143,7 +143,7 @@ class Mixed:
 
 
 @dataclasses.dataclass
-class EpochLedger:
+class EpochStats:
   """The slots of one epoch's packs: prompt, trained or padding.
 
   `mixture` says what each source makes of them.
@@ -163,15 +163,15 @@ class EpochLedger:
 
 
 @dataclasses.dataclass
-class Ledger:
+class DatasetStats:
   """Rows and tokens by source, and the slots of the first epoch once packed."""
 
-  sources: dict[str, SourceLedger] = dataclasses.field(default_factory=dict)
-  epoch: EpochLedger | None = None
+  sources: dict[str, SourceStats] = dataclasses.field(default_factory=dict)
+  epoch: EpochStats | None = None
 
-  def source(self, name: str) -> SourceLedger:
+  def source(self, name: str) -> SourceStats:
     """The account of one source, opened when first asked for."""
-    return self.sources.setdefault(name, SourceLedger())
+    return self.sources.setdefault(name, SourceStats())
 
   def total(self, field: str) -> int:
     """Sum of a count over all sources."""
@@ -193,13 +193,13 @@ class Ledger:
     ]
     for name, s in self.sources.items():
       tokens = s.tokens_prompt + s.tokens_trained
-      by_part = (
-        sum(n for n, _ in s.parts.values()),
-        sum(n for _, n in s.parts.values()),
+      by_role = (
+        sum(n for n, _ in s.roles.values()),
+        sum(n for _, n in s.roles.values()),
       )
-      sums.append((f"{name}: tokens by part", tokens, by_part[0]))
+      sums.append((f"{name}: tokens by role", tokens, by_role[0]))
       sums.append(
-        (f"{name}: trained tokens by part", s.tokens_trained, by_part[1])
+        (f"{name}: trained tokens by role", s.tokens_trained, by_role[1])
       )
     if e := self.epoch:
       kinds = e.tokens_prompt + e.tokens_trained + e.tokens_padding
@@ -211,7 +211,7 @@ class Ledger:
     for where, total, parts in sums:
       if total != parts:
         raise ValueError(
-          f"ledger of {where}: got {parts} accounted for, expected {total}. "
+          f"stats of {where}: got {parts} accounted for, expected {total}. "
           "This is a fault of the data pipeline, not of the data; report it."
         )
 
@@ -220,14 +220,14 @@ class Ledger:
     return dataclasses.asdict(self)
 
   @classmethod
-  def from_json(cls, data: dict[str, Any]) -> "Ledger":
-    sources = {name: SourceLedger(**s) for name, s in data["sources"].items()}
+  def from_json(cls, data: dict[str, Any]) -> "DatasetStats":
+    sources = {name: SourceStats(**s) for name, s in data["sources"].items()}
     for source in sources.values():  # JSON has lists.
-      source.parts = {part: (a, b) for part, (a, b) in source.parts.items()}
+      source.roles = {role: (a, b) for role, (a, b) in source.roles.items()}
     if not (epoch := data["epoch"]):
       return cls(sources)
     mixture = {name: Mixed(**m) for name, m in epoch["mixture"].items()}
-    return cls(sources, EpochLedger(**(epoch | {"mixture": mixture})))
+    return cls(sources, EpochStats(**(epoch | {"mixture": mixture})))
 
   def lines(self) -> list[str]:
     """A plain table for the start of a run, and why rows are dropped."""
@@ -273,7 +273,7 @@ class Ledger:
     return lines
 
   def details(self) -> list[str]:
-    """What `lines` leaves out: lengths, and tokens by who says them."""
+    """What `lines` leaves out: lengths, and tokens by role."""
     names = self.short_names()
     return [
       f"{names[name]}: {line}"

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float32, Int32, Int64, Integer, Shaped, UInt8
 from sft_jax.data.encoding.encode import PARTS, Example
 from sft_jax.data.sources import Source, solve_copies
 from sft_jax.data.store.files import INDEX, RUN, digest, map_file, read_meta
-from sft_jax.data.store.stats import HELD_OUT, QUANTILES, Ledger
+from sft_jax.data.store.stats import HELD_OUT, QUANTILES, DatasetStats
 
 _MANY = 1 << 18  # examples counted together
 
@@ -27,13 +27,14 @@ class Store:
 
   Attributes:
     tokens: all tokens on disk; of these `index` may select some.
-    runs: beside them, the weight of predicting each and who says it.
+    runs: beside them, the weight of predicting each and its role.
     places: all places on disk, as bytes.
     index: one INDEX record per example.
     sources: what was read, and how much of it an epoch sees.
     fingerprint: hash of the examples and of what they were made from.
-    causes: digests of what they were made from, by name, to say what differs.
-    ledger: what became of every row read.
+    fingerprint_inputs: what they were made from, by name (digests of files,
+      options): `fingerprint.differences` says what differs.
+    stats: what became of every row read.
     weights: what scales each example's loss; None is 1. See `selection`.
   """
 
@@ -43,8 +44,8 @@ class Store:
   index: Shaped[np.ndarray, " rows"]
   sources: tuple[Source, ...]
   fingerprint: str
-  causes: dict[str, Any]
-  ledger: Ledger
+  fingerprint_inputs: dict[str, Any]
+  stats: DatasetStats
   weights: Float32[np.ndarray, " rows"] | None = None
 
   @functools.cached_property
@@ -69,7 +70,7 @@ class Store:
     return solve_copies(self.sources, sums.astype(np.int64).tolist())
 
   def example(self, i: int) -> Example:
-    """Tokens of example i, with their weights and who says them."""
+    """Tokens of example i, with their weights and roles."""
     record = self.index[i]
     start, run = int(record["start"]), int(record["run"])
     tokens = self.tokens[start : start + int(record["length"])]
@@ -78,7 +79,7 @@ class Store:
     return Example(
       tokens.astype(np.int32),
       np.repeat(runs["weight"], lengths),
-      np.repeat(runs["part"], lengths),
+      np.repeat(runs["role"], lengths),
     )
 
   def place(self, i: int) -> str:
@@ -90,8 +91,8 @@ class Store:
   def split(self, fraction: float, *, seed: int) -> tuple["Store", "Store"]:
     """Holds out a share of the rows: (to train on, held out).
 
-    Equal rows go to the same side, and so do all examples of one row. In the
-    first ledger 'held out' is a reason to drop a row. Evaluation sees every
+    Equal rows go to the same side, and so do all examples of one row. The
+    first counts the others as held out, not as dropped. Evaluation sees every
     held-out row once and at full weight, whatever the mixture.
 
     Args:
@@ -115,10 +116,10 @@ class Store:
 
     train = self._part(~held, self.sources)
     held_out = self._part(held, tuple(map(_once, self.sources)))
-    for name, rest in train.ledger.sources.items():
-      away = held_out.ledger.source(name)
+    for name, rest in train.stats.sources.items():
+      away = held_out.stats.source(name)
       away.rows_in = away.rows_trained
-      rest.read_as(self.ledger.source(name))
+      rest.read_as(self.stats.source(name))
       if away.rows_in:
         rest.dropped[HELD_OUT] = away.rows_in
     return train, held_out
@@ -127,7 +128,7 @@ class Store:
     self,
     reasons: Mapping[str, Bool[np.ndarray, " rows"]],
     weights: Float32[np.ndarray, " rows"],
-    causes: Mapping[str, Mapping[str, Any]],
+    inputs: Mapping[str, Mapping[str, Any]],
   ) -> "Store":
     """Without the rows that there is a reason to drop; the others weigh.
 
@@ -135,39 +136,39 @@ class Store:
       reasons: {reason: whether each example is dropped for it}; all examples
         of a row for the same one.
       weights: of every example.
-      causes: what the choice was made from, {'source 1': {name: value}}.
+      inputs: what the choice was made from, {'source 1': {name: value}}.
     """
     keep = ~np.any([np.zeros(len(weights), bool), *reasons.values()], axis=0)
     kept = self._part(keep, self.sources)
     for number, source in enumerate(self.sources):
-      entry = kept.ledger.source(source.label)
-      entry.read_as(self.ledger.source(source.label))
+      entry = kept.stats.source(source.label)
+      entry.read_as(self.stats.source(source.label))
       mine = np.flatnonzero(self.source == number)
       first = np.diff(self.index["row"][mine], prepend=-1) > 0
       for reason, mask in reasons.items():
         for i in mine[first & mask[mine]].tolist():
           entry.drop(reason, self.place(i))
-    kept.ledger.check()
+    kept.stats.check()
     made = hashlib.sha256(kept.fingerprint.encode() + weights[keep].tobytes())
     return dataclasses.replace(
       kept,
       fingerprint=made.hexdigest(),
       weights=weights[keep],
-      causes={
-        name: {**value, **causes[name]} if name in causes else value
-        for name, value in self.causes.items()
+      fingerprint_inputs={
+        name: {**value, **inputs[name]} if name in inputs else value
+        for name, value in self.fingerprint_inputs.items()
       },
     )
 
   def _part(self, keep: np.ndarray, sources: tuple[Source, ...]) -> "Store":
-    """Some of the examples; of the ledger only what is counted of these."""
+    """Some of the examples; of the stats only what is counted of these."""
     kept = np.packbits(keep).tobytes()
     return dataclasses.replace(
       self,
       index=self.index[keep],
       sources=sources,
       fingerprint=hashlib.sha256(self.fingerprint.encode() + kept).hexdigest(),
-      ledger=count(self.index[keep], self.runs, sources, Ledger()),
+      stats=count(self.index[keep], self.runs, sources, DatasetStats()),
       weights=None if self.weights is None else self.weights[keep],
     )
 
@@ -180,15 +181,15 @@ def count(
   index: Shaped[np.ndarray, " rows"],
   runs: Shaped[np.ndarray, " runs"],
   sources: Sequence[Source],
-  ledger: Ledger,
-) -> Ledger:
-  """Enters into a ledger what is trained on; rows read and dropped stay."""
-  by_part = _count_parts(index, runs, len(sources))
+  stats: DatasetStats,
+) -> DatasetStats:
+  """Enters what is trained on; the counts of rows read and dropped stay."""
+  by_role = _count_roles(index, runs, len(sources))
   for number, source in enumerate(sources):
     mine = index["source"] == number
     # A row's examples follow each other.
     first = np.diff(index["row"][mine], prepend=-1) > 0
-    entry = ledger.source(source.label)
+    entry = stats.source(source.label)
     entry.rows_trained = int(first.sum())
     entry.rows_text = int((first & index["text"][mine]).sum())
     entry.examples = int(mine.sum())
@@ -199,20 +200,20 @@ def count(
       }
     entry.tokens_trained = int(index["trained"][mine].sum(dtype=np.int64))
     entry.tokens_prompt = sum(lengths) - entry.tokens_trained
-    entry.parts = {
-      part: (int(tokens), int(trained))
-      for part, tokens, trained in zip(PARTS, *by_part[:, number], strict=True)
+    entry.roles = {
+      role: (int(tokens), int(trained))
+      for role, tokens, trained in zip(PARTS, *by_role[:, number], strict=True)
       if tokens
     }
-  return ledger
+  return stats
 
 
-def _count_parts(
+def _count_roles(
   index: Shaped[np.ndarray, " rows"],
   runs: Shaped[np.ndarray, " runs"],
   num_sources: int,
-) -> Int64[np.ndarray, "2 sources parts"]:
-  """Tokens, and trained tokens, by source and part."""
+) -> Int64[np.ndarray, "2 sources roles"]:
+  """Tokens, and trained tokens, by source and role."""
   shape = (num_sources, len(PARTS))
   sums = np.zeros((2, *shape), np.int64)
   for begin in range(0, len(index), _MANY):
@@ -222,7 +223,7 @@ def _count_parts(
     mine = runs[
       np.arange(number.sum()) + np.repeat(some["run"] - starts, number)
     ]
-    key = np.repeat(some["source"], number) * len(PARTS) + mine["part"]
+    key = np.repeat(some["source"], number) * len(PARTS) + mine["role"]
     lengths = mine["length"]
     for kind, tokens in enumerate((lengths, lengths * (mine["weight"] > 0))):
       # Sums in float64 are exact up to 2**53 tokens.
@@ -252,11 +253,11 @@ def open_store(folder: Path, sources: Sequence[Source]) -> Store:
       "digests; expected the bytes that were written. Delete the folder, and "
       "it is made again."
     )
-  # A ledger names sources as they were named then; files may have moved.
-  written = Ledger.from_json(meta["ledger"]).sources.values()
+  # Sources are named as they were then; files may have moved.
+  written = DatasetStats.from_json(meta["stats"]).sources.values()
   names = [source.label for source in sources]
-  ledger = Ledger(dict(zip(names, written, strict=True)))
-  ledger.check()
+  stats = DatasetStats(dict(zip(names, written, strict=True)))
+  stats.check()
   return Store(
     tokens=map_file(folder / "tokens.bin", np.dtype(meta["tokens"])),
     runs=map_file(folder / "runs.bin", RUN),
@@ -264,6 +265,6 @@ def open_store(folder: Path, sources: Sequence[Source]) -> Store:
     index=map_file(folder / "index.bin", INDEX),
     sources=tuple(sources),
     fingerprint=meta["fingerprint"],
-    causes=meta["causes"],
-    ledger=ledger,
+    fingerprint_inputs=meta["fingerprint_inputs"],
+    stats=stats,
   )

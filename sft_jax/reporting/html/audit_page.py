@@ -26,11 +26,11 @@ def write(path: str | os.PathLike, found: Mapping[str, Any]) -> None:
 
 def _body(found: Mapping[str, Any]) -> Iterable[Element]:
   failed = [
-    v for v in found["verdicts"] if not v["passed"] and not v["allowed"]
+    v for v in found["findings"] if not v["passed"] and not v["allowed"]
   ]
   counted = found["ledger"]
   facts = {
-    "verdict": "passed" if found["passed"] else f"{len(failed)} failed",
+    "finding": "passed" if found["passed"] else f"{len(failed)} failed",
     "warnings": len(found["warnings"]),
     "rows read": ledger.total(counted, "rows_in"),
     "rows trained": ledger.total(counted, "rows_trained"),
@@ -40,16 +40,16 @@ def _body(found: Mapping[str, Any]) -> Iterable[Element]:
     facts["steps per epoch"] = f"{epoch['steps']:,.1f}"
     facts["of the slots filled"] = f"{epoch['fill']:.1%}"
   yield tiles(facts)
-  yield tag("h2", "Verdicts")
+  yield tag("h2", "Findings")
   passed: dict[str, list[str]] = {}
-  for verdict in found["verdicts"]:
-    if verdict["passed"]:
-      passed.setdefault(verdict["of"], []).append(verdict["name"])
+  for finding in found["findings"]:
+    if finding["passed"]:
+      passed.setdefault(finding["of"], []).append(finding["name"])
   yield tag(
     "ul",
-    *(_verdict(v) for v in found["verdicts"] if not v["passed"]),
+    *(_finding(v) for v in found["findings"] if not v["passed"]),
     *(_passed(of, names) for of, names in passed.items()),
-    class_="verdicts",
+    class_="findings",
   )
   yield tag("h2", "Samples, as the model sees them")
   yield rows.samples(found["samples"])
@@ -70,17 +70,17 @@ def _body(found: Mapping[str, Any]) -> Iterable[Element]:
   yield tag("div", *lengths, class_="charts")
 
 
-def _verdict(verdict: Mapping[str, Any]) -> Element:
-  word, kind = ("allowed", "warn") if verdict["allowed"] else ("FAILED", "bad")
+def _finding(finding: Mapping[str, Any]) -> Element:
+  word, kind = ("allowed", "warn") if finding["allowed"] else ("FAILED", "bad")
   parts = [
     tag("b", word, class_=kind),
     tag(
-      "span", verdict["name"], tag("span", f" {verdict['of']}", class_="dim")
+      "span", finding["name"], tag("span", f" {finding['of']}", class_="dim")
     ),
-    tag("p", verdict["said"]),
+    tag("p", finding["message"]),
   ]
-  if len(verdict["places"]) > 1:
-    places = ", ".join(verdict["places"])
+  if len(finding["places"]) > 1:
+    places = ", ".join(finding["places"])
     parts.append(tag("p", places, class_="dim"))
   return tag("li", *parts, class_=kind)
 
@@ -125,7 +125,7 @@ def _warning(warning: Mapping[str, Any]) -> Element:
   return tag(
     "details",
     tag("summary", warning["name"], count),
-    tag("p", warning["said"]),
+    tag("p", warning["message"]),
     *examples,
   )
 

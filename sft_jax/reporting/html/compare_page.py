@@ -214,7 +214,7 @@ def _data(runs: Runs) -> Element:
   ]
   parts.append(_differing(runs, "rows trained, by source", trained))
   first, *others = [
-    run.get("data", {}).get("causes", {}) for run in runs.values()
+    run.get("data", {}).get("fingerprint_inputs", {}) for run in runs.values()
   ]
   for name, other in zip(list(runs)[1:], others, strict=True):
     lines = fingerprint.differences(first, other)

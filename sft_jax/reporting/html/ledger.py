@@ -11,7 +11,7 @@ _COUNTS = ("rows_in", "rows_trained", "tokens_prompt", "tokens_trained")
 
 
 def ledger(found: Mapping[str, Any]) -> Element:
-  """What `ledger.Ledger.to_json` counted; '' of nothing."""
+  """What `ledger.DatasetStats.to_json` counted; '' of nothing."""
   return join(_parts(found)) if found else Element("")
 
 
@@ -36,15 +36,15 @@ def _parts(found: Mapping[str, Any]) -> Iterator[Element]:
   yield from _where(sources)
   if epoch := found.get("epoch"):
     yield from _epoch(epoch)
-  parts: dict[str, list[int]] = {}
+  roles: dict[str, list[int]] = {}
   for source in sources.values():
-    for name, counts in source["parts"].items():
-      sums = parts.setdefault(name, [0, 0])
+    for name, counts in source["roles"].items():
+      sums = roles.setdefault(name, [0, 0])
       sums[:] = (a + b for a, b in zip(sums, counts, strict=True))
-  if parts:
+  if roles:
     yield table(
-      ["said by", "tokens", "trained"],
-      ([name, *counts] for name, counts in parts.items()),
+      ["role", "tokens", "trained"],
+      ([name, *counts] for name, counts in roles.items()),
     )
 
 

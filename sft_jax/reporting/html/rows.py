@@ -26,12 +26,12 @@ def _key() -> Element:
 def _sample(sample: Mapping[str, Any], said: str = "") -> Element:
   trained = sum(weight > 0 for weight in sample["loss_weights"])
   spans = []
-  for piece in sample["pieces"]:
-    weight = piece["weight"]
+  for span in sample["spans"]:
+    weight = span["weight"]
     kind = "prompt" if not weight else "trained" if weight == 1 else "other"
-    kinds = f"{kind} special" if piece["special"] else kind
-    note = f"{piece['part']}, weight {weight:g}"
-    spans.append(tag("span", piece["text"], class_=kinds, title=note))
+    kinds = f"{kind} special" if span["special"] else kind
+    note = f"{span['role']}, weight {weight:g}"
+    spans.append(tag("span", span["text"], class_=kinds, title=note))
   title = (
     f"{said}{sample['place']}: {len(sample['tokens']):,} tokens, "
     f"{trained:,} trained"
@@ -52,7 +52,7 @@ def worst(held_out: Sequence[Mapping[str, Any]]) -> Element:
     f"training: median {sorted(losses)[len(losses) // 2]:.3g}, highest "
     f"{max(losses):.3g} nats per trained token."
   )
-  shown = [row for row in held_out if "pieces" in row]
+  shown = [row for row in held_out if "spans" in row]
   label = "Held-out examples by nats per trained token"
   drawn = charts.histogram(label, _bins(losses))
   return join(

@@ -34,7 +34,7 @@ class Stores(NamedTuple):
   train: Store
   held_out: Store | None
   general_text: Store | None
-  verdicts: list[checks.Verdict]
+  findings: list[checks.Finding]
 
 
 class Data(NamedTuple):
@@ -55,16 +55,16 @@ def load_stores(
 ) -> Stores:
   """Encodes (or re-uses) every source and judges what came of it."""
   options = make_render_options(config)
-  known, verdicts = (
+  known, findings = (
     token_checks.facts(tokenizer, options),
-    list[checks.Verdict](),
+    list[checks.Finding](),
   )
   columns = config.data.columns.to_dict()
 
   def store(sources: tuple[Source, ...], of: str) -> Store:
     parts = [part for one in sources for part in _by_file(one)]
     found = build_store(config, parts, tokenizer, say)
-    verdicts.extend(checks.judge(found, known, of=of))
+    findings.extend(checks.check_store(found, known, of=of))
     return found
 
   train = _train_sources(config)
@@ -82,12 +82,12 @@ def load_stores(
   )
   if held_out:
     own_files = bool(config.data.eval)
-    verdicts.append(checks.overlap(examples, held_out, own_files=own_files))
+    findings.append(checks.overlap(examples, held_out, own_files=own_files))
   general_text = beside(config, "general_text", say)
   general = (
     store(make_sources(general_text), "general text") if general_text else None
   )
-  return Stores(examples, held_out, general, verdicts)
+  return Stores(examples, held_out, general, findings)
 
 
 def build_store(
@@ -108,7 +108,7 @@ def build_store(
       on_bad_row=config.data.on_bad_row,
       seed=config.seed,
       num_workers=config.data.workers,
-      announce=say,
+      log=say,
     )
 
 
@@ -122,7 +122,7 @@ def load_data(
   allow = set(config.data.allow)
   if config.data.control_tokens == "allow":
     allow.add("control")
-  checks.refuse(stores.verdicts, allow=allow, announce=say)
+  checks.refuse(stores.findings, allow=allow, log=say)
   items = beside(config, "behaviours", say)
   knowledge = beside(config, "knowledge", say)
 

@@ -54,7 +54,10 @@ def check_data(run_: Setup) -> None:
   prompts = {"behaviours": run_.items, "knowledge": run_.knowledge}
   mine = {
     "config.json": run_.model.config.raw,
-    **{name: stream and stream.causes for name, stream in streams.items()},
+    **{
+      name: stream and stream.fingerprint_inputs
+      for name, stream in streams.items()
+    },
     **{
       name: [hash_text(repr(one._replace(where=""))) for one in items]
       for name, items in prompts.items()

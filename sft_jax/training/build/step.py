@@ -204,7 +204,7 @@ def hold_base(
 def group_names(stream: Stream) -> tuple[str, ...]:
   """What the groups of a stream's tokens are called."""
   store = stream.store
-  short = store.ledger.short_names()
+  short = store.stats.short_names()
   return loss_groups.names(PARTS, [short[s.label] for s in store.sources])
 
 

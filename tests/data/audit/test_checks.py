@@ -1,4 +1,4 @@
-"""Each verdict names its fault by place, and sound data passes."""
+"""Each finding names its fault by place, and sound data passes."""
 
 import numpy as np
 import pytest
@@ -18,9 +18,9 @@ SOUND = [
 
 
 def judge(examples, known=KNOWN, **kwargs):
-  """Verdicts that fail, by name."""
-  verdicts = checks.judge(fake_store(examples, **kwargs), known)
-  return {verdict.name: verdict for verdict in verdicts if verdict.count}
+  """Findings that fail, by name."""
+  findings = checks.check_store(fake_store(examples, **kwargs), known)
+  return {finding.name: finding for finding in findings if finding.count}
 
 
 def test_sound_data_passes():
@@ -28,7 +28,7 @@ def test_sound_data_passes():
 
 
 def test_nothing_to_train():
-  assert "no row with anything" in judge([])["nothing"].said
+  assert "no row with anything" in judge([])["nothing"].message
 
 
 def test_a_source_of_which_nothing_is_trained():
@@ -40,13 +40,13 @@ def test_a_source_of_which_nothing_is_trained():
 def test_token_outside_the_vocabulary(token):
   found = judge([*SOUND, ([BOS, token, STOP], [0, 1, 1])])
   said = f"jsonl:3: got token id {token}, expected below 10"
-  assert said in found.pop("vocabulary").said
+  assert said in found.pop("vocabulary").message
   assert not found
 
 
 def test_two_bos():
   found = judge([*SOUND, ([BOS, BOS, 5, STOP], [0, 0, 1, 1])])
-  assert "jsonl:3: got two BOS" in found.pop("bos").said
+  assert "jsonl:3: got two BOS" in found.pop("bos").message
   assert not found
 
 
@@ -56,7 +56,7 @@ def test_missing_bos():
   found = judge([*SOUND, bare, bare])["bos"]
   assert found.count == 2
   assert found.places == ("rows.jsonl:3", "rows.jsonl:4")
-  assert "got token 7 at the start, expected BOS" in found.said
+  assert "got token 7 at the start, expected BOS" in found.message
   assert not judge([bare])
   assert judge([bare], KNOWN._replace(adds_bos=True))["bos"].count == 1
   assert not judge([bare], KNOWN._replace(adds_bos=True), text=True)
@@ -66,7 +66,7 @@ def test_turn_without_a_stop_token():
   last = ([BOS, 7, 8, 9], [0, 0, 1, 1])
   first = ([BOS, 7, 8, 9, 5, STOP], [0, 0, 1, 0, 1, 1])
   found = judge([*SOUND, last, first]).pop("stop")
-  assert "jsonl:3: a trained turn ends in token 9" in found.said
+  assert "jsonl:3: a trained turn ends in token 9" in found.message
   assert found.places == ("rows.jsonl:3", "rows.jsonl:4")
   assert not judge([last], text=True), "raw text ends where it ends"
 
@@ -74,10 +74,12 @@ def test_turn_without_a_stop_token():
 def test_a_cut_answer_may_run_on_but_not_the_turn_before():
   store = fake_store([([BOS, 7, STOP, 9, 8], [0, 1, 1, 0, 1])])
   store.index["may_run_on"] = True
-  assert not any(v.count for v in checks.judge(store, KNOWN))
+  assert not any(v.count for v in checks.check_store(store, KNOWN))
   store = fake_store([([BOS, 7, 9, 9, 8], [0, 1, 0, 0, 1])])
   store.index["may_run_on"] = True
-  assert [v.name for v in checks.judge(store, KNOWN) if v.count] == ["stop"]
+  assert [v.name for v in checks.check_store(store, KNOWN) if v.count] == [
+    "stop"
+  ]
 
 
 def test_padding():
@@ -99,11 +101,11 @@ def test_chunks_do_not_matter(monkeypatch, chunk):
   # Gaps between the examples, as a split leaves them.
   store, _ = store.split(0.5, seed=0)
   known = KNOWN._replace(vocab_size=25_000, stop_ids=(1,), bos_id=None)
-  whole = checks.judge(store, known)
+  whole = checks.check_store(store, known)
   assert whole[1].count
   assert whole[3].count
   monkeypatch.setattr(token_checks, "_CHUNK", chunk)
-  assert checks.judge(store, known) == whole
+  assert checks.check_store(store, known) == whole
   got = [batch.tokens for batch in token_checks.batches(store)]
   rows = range(len(store.index))
   want = np.concatenate([store.example(row).tokens for row in rows])
@@ -128,18 +130,18 @@ def test_overlap_by_prompt_and_by_text():
   found = checks.overlap(*stores, own_files=True)
   assert (found.name, found.count) == ("overlap", 2)
   assert found.places == ("rows.jsonl:1", "rows.jsonl:2")
-  assert "1 by their prompt and 1 by runs of 13" in found.said
+  assert "1 by their prompt and 1 by runs of 13" in found.message
   # Of a share of the training files, only the same prompt is a fault.
   assert checks.overlap(*stores, own_files=False).places == ("rows.jsonl:1",)
 
 
 def test_refusal_names_the_switch_that_overrides_it():
-  verdicts = checks.judge(fake_store([([7, 8], [0, 1])]), KNOWN)
+  findings = checks.check_store(fake_store([([7, 8], [0, 1])]), KNOWN)
   told = []
   with pytest.raises(ValueError, match=r"data.allow=\('stop',\)"):
-    checks.refuse(verdicts, allow=(), announce=told.append)
+    checks.refuse(findings, allow=(), log=told.append)
   assert not told
-  checks.refuse(verdicts, allow=("stop",), announce=told.append)
+  checks.refuse(findings, allow=("stop",), log=told.append)
   assert "a trained turn ends in token 8" in told[0]
   with pytest.raises(ValueError, match=r"got \['stops'\]; expected names"):
-    checks.refuse(verdicts, allow=("stops",), announce=told.append)
+    checks.refuse(findings, allow=("stops",), log=told.append)

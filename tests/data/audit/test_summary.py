@@ -48,7 +48,7 @@ def look(tmp_path, tokenizer):
       RenderOptions(**options),
       directory=tmp_path / "cache",
       max_length=512,
-      announce=lambda line: None,
+      log=lambda line: None,
     )
 
   def look(
@@ -64,7 +64,7 @@ def look(tmp_path, tokenizer):
       train,
       held_out,
       Stream(train, seq_len=512, batch_size=2),
-      checks.judge(train, known),
+      checks.check_store(train, known),
       tokenizer,
       options=RenderOptions(**options),
       samples=2,
@@ -76,7 +76,7 @@ def look(tmp_path, tokenizer):
 
 
 def failed(found: dict) -> dict[str, dict]:
-  return {v["name"]: v for v in found["verdicts"] if not v["passed"]}
+  return {v["name"]: v for v in found["findings"] if not v["passed"]}
 
 
 def warnings(found: dict) -> dict[str, dict]:
@@ -91,7 +91,7 @@ def test_sound_rows_have_nothing_against_them(look):
   assert found["lengths"]["tokens"]["total"] == sum(
     part[0] for part in next(
       iter(found["ledger"]["sources"].values())
-    )["parts"].values()
+    )["roles"].values()
   )  # fmt: skip
   for kind in found["lengths"].values():
     assert sum(one["examples"] for one in kind["histogram"]) == 30
@@ -102,9 +102,9 @@ def test_samples_are_all_the_tokens_in_pieces(look, tokenizer):
   assert len(found["samples"]) == 2
   for sample in found["samples"]:
     text = tokenizer.decode(sample["tokens"], skip_special=False)
-    assert "".join(piece["text"] for piece in sample["pieces"]) == text
-    trained = [piece for piece in sample["pieces"] if piece["weight"]]
-    assert [piece["part"] for piece in trained] == ["answer", "stop"]
+    assert "".join(span["text"] for span in sample["spans"]) == text
+    trained = [piece for span in sample["spans"] if span["weight"]]
+    assert [span["role"] for span in trained] == ["answer", "stop"]
     assert trained[1]["text"] == "<|im_end|>"
     assert trained[1]["special"]
 
@@ -128,7 +128,7 @@ def test_every_warning_on_planted_rows(look):
     rows.append(row(60, " ".join(copy)))
   found = warnings(look(rows))
   assert found["empty answers"]["count"] == 2
-  assert "train.jsonl:43" in found["empty answers"]["said"]
+  assert "train.jsonl:43" in found["empty answers"]["message"]
   assert found["duplicates"]["count"] == 1
   assert [r["place"] for r in found["duplicates"]["examples"][0]["rows"]] == [
     "train.jsonl:4",
@@ -163,7 +163,7 @@ def test_reasoning_under_a_key_that_no_format_knows(look):
 def test_reasoning_that_was_to_be_left_out(look):
   thought = "First count the hens, then double what is left of them."
   kept = {"prompt": "How many?", "completion": f"<think>{thought}</think>12"}
-  names = [v["name"] for v in look([kept], reasoning="strip")["verdicts"]]
+  names = [v["name"] for v in look([kept], reasoning="strip")["findings"]]
   assert "think" not in names
   # Renamed to what no format knows, it was left out by whoever renamed it.
   source = {"columns": {"rationale": "unused"}}

@@ -42,7 +42,7 @@ def _build(sources, tokenizer, folder, **kwargs):
   told = []
   fields = {field.name for field in dataclasses.fields(RenderOptions)}
   options = RenderOptions(**{k: v for k, v in kwargs.items() if k in fields})
-  arguments = {"directory": folder, "max_length": 64, "announce": told.append}
+  arguments = {"directory": folder, "max_length": 64, "log": told.append}
   arguments |= {k: v for k, v in kwargs.items() if k not in fields}
   return build.build(sources, tokenizer, options, **arguments), told
 
@@ -76,13 +76,13 @@ def test_store_holds_what_encode_makes(tmp_path, tokenizer):
     assert store.place(i) == place
     assert store.lengths[i] == len(example.tokens)
 
-  entry = store.ledger.source(path)
+  entry = store.stats.source(path)
   assert (entry.rows_in, entry.rows_trained, entry.rows_text) == (4, 3, 1)
   assert entry.dropped == {"empty answer": 1}
   assert entry.places == {"empty answer": ["rows.jsonl:3"]}
   assert entry.tokens_prompt + entry.tokens_trained == store.lengths.sum()
-  verdicts = checks.judge(store, token_checks.facts(tokenizer))
-  assert not [verdict for verdict in verdicts if verdict.count]
+  findings = checks.check_store(store, token_checks.facts(tokenizer))
+  assert not [finding for finding in findings if finding.count]
   stream = Stream(store, seq_len=64, batch_size=2, epochs=1)
   trained = sum((b.loss_weights > 0).sum() for b in stream.batches())
   assert trained == entry.tokens_trained
@@ -91,7 +91,7 @@ def test_store_holds_what_encode_makes(tmp_path, tokenizer):
 def test_long_rows_are_dropped_or_cut_and_counted(tmp_path, tokenizer):
   path = _write(tmp_path / "rows.jsonl", [_row(1), _row(2, "The cat. " * 50)])
   dropped, _ = _build(path, tokenizer, tmp_path / "cache")
-  assert dropped.ledger.source(path).dropped == {"over long": 1}
+  assert dropped.stats.source(path).dropped == {"over long": 1}
   cut, _ = _build(path, tokenizer, tmp_path / "cache", over_long="truncate")
   assert cut.lengths[1] == 64
   assert cut.index["may_run_on"].tolist() == [False, True]
@@ -104,7 +104,7 @@ def test_second_build_reads_the_first(tmp_path, tokenizer, monkeypatch):
   second, told = _build((path,), tokenizer, tmp_path / "cache")
   assert "from cache" in told[0]
   assert second.fingerprint == first.fingerprint
-  assert second.ledger == first.ledger
+  assert second.stats == first.stats
   assert all(_same(first.example(i), second.example(i)) for i in range(5))
 
 
@@ -138,7 +138,7 @@ def test_weights_and_folders_are_no_part_of_the_key(tmp_path, tokenizer):
   store, told = _build([(str(moved), 2.5)], tokenizer, tmp_path / "cache")
   assert "from cache" in told[0]
   assert store.copies == (2.5,)
-  assert list(store.ledger.sources) == [str(moved)]
+  assert list(store.stats.sources) == [str(moved)]
 
 
 @pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
@@ -202,7 +202,7 @@ def test_any_number_of_workers_writes_the_same_bytes(
     )
     (folder,) = directory.iterdir()
     made[number] = (folder.name, store.fingerprint, _bytes(folder))
-    assert store.ledger.dropped("beyond limit") == 5
+    assert store.stats.dropped("beyond limit") == 5
   assert made[1] == made[2] == made[3]
 
 
@@ -232,7 +232,7 @@ def test_a_limit_takes_rows_by_seed(tmp_path, tokenizer):
     store, _ = _build(
       {"path": path, "limit": limit}, tokenizer, tmp_path / "cache", seed=seed
     )
-    assert store.ledger.source(path).rows_in == 40
+    assert store.stats.source(path).rows_in == 40
     return [store.place(i) for i in range(len(store.index))]
 
   assert len(taken(10, 0)) == 10
@@ -241,22 +241,16 @@ def test_a_limit_takes_rows_by_seed(tmp_path, tokenizer):
   assert len(taken(99, 0)) == 40
 
 
-STUB = f"""
-import sys, types
-sys.modules["sft_jax"] = types.ModuleType("sft_jax")
-sys.modules["sft_jax"].__path__ = [{str(Path(build.__file__).parents[2])!r}]
-"""
 KILLED = """
 import os, signal, sys
-import sft_jax.data.store.build as cache
-from sft_jax.data.store import shards as chunks
 from sft_jax.data.chat.options import RenderOptions
+from sft_jax.data.store import build, shards
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
 
 folder, rows, directory, when = sys.argv[1:]
-cache._ALONE = 1
-read = chunks.read
-chunks.read = lambda *args, **kwargs: read(*args, **kwargs, chunk_rows=2)
+build._ALONE = 1
+read = shards.read
+shards.read = lambda *args, **kwargs: read(*args, **kwargs, chunk_rows=2)
 
 
 def die(*_):
@@ -264,16 +258,16 @@ def die(*_):
 
 
 if when in ("seal", "move"):
-  setattr(cache, f"_{when}", die)
+  setattr(build, f"_{when}", die)
 else:
-  append, left = cache._Writer.append, [3]
+  append, left = build._Writer.append, [3]
 
   def count_down(self, chunk):
     left[0] -= 1
     append(self, chunk) if left[0] else die()
 
-  cache._Writer.append = count_down
-cache.build(rows, load_tokenizer(folder), RenderOptions(), directory=directory,
+  build._Writer.append = count_down
+build.build(rows, load_tokenizer(folder), RenderOptions(), directory=directory,
             max_length=64, num_workers=2)
 """
 
@@ -283,9 +277,8 @@ def test_a_killed_build_is_begun_again(tmp_path, tokenizer, when):
   path = _write(tmp_path / "rows.jsonl", map(_row, range(20)))
   directory = tmp_path / "cache"
   killed = subprocess.run(
-    # The package without its table of contents, which would import JAX.
     [
-      *(sys.executable, "-c", STUB + KILLED),
+      *(sys.executable, "-c", KILLED),
       *(str(tokenizer.folder), path, str(directory), when),
     ],
     capture_output=True,
@@ -335,7 +328,7 @@ def test_bad_rows_can_be_skipped_and_are_written_down(tmp_path, tokenizer):
   store, told = _build(
     str(path), tokenizer, tmp_path / "cache", on_bad_row="skip"
   )
-  entry = store.ledger.source(str(path))
+  entry = store.stats.source(str(path))
   assert (entry.rows_in, entry.rows_trained) == (4, 2)
   assert entry.dropped == {"malformed": 2}
   assert "2 malformed rows" in told[-1]
@@ -356,9 +349,9 @@ def test_sources_are_counted_apart(tmp_path, tokenizer):
   store, _ = _build((one, (two, 0.5)), tokenizer, tmp_path / "cache")
   assert store.source.tolist() == [0, 0, 1, 1]
   assert store.copies == (1.0, 0.5)
-  assert store.ledger.source(one).rows_in == 2
-  assert store.ledger.source(two).rows_in == 3
-  assert store.ledger.source(two).rows_trained == 2
+  assert store.stats.source(one).rows_in == 2
+  assert store.stats.source(two).rows_in == 3
+  assert store.stats.source(two).rows_trained == 2
 
 
 def test_unknown_policy(tmp_path, tokenizer):

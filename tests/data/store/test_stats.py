@@ -1,69 +1,69 @@
-"""The ledger adds up, says when it does not, and survives JSON."""
+"""The stats adds up, says when it does not, and survives JSON."""
 
 import json
 
 import pytest
 
-from sft_jax.data.store.stats import EpochLedger, Ledger, SourceLedger
+from sft_jax.data.store.stats import DatasetStats, EpochStats, SourceStats
 
 
-def _ledger():
-  ledger = Ledger()
-  entry = ledger.source("rows.jsonl")
+def _stats():
+  stats = DatasetStats()
+  entry = stats.source("rows.jsonl")
   entry.rows_in, entry.rows_trained, entry.rows_text = 10, 3, 1
   entry.examples, entry.tokens_prompt, entry.tokens_trained = 4, 1200, 300
-  entry.parts = {"user": (1190, 0), "answer": (310, 300)}
+  entry.roles = {"user": (1190, 0), "answer": (310, 300)}
   entry.lengths = {"shortest": 9, "median": 300, "95 %": 410, "longest": 420}
   for i in range(7):
     entry.drop("empty answer", f"rows.jsonl:{i}")
   entry.drop_turns("over long", 2, "rows.jsonl:9")
   entry.note("split history", "rows.jsonl:9")
-  ledger.epoch = EpochLedger(
+  stats.epoch = EpochStats(
     packs=2,
     slots=2000,
     tokens_prompt=1200,
     tokens_trained=300,
     tokens_padding=500,
   )
-  return ledger
+  return stats
 
 
 def test_sums():
-  ledger = _ledger()
-  ledger.check()
-  assert ledger.dropped("empty answer") == 7
-  assert ledger.epoch.fill == 0.75
-  assert ledger.total("tokens_trained") == 300
+  stats = _stats()
+  stats.check()
+  assert stats.dropped("empty answer") == 7
+  assert stats.epoch.fill == 0.75
+  assert stats.total("tokens_trained") == 300
 
 
 @pytest.mark.parametrize("field", ["rows_in", "rows_trained"])
 def test_a_lost_row_is_noticed(field):
-  ledger = _ledger()
-  entry = ledger.source("rows.jsonl")
+  stats = _stats()
+  entry = stats.source("rows.jsonl")
   setattr(entry, field, getattr(entry, field) + 1)
   with pytest.raises(ValueError, match=r"rows\.jsonl: rows"):
-    ledger.check()
+    stats.check()
 
 
 def test_a_lost_token_is_noticed():
-  ledger = _ledger()
-  ledger.epoch.tokens_padding -= 1
+  stats = _stats()
+  stats.epoch.tokens_padding -= 1
   with pytest.raises(ValueError, match=r"epoch: slots: got 1999 .*2000"):
-    ledger.check()
+    stats.check()
 
 
 @pytest.mark.parametrize(
   ("answer", "what"), [((309, 300), "tokens"), ((310, 299), "trained tokens")]
 )
 def test_a_part_that_is_lost_is_noticed(answer, what):
-  ledger = _ledger()
-  ledger.source("rows.jsonl").parts["answer"] = answer
-  with pytest.raises(ValueError, match=f"jsonl: {what} by part"):
-    ledger.check()
+  stats = _stats()
+  stats.source("rows.jsonl").roles["answer"] = answer
+  with pytest.raises(ValueError, match=f"jsonl: {what} by role"):
+    stats.check()
 
 
 def test_accounts_of_chunks_are_added():
-  first, second = SourceLedger(), SourceLedger()
+  first, second = SourceStats(), SourceStats()
   for i in range(4):
     first.drop("empty answer", f"rows.jsonl:{i}")
     second.drop("empty answer", f"rows.jsonl:{4 + i}")
@@ -79,14 +79,16 @@ def test_accounts_of_chunks_are_added():
 
 
 def test_json_round_trip():
-  ledger = _ledger()
-  assert Ledger.from_json(json.loads(json.dumps(ledger.to_json()))) == ledger
-  ledger.epoch = None
-  assert Ledger.from_json(ledger.to_json()) == ledger
+  stats = _stats()
+  assert (
+    DatasetStats.from_json(json.loads(json.dumps(stats.to_json()))) == stats
+  )
+  stats.epoch = None
+  assert DatasetStats.from_json(stats.to_json()) == stats
 
 
 def test_table_names_what_was_dropped_and_where():
-  assert _ledger().lines() == [
+  assert _stats().lines() == [
     "source      rows  trained  dropped  prompt tok  trained tok  of tokens  "
     "of trained",
     "rows.jsonl    10        3        7       1,200          300     100.0%  "
@@ -102,15 +104,15 @@ def test_table_names_what_was_dropped_and_where():
 
 
 def test_details():
-  assert _ledger().details() == [
+  assert _stats().details() == [
     "rows.jsonl: tokens of an example: shortest 9, median 300, 95 % 410, "
     "longest 420",
-    "rows.jsonl: tokens by part: user 1,190, answer 310 (300 trained)",
+    "rows.jsonl: tokens by role: user 1,190, answer 310 (300 trained)",
   ]
 
 
 def test_a_source_is_called_by_its_file_where_no_other_is():
-  ledger = Ledger()
+  stats = DatasetStats()
   named = {
     "data/a.jsonl": "a.jsonl",
     "data/b.jsonl": "data/b.jsonl",
@@ -119,24 +121,24 @@ def test_a_source_is_called_by_its_file_where_no_other_is():
     "org/name": "org/name",
   }
   for name in named:
-    ledger.source(name)
-  rows = ledger.lines()[1:]
+    stats.source(name)
+  rows = stats.lines()[1:]
   assert [row.split()[0] for row in rows] == list(named.values())
   # Of nothing at all, every share is none.
   assert rows[0].split()[-2:] == ["0.0%", "0.0%"]
 
 
 def test_shares_of_sources_that_are_seen_once():
-  ledger = Ledger()
+  stats = DatasetStats()
   for name, prompt, trained in (("a", 10, 30), ("b", 50, 10)):
-    entry = ledger.source(name)
+    entry = stats.source(name)
     entry.tokens_prompt, entry.tokens_trained = prompt, trained
-  shares = [line.split()[-2:] for line in ledger.lines()[1:]]
+  shares = [line.split()[-2:] for line in stats.lines()[1:]]
   assert shares == [["40.0%", "75.0%"], ["60.0%", "25.0%"]]
 
 
 def test_rows_held_out_of_all_sources_are_one_line():
-  ledger = Ledger()
+  stats = DatasetStats()
   for name, number in (("a", 2), ("b", 3)):
-    ledger.source(name).dropped["held out"] = number
-  assert ledger.lines()[3:] == ["5 rows dropped, held out"]
+    stats.source(name).dropped["held out"] = number
+  assert stats.lines()[3:] == ["5 rows dropped, held out"]

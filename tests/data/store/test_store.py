@@ -16,9 +16,9 @@ def test_split_keeps_equal_rows_together_and_counts_all():
   store.index["content"] = np.arange(100) % 50
   store.index["row"][99] = 98
   store.index["content"][[98, 99, 48, 49]] = 48
-  store.ledger.source("1.jsonl").rows_in -= 1
-  store.ledger.source("1.jsonl").rows_trained -= 1
-  store.ledger.check()
+  store.stats.source("1.jsonl").rows_in -= 1
+  store.stats.source("1.jsonl").rows_trained -= 1
+  store.stats.check()
 
   train, held = store.split(0.2, seed=1)
   assert len(train.index) + len(held.index) == 100
@@ -26,11 +26,11 @@ def test_split_keeps_equal_rows_together_and_counts_all():
   assert not contents[0] & contents[1]
   assert len(contents[1]) == round(0.2 * 49)
   for part in (train, held):
-    part.ledger.check()
-  assert train.ledger.total("rows_in") == 99
-  assert train.ledger.dropped("held out") == held.ledger.total("rows_in")
+    part.stats.check()
+  assert train.stats.total("rows_in") == 99
+  assert train.stats.dropped("held out") == held.stats.total("rows_in")
   tokens = sum(
-    part.ledger.total(kind)
+    part.stats.total(kind)
     for part in (train, held)
     for kind in ("tokens_prompt", "tokens_trained")
   )

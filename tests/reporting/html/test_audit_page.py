@@ -13,20 +13,20 @@ def _found(text: str) -> dict:
   counts = {"rows_in": 3, "rows_trained": 2, "tokens_prompt": 7,
             "tokens_trained": 5, "dropped": {text: 1}, "dropped_turns": {},
             "notes": {}, "places": {text: [text]},
-            "parts": {"user": [7, 0], "answer": [5, 5]}}  # fmt: skip
+            "roles": {"user": [7, 0], "answer": [5, 5]}}  # fmt: skip
   mixed = {"copies": 1.0, "loss_weight": 1.0, "tokens": 12, "share": 1.0,
            "trained_share": 1.0}  # fmt: skip
   spread = {"total": 12, "mean": 6.0, "max": 6,
             "histogram": [{"from": 6, "to": 6, "examples": 2}]}  # fmt: skip
   row = {"place": text, "prompt": text, "answer": text}
-  verdict = {"name": "stop", "of": "train", "passed": False, "allowed": False,
-             "count": 2, "said": text, "places": [text, text]}  # fmt: skip
-  piece = {"text": text, "special": True, "weight": 0.5, "part": "answer"}
+  finding = {"name": "stop", "of": "train", "passed": False, "allowed": False,
+             "count": 2, "message": text, "places": [text, text]}  # fmt: skip
+  piece = {"text": text, "special": True, "weight": 0.5, "role": "answer"}
   return {
     "passed": False,
-    "verdicts": [verdict, {**verdict, "passed": True, "said": ""}],
+    "findings": [finding, {**finding, "passed": True, "message": ""}],
     "warnings": [
-      {"name": "conflicts", "count": 2, "said": text,
+      {"name": "conflicts", "count": 2, "message": text,
        "examples": [{"note": text, "rows": [row, row]}]}
     ],
     "ledger": {"sources": {text: counts},
@@ -41,7 +41,7 @@ def _found(text: str) -> dict:
     "epoch": {"steps": 1.5, "fill": 0.9, "seq_len": 8, "batch_size": 1},
     "lengths": {"tokens": spread, "trained": {"total": 0, "histogram": []}},
     "samples": [{"place": text, "tokens": [1, 2], "loss_weights": [0, 0.5],
-                 "pieces": [piece]}],
+                 "spans": [piece]}],
   }  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def test_columns_of_the_config_are_those_of_sources_without_any(tmp_path):
   config.data.train = str(theirs)
   config.data.columns = {"asked": "completion", "told": "prompt"}
   other = data.load_stores(config, tokenizer, print).train
-  assert other.causes["source 1"]["columns"] == {
+  assert other.fingerprint_inputs["source 1"]["columns"] == {
     "asked": "completion",
     "told": "prompt",
   }
@@ -83,4 +83,4 @@ def test_held_out_rows_are_measured_and_no_other_trained(tmp_path, own_file):
   assert not trained & held_out
   # Every one of them once, and in order that ends.
   assert found.held_out.num_steps is not None
-  assert found.held_out.ledger.epoch.tokens_trained > 0
+  assert found.held_out.stats.epoch.tokens_trained > 0
