@@ -23,17 +23,17 @@ _LIBRARIES = ("jinja2", "sentencepiece", "tokenizers")
 
 
 def of_source(source: Source, format: str, seed: int) -> dict[str, Any]:
-  causes: dict[str, Any] = {
+  inputs: dict[str, Any] = {
     f"file {number} ({file.name})": digest(file)
     for number, file in enumerate(source.files(), 1)
   }
   if source.rows is not None:
-    causes["rows in memory"] = source.rows.digest
-  causes["format"] = source.format or format
-  causes["columns"] = dict(source.columns)
+    inputs["rows in memory"] = source.rows.digest
+  inputs["format"] = source.format or format
+  inputs["columns"] = dict(source.columns)
   if source.limit is not None:
-    causes |= {"limit": source.limit, "seed": seed}
-  return causes
+    inputs |= {"limit": source.limit, "seed": seed}
+  return inputs
 
 
 def of_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def code_version() -> str:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-  """What differs between the causes of two stores or streams, in words.
+  """What differs between the inputs of two stores or streams, in words.
 
   ['source 1, file 2 (chat.jsonl): changed', "options, history: 'auto' ->
   'split'"]. That the examples differ is said only where nothing says why.

@@ -103,7 +103,7 @@ def test_samples_are_all_the_tokens_in_pieces(look, tokenizer):
   for sample in found["samples"]:
     text = tokenizer.decode(sample["tokens"], skip_special=False)
     assert "".join(span["text"] for span in sample["spans"]) == text
-    trained = [piece for span in sample["spans"] if span["weight"]]
+    trained = [span for span in sample["spans"] if span["weight"]]
     assert [span["role"] for span in trained] == ["answer", "stop"]
     assert trained[1]["text"] == "<|im_end|>"
     assert trained[1]["special"]
