@@ -4,6 +4,7 @@ Every command is either run here or stands in `ELSEWHERE` with what runs it; a
 new one fails until it does. What is added to a command only shortens it.
 """
 
+import importlib.metadata
 import json
 import os
 import shlex
@@ -110,11 +111,7 @@ def test_command_runs(line, checkout, tmp_path):
   done = subprocess.run(
     [sys.executable, *words[1:]],
     cwd=checkout,
-    env={
-      **{k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
-      "PYTHONPATH": str(checkout),
-      "JAX_PLATFORMS": "cpu",
-    },
+    env=environment(checkout),
     input="What goes with cat?\n",
     capture_output=True,
     text=True,
@@ -123,6 +120,18 @@ def test_command_runs(line, checkout, tmp_path):
   )
   assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
   assert done.stdout.strip()
+
+
+def environment(checkout: Path) -> dict[str, str]:
+  """A user's: the package is installed, as in CI, and not on PYTHONPATH."""
+  kept = {
+    k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")
+  }
+  try:
+    importlib.metadata.distribution("sft_jax")
+  except importlib.metadata.PackageNotFoundError:
+    kept["PYTHONPATH"] = str(checkout)  # Run from a checkout as it is.
+  return kept | {"JAX_PLATFORMS": "cpu"}
 
 
 def _place(word: str, out: Path) -> str:
