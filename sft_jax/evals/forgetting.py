@@ -62,11 +62,11 @@ def left(base: BaseSums, weight: Any) -> dict[str, float]:
   """
   found = {
     "kl": float(base.kl / weight),
-    "kept": float(base.kept / weight),
-    "base_right": float(base.right / weight),
+    "kept": float(base.top1_agreement / weight),
+    "base_right": float(base.base_correct / weight),
   }
-  if base.right:
-    found["still_right"] = float(base.still_right / base.right)
+  if base.base_correct:
+    found["still_right"] = float(base.both_correct / base.base_correct)
   return found
 
 

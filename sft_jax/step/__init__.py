@@ -1,0 +1,9 @@
+"""The optimizer step, pure: it knows no config, no data and no model.
+
+In: functions (hidden states, head) and a `Batch`. Out: the next `TrainState`
+and metrics as (sum, weight) pairs.
+
+Reading order: `train_step` (one step, accumulation, what is skipped), `loss`
+(the formula, its gradient, chunks), `loss_groups` (losses by token role and
+source), `optimizer` (schedules, optimizers, rounding).
+"""

@@ -1,10 +1,13 @@
 """Masked next-token cross-entropy, as sums, without a batch's logits.
 
-With the base model's hidden states beside the tuned model's, also how far the
-tuned predictions are from the base's.
+One file to change the loss: `Objective` is the formula of a token and its
+gradient, `linear_cross_entropy` works off the trained tokens in chunks, and
+`_logits` to `_gradient` are the arithmetic of one chunk. With the base
+model's hidden states beside the tuned model's, the divergence of the two.
 
 Axes: B batch, T position, D model, V vocabulary (legend:
-`models/transformer.py`); W the tokens of one chunk.
+`models/transformer.py`); W the tokens of one chunk; w a token's weight, y its
+target.
 """
 
 from functools import partial
@@ -16,8 +19,63 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int32
 
 from sft_jax.common.batch import AnyArray
-from sft_jax.step import loss_chunk
-from sft_jax.step.objective import NATS, Objective
+
+
+class Objective(NamedTuple):
+  """What is minimized of a token with logits z and target y.
+
+      f * ((1 - e) nll(y) + e mean_v nll(v)) + c log_z^2 + k KL(p_0 || p),
+      nll(v) = log_z - z[v],  log_z = logsumexp(z),  p = softmax(z)
+
+  with p_0 the base model's prediction, and its gradient, f taken as a constant,
+
+      (f + 2 c log_z) p - f (1 - e) onehot(y) - f e / V + k (p - p_0).
+
+  By default all are off, and it is nll(y). The divergence, which alone needs
+  the base's logits, is in `_compare`; any other term of a token is one more
+  summand in `loss` and in `slopes`.
+
+  Attributes:
+    z_loss: c; keeps log_z near 0 (PaLM, arXiv 2204.02311, section 5).
+    label_smoothing: e; share of the target spread over the vocabulary
+      (Szegedy et al., arXiv 1512.00567, section 7).
+    dft: f is p[y] and not 1: dynamic fine-tuning, in which unlikely targets
+      pull less (Wu et al., arXiv 2508.05629).
+    kl: k; keeps predictions near the base's. In this direction what the base
+      held likely must stay likely, which is what forgetting loses; the other
+      one, KL(p || p_0), would let the model drop all but one of the base's
+      answers at little cost.
+  """
+
+  z_loss: float | int = 0.0
+  label_smoothing: float | int = 0.0
+  dft: bool = False
+  kl: float | int = 0.0
+
+  def loss(self, z: Array, log_z: Array, nll: Array) -> Array:
+    """Each token's, without the divergence; z is [W, V], the others [W]."""
+    e = self.label_smoothing
+    smooth = (1 - e) * nll + e * (log_z - z.mean(axis=-1)) if e else nll
+    factor = jnp.exp(-nll) if self.dft else 1.0
+    return factor * smooth + self.z_loss * jnp.square(log_z)
+
+  def slopes(
+    self, log_z: Array, nll: Array, size: int
+  ) -> tuple[Array, Array, Array]:
+    """(a, b, s) of each token: the gradient is a p - b onehot(y) - s.
+
+    The gradient of the divergence is not among them.
+    """
+    factor = jnp.exp(-nll) if self.dft else jnp.ones_like(nll)
+    e = self.label_smoothing
+    return (
+      factor + 2 * self.z_loss * log_z,
+      factor * (1 - e),
+      factor * (e / size),
+    )
+
+
+NATS = Objective()
 
 
 class GroupSums(NamedTuple):
@@ -35,33 +93,33 @@ class GroupSums(NamedTuple):
 
 
 class BaseSums(NamedTuple):
-  """What of the base model's predictions is left, summed over trained tokens.
+  """The tuned model's predictions against the base's, over trained tokens.
 
   Attributes:
     kl: sum of w * KL(base || tuned), in nats.
-    kept: sum of w where the tuned model's most likely token is the base's.
-    right: sum of w where the base's most likely token is the target.
-    still_right: of these, where the tuned model's is, too.
+    top1_agreement: sum of w where both have the same most likely token.
+    base_correct: sum of w where the base's most likely token is the target.
+    both_correct: sum of w where that of both models is the target.
   """
 
   kl: Float32[Array, ""]
-  kept: Float32[Array, ""]
-  right: Float32[Array, ""]
-  still_right: Float32[Array, ""]
+  top1_agreement: Float32[Array, ""]
+  base_correct: Float32[Array, ""]
+  both_correct: Float32[Array, ""]
 
 
 class LossSums(NamedTuple):
-  """Sums over the trained tokens of a batch; dividing is the caller's.
+  """Sums over the trained tokens of a batch, not yet divided.
 
   Attributes:
-    objective: what is minimised, the only one that carries a gradient; equal
+    objective: what is minimized, the only one that carries a gradient; equal
       to `nats` unless an `Objective` says otherwise.
     nats: sum of w * nll, in nats, whatever the objective.
     weight: sum of w, the one denominator of every mean.
     correct: sum of w over tokens whose most likely prediction is right.
     entropy: sum of w times the entropy of the prediction, in nats.
     groups: nats, weight and correct of each group of tokens.
-    base: what is left of the base's predictions; None without a base.
+    base: the comparison with the base; None without a base.
   """
 
   objective: Float32[Array, ""]
@@ -77,8 +135,8 @@ class LossSums(NamedTuple):
 Base = tuple[Float[AnyArray, "B T C"], Float[AnyArray, "V C"]]
 
 
-class _Choices(NamedTuple):
-  """What is known when the program is compiled."""
+class _Static(NamedTuple):
+  """The arguments that are constants of the compiled program."""
 
   objective: Objective
   softcap: float | int | None
@@ -111,11 +169,11 @@ def linear_cross_entropy(
       weights [B T]    0 1 1 0 | 0 0 0 1
       listed           1 2 | 7 -        two chunks, and not four
 
-  so the work follows the data and nothing is compiled anew. Each chunk's
-  gradient is formed while its logits are at hand, so that the backward pass
-  only scales (the idea of Liger Kernel, arXiv 2410.10989); no other chunk's
+  so the work follows the data and nothing is compiled again. Each chunk's
+  gradient is formed while its logits exist, so that the backward pass only
+  scales (the idea of Liger Kernel, arXiv 2410.10989); no other chunk's
   logits exist then. The head's own gradient, a third of the work, is formed
-  only where the head trains, which JAX tells. Metrics are sums of the same
+  only where the head trains (`symbolic_zeros`). Metrics are sums of the same
   chunks.
 
   Args:
@@ -129,12 +187,12 @@ def linear_cross_entropy(
     base: the base's hidden states of the same tokens, and its head: constants,
       which receive no gradient. Their logits, too, exist a chunk at a time.
     num_groups: number of groups.
-    objective: what is minimised; its `kl` needs a base.
+    objective: what is minimized; its `kl` needs a base.
     chunk_tokens: tokens of a chunk; changes memory, not results.
     softcap: bends logits to softcap * tanh(z / softcap) (Gemma 2).
     rows: how [B, T] is divided over a mesh. Each device then lists its own
       tokens, the head is gathered once, and its gradient added up once. None:
-      one device, or XLA finds out, and moves more.
+      one device, or XLA decides, which moves more.
 
   Returns:
     LossSums over all B * T predictions.
@@ -149,21 +207,21 @@ def linear_cross_entropy(
     )
   if groups is None:
     groups = jnp.zeros((*targets.shape, 0), jnp.int32)
-  choices = _Choices(objective, softcap, max(1, chunk_tokens), num_groups, rows)
+  static = _Static(objective, softcap, max(1, chunk_tokens), num_groups, rows)
   base = jax.lax.stop_gradient(base)
   with jax.named_scope("loss_head"):
-    value, table, left = _sums(
-      hidden, head, targets, weights, groups, base, choices
+    value, table, versus = _sums(
+      hidden, head, targets, weights, groups, base, static
     )
   nats, weight, correct, entropy = table
   return LossSums(
     *(value, nats[0], weight[0], correct[0], entropy[0]),
     GroupSums(nats[1:], weight[1:], correct[1:]),
-    None if left is None else BaseSums(*left),
+    None if versus is None else BaseSums(*versus),
   )
 
 
-def _work_off(
+def _local_sums(
   hidden: Array,
   head: Array,
   targets: Array,
@@ -171,15 +229,15 @@ def _work_off(
   groups: Array,
   base: tuple[Array, Array] | None,
   *,
-  choices: _Choices,
+  static: _Static,
   to_hidden: bool,
   to_head: bool,
 ) -> tuple[Array, Array, Array | None, Array | None, Array | None]:
-  """(objective, table, of the base, d hidden, d head) of a device's tokens.
+  """(objective, table, base's, d hidden, d head) of one device's tokens.
 
-  Gradients that are not asked for are None.
+  Gradients that are not requested are None.
   """
-  shape, n, axes = hidden.shape, targets.size, _axes(choices.rows)
+  shape, n, axes = hidden.shape, targets.size, _axes(static.rows)
   hidden, y, w, groups = (
     jnp.reshape(x, (n, *x.shape[2:]))
     for x in (hidden, targets, weights, groups)
@@ -190,30 +248,28 @@ def _work_off(
   count = trained.sum()
   # Past the list's end is no token at all: reading there gives zeros.
   listed = jnp.where(jnp.arange(n) < count, listed, n)
-  width = min(choices.width, n)
+  width = min(static.width, n)
   listed = jnp.pad(listed, (0, width), constant_values=n)
 
   def step(i, carry):
-    value, table, left, d_hidden, d_head = carry
+    value, table, versus, d_hidden, d_head = carry
     at = jax.lax.dynamic_slice_in_dim(listed, i * width, width)
     take = lambda x: jnp.take(x, at, axis=0, mode="fill", fill_value=0)
     h, y_, w_ = take(hidden), take(y), take(w)
-    found = loss_chunk.logits(h, head, y_, choices.softcap)
-    value += (
-      w_ * choices.objective.loss(found.z, found.log_z, found.nll)
-    ).sum()
-    table += loss_chunk.table(found, w_, take(groups), choices.num_groups)
+    found = _logits(h, head, y_, static.softcap)
+    value += (w_ * static.objective.loss(found.z, found.log_z, found.nll)).sum()
+    table += _table(found, w_, take(groups), static.num_groups)
     known = None
     if base is not None:
-      was = loss_chunk.logits(take(base_hidden), base[1], y_, choices.softcap)
-      known = loss_chunk.compare(was, found)
-      left += (w_ * known.table).sum(axis=-1)
-      if choices.objective.kl:
-        value += choices.objective.kl * (w_ * known.kl).sum()
+      was = _logits(take(base_hidden), base[1], y_, static.softcap)
+      known = _compare(was, found)
+      versus += (w_ * known.table).sum(axis=-1)
+      if static.objective.kl:
+        value += static.objective.kl * (w_ * known.kl).sum()
     if to_hidden or to_head:
       # In the compute dtype: these products are as large as the forward's.
-      d_z = loss_chunk.gradient(
-        found, y_, w_, choices.objective, choices.softcap, known
+      d_z = _gradient(
+        found, y_, w_, static.objective, static.softcap, known
       ).astype(h.dtype)
     if to_hidden:
       d_h = jnp.einsum("wv,vd->wd", d_z, head).astype(h.dtype)
@@ -224,7 +280,7 @@ def _work_off(
       d_head += jnp.einsum(
         "wv,wd->vd", d_z, h, preferred_element_type=jnp.float32
       )
-    return value, table, left, d_hidden, d_head
+    return value, table, versus, d_hidden, d_head
 
   chunks = -(-count // width)
   if axes:
@@ -232,26 +288,26 @@ def _work_off(
     chunks = jax.lax.pmax(chunks, axes)
   carry = (
     jnp.zeros((), jnp.float32),
-    jnp.zeros((4, 1 + choices.num_groups), jnp.float32),
+    jnp.zeros((4, 1 + static.num_groups), jnp.float32),
     None if base is None else jnp.zeros(len(BaseSums._fields), jnp.float32),
     jnp.zeros((n + width, shape[-1]), hidden.dtype) if to_hidden else None,
     jnp.zeros(head.shape, jnp.float32) if to_head else None,
   )
-  value, table, left, d_hidden, d_head = jax.lax.fori_loop(
+  value, table, versus, d_hidden, d_head = jax.lax.fori_loop(
     0, chunks, step, carry
   )
   if to_hidden:
     place = jnp.cumsum(trained) - 1
     d_hidden = jnp.where(trained[:, None], d_hidden[place], 0).reshape(shape)
   if axes:
-    value, table, left, d_head = jax.lax.psum(
-      (value, table, left, d_head), axes
+    value, table, versus, d_head = jax.lax.psum(
+      (value, table, versus, d_head), axes
     )
-  return value, table, left, d_hidden, d_head
+  return value, table, versus, d_hidden, d_head
 
 
 def _axes(rows: NamedSharding | None) -> tuple[str, ...]:
-  """Names of the mesh axes that divide [B, T]; none if it stays whole."""
+  """Names of the mesh axes that divide [B, T]; () if none does."""
   if rows is None:
     return ()
   parts = [p for p in rows.spec if p is not None]
@@ -259,18 +315,18 @@ def _axes(rows: NamedSharding | None) -> tuple[str, ...]:
   return tuple(axes) if any(rows.mesh.shape[a] > 1 for a in axes) else ()
 
 
-def _on_devices(hidden, head, targets, weights, groups, base, **choices):
-  """`_work_off`, where `rows` says so on each device with its own tokens."""
-  work_off = partial(_work_off, **choices)
-  rows = choices["choices"].rows
+def _on_devices(hidden, head, targets, weights, groups, base, **static):
+  """`_local_sums`, where `rows` says so on each device with its own tokens."""
+  local_sums = partial(_local_sums, **static)
+  rows = static["static"].rows
   axes = _axes(rows)
   if not axes:
-    return work_off(hidden, head, targets, weights, groups, base)
+    return local_sums(hidden, head, targets, weights, groups, base)
   none = PartitionSpec()
   of_base = None if base is None else (rows.spec, none)
   # Axes that are not named, such as 'tensor', are left to XLA.
   return jax.shard_map(
-    work_off,
+    local_sums,
     mesh=rows.mesh,
     axis_names=set(axes),
     in_specs=(rows.spec, none, rows.spec, rows.spec, rows.spec, of_base),
@@ -279,30 +335,30 @@ def _on_devices(hidden, head, targets, weights, groups, base, **choices):
   )(hidden, head, targets, weights, groups, base)
 
 
-def _sums_only(hidden, head, targets, weights, groups, base, choices):
+def _sums_only(hidden, head, targets, weights, groups, base, static):
   return _on_devices(
     *(hidden, head, targets, weights, groups, base),
-    choices=choices,
+    static=static,
     to_hidden=False,
     to_head=False,
   )[:3]
 
 
-def _sums_with_gradients(hidden, head, targets, weights, groups, base, choices):
-  value, table, left, d_hidden, d_head = _on_devices(
+def _sums_with_gradients(hidden, head, targets, weights, groups, base, static):
+  value, table, versus, d_hidden, d_head = _on_devices(
     *(x.value for x in (hidden, head, targets, weights, groups)),
     base=base and tuple(x.value for x in base),
-    choices=choices,
+    static=static,
     to_hidden=hidden.perturbed,
     to_head=head.perturbed,
   )
   if d_head is not None:
     d_head = d_head.astype(head.value.dtype)
-  return (value, table, left), (d_hidden, d_head)
+  return (value, table, versus), (d_hidden, d_head)
 
 
-def _scale_gradients(choices, gradients, cotangents):
-  del choices
+def _scale_gradients(static, gradients, cotangents):
+  del static
   d_value: Any = cotangents[0]
   scale = lambda g: (g.astype(jnp.float32) * d_value).astype(g.dtype)
   d_hidden, d_head = jax.tree.map(scale, gradients)
@@ -311,3 +367,93 @@ def _scale_gradients(choices, gradients, cotangents):
 
 _sums: Any = jax.custom_vjp(_sums_only, nondiff_argnums=(6,))
 _sums.defvjp(_sums_with_gradients, _scale_gradients, symbolic_zeros=True)
+
+
+# -- One chunk of tokens ------------------------------------------------------
+
+
+class _Logits(NamedTuple):
+  """Logits and softmax [W, V] of a chunk; log_z, nll, correct [W]."""
+
+  z: Array
+  softmax: Array
+  log_z: Array
+  nll: Array
+  correct: Array
+
+
+class _Comparison(NamedTuple):
+  """The base's softmax [W, V]; a table [4, W], its rows as `BaseSums`."""
+
+  softmax: Array
+  table: Array
+
+  @property
+  def kl(self) -> Array:
+    return self.table[0]
+
+
+def _logits(h: Array, head: Array, y: Array, softcap) -> _Logits:
+  """Of hidden states [W, D] under a head [V, D], in float32."""
+  z = jnp.einsum("wd,vd->wv", h, head, preferred_element_type=jnp.float32)
+  if softcap is not None:
+    z = softcap * jnp.tanh(z / softcap)
+  top = z.max(axis=-1)
+  # One exponential of each logit serves the sum and the gradient.
+  softmax = jnp.exp(z - top[:, None])
+  total = softmax.sum(axis=-1)
+  softmax = softmax / total[:, None]
+  log_z = top + jnp.log(total)
+  z_target = jnp.take_along_axis(z, y[:, None], axis=-1)[:, 0]
+  # Ties count as correct: a maximum is cheaper than an argmax.
+  correct = (z_target >= top).astype(jnp.float32)
+  return _Logits(z, softmax, log_z, log_z - z_target, correct)
+
+
+def _table(found: _Logits, w: Array, groups: Array, num_groups: int) -> Array:
+  """[4, 1 + groups]: nats, weight, correct, entropy; of all, of each group."""
+  entropy = found.log_z - (found.softmax * found.z).sum(axis=-1)
+  values = w * jnp.stack([found.nll, jnp.ones_like(w), found.correct, entropy])
+  member = jax.nn.one_hot(groups, num_groups).sum(axis=1)
+  member = jnp.concatenate([jnp.ones((len(w), 1)), member], axis=1)
+  return jnp.matmul(values, member, precision="highest")
+
+
+def _compare(base: _Logits, tuned: _Logits) -> _Comparison:
+  """KL(base || tuned) of each token, and whether the top tokens agree.
+
+  sum_v p(v) (log p(v) - log q(v)),  p the base's and q the tuned softmax
+  """
+  gap = (base.z - base.log_z[:, None]) - (tuned.z - tuned.log_z[:, None])
+  kl = (base.softmax * gap).sum(axis=-1)
+  best = base.z.argmax(axis=-1)[:, None]
+  agree = jnp.take_along_axis(tuned.z, best, axis=-1)[:, 0] >= tuned.z.max(-1)
+  both = base.correct * tuned.correct
+  return _Comparison(
+    base.softmax,
+    jnp.stack([kl, agree.astype(jnp.float32), base.correct, both]),
+  )
+
+
+def _gradient(
+  found: _Logits,
+  y: Array,
+  w: Array,
+  objective: Objective,
+  softcap,
+  known: _Comparison | None,
+) -> Array:
+  """d (sum of w * objective) / d z, [W, V] float32, z before the soft cap."""
+  size = found.z.shape[-1]
+  a, b, s = (
+    (w * slope)[:, None]
+    for slope in objective.slopes(found.log_z, found.nll, size)
+  )
+  d_z = a * found.softmax - b * jax.nn.one_hot(y, size)
+  if objective.label_smoothing:
+    d_z -= s
+  if objective.kl and known is not None:
+    d_z += objective.kl * w[:, None] * (found.softmax - known.softmax)
+  if softcap is not None:
+    d_z *= 1 - jnp.square(found.z / softcap)
+  return d_z

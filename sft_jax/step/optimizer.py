@@ -1,4 +1,4 @@
-"""The learning-rate schedule and the AdamW chain, by parameter patterns."""
+"""The learning-rate schedule, AdamW by parameter patterns, and rounding."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, BFloat16, Float32
 
 from sft_jax.common import trees
-from sft_jax.step import rounding
 
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -21,7 +21,7 @@ def schedule(
   num_steps: int,
   final_fraction: float,
 ) -> optax.Schedule:
-  """Learning rate by optimiser step: warm-up from 0, then decay.
+  """Learning rate by optimizer step: warm-up from 0, then decay.
 
   Step s < warmup_steps has peak * (s + 1) / warmup_steps, so that the first
   step moves; after it the rate falls to peak * final_fraction at num_steps
@@ -69,7 +69,7 @@ def adamw(
   """AdamW (Loshchilov & Hutter, arXiv 1711.05101) after global-norm clipping.
 
   Args:
-    learning_rate: schedule over optimiser steps.
+    learning_rate: schedule over optimizer steps.
     b1: decay of the first moment.
     b2: decay of the second moment.
     eps: added to the root of the second moment.
@@ -82,7 +82,7 @@ def adamw(
     mu_dtype: that the first moment is kept in, float32 or bfloat16; what is
       computed from it is float32.
     nu_dtype: the same for the second moment.
-    rounding_seed: of bfloat16 moments, see `rounding.round_tree`; None
+    rounding_seed: of bfloat16 moments, see `round_tree`; None
       rounds to nearest.
 
   Raises:
@@ -146,8 +146,8 @@ def _scale_by_adam(
       mu,
       nu,
     )
-    mu = rounding.round_tree(mu, state.mu, seed, count, 1)
-    nu = rounding.round_tree(nu, state.nu, seed, count, 2)
+    mu = round_tree(mu, state.mu, seed, count, 1)
+    nu = round_tree(nu, state.nu, seed, count, 2)
     return found, optax.ScaleByAdamState(count, mu, nu)
 
   return optax.GradientTransformation(init, update)
@@ -166,3 +166,82 @@ def _scale_by_path(
     )
 
   return optax.stateless(scale)
+
+
+# -- Rounding to bfloat16 -----------------------------------------------------
+
+ROUNDINGS = ("nearest", "stochastic")
+
+
+def rounding_seed(name: str, seed: int) -> int | None:
+  """The seed of stochastic rounding; None where it is to nearest.
+
+  Raises:
+    ValueError: an unknown name.
+  """
+  if name not in ROUNDINGS:
+    raise ValueError(
+      f"optim.rounding: got {name!r}, expected one of {ROUNDINGS}. Set it to "
+      "one of these."
+    )
+  # Not the run's own seed, which dropout draws from.
+  return seed + 1 if name == "stochastic" else None
+
+
+def stochastic_round(
+  key: jax.Array, x: Float32[Array, "..."]
+) -> BFloat16[Array, "..."]:
+  """One of the two bfloat16 around x, with E[result] = x.
+
+  A bfloat16 has 8 significant bits, so a step below 1/512 of a weight, as most
+  steps of fine-tuning are, is lost when rounded to nearest: the weight never
+  moves. Rounded up as often as it is near the upper neighbor,
+
+      1 + 0.001:  1.0078125 in 12.8 % of the draws, 1 in the others,
+
+  it is right on average, and so is the sum of many steps. The lower 16 bits of
+  x are its distance to the lower neighbor: a random number of 16 bits is
+  added, which carries over in that share of the draws, and they are cut off.
+  Values that are not finite stay as they are.
+  """
+  noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+  cut = (bits + noise) & jnp.uint32(0xFFFF0000)
+  cut = jax.lax.bitcast_convert_type(cut, jnp.float32)
+  # The cut value is a bfloat16 already: nothing is rounded here.
+  return jnp.where(jnp.isfinite(x), cut, x).astype(jnp.bfloat16)
+
+
+def round_tree(
+  tree: trees.Tree,
+  like: trees.Tree,
+  seed: int | None,
+  step: jax.Array | int,
+  what: int,
+) -> trees.Tree:
+  """Float32 leaves in the dtypes of `like`; stochastic where there is a seed.
+
+  Draws are a function of (seed, step, what, index of the leaf): the same on
+  any mesh and after a resume, with nothing to store. Leaves that stay float32
+  are not touched.
+
+  Args:
+    tree: of float32 arrays.
+    like: a tree of the same structure.
+    seed: None rounds to nearest.
+    step: number of the step.
+    what: distinguishes trees that are rounded at the same step.
+  """
+  key: Any = None
+  if seed is not None:
+    key = jax.random.fold_in(
+      jax.random.fold_in(jax.random.key(seed), step), what
+    )
+  leaves, structure = jax.tree.flatten(tree)
+  rounded = []
+  for i, (x, y) in enumerate(zip(leaves, jax.tree.leaves(like), strict=True)):
+    if key is not None and y.dtype == jnp.bfloat16:
+      rounded.append(stochastic_round(jax.random.fold_in(key, i), x))
+    else:
+      rounded.append(x.astype(y.dtype))
+  return jax.tree.unflatten(structure, rounded)

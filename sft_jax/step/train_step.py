@@ -1,4 +1,4 @@
-"""One optimiser step, as a pure function of state and batch.
+"""One optimizer step, as a pure function of state and batch.
 
 Pretraining, full fine-tuning and LoRA are this same step: they differ in the
 batch's weights and in which leaves are in `state.params`.
@@ -13,7 +13,7 @@ import optax
 
 from sft_jax.common import trees
 from sft_jax.common.batch import Batch
-from sft_jax.step import loss_groups, rounding
+from sft_jax.step import loss_groups, optimizer
 from sft_jax.step.loss import LossSums
 
 # (all parameters, batch of rows) -> sums over its trained tokens; a third
@@ -29,7 +29,7 @@ class TrainState(NamedTuple):
     step: int32 scalar array, the number of steps taken.
     params: the trained leaves; gradients and moments exist for these only.
     frozen: the other leaves, returned untouched.
-    opt_state: the optimiser's state over `params`.
+    opt_state: the optimizer's state over `params`.
   """
 
   step: Any
@@ -65,7 +65,7 @@ def make_train_step(
 
       g = sum_a grad(sum_{bt} w * nll) / sum_{abt} w,
 
-  where another objective may stand for nll (`objective.Objective`), so the
+  where another objective may stand for nll (`loss.Objective`), so the
   result does not depend on how the batch was cut. A step whose gradients are
   not finite changes nothing but the step count and says so in
   `optim/nonfinite`, and one whose loss is above `loss_limit` nats per token in
@@ -77,8 +77,8 @@ def make_train_step(
   matters: other draws, equally good.
 
   Gradients and updates are float32 whatever the parameters are. With a
-  `rounding_seed` parameters in bfloat16 take the change by chance (see
-  `rounding`), drawn by the number of the step.
+  `rounding_seed` parameters in bfloat16 are rounded stochastically (see
+  `optimizer.stochastic_round`), drawn by the number of the step.
 
   Metrics are (sum, weight) pairs, to be added over steps and divided last:
   loss/nats_per_token (of plain nll, whatever the objective), acc/token,
@@ -140,7 +140,7 @@ def make_train_step(
       params = jax.tree.map(
         lambda p, u: p.astype(jnp.float32) + u, state.params, updates
       )
-      params = rounding.round_tree(
+      params = optimizer.round_tree(
         params, state.params, rounding_seed, state.step, 0
       )
       keep = lambda new, old: jnp.where(finite & ~spike, new, old)
@@ -151,7 +151,7 @@ def make_train_step(
         opt_state=jax.tree.map(keep, opt_state, state.opt_state),
       )
       ratio = optax.tree.norm(updates) / optax.tree.norm(state.params)
-    # The optimiser counts the steps that were applied, and so the rate.
+    # The optimizer counts the steps that were applied, and so the rate.
     schedule = optax.tree.get(state.opt_state, "ScaleByScheduleState")
     applied = state.step if schedule is None else schedule.count
     one = jnp.ones((), jnp.float32)

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 
 from sft_jax.common import sharding
-from sft_jax.step.loss import BaseSums, linear_cross_entropy
-from sft_jax.step.objective import NATS, Objective
+from sft_jax.step.loss import (
+  NATS,
+  BaseSums,
+  Objective,
+  linear_cross_entropy,
+)
 
 B, T, D, V, G = 3, 10, 8, 17, 4
 
@@ -135,7 +139,7 @@ def test_each_objective_is_its_formula(case, objective, softcap):
 
 
 def divergence(case, base, softcap=None):
-  """What is left of the base, in float64 from all logits at once.
+  """The comparison with the base, in float64 from all logits at once.
 
   Returns:
     (BaseSums, KL as a function of hidden and head).
@@ -169,7 +173,7 @@ def half_changed(case, base):
 @pytest.mark.parametrize(
   ("chunk_tokens", "softcap"), [(1, None), (7, None), (1000, None), (7, 1.5)]
 )
-def test_what_is_left_of_the_base(case, base, chunk_tokens, softcap, alike):
+def test_the_comparison_with_the_base(case, base, chunk_tokens, softcap, alike):
   base = half_changed(case, base) if alike else base
   want, _ = divergence(case, base, softcap)
   sums = linear_cross_entropy(
@@ -177,7 +181,7 @@ def test_what_is_left_of_the_base(case, base, chunk_tokens, softcap, alike):
   )
   for name, got, right in zip(want._fields, sums.base, want, strict=True):
     np.testing.assert_allclose(got, right, rtol=1e-5, err_msg=name)
-  assert not alike or 0 < want.still_right <= want.right < sums.weight
+  assert not alike or 0 < want.both_correct <= want.base_correct < sums.weight
   plain = linear_cross_entropy(
     *case, chunk_tokens=chunk_tokens, softcap=softcap
   )
@@ -189,8 +193,8 @@ def test_what_is_left_of_the_base(case, base, chunk_tokens, softcap, alike):
 def test_nothing_is_lost_of_a_model_compared_with_itself(case):
   sums = linear_cross_entropy(*case, base=case[:2], chunk_tokens=7)
   assert sums.base.kl == 0
-  assert sums.base.kept == sums.weight
-  assert sums.base.still_right == sums.base.right == sums.correct
+  assert sums.base.top1_agreement == sums.weight
+  assert sums.base.both_correct == sums.base.base_correct == sums.correct
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])

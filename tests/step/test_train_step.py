@@ -15,7 +15,7 @@ from sft_jax.common.batch import Batch
 from sft_jax.models import transformer
 from sft_jax.models.config import config_from_fields, parse_config
 from sft_jax.models.lora import lora, quantize
-from sft_jax.step import loss_groups, optimizer, rounding
+from sft_jax.step import loss_groups, optimizer
 from sft_jax.step.loss import linear_cross_entropy
 from sft_jax.step.train_step import (
   init_state,
@@ -531,7 +531,7 @@ def test_small_updates_of_bfloat16_parameters(name):
     lambda params, batch: sums(params),
     optax.sgd(1 / 2000),
     lambda step: 1 / 2000,
-    rounding_seed=rounding.seed_of(name, 0),
+    rounding_seed=optimizer.rounding_seed(name, 0),
   )
   step = jax.jit(step)
   params = {"w": jnp.ones(4096, jnp.bfloat16)}

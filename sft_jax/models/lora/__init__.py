@@ -1,0 +1,9 @@
+"""LoRA: adapters beside frozen kernels, and the base model below them.
+
+In: a base model's parameters, or their shapes. Out: the tree that trains, and
+merged parameters for export.
+
+Reading order: `lora` (which kernels are adapted, fresh adapters), `quantize`
+(the frozen base in int8 or nf4), `merge` (adapters folded into kernels),
+`base_model` (the base's own parameters, for KL and forgetting).
+"""

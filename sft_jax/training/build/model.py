@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from sft_jax.common import hub, sharding, trees
 from sft_jax.models import transformer
 from sft_jax.models.config import ModelConfig, read_config
-from sft_jax.models.hf import load_save, peft_load
+from sft_jax.models.hf import load_save, peft
 from sft_jax.models.lora import lora, quantize
 from sft_jax.models.transformer import Model
 from sft_jax.training.build.data import Config, Say
@@ -93,7 +93,7 @@ def load_model(
       quantize=config.model.quantize,
       **built.choices,
     )
-  return model, peft_load.place(params, built.leaves)
+  return model, peft.place(params, built.leaves)
 
 
 def _adapters(
@@ -107,7 +107,7 @@ def _adapters(
         "expected one of them: the folder has a rank, an alpha and targets. "
         "Set lora.rank to 0."
       )
-    found = peft_load.load_adapter(config.lora.path, shape)
+    found = peft.load_adapter(config.lora.path, shape)
     # How it is trained on is this run's business.
     dropout = config.lora.dropout
     return dataclasses.replace(found.lora, dropout=dropout), found.leaves

@@ -15,9 +15,14 @@ from sft_jax.data.encoding.encode import PARTS
 from sft_jax.data.pipeline import Stream
 from sft_jax.models.lora import base_model
 from sft_jax.models.transformer import Model
-from sft_jax.step import loss_groups, optimizer, rounding
-from sft_jax.step.loss import GroupSums, LossSums, linear_cross_entropy
-from sft_jax.step.objective import NATS, Objective
+from sft_jax.step import loss_groups, optimizer
+from sft_jax.step.loss import (
+  NATS,
+  GroupSums,
+  LossSums,
+  Objective,
+  linear_cross_entropy,
+)
 from sft_jax.step.train_step import TrainState, init_state, make_train_step
 from sft_jax.training.build.data import Config
 
@@ -28,14 +33,14 @@ class Step(NamedTuple):
   Attributes:
     loss_fn: (all parameters, batch) -> sums over its trained tokens.
     measure_fn: the same, and how far from the base's the predictions are,
-      where the parameters tell; see `models.reference`.
+      where the parameters tell; see `models.lora.base_model`.
     row_nats: (all parameters, batch [B, T]) -> nats of each row's trained
       tokens [B].
     trained: whether the parameter of a path is trained.
     tx: the optimiser over the trained parameters.
     train_step: (state, batch) -> (state, metrics), not yet compiled.
     document_loss: (all parameters, batch, most documents of a row) -> sums of
-      each document; see `token_groups.documents`.
+      each document; see `loss_groups.documents`.
   """
 
   loss_fn: Callable[..., LossSums]
@@ -67,12 +72,12 @@ def make_step(
 ) -> Step:
   """The step of a run of `num_steps`, which neither data nor weights shape.
 
-  The loop runs it, `setup_plan` compiles it for machines that are elsewhere.
+  The loop runs it, `abstract` compiles it for machines that are not here.
   Of `streams`, those that losses are measured on and first the one that is
   trained on, only the sources count: they are told apart in its metrics.
   """
   learning_rate = schedule(config, num_steps)
-  rounding_seed = rounding.seed_of(config.optim.rounding, config.seed)
+  rounding_seed = optimizer.rounding_seed(config.optim.rounding, config.seed)
   tx = optimizer.adamw(
     learning_rate,
     b1=config.optim.b1,

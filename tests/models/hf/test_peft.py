@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from sft_jax.common import trees
 from sft_jax.models import transformer
 from sft_jax.models.config import read_config
-from sft_jax.models.hf import load_save, peft, peft_load
+from sft_jax.models.hf import load_save, peft
 from sft_jax.models.lora import lora, merge
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -115,10 +115,10 @@ def test_what_we_write_we_read(name, tmp_path):
   """The same kernels from the folder; PiSSA comes back at twice the rank."""
   model, params = load(name)
   peft.save_adapter(tmp_path, model, params, base="base")
-  found = peft_load.load_adapter(tmp_path, model.config)
+  found = peft.load_adapter(tmp_path, model.config)
   assert all(map(found.lora.trains, found.leaves))
   again, fresh = load_save.load_pretrained(GOLDENS / "qwen3", lora=found.lora)
-  placed = peft_load.place(fresh, found.leaves)
+  placed = peft.place(fresh, found.leaves)
   want = merge.merge(params, model.lora).params
   got = merge.merge(placed, again.lora).params
   jax.tree.map(
@@ -141,10 +141,10 @@ def test_modules_that_hold_several_kernels(name, tmp_path):
   want = logits(model, params, "phi3")
   adapted = theirs.PeftModel.from_pretrained(base, tmp_path)
   np.testing.assert_allclose(logits_of(adapted, "phi3"), want, atol=1e-4)
-  found = peft_load.load_adapter(tmp_path, model.config)
+  found = peft.load_adapter(tmp_path, model.config)
   assert found.leaves["layers/attn/q/lora_a"].shape[-1] == 9
   again, fresh = load_save.load_pretrained(GOLDENS / "phi3", lora=found.lora)
-  placed = peft_load.place(fresh, found.leaves)
+  placed = peft.place(fresh, found.leaves)
   np.testing.assert_allclose(logits(again, placed, "phi3"), want, atol=1e-4)
 
 
@@ -166,9 +166,9 @@ def test_adapters_of_experts(case, name, tmp_path):
     adapted = theirs.PeftModel.from_pretrained(base, tmp_path)
   np.testing.assert_allclose(logits_of(adapted, case), want, atol=1e-4)
   assert np.abs(want - start).max() > 0.5
-  found = peft_load.load_adapter(tmp_path, model.config)
+  found = peft.load_adapter(tmp_path, model.config)
   again, fresh = load_save.load_pretrained(GOLDENS / case, lora=found.lora)
-  params = peft_load.place(fresh, found.leaves)
+  params = peft.place(fresh, found.leaves)
   np.testing.assert_allclose(logits(again, params, case), want, atol=1e-4)
 
 
@@ -215,11 +215,11 @@ def test_we_compute_the_same_from_an_adapter_of_peft(kind, tmp_path):
   )
   adapted = trained_by_peft(base, config, tmp_path)
   want = logits_of(adapted)
-  found = peft_load.load_adapter(tmp_path, read_config(GOLDENS / "qwen3"))
+  found = peft.load_adapter(tmp_path, read_config(GOLDENS / "qwen3"))
   assert found.lora.dropout == 0.1
   assert found.lora.also_train == ("^final_norm/scale$",)
   model, fresh = load_save.load_pretrained(GOLDENS / "qwen3", lora=found.lora)
-  params = peft_load.place(fresh, found.leaves)
+  params = peft.place(fresh, found.leaves)
   np.testing.assert_allclose(logits(model, params), want, atol=1e-4)
 
 
@@ -252,7 +252,7 @@ def tampered(tmp_path, settings=None, change=None):
   if change:
     change(tensors)
   save_file(tensors, tmp_path / "adapter_model.safetensors")
-  return peft_load.load_adapter(tmp_path, model.config)
+  return peft.load_adapter(tmp_path, model.config)
 
 
 @pytest.mark.parametrize(
@@ -295,13 +295,13 @@ def test_tensors_that_do_not_fit_are_refused(
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r"no adapter_config\.json"):
-    peft_load.load_adapter(tmp_path, load("plain")[0].config)
+    peft.load_adapter(tmp_path, load("plain")[0].config)
 
 
 def test_leaves_that_are_not_the_models_are_refused():
   model, params = load("plain")
   with pytest.raises(ValueError, match=r"lora\.path: layers/attn/q/lora_a is"):
-    peft_load.place(params, {"layers/attn/q/lora_a": np.zeros((2, 3, 4))})
+    peft.place(params, {"layers/attn/q/lora_a": np.zeros((2, 3, 4))})
   del model
 
 
@@ -332,9 +332,9 @@ def test_we_compute_the_same_from_peft_s_adapter_of_experts(
   )
   adapted = trained_by_peft(base, config, tmp_path)
   want = logits_of(adapted, case)
-  found = peft_load.load_adapter(tmp_path, read_config(GOLDENS / case))
+  found = peft.load_adapter(tmp_path, read_config(GOLDENS / case))
   model, fresh = load_save.load_pretrained(GOLDENS / case, lora=found.lora)
-  params = peft_load.place(fresh, found.leaves)
+  params = peft.place(fresh, found.leaves)
   np.testing.assert_allclose(logits(model, params, case), want, atol=1e-4)
 
 
@@ -348,7 +348,7 @@ def test_parameters_that_are_no_experts_are_refused(case, tmp_path):
   settings["target_parameters"] = ["self_attn.q_proj.weight"]
   path.write_text(json.dumps(settings), "utf-8")
   with pytest.raises(ValueError, match=r"holds 'self_attn.q_proj.weight'"):
-    peft_load.load_adapter(tmp_path, model.config)
+    peft.load_adapter(tmp_path, model.config)
 
 
 @pytest.mark.parametrize(
@@ -367,4 +367,4 @@ def test_stacks_are_those_that_are_declared(name, declared, message, tmp_path):
     json.dumps(settings | {"target_parameters": declared}), "utf-8"
   )
   with pytest.raises(ValueError, match=message):
-    peft_load.load_adapter(tmp_path, model.config)
+    peft.load_adapter(tmp_path, model.config)
