@@ -99,11 +99,17 @@ def get_config() -> ml_collections.ConfigDict:
   loss.kl = 0.0
 
   config.optim = optim = ml_collections.ConfigDict()
-  optim.learning_rate = 2e-3  # Peak. A model of 1.4 M wants a large one.
-  optim.schedule = "cosine"  # cosine | linear | constant.
+  optim.name = "adamw"  # adamw | adafactor | lion | sgd | muon.
+  optim.learning_rate = 2e-3  # Peak. A model of 1.4 M needs a large one.
+  optim.schedule = "cosine"  # cosine | linear | constant | wsd.
+  optim.decay_fraction = 0.2  # Of the steps, at the end: the decay of wsd.
+  # (("embed/", 0.1), ...): factors of the rate by regexes of parameters; the
+  # first that matches decides.
+  optim.rates = ()
+  optim.freeze = ()  # Regexes of parameters that do not train: ("embed/",).
   optim.warmup_steps = 20  # 0 = none.
   optim.final_fraction = 0.05  # Of the peak, at the last step.
-  optim.b1 = 0.9
+  optim.b1 = 0.9  # Of the first moment; the momentum of sgd and muon.
   optim.b2 = 0.99
   optim.eps = 1e-8
   optim.weight_decay = 0.01  # 0 = off.

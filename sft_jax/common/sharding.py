@@ -132,6 +132,38 @@ def param_shardings(params: trees.Tree, mesh: Mesh) -> trees.Tree:
   )
 
 
+def state_shardings(state: Any, params: trees.Tree, mesh: Mesh) -> Any:
+  """Shardings of an optimizer's state, each array by its own shape.
+
+  An array belongs to the parameter whose path ends its own and whose axes, or
+  some of them in their order, are its axes: a moment [L, in, out], a factored
+  one [L, in]. Each axis is divided as the parameter's; what belongs to none,
+  such as a counter, is whole on every device.
+
+  Args:
+    state: arrays or shapes, in any tree.
+    params: what the optimizer trains.
+    mesh: the devices.
+  """
+  flat = trees.flatten(params)
+
+  def of(keys: tuple[Any, ...], x: Any) -> NamedSharding:
+    names = [str(key.key) for key in keys if hasattr(key, "key")]
+    paths = ("/".join(names[i:]) for i in range(len(names)))
+    for path in filter(flat.__contains__, paths):
+      shape = flat[path].shape
+      spec = [*place(path, shape, mesh).spec]
+      spec += [None] * (len(shape) - len(spec))
+      axes = iter([*zip(shape, spec, strict=True)])
+      # The first axis of each size, after those that are taken.
+      found = [next((a for a in axes if a[0] == n), None) for n in x.shape]
+      if None not in found:
+        return NamedSharding(mesh, PartitionSpec(*(a[1] for a in found if a)))
+    return replicated(mesh)
+
+  return jax.tree_util.tree_map_with_path(of, state)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """A copy on every device."""
   return NamedSharding(mesh, PartitionSpec())

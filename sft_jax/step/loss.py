@@ -10,6 +10,8 @@ Axes: B batch, T position, D model, V vocabulary (legend:
 target.
 """
 
+import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -77,6 +79,26 @@ class Objective(NamedTuple):
 
 NATS = Objective()
 
+# A loss of one's own: (hidden [W, D], head [V, D], targets [W], weights [W],
+# segment_ids [W]) -> (objective, {name: sum}), scalars over the W tokens of a
+# chunk. Every summand must be multiplied by the token's weight, which is 0
+# where a chunk is filled up. The step divides the sums by the weight of the
+# whole batch; the objective's gradient is JAX's. Keyword-only parameters are
+# given more arrays of the same tokens, see `extra_names`, and `softcap`.
+Loss = Callable[..., tuple[Array, dict[str, Array]]]
+
+
+def extra_names(loss: Objective | Loss) -> tuple[str, ...]:
+  """Names of the keyword-only parameters of a loss of one's own.
+
+  >>> extra_names(lambda h, e, y, w, s, *, sources: (w.sum(), {}))
+  ('sources',)
+  """
+  if isinstance(loss, Objective):
+    return ()
+  parameters = inspect.signature(loss).parameters.values()
+  return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
 
 class GroupSums(NamedTuple):
   """The sums of `LossSums` for each group of tokens; see there.
@@ -120,6 +142,7 @@ class LossSums(NamedTuple):
     entropy: sum of w times the entropy of the prediction, in nats.
     groups: nats, weight and correct of each group of tokens.
     base: the comparison with the base; None without a base.
+    named: the sums of a loss of one's own.
   """
 
   objective: Float32[Array, ""]
@@ -129,6 +152,7 @@ class LossSums(NamedTuple):
   entropy: Float32[Array, ""]
   groups: GroupSums
   base: BaseSums | None = None
+  named: dict[str, Array] | None = None
 
 
 # The base's hidden states and head; its width C may be another.
@@ -138,7 +162,7 @@ Base = tuple[Float[AnyArray, "B T C"], Float[AnyArray, "V C"]]
 class _Static(NamedTuple):
   """The arguments that are constants of the compiled program."""
 
-  objective: Objective
+  objective: Objective | Loss
   softcap: float | int | None
   width: int
   num_groups: int
@@ -154,7 +178,8 @@ def linear_cross_entropy(
   *,
   base: Base | None = None,
   num_groups: int = 0,
-  objective: Objective = NATS,
+  objective: Objective | Loss = NATS,
+  extras: dict[str, Array] | None = None,
   chunk_tokens: int = 512,
   softcap: float | int | None = None,
   rows: NamedSharding | None = None,
@@ -187,7 +212,10 @@ def linear_cross_entropy(
     base: the base's hidden states of the same tokens, and its head: constants,
       which receive no gradient. Their logits, too, exist a chunk at a time.
     num_groups: number of groups.
-    objective: what is minimized; its `kl` needs a base.
+    objective: what is minimized; its `kl` needs a base. A `Loss` of one's own
+      is given each chunk, and its gradient taken there; what is measured stays
+      the same, at the price of the chunk's logits once more.
+    extras: {name: array [B, T, ...]} for a `Loss`, its segment_ids among them.
     chunk_tokens: tokens of a chunk; changes memory, not results.
     softcap: bends logits to softcap * tanh(z / softcap) (Gemma 2).
     rows: how [B, T] is divided over a mesh. Each device then lists its own
@@ -198,9 +226,19 @@ def linear_cross_entropy(
     LossSums over all B * T predictions.
 
   Raises:
-    ValueError: an objective that compares with the base, and no base.
+    ValueError: an objective that compares with the base, and no base; a loss
+      of one's own with a parameter that there is no array for.
   """
-  if objective.kl and base is None:
+  extras = {"segment_ids": jnp.zeros(targets.shape, jnp.int32)} | (extras or {})
+  wanted = {"segment_ids", *extra_names(objective)}
+  if unknown := wanted - extras.keys() - {"softcap"}:
+    raise ValueError(
+      f"loss: got the keyword-only parameters {sorted(unknown)}, expected "
+      f"some of {sorted(extras.keys() | {'softcap'})}. Rename them."
+    )
+  extras = {name: extras[name] for name in wanted & extras.keys()}
+  extras = jax.lax.stop_gradient(extras)
+  if isinstance(objective, Objective) and objective.kl and base is None:
     raise ValueError(
       f"linear_cross_entropy: objective.kl is {objective.kl} without a base; "
       "expected its hidden states and head. Pass base, or set kl to 0."
@@ -210,14 +248,15 @@ def linear_cross_entropy(
   static = _Static(objective, softcap, max(1, chunk_tokens), num_groups, rows)
   base = jax.lax.stop_gradient(base)
   with jax.named_scope("loss_head"):
-    value, table, versus = _sums(
-      hidden, head, targets, weights, groups, base, static
+    value, table, versus, named = _sums(
+      hidden, head, targets, weights, groups, base, extras, static
     )
   nats, weight, correct, entropy = table
   return LossSums(
     *(value, nats[0], weight[0], correct[0], entropy[0]),
     GroupSums(nats[1:], weight[1:], correct[1:]),
     None if versus is None else BaseSums(*versus),
+    None if isinstance(objective, Objective) else named,
   )
 
 
@@ -228,19 +267,20 @@ def _local_sums(
   weights: Array,
   groups: Array,
   base: tuple[Array, Array] | None,
+  extras: dict[str, Array],
   *,
   static: _Static,
   to_hidden: bool,
   to_head: bool,
-) -> tuple[Array, Array, Array | None, Array | None, Array | None]:
-  """(objective, table, base's, d hidden, d head) of one device's tokens.
+) -> tuple[Array, Array, Array | None, dict, Array | None, Array | None]:
+  """(objective, table, base's, named, d hidden, d head) of a device's tokens.
 
   Gradients that are not requested are None.
   """
   shape, n, axes = hidden.shape, targets.size, _axes(static.rows)
-  hidden, y, w, groups = (
-    jnp.reshape(x, (n, *x.shape[2:]))
-    for x in (hidden, targets, weights, groups)
+  hidden, y, w, groups, extras = jax.tree.map(
+    lambda x: jnp.reshape(x, (n, *x.shape[2:])),
+    (hidden, targets, weights, groups, extras),
   )
   base_hidden = None if base is None else base[0].reshape(n, -1)
   trained = w != 0
@@ -251,59 +291,87 @@ def _local_sums(
   width = min(static.width, n)
   listed = jnp.pad(listed, (0, width), constant_values=n)
 
+  def own(h: Array, head: Array, y: Array, w: Array, extras: dict):
+    """The loss of one's own, of a chunk."""
+    assert not isinstance(static.objective, Objective)
+    known = extras | {"softcap": static.softcap}
+    keywords = {name: known[name] for name in extra_names(static.objective)}
+    value, named = static.objective(
+      *(h, head, y, w, extras["segment_ids"]), **keywords
+    )
+    return value.astype(jnp.float32), {
+      name: jnp.asarray(x, jnp.float32) for name, x in named.items()
+    }
+
   def step(i, carry):
-    value, table, versus, d_hidden, d_head = carry
+    value, table, versus, named, d_hidden, d_head = carry
     at = jax.lax.dynamic_slice_in_dim(listed, i * width, width)
     take = lambda x: jnp.take(x, at, axis=0, mode="fill", fill_value=0)
     h, y_, w_ = take(hidden), take(y), take(w)
     found = _logits(h, head, y_, static.softcap)
-    value += (w_ * static.objective.loss(found.z, found.log_z, found.nll)).sum()
     table += _table(found, w_, take(groups), static.num_groups)
     known = None
     if base is not None:
       was = _logits(take(base_hidden), base[1], y_, static.softcap)
       known = _compare(was, found)
       versus += (w_ * known.table).sum(axis=-1)
-      if static.objective.kl:
+    d_h = d_e = None
+    if isinstance(static.objective, Objective):
+      loss = static.objective.loss(found.z, found.log_z, found.nll)
+      value += (w_ * loss).sum()
+      if static.objective.kl and known is not None:
         value += static.objective.kl * (w_ * known.kl).sum()
-    if to_hidden or to_head:
-      # In the compute dtype: these products are as large as the forward's.
-      d_z = _gradient(
-        found, y_, w_, static.objective, static.softcap, known
-      ).astype(h.dtype)
+      if to_hidden or to_head:
+        # In the compute dtype: these products are as large as the forward's.
+        d_z = _gradient(
+          found, y_, w_, static.objective, static.softcap, known
+        ).astype(h.dtype)
+      if to_hidden:
+        d_h = jnp.einsum("wv,vd->wd", d_z, head)
+      if to_head:
+        d_e = jnp.einsum(
+          "wv,wd->vd", d_z, h, preferred_element_type=jnp.float32
+        )
+    else:
+      arguments = (h, head, y_, w_, jax.tree.map(take, extras))
+      if to_hidden or to_head:
+        gradient = jax.value_and_grad(own, (0, 1), has_aux=True)
+        (loss, sums), (d_h, d_e) = gradient(*arguments)
+      else:
+        loss, sums = own(*arguments)
+      value, named = value + loss, jax.tree.map(jnp.add, named, sums)
     if to_hidden:
-      d_h = jnp.einsum("wv,vd->wd", d_z, head).astype(h.dtype)
       d_hidden = jax.lax.dynamic_update_slice_in_dim(
-        d_hidden, d_h, i * width, 0
+        d_hidden, d_h.astype(h.dtype), i * width, 0
       )
     if to_head:
-      d_head += jnp.einsum(
-        "wv,wd->vd", d_z, h, preferred_element_type=jnp.float32
-      )
-    return value, table, versus, d_hidden, d_head
+      d_head += d_e.astype(jnp.float32)
+    return value, table, versus, named, d_hidden, d_head
 
   chunks = -(-count // width)
   if axes:
     # As many on every device: collectives inside must meet.
     chunks = jax.lax.pmax(chunks, axes)
+  names: dict[str, Any] = {}
+  if not isinstance(static.objective, Objective):
+    cut = lambda x: jax.ShapeDtypeStruct((width, *x.shape[1:]), x.dtype)
+    chunk = jax.tree.map(cut, (hidden, y, w, extras))
+    names = jax.eval_shape(own, chunk[0], head, *chunk[1:])[1]
   carry = (
     jnp.zeros((), jnp.float32),
     jnp.zeros((4, 1 + static.num_groups), jnp.float32),
     None if base is None else jnp.zeros(len(BaseSums._fields), jnp.float32),
+    {name: jnp.zeros((), jnp.float32) for name in names},
     jnp.zeros((n + width, shape[-1]), hidden.dtype) if to_hidden else None,
     jnp.zeros(head.shape, jnp.float32) if to_head else None,
   )
-  value, table, versus, d_hidden, d_head = jax.lax.fori_loop(
-    0, chunks, step, carry
-  )
+  *sums, d_hidden, d_head = jax.lax.fori_loop(0, chunks, step, carry)
   if to_hidden:
     place = jnp.cumsum(trained) - 1
     d_hidden = jnp.where(trained[:, None], d_hidden[place], 0).reshape(shape)
   if axes:
-    value, table, versus, d_head = jax.lax.psum(
-      (value, table, versus, d_head), axes
-    )
-  return value, table, versus, d_hidden, d_head
+    sums, d_head = jax.lax.psum((sums, d_head), axes)
+  return *sums, d_hidden, d_head
 
 
 def _axes(rows: NamedSharding | None) -> tuple[str, ...]:
@@ -315,13 +383,13 @@ def _axes(rows: NamedSharding | None) -> tuple[str, ...]:
   return tuple(axes) if any(rows.mesh.shape[a] > 1 for a in axes) else ()
 
 
-def _on_devices(hidden, head, targets, weights, groups, base, **static):
+def _on_devices(hidden, head, targets, weights, groups, base, extras, **static):
   """`_local_sums`, where `rows` says so on each device with its own tokens."""
   local_sums = partial(_local_sums, **static)
   rows = static["static"].rows
   axes = _axes(rows)
   if not axes:
-    return local_sums(hidden, head, targets, weights, groups, base)
+    return local_sums(hidden, head, targets, weights, groups, base, extras)
   none = PartitionSpec()
   of_base = None if base is None else (rows.spec, none)
   # Axes that are not named, such as 'tensor', are left to XLA.
@@ -329,32 +397,36 @@ def _on_devices(hidden, head, targets, weights, groups, base, **static):
     local_sums,
     mesh=rows.mesh,
     axis_names=set(axes),
-    in_specs=(rows.spec, none, rows.spec, rows.spec, rows.spec, of_base),
-    out_specs=(none, none, none, rows.spec, none),
+    in_specs=(rows.spec, none, *[rows.spec] * 3, of_base, rows.spec),
+    out_specs=(none, none, none, none, rows.spec, none),
     check_vma=False,
-  )(hidden, head, targets, weights, groups, base)
+  )(hidden, head, targets, weights, groups, base, extras)
 
 
-def _sums_only(hidden, head, targets, weights, groups, base, static):
-  return _on_devices(
-    *(hidden, head, targets, weights, groups, base),
-    static=static,
-    to_hidden=False,
-    to_head=False,
-  )[:3]
+def _sums_only(*arguments):
+  *arrays, static = arguments
+  return _on_devices(*arrays, static=static, to_hidden=False, to_head=False)[:4]
 
 
-def _sums_with_gradients(hidden, head, targets, weights, groups, base, static):
-  value, table, versus, d_hidden, d_head = _on_devices(
-    *(x.value for x in (hidden, head, targets, weights, groups)),
-    base=base and tuple(x.value for x in base),
+def _sums_with_gradients(hidden, head, *arguments):
+  *rest, static = arguments
+  values = jax.tree.map(
+    lambda x: x.value, (hidden, head, *rest), is_leaf=_given
+  )
+  *sums, d_hidden, d_head = _on_devices(
+    *values,
     static=static,
     to_hidden=hidden.perturbed,
     to_head=head.perturbed,
   )
   if d_head is not None:
     d_head = d_head.astype(head.value.dtype)
-  return (value, table, versus), (d_hidden, d_head)
+  return tuple(sums), (d_hidden, d_head)
+
+
+def _given(x: Any) -> bool:
+  """True for the arguments of `custom_vjp` that hold an array."""
+  return hasattr(x, "perturbed")
 
 
 def _scale_gradients(static, gradients, cotangents):
@@ -362,10 +434,10 @@ def _scale_gradients(static, gradients, cotangents):
   d_value: Any = cotangents[0]
   scale = lambda g: (g.astype(jnp.float32) * d_value).astype(g.dtype)
   d_hidden, d_head = jax.tree.map(scale, gradients)
-  return d_hidden, d_head, None, None, None, None
+  return d_hidden, d_head, None, None, None, None, None
 
 
-_sums: Any = jax.custom_vjp(_sums_only, nondiff_argnums=(6,))
+_sums: Any = jax.custom_vjp(_sums_only, nondiff_argnums=(7,))
 _sums.defvjp(_sums_with_gradients, _scale_gradients, symbolic_zeros=True)
 
 

@@ -1,7 +1,15 @@
-"""The learning-rate schedule, AdamW by parameter patterns, and rounding."""
+"""What a gradient becomes: schedules, optimizers by name, rounding.
 
-from collections.abc import Sequence
-from typing import Any
+    clip -> direction (OPTIMIZERS) -> weight decay -> rates -> learning rate
+
+Layers are stacked: a kernel [L, in, out] holds L matrices, experts
+[L, E, in, out] L * E of them, a norm's scale [L, D] L vectors. An optimizer
+that looks at matrices is given each by itself (`per_matrix`), as if no layer
+were stacked.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +18,7 @@ from jaxtyping import Array, BFloat16, Float32
 
 from sft_jax.common import trees
 
-SCHEDULES = ("cosine", "linear", "constant")
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
 
 
 def schedule(
@@ -20,15 +28,19 @@ def schedule(
   warmup_steps: int,
   num_steps: int,
   final_fraction: float,
+  decay_fraction: float = 0.2,
 ) -> optax.Schedule:
   """Learning rate by optimizer step: warm-up from 0, then decay.
 
   Step s < warmup_steps has peak * (s + 1) / warmup_steps, so that the first
-  step moves; after it the rate falls to peak * final_fraction at num_steps
-  ('cosine', 'linear') or stays ('constant').
+  step moves. After it the rate falls to peak * final_fraction at num_steps
+  ('cosine', 'linear'), stays ('constant'), or stays and falls linearly over
+  the last `decay_fraction` of the steps ('wsd': warm-up, stable, decay; Hu et
+  al. 2024, arXiv 2404.06395).
 
   Raises:
-    ValueError: an unknown name, or a warm-up longer than the run.
+    ValueError: an unknown name, a warm-up longer than the run or running into
+      the decay of 'wsd'.
   """
   if name not in SCHEDULES:
     raise ValueError(
@@ -44,6 +56,17 @@ def schedule(
     decay = optax.cosine_decay_schedule(peak, decay_steps, final_fraction)
   elif name == "linear":
     decay = optax.linear_schedule(peak, peak * final_fraction, decay_steps)
+  elif name == "wsd":
+    falling = round(decay_fraction * num_steps)
+    if not 0 < falling <= decay_steps:
+      raise ValueError(
+        f"optim.decay_fraction: got {decay_fraction} of {num_steps} steps with "
+        f"{warmup_steps} of warm-up, expected between 1 and {decay_steps} "
+        "steps. Change it, or shorten the warm-up."
+      )
+    decay = optax.linear_schedule(
+      *(peak, peak * final_fraction, falling), decay_steps - falling
+    )
   else:
     decay = optax.constant_schedule(peak)
   if warmup_steps == 0:
@@ -52,66 +75,91 @@ def schedule(
   return optax.join_schedules([warmup, decay], [warmup_steps])
 
 
-def adamw(
+# -- Optimizers ---------------------------------------------------------------
+
+
+class Moments(NamedTuple):
+  """How an optimizer averages gradients; each reads what it has use for.
+
+  Attributes:
+    b1: decay of the first moment; momentum of sgd and muon.
+    b2: decay of the second moment; of lion's first.
+    eps: added to the root of the second moment.
+    mu_dtype: in which the first moment is stored, float32 or bfloat16 (adamw,
+      and what muon leaves to it); the arithmetic is float32.
+    nu_dtype: the same for the second moment.
+    rounding_seed: of bfloat16 moments, see `round_tree`; None rounds to
+      nearest.
+  """
+
+  b1: float
+  b2: float
+  eps: float
+  mu_dtype: Any = jnp.float32
+  nu_dtype: Any = jnp.float32
+  rounding_seed: int | None = None
+
+
+def make(
+  name: str,
   learning_rate: optax.Schedule,
   *,
-  b1: float,
-  b2: float,
-  eps: float,
   weight_decay: float,
   decay_patterns: Sequence[str],
   clip_norm: float,
   rates: Sequence[tuple[str, float]] = (),
-  mu_dtype: Any = jnp.float32,
-  nu_dtype: Any = jnp.float32,
-  rounding_seed: int | None = None,
+  **moments: Any,
 ) -> optax.GradientTransformation:
-  """AdamW (Loshchilov & Hutter, arXiv 1711.05101) after global-norm clipping.
+  """The chain of this module's first lines around one of `OPTIMIZERS`.
 
   Args:
+    name: of the optimizer.
     learning_rate: schedule over optimizer steps.
-    b1: decay of the first moment.
-    b2: decay of the second moment.
-    eps: added to the root of the second moment.
     weight_decay: decoupled decay, multiplied by the learning rate; 0 = off.
     decay_patterns: parameter paths that decay; norms and biases should not.
     clip_norm: largest global norm of the gradients; 0 = no clipping.
     rates: ((pattern, factor), ...) over parameter paths: the first that
       matches multiplies the learning rate, of the decay too. LoRA+ is
       (('lora_b$', 16.0),) (Hayou et al. 2024, arXiv 2402.12354).
-    mu_dtype: that the first moment is kept in, float32 or bfloat16; what is
-      computed from it is float32.
-    nu_dtype: the same for the second moment.
-    rounding_seed: of bfloat16 moments, see `round_tree`; None
-      rounds to nearest.
+    moments: the fields of `Moments`.
 
   Raises:
-    ValueError: a second moment in bfloat16, rounded to nearest, that would
-      never decay: a bfloat16 has 8 bits, so a change below 1 in 256 is none.
+    ValueError: an unknown name; moments that the optimizer does not have.
   """
+  if name not in OPTIMIZERS:
+    raise ValueError(
+      f"optim.name: got {name!r}, expected one of {tuple(OPTIMIZERS)}. Set it "
+      "to one of these."
+    )
+  settings = Moments(**moments)
+  narrow = {jnp.dtype(settings.mu_dtype), jnp.dtype(settings.nu_dtype)}
+  if name not in ("adamw", "muon") and narrow != {jnp.dtype(jnp.float32)}:
+    raise ValueError(
+      f"optim.mu_dtype, optim.nu_dtype: got {settings.mu_dtype} and "
+      f"{settings.nu_dtype} with optim.name {name!r}, expected float32. Set "
+      "both to float32, or optim.name to 'adamw'."
+    )
   decays = lambda params: trees.map_paths(
     lambda path, _: trees.matches_any(decay_patterns, path), params
   )
   return optax.chain(
     optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
-    _scale_by_adam(
-      b1, b2, eps, jnp.dtype(mu_dtype), jnp.dtype(nu_dtype), rounding_seed
-    ),
+    OPTIMIZERS[name](settings),
     optax.add_decayed_weights(weight_decay, mask=decays),
     *([_scale_by_path(rates)] if rates else []),
     optax.scale_by_learning_rate(learning_rate),
   )
 
 
-def _scale_by_adam(
-  b1: float,
-  b2: float,
-  eps: float,
-  mu_dtype: Any,
-  nu_dtype: Any,
-  seed: int | None,
-) -> optax.GradientTransformation:
-  """`optax.scale_by_adam` in float32, with moments kept in given dtypes."""
+def _adam(moments: Moments) -> optax.GradientTransformation:
+  """`optax.scale_by_adam` in float32, with moments kept in given dtypes.
+
+  Raises:
+    ValueError: a second moment in bfloat16, rounded to nearest, that would
+      never decay: a bfloat16 has 8 bits, so a change below 1 in 256 is none.
+  """
+  b1, b2, eps, mu_dtype, nu_dtype, seed = moments
+  mu_dtype, nu_dtype = jnp.dtype(mu_dtype), jnp.dtype(nu_dtype)
   for name, dtype, decay in (("mu", mu_dtype, b1), ("nu", nu_dtype, b2)):
     if dtype not in (jnp.float32, jnp.bfloat16):
       raise ValueError(
@@ -151,6 +199,104 @@ def _scale_by_adam(
     return found, optax.ScaleByAdamState(count, mu, nu)
 
   return optax.GradientTransformation(init, update)
+
+
+def is_matrix(path: str) -> bool:
+  """True for kernels and for the factors of an adapter; tables are none.
+
+  >>> is_matrix('layers/attn/q/lora_a'), is_matrix('embed/embedding')
+  (True, False)
+  """
+  return path.endswith(("/kernel", "/lora_a", "/lora_b"))
+
+
+def per_matrix(
+  tx: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """Applies `tx` to each matrix or vector of the stacked layers by itself.
+
+  As if the tree held [in, out] a layer and an expert, and each leaf had an
+  optimizer of its own: for factored moments, orthogonalization, or norms of
+  one tensor; not for what looks at the whole tree (global norms, masks).
+
+  Returns:
+    A transformation whose state is a tree like the parameters', in the place
+    of each the state of `tx` with the leading axes of its stack.
+  """
+
+  def stacked(fn: Callable, path: str, ndim: int) -> Callable:
+    own = (2 if is_matrix(path) else 1) if path.startswith("layers/") else ndim
+    for _ in range(ndim - own):
+      fn = jax.vmap(fn)
+    return fn
+
+  def init(params):
+    return trees.map_paths(
+      lambda path, x: stacked(tx.init, path, x.ndim)(x), params
+    )
+
+  def update(updates, state, params=None):
+    moved, states = {}, {}
+    values = trees.flatten(updates if params is None else params)
+    for path, g in trees.flatten(updates).items():
+      own = state
+      for key in path.split("/"):
+        own = own[key]
+      one = stacked(tx.update, path, g.ndim)
+      moved[path], states[path] = one(g, own, values[path])
+    return trees.unflatten(moved), trees.unflatten(states)
+
+  return optax.GradientTransformation(init, update)
+
+
+def _adafactor(moments: Moments) -> optax.GradientTransformation:
+  """Second moments as rows and columns (Shazeer & Stern, arXiv 1804.04235).
+
+  Without momentum and without scaling by the parameters' size, as Hugging
+  Face's Trainer runs it: learning rates are those of AdamW.
+  """
+  del moments
+  return per_matrix(
+    optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+  )
+
+
+def _muon(moments: Moments) -> optax.GradientTransformation:
+  """Matrices by Muon (Jordan 2024), scaled to AdamW's size; others by AdamW.
+
+  An orthogonalized update times 0.2 sqrt(max(in, out)) has the root mean
+  square of AdamW's, so that its learning rates stay right (Liu et al. 2025,
+  arXiv 2502.16982).
+  """
+  resize = optax.stateless_with_tree_map(
+    lambda update, _: 0.2 * max(update.shape) ** 0.5 * update
+  )
+  muon = optax.contrib.scale_by_muon(beta=moments.b1, mu_dtype=jnp.float32)
+  matrices = per_matrix(optax.chain(muon, resize))
+  others = _adam(moments)
+  halves = lambda tree: trees.partition(tree, is_matrix)
+
+  def init(params):
+    mine, rest = halves(params)
+    return {"muon": matrices.init(mine), "adam": others.init(rest)}
+
+  def update(updates, state, params=None):
+    mine, rest = halves(updates)
+    mine, muon = matrices.update(mine, state["muon"])
+    rest, adam = others.update(rest, state["adam"])
+    return trees.merge(mine, rest), {"muon": muon, "adam": adam}
+
+  return optax.GradientTransformation(init, update)
+
+
+# The direction of a step by name, from its settings; one more is one line.
+OPTIMIZERS: dict[str, Callable[[Moments], optax.GradientTransformation]] = {
+  "adamw": _adam,  # Loshchilov & Hutter, arXiv 1711.05101.
+  "adafactor": _adafactor,
+  "lion": lambda m: optax.scale_by_lion(m.b1, m.b2, jnp.float32),
+  "sgd": lambda m: optax.trace(m.b1, accumulator_dtype=jnp.float32),
+  "muon": _muon,
+}
 
 
 def _scale_by_path(

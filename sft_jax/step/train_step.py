@@ -45,13 +45,15 @@ def init_state(
 ) -> TrainState:
   """The state of step 0; `trained` chooses leaves by path."""
   chosen, frozen = trees.partition(params, trained)
-  return TrainState(jnp.zeros((), jnp.int32), chosen, frozen, tx.init(chosen))
+  # Moments are float32 whatever the parameters are; no copy is kept.
+  wide = jax.tree.map(lambda x: x.astype(jnp.float32), chosen)
+  return TrainState(jnp.zeros((), jnp.int32), chosen, frozen, tx.init(wide))
 
 
 def make_train_step(
   loss_fn: LossFn,
   tx: optax.GradientTransformation,
-  learning_rate: optax.Schedule,
+  learning_rate: optax.Schedule | None,
   *,
   seed: int | None = None,
   group_names: Sequence[str] = (),
@@ -84,10 +86,11 @@ def make_train_step(
   loss/nats_per_token (of plain nll, whatever the objective), acc/token,
   entropy/nats, of each group named loss/<group> and acc/<group>, loss/kl
   (KL(base || tuned), nats per token) where the loss compares with a base,
+  loss/<name> of each named sum of a loss of one's own,
   data/trained_fraction (trained tokens over tokens), data/fill (tokens over
   slots), optim/grad_norm (before clipping), optim/update_ratio (norm of the
-  change over norm of the parameters), optim/learning_rate, optim/nonfinite,
-  optim/spike.
+  change over norm of the parameters), optim/learning_rate (unless it is None:
+  an optimizer whose rate is its own), optim/nonfinite, optim/spike.
   """
 
   def micro_gradient(state: TrainState, batch: Batch, index: Any):
@@ -152,8 +155,10 @@ def make_train_step(
       )
       ratio = optax.tree.norm(updates) / optax.tree.norm(state.params)
     # The optimizer counts the steps that were applied, and so the rate.
-    schedule = optax.tree.get(state.opt_state, "ScaleByScheduleState")
-    applied = state.step if schedule is None else schedule.count
+    schedules = optax.tree.get_all_with_path(
+      state.opt_state, "ScaleByScheduleState"
+    )
+    applied = schedules[0][1].count if schedules else state.step
     one = jnp.ones((), jnp.float32)
     with jax.named_scope("metrics"):
       tokens = (batch.segment_ids > 0).sum()
@@ -164,11 +169,16 @@ def make_train_step(
       "entropy/nats": (sums.entropy, sums.weight),
       **loss_groups.pairs(sums.groups, group_names),
       **({"loss/kl": (sums.base.kl, sums.weight)} if sums.base else {}),
+      **{f"loss/{k}": (x, sums.weight) for k, x in (sums.named or {}).items()},
       "data/trained_fraction": (trained, tokens),
       "data/fill": (tokens, jnp.asarray(batch.segment_ids.size)),
       "optim/grad_norm": (grad_norm, one),
       "optim/update_ratio": (ratio, one),
-      "optim/learning_rate": (jnp.asarray(learning_rate(applied)), one),
+      **(
+        {"optim/learning_rate": (jnp.asarray(learning_rate(applied)), one)}
+        if learning_rate
+        else {}
+      ),
       "optim/nonfinite": (1.0 - finite, one),
       "optim/spike": (spike.astype(jnp.float32), one),
     }

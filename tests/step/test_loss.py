@@ -486,3 +486,72 @@ def test_a_frozen_head_costs_no_gradient(case):
   np.testing.assert_array_equal(
     jax.jit(other)(hidden, head), jax.jit(both)(hidden, head)[1]
   )
+
+
+def dense(case):
+  """z, log p and the arrays of a case, for losses written without chunks."""
+  hidden, head, targets, weights = case
+  z = hidden @ head.T
+  return z, jax.nn.log_softmax(z), jax.nn.one_hot(targets, V), weights
+
+
+def check_own(case, loss, formula, **choices):
+  """A loss of one's own against its dense formula, with both gradients."""
+
+  def chunked(hidden, head):
+    sums = linear_cross_entropy(
+      *(hidden, head, *case[2:]), objective=loss, chunk_tokens=7, **choices
+    )
+    return 3 * sums.objective, sums
+
+  def whole(hidden, head):
+    return 3 * formula(*dense((hidden, head, *case[2:])))
+
+  run = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))
+  (value, sums), got = run(*case[:2])
+  right, want = jax.value_and_grad(whole, (0, 1))(*case[:2])
+  np.testing.assert_allclose(value, right, rtol=1e-5)
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+  plain = linear_cross_entropy(*case)
+  for name in ("nats", "weight", "correct", "entropy"):
+    np.testing.assert_allclose(
+      getattr(sums, name), getattr(plain, name), rtol=1e-5
+    )
+  assert plain.named is None
+  return sums
+
+
+def own_nats(hidden, head, targets, weights, segment_ids):
+  log_p = jax.nn.log_softmax(hidden @ head.T)
+  nll = -jnp.take_along_axis(log_p, targets[:, None], 1)[:, 0]
+  later = weights * (segment_ids > 1)
+  return (weights * nll).sum(), {"later": (later * nll).sum()}
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_loss_of_ones_own_is_its_dense_formula(case, devices):
+  if devices > 1:
+    case = tuple(
+      x if i == 1 else jnp.concatenate([x, x[:1]]) for i, x in enumerate(case)
+    )
+  segments = np.arange(T)[None] // 4 + np.zeros((len(case[0]), 1), int)
+  mesh = sharding.make_mesh(2, 2, 2) if devices > 1 else None
+  formula = lambda z, log_p, hot, w: -(w * (hot * log_p).sum(-1)).sum()
+  sums = check_own(
+    *(case, own_nats, formula),
+    extras={"segment_ids": jnp.asarray(segments)},
+    rows=sharding.rows(mesh) if mesh else None,
+  )
+  np.testing.assert_allclose(sums.objective, sums.nats, rtol=1e-6)
+  _, log_p, hot, w = dense(case)
+  later = -(w * (segments > 1) * (hot * log_p).sum(-1)).sum()
+  np.testing.assert_allclose(sums.named["later"], later, rtol=1e-5)
+
+
+def test_a_loss_that_asks_for_unknown_arrays_is_refused(case):
+  def loss(hidden, head, targets, weights, segment_ids, *, marks):
+    return (weights * marks).sum(), {}
+
+  with pytest.raises(ValueError, match=r"\['marks'\], expected some of"):
+    linear_cross_entropy(*case, objective=loss)

@@ -5,9 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from sft_jax.common import sharding
+from sft_jax.common import sharding, trees
 from sft_jax.step import optimizer
 
 ADAMW = {
@@ -24,6 +25,7 @@ ADAMW = {
   [
     ("constant", [0.5, 1, 1, 1, 1, 1, 1]),
     ("linear", [0.5, 1, 1, 0.8, 0.6, 0.4, 0.2]),
+    ("wsd", [0.5, 1, 1, 1, 1, 0.6, 0.2]),
     (
       "cosine",
       [0.5, 1]
@@ -33,7 +35,12 @@ ADAMW = {
 )
 def test_schedules(name, want):
   rate = optimizer.schedule(
-    name, peak=1.0, warmup_steps=2, num_steps=6, final_fraction=0.2
+    name,
+    peak=1.0,
+    warmup_steps=2,
+    num_steps=6,
+    final_fraction=0.2,
+    decay_fraction=1 / 3,
   )
   np.testing.assert_allclose([rate(s) for s in range(7)], want, rtol=1e-6)
 
@@ -44,13 +51,17 @@ def test_schedule_refuses_what_cannot_be():
     optimizer.schedule("cosin", warmup_steps=2, **known)
   with pytest.raises(ValueError, match=r"optim\.warmup_steps: got 6"):
     optimizer.schedule("linear", warmup_steps=6, **known)
+  with pytest.raises(ValueError, match=r"optim\.decay_fraction: got 0\.9"):
+    optimizer.schedule("wsd", warmup_steps=2, decay_fraction=0.9, **known)
 
 
 def test_adamw_equals_its_formula():
   rng = np.random.default_rng(0)
   params = {"kernel": rng.normal(size=5), "scale": rng.normal(size=3)}
   params = {k: jnp.asarray(v, jnp.float32) for k, v in params.items()}
-  tx = optimizer.adamw(lambda step: 0.1 / (step + 1), clip_norm=1.0, **ADAMW)
+  tx = optimizer.make(
+    "adamw", lambda step: 0.1 / (step + 1), clip_norm=1.0, **ADAMW
+  )
   state = tx.init(params)
   want = {k: np.asarray(v, np.float64) for k, v in params.items()}
   m = {k: np.zeros_like(v) for k, v in want.items()}
@@ -80,13 +91,94 @@ def test_adamw_equals_its_formula():
     np.testing.assert_allclose(params[k], want[k], rtol=2e-5)
 
 
+SHAPES = {
+  "embed/embedding": (32, 16),
+  "final_norm/scale": (16,),
+  "layers/attn/q/kernel": (3, 128, 136),
+  "layers/attn/q/lora_a": (3, 16, 4),
+  "layers/attn/q/lora_b": (3, 4, 24),
+  "layers/attn_norm/scale": (3, 16),
+  "layers/moe/router/kernel": (3, 16, 2),
+  "layers/moe/up/kernel": (3, 2, 128, 144),
+}
+
+
+def unstacked(name, matrix):
+  """optax's own optimizer of one matrix, or of a vector or a table."""
+  b1, b2, eps = 0.9, 0.99, 1e-8
+  adam = optax.adam(0.03, b1, b2, eps)
+  return {
+    "adamw": adam,
+    "adafactor": optax.adafactor(0.03, multiply_by_parameter_scale=False),
+    "lion": optax.lion(0.03, b1, b2, weight_decay=0.0),
+    "sgd": optax.sgd(0.03, b1),
+    "muon": optax.contrib.muon(0.03, beta=b1, consistent_rms=0.2)
+    if matrix
+    else adam,
+  }[name]
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
+def test_stacked_layers_move_as_one_layer_at_a_time(name, devices):
+  """Three steps of each optimizer, against optax on every matrix alone."""
+  rng = np.random.default_rng(0)
+  draw = lambda: {
+    path: rng.normal(size=shape).astype(np.float32)
+    for path, shape in SHAPES.items()
+  }
+  start, gradients = draw(), [draw() for _ in range(3)]
+  params = trees.unflatten({k: jnp.asarray(x) for k, x in start.items()})
+  tx = optimizer.make(
+    *(name, lambda step: 0.03), clip_norm=0.0, **ADAMW | {"weight_decay": 0.0}
+  )
+  init, update = tx.init, jax.jit(tx.update)
+  if devices > 1:
+    mesh = sharding.make_mesh(2, 2, 2)
+    params = jax.device_put(params, sharding.param_shardings(params, mesh))
+    where = sharding.state_shardings(jax.eval_shape(init, params), params, mesh)
+    init = jax.jit(init, out_shardings=where)
+    update = jax.jit(tx.update, out_shardings=(None, where))
+    # Factors and momenta are divided, not copied to every device.
+    whole = [x for x in jax.tree.leaves(where) if x.is_fully_replicated]
+    assert len(whole) < len(jax.tree.leaves(where))
+  state = init(params)
+  got = []
+  for gradient in gradients:
+    tree = trees.unflatten({k: jnp.asarray(x) for k, x in gradient.items()})
+    moved, state = update(tree, state, params)
+    got.append(trees.flatten(jax.device_get(moved)))
+  for path, shape in SHAPES.items():
+    matrix = path.endswith(("kernel", "lora_a", "lora_b"))
+    single = 2 if matrix or "embedding" in path else 1
+    for index in np.ndindex(shape[: len(shape) - single]):
+      alone = unstacked(name, matrix)
+      value = jnp.asarray(start[path][index])
+      held = alone.init(value)
+      for step, gradient in enumerate(gradients):
+        want, held = alone.update(
+          jnp.asarray(gradient[path][index]), held, value
+        )
+        np.testing.assert_allclose(
+          got[step][path][index], want, atol=1e-6, err_msg=path
+        )
+
+
+def test_unknown_optimizers_and_moments_they_lack_are_refused():
+  known = ADAMW | {"clip_norm": 0.0}
+  with pytest.raises(ValueError, match=r"optim\.name: got 'adam'"):
+    optimizer.make("adam", lambda step: 0.1, **known)
+  with pytest.raises(ValueError, match=r"optim\.mu_dtype.*with optim\.name"):
+    optimizer.make("lion", lambda step: 0.1, mu_dtype="bfloat16", **known)
+
+
 def test_moments_in_bfloat16_are_right_on_average():
   """2,000 copies of one weight, whose second moment moves by 1 in 1,000."""
   known = ADAMW | {"b2": 0.999, "weight_decay": 0.0, "clip_norm": 0.0}
   params = {"kernel": jnp.zeros(2000)}
   low = {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16", "rounding_seed": 1}
-  narrow = optimizer.adamw(lambda step: 0.1, **known, **low)
-  wide = optimizer.adamw(lambda step: 0.1, **known)
+  narrow = optimizer.make("adamw", lambda step: 0.1, **known, **low)
+  wide = optimizer.make("adamw", lambda step: 0.1, **known)
   states = [narrow.init(params), wide.init(params)]
   update = [jax.jit(tx.update) for tx in (narrow, wide)]
   rng = np.random.default_rng(0)
@@ -102,14 +194,14 @@ def test_moments_in_bfloat16_are_right_on_average():
     mean = np.asarray(got["kernel"], np.float64).mean()
     np.testing.assert_allclose(mean, right["kernel"][0], rtol=2e-3)
   with pytest.raises(ValueError, match=r"nu_dtype: got bfloat16 with a decay"):
-    optimizer.adamw(lambda step: 0.1, **known, nu_dtype="bfloat16")
+    optimizer.make("adamw", lambda step: 0.1, **known, nu_dtype="bfloat16")
   with pytest.raises(ValueError, match=r"mu_dtype: got float16"):
-    optimizer.adamw(lambda step: 0.1, **known, mu_dtype="float16")
+    optimizer.make("adamw", lambda step: 0.1, **known, mu_dtype="float16")
 
 
 def test_without_gradients_only_the_named_leaves_decay():
   params = {"kernel": jnp.ones(2), "bias": jnp.ones(2), "scale": jnp.ones(2)}
-  tx = optimizer.adamw(lambda step: 0.5, clip_norm=0.0, **ADAMW)
+  tx = optimizer.make("adamw", lambda step: 0.5, clip_norm=0.0, **ADAMW)
   zeros = jax.tree.map(jnp.zeros_like, params)
   updates, _ = tx.update(zeros, tx.init(params), params)
   np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-6)
@@ -127,10 +219,13 @@ def test_rates_multiply_the_learning_rate_of_what_they_match():
     lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params
   )
   known = ADAMW | {"decay_patterns": ("lora",), "clip_norm": 1.0}
-  tx = optimizer.adamw(
-    lambda step: 0.1, **known, rates=((r"q/lora_b$", 16.0), ("lora_b$", 4.0))
+  tx = optimizer.make(
+    "adamw",
+    lambda step: 0.1,
+    **known,
+    rates=((r"q/lora_b$", 16.0), ("lora_b$", 4.0)),
   )
-  plain = optimizer.adamw(lambda step: 0.1, **known)
+  plain = optimizer.make("adamw", lambda step: 0.1, **known)
   got, _ = tx.update(grads, tx.init(params), params)
   want, _ = plain.update(grads, plain.init(params), params)
   for path, factor in (("p", 4.0), ("q", 16.0)):
@@ -167,7 +262,8 @@ def test_lora_plus_equals_that_of_peft():
   params = {name: jnp.asarray(draw(p.shape)) for name, p in leaves.items()}
   for name, p in leaves.items():
     p.data = torch.tensor(np.array(params[name]))
-  tx = optimizer.adamw(
+  tx = optimizer.make(
+    "adamw",
     lambda step: 0.01,
     b1=0.9,
     b2=0.99,

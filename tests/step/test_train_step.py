@@ -562,7 +562,8 @@ def test_every_donated_buffer_is_used(batch, kind, accum_steps):
   low = {}
   if kind == "bfloat16":
     low = {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16", "rounding_seed": 1}
-  tx = optimizer.adamw(
+  tx = optimizer.make(
+    "adamw",
     lambda step: 1e-3,
     **{"b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.1},
     decay_patterns=("kernel$",),

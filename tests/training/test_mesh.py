@@ -186,7 +186,8 @@ def test_what_devices_send_is_what_the_axes_must():
 def test_moments_lie_where_their_parameters_lie():
   mesh = sharding.make_mesh(1, 2, 2, 2)
   params = jax.eval_shape(transformer.build(CONFIG).init, jax.random.key(0))
-  tx = optimizer.adamw(
+  tx = optimizer.make(
+    "adamw",
     lambda step: 1e-3,
     b1=0.9,
     b2=0.99,

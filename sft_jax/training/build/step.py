@@ -1,5 +1,6 @@
 """The step of a run from its config, which neither data nor weights shape."""
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from sft_jax.step import loss_groups, optimizer
 from sft_jax.step.loss import (
   NATS,
   GroupSums,
+  Loss,
   LossSums,
   Objective,
   linear_cross_entropy,
@@ -60,6 +62,7 @@ def schedule(config: Config, num_steps: int) -> optax.Schedule:
     warmup_steps=config.optim.warmup_steps,
     num_steps=num_steps,
     final_fraction=config.optim.final_fraction,
+    decay_fraction=config.optim.decay_fraction,
   )
 
 
@@ -69,16 +72,40 @@ def make_step(
   mesh: Mesh | None,
   num_steps: int,
   streams: Sequence[Stream | None] = (),
+  *,
+  loss: Loss | None = None,
+  tx: optax.GradientTransformation | None = None,
 ) -> Step:
   """The step of a run of `num_steps`, which neither data nor weights shape.
 
   The loop runs it, `abstract` compiles it for machines that are not here.
-  Of `streams`, those that losses are measured on and first the one that is
-  trained on, only the sources count: they are told apart in its metrics.
+
+  Args:
+    config: of the run.
+    model: its functions.
+    mesh: the devices; None is one.
+    num_steps: length of the run.
+    streams: those that losses are measured on, the training data first; of
+      each only the names of the sources are read, for the metrics.
+    loss: minimized in place of config.loss, see `step.loss.Loss`. A method
+      `loss.extras(batch)` gives further arrays [B, T, ...] by name. Measured
+      is the cross-entropy all the same.
+    tx: used in place of config.optim; it contains its own learning rate.
+
+  Raises:
+    ValueError: a setting of config.optim that does not exist; a loss of one's
+      own together with loss.kl.
   """
+  if loss is not None and config.loss.kl:
+    raise ValueError(
+      f"loss.kl: got {config.loss.kl} with a loss of your own, expected 0: it "
+      "replaces the objective. Add the divergence to your loss."
+    )
   learning_rate = schedule(config, num_steps)
   rounding_seed = optimizer.rounding_seed(config.optim.rounding, config.seed)
-  tx = optimizer.adamw(
+  own = tx is not None
+  tx = tx or optimizer.make(
+    config.optim.name,
     learning_rate,
     b1=config.optim.b1,
     b2=config.optim.b2,
@@ -86,13 +113,20 @@ def make_step(
     weight_decay=config.optim.weight_decay,
     decay_patterns=config.optim.decay,
     clip_norm=config.optim.clip_norm,
-    rates=(("lora_b$", config.lora.plus_ratio),) if model.lora else (),
+    rates=(
+      *((pattern, float(factor)) for pattern, factor in config.optim.rates),
+      *((("lora_b$", config.lora.plus_ratio),) if model.lora else ()),
+    ),
     mu_dtype=config.optim.mu_dtype,
     nu_dtype=config.optim.nu_dtype,
     rounding_seed=rounding_seed,
   )
   trains = model.lora.trains if model.lora else lambda path: True
-  trained = lambda path: trains(path) and not base_model.is_copy(path)
+  trained = lambda path: (
+    trains(path)
+    and not trees.matches_any(config.optim.freeze, path)
+    and not base_model.is_copy(path)
+  )
   names = [group_names(stream) for stream in streams if stream] or [
     loss_groups.names(PARTS, ())
   ]
@@ -123,7 +157,8 @@ def make_step(
     num_groups: int,
     dropout_key: jax.Array | None = None,
     base: trees.Tree | None = None,
-    objective: Objective = NATS,
+    objective: Objective | Loss = NATS,
+    extras: dict[str, jax.Array] | None = None,
   ) -> LossSums:
     return linear_cross_entropy(
       *predict(params, batch, dropout_key),
@@ -133,6 +168,7 @@ def make_step(
       base=None if base is None else predict(base, batch),
       num_groups=num_groups,
       objective=objective,
+      extras=extras,
       chunk_tokens=config.loss.chunk_tokens,
       softcap=model.config.logit_softcap,
       rows=sharding.rows(mesh) if mesh else None,
@@ -145,12 +181,17 @@ def make_step(
     measure: bool = False,
   ) -> LossSums:
     base = None
-    if config.loss.kl or measure:
+    if config.loss.kl or (measure and config.eval.kl):
       base = base_model.base_of(params, trained)
     groups = loss_groups.of(batch, len(PARTS))
     # A stream's own sources come last: shorter lists are a prefix.
     most = max(map(len, names))
-    return sums(params, batch, groups, most, dropout_key, base, objective)
+    arguments = (params, batch, groups, most, dropout_key, base)
+    if loss is None or measure:
+      return sums(*arguments, objective)
+    extras = {k: x for k, x in batch._asdict().items() if x is not None}
+    extras |= getattr(loss, "extras", lambda batch: {})(batch)
+    return sums(*arguments, loss, extras)
 
   def document_loss(params: trees.Tree, batch: Batch, most: int) -> GroupSums:
     groups = loss_groups.documents(batch, most)
@@ -161,7 +202,7 @@ def make_step(
 
   return Step(
     loss_fn=loss_fn,
-    measure_fn=partial(loss_fn, measure=config.eval.kl),
+    measure_fn=partial(loss_fn, measure=True),
     document_loss=document_loss,
     row_nats=row_nats,
     trained=trained,
@@ -169,7 +210,7 @@ def make_step(
     train_step=make_train_step(
       loss_fn,
       tx,
-      learning_rate,
+      None if own else learning_rate,
       seed=config.seed if model.lora and model.lora.dropout else None,
       group_names=names[0],
       rounding_seed=rounding_seed,
@@ -192,8 +233,23 @@ def hold_base(
     copy: what makes one more of a leaf.
 
   Raises:
-    ValueError: a coefficient that is none, or no base to keep to.
+    ValueError: a pattern of config.optim that matches nothing; a negative
+      coefficient; no base model.
   """
+  paths = [path for path in trees.flatten(params) if step.trained(path)]
+  for key, choices in (("rates", paths), ("freeze", trees.flatten(params))):
+    for rule in config.optim[key]:
+      pattern = rule if key == "freeze" else rule[0]
+      if not any(re.search(pattern, path) for path in choices):
+        raise ValueError(
+          f"optim.{key}: {pattern!r} matches nothing, expected patterns over "
+          f"{list(choices)}. Change optim.{key}."
+        )
+  if not paths:
+    raise ValueError(
+      f"optim.freeze: got {tuple(config.optim.freeze)}, which leaves nothing "
+      "to train; expected patterns of some parameters. Narrow optim.freeze."
+    )
   if not config.loss.kl:
     return params
   if config.loss.kl < 0 or config.model.from_scratch:
@@ -214,7 +270,7 @@ def group_names(stream: Stream) -> tuple[str, ...]:
 
 
 def state_shardings(step: Step, params: trees.Tree, mesh: Mesh) -> TrainState:
-  """Moments lie where their parameters lie; counters everywhere.
+  """Where every leaf of the state is stored.
 
   Args:
     step: whose optimiser and choice of what trains make the state.
@@ -225,18 +281,11 @@ def state_shardings(step: Step, params: trees.Tree, mesh: Mesh) -> TrainState:
     lambda params: init_state(params, step.trained, step.tx), params
   )
   whole = sharding.replicated(mesh)
-  of_params = sharding.param_shardings(shapes.params, mesh)
   return TrainState(
     step=whole,
-    params=of_params,
+    params=sharding.param_shardings(shapes.params, mesh),
     frozen=sharding.param_shardings(shapes.frozen, mesh),
-    opt_state=optax.tree_map_params(
-      step.tx,
-      lambda _, s: s,
-      shapes.opt_state,
-      of_params,
-      transform_non_params=lambda _: whole,
-    ),
+    opt_state=sharding.state_shardings(shapes.opt_state, shapes.params, mesh),
   )
 
 

@@ -1,0 +1,118 @@
+"""The code of docs/extending.md is run, and its losses are their formulas."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tiny
+from configs import base
+from sft_jax.common import sharding, trees
+from sft_jax.models import transformer
+from sft_jax.step.loss import linear_cross_entropy
+from sft_jax.step.train_step import init_state, split_micro_batches
+from sft_jax.training import selfcheck
+from sft_jax.training.build import step as build_step
+
+PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
+B, T, D, V = 2, 9, 8, 13
+
+
+@pytest.fixture(scope="module")
+def page():
+  names = {}
+  text = PAGE.read_text(encoding="utf-8")
+  for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+    exec(compile(block, str(PAGE), "exec"), names)
+  return names
+
+
+@pytest.mark.parametrize("name", ["focal", "unlikelihood", "distill"])
+def test_losses_of_the_page_are_their_formulas(page, name):
+  """Value and both gradients, in chunks of 4, against all logits at once."""
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  hidden, head, teacher = draw(B, T, D), draw(V, D), draw(B, T, V)
+  targets = jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
+  weights = jnp.asarray(rng.choice([0, 0.5, 1], (B, T)), jnp.float32)
+  sources = jnp.asarray(rng.integers(0, 2, (B, T)), jnp.int32)
+  loss = {
+    "focal": page["focal"],
+    "unlikelihood": page["unlikelihood"],
+    "distill": page["Distill"](lambda batch: teacher),
+  }[name]
+  extras = {"sources": sources, "teacher_logits": teacher}
+
+  def whole(hidden, head):
+    log_q = jax.nn.log_softmax(hidden @ head.T)
+    nll = -jnp.take_along_axis(log_q, targets[..., None], -1)[..., 0]
+    p = jnp.exp(-nll)
+    each = {
+      "focal": (1 - p) ** 2 * nll,
+      "unlikelihood": jnp.where(sources == 1, -jnp.log1p(-p), nll),
+      "distill": (
+        jax.nn.softmax(teacher) * (jax.nn.log_softmax(teacher) - log_q)
+      ).sum(-1),
+    }[name]
+    return (weights * each).sum()
+
+  def chunked(hidden, head):
+    return linear_cross_entropy(
+      *(hidden, head, targets, weights),
+      objective=loss,
+      extras=extras,
+      chunk_tokens=4,
+    ).objective
+
+  got, want = (
+    jax.value_and_grad(f, (0, 1))(hidden, head) for f in (chunked, whole)
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want
+  )
+
+
+def test_the_step_takes_a_loss_and_an_optimizer_of_ones_own(page):
+  config = base.get_config()
+  model = transformer.build(tiny.SPECK)
+  mesh = sharding.make_mesh(2, 2, 2)
+  params = jax.jit(model.init)(jax.random.key(0))
+  step = page["custom_step"](config, model, mesh, 100)
+  where = build_step.state_shardings(step, params, mesh)
+  state = jax.jit(
+    lambda p: init_state(p, step.trained, step.tx), out_shardings=where
+  )(params)
+  batch = selfcheck.toy_batch(8, 16, tiny.SPECK.vocab_size)
+  after, metrics = jax.jit(step.train_step)(
+    state, split_micro_batches(batch, 2)
+  )
+  nats, weight = metrics["loss/nats_per_token"]
+  assert float(nats / weight) == pytest.approx(
+    np.log(tiny.SPECK.vocab_size), 0.3
+  )
+  assert metrics["loss/easy"][0] <= weight
+  assert "optim/learning_rate" not in metrics  # The transformation's own.
+  moved = jax.tree.map(lambda a, b: (a != b).any(), after.params, params)
+  assert all(jax.tree.leaves(moved))
+
+
+def test_rates_and_freeze_choose_parameters_by_pattern(page):
+  config = page["config"]
+  model = transformer.build(tiny.SPECK)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  step = build_step.make_step(config, model, None, 100)
+  build_step.hold_base(config, step, params, lambda x: x)
+  frozen = [p for p in trees.flatten(params) if not step.trained(p)]
+  assert frozen
+  assert all("norm/scale" in path for path in frozen)
+  for key, value in (("rates", (("emb/", 0.1),)), ("freeze", ("emb/",))):
+    with config.unlocked():
+      wrong = config.copy_and_resolve_references()
+      wrong.optim[key] = value
+    with pytest.raises(ValueError, match=rf"optim\.{key}: 'emb/' matches noth"):
+      build_step.hold_base(
+        wrong, build_step.make_step(wrong, model, None, 100), params, None
+      )
