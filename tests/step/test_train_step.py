@@ -523,7 +523,7 @@ def test_a_batch_without_trained_tokens_is_no_nan(batch):
 
 @pytest.mark.parametrize("name", ["nearest", "stochastic"])
 def test_small_updates_of_bfloat16_parameters(name):
-  """200 steps of 1/2000 of each weight: lost to nearest, kept by chance."""
+  """200 steps of 1/2000 of a weight are lost to nearest, not to stochastic."""
   sums = lambda params: tiny.loss_sums(
     params["w"].astype(jnp.float32).sum(), jnp.ones(())
   )
