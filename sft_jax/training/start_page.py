@@ -181,7 +181,7 @@ def _memory(config: Config, run_: Setup) -> dict[str, str]:
     run_.state,
   )
   batch = abstract.batch_shapes(config, run_.mesh)
-  known = plan.known(run_.loss_fn, state, batch)
+  known = plan.known_bytes(run_.loss_fn, state, batch)
   limit = run_.machine.chip.memory
   total = sum(known)
   names = ("trained parameters", "frozen", "optimizer", "gradients")

@@ -24,7 +24,7 @@ from sft_jax.step.train_step import (
 )
 from sft_jax.training.build import build
 from sft_jax.training.build import step as setup_step
-from sft_jax.training.planning.collectives import collectives
+from sft_jax.training.planning.cost_model import collectives
 
 B, T, V = 16, 24, 64
 CONFIG = config_from_fields(

@@ -1,22 +1,38 @@
-"""What a function does by the trace JAX makes of it: FLOPs, what is kept.
+"""What a step costs, from its trace and from its compiled program.
 
-A trace holds every product, recomputed ones too, and says how often a loop
-runs, on any machine and before any compiler. It does not say how devices
-divide the work.
+The trace that JAX makes holds every product, recomputed ones too, and says how
+often a loop runs, on any machine and before any compiler: FLOPs, and the bytes
+kept for the backward pass. How devices share the work stands in the text of the
+compiled program: what they send each other, which XLA's own cost analysis
+leaves out:
+
+    %all-gather = f32[64,64]{1,0} all-gather(%p), replica_groups=[2,4]<=[8], ...
+    -> 'all-gather', 16,384 bytes gathered by groups of 4 devices
 """
 
 import math
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+KINDS = (
+  "all-gather",
+  "reduce-scatter",
+  "all-reduce",
+  "all-to-all",
+  "ragged-all-to-all",
+  "collective-permute",
+  "collective-broadcast",
+)
 
 
 def matmul_flops(function: Callable[..., Any], *arguments: Any) -> int:
   """FLOPs of all matrix products that a call executes, loops multiplied out.
 
-  Unlike `fit.model_flops_per_token`, recomputation (remat) and padding count.
+  Unlike `flops.model_flops_per_token`, recomputation (remat) and padding count.
   It is a lower bound: kernels (Pallas) skip what they please and count as 0,
   of the branches of a condition the cheapest counts, of a loop of unknown
   length one round.
@@ -107,3 +123,158 @@ def kept_bytes(
     )
 
   return kept(doubled) - kept(batch)
+
+
+# -- Traffic between devices ---------------------------------------------------
+
+
+class Traffic(NamedTuple):
+  """All collectives of one kind in one run of a program.
+
+  Attributes:
+    count: how often one runs, loops multiplied out.
+    bytes: what one device receives in all of them, if each runs on a ring
+      (Thakur, Rabenseifner, Gropp 2005): of n bytes gathered, scattered or
+      exchanged among g devices n (g - 1) / g, reduced to all twice that, and
+      permuted n.
+    exact: False if some are in a loop of unknown length, counted once.
+  """
+
+  count: int
+  bytes: int
+  exact: bool
+
+
+def collectives(compiled_text: str) -> dict[str, Traffic]:
+  """{kind: Traffic} of `jax.jit(f).lower(...).compile().as_text()`.
+
+  A sum over 8 devices that runs in each of 4 iterations of a loop, of
+  f32[1000] each, is {'all-reduce': Traffic(4, 28000, True)}. A kind that does
+  not occur is not in it.
+
+  Raises:
+    ValueError: the text is no compiled program.
+  """
+  computations, entry = _computations(compiled_text)
+  found = re.search(r"num_partitions=(\d+)", compiled_text)
+  num_devices = int(found.group(1)) if found else 1
+  total: dict[str, Traffic] = {}
+
+  def visit(name: str, times: int, exact: bool) -> None:
+    for line in computations.get(name, ()):
+      if one := _collective(line, num_devices):
+        kind, size = one
+        old = total.get(kind, Traffic(0, 0, True))
+        total[kind] = Traffic(
+          old.count + times, old.bytes + times * size, old.exact and exact
+        )
+        continue
+      trips = _trips(line, computations) if " while(" in line else 1
+      for callee in _callees(line):
+        visit(callee, times * (trips or 1), exact and trips is not None)
+
+  visit(entry, 1, True)
+  return total
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+  """({name: its instructions}, name of the one that runs first)."""
+  computations: dict[str, list[str]] = {}
+  entry = None
+  lines: list[str] = []
+  for line in text.splitlines():
+    start = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+    if start:
+      lines = computations.setdefault(start.group(2), [])
+      if start.group(1):
+        entry = start.group(2)
+    elif line.startswith(" "):
+      lines.append(line)
+  if entry is None:
+    raise ValueError(
+      "collectives: the text has no ENTRY computation; expected the text of a "
+      "compiled program. Take it from jit(f).lower(...).compile().as_text()."
+    )
+  return computations, entry
+
+
+def _trips(line: str, computations: dict[str, list[str]]) -> int | None:
+  """How often a loop runs, None where that is not known.
+
+  XLA notes it for CPU and GPU. For a TPU it is what the condition compares
+  with: the loops that scans become count from 0 up to a constant.
+  """
+  if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
+    return int(known.group(1))
+  name = re.search(r"condition=%?([\w.\-]+)", line)
+  condition = "\n".join(computations.get(name.group(1), ())) if name else ""
+  bound = re.search(
+    r"ROOT .* compare\(.*%([\w.\-]+)\), direction=LT", condition
+  )
+  if bound is None:
+    return None
+  end = re.search(
+    rf"%{re.escape(bound.group(1))} = .*constant\((\d+)\)", condition
+  )
+  return int(end.group(1)) if end else None
+
+
+def _callees(line: str) -> list[str]:
+  """Computations that an instruction runs; the end of an async one runs none.
+
+  Reducers (`to_apply`) of a reduction come along; they hold no collective.
+  """
+  if re.search(r" async-(done|update)\(", line):
+    return []
+  one = re.findall(
+    r"\b(?:body|condition|calls|to_apply|true_computation|false_computation)"
+    r"=%?([\w.\-]+)",
+    line,
+  )
+  many = re.findall(r"\b(?:branch_computations|calls)=\{([^}]*)\}", line)
+  return one + [name.strip(" %") for names in many for name in names.split(",")]
+
+
+def _collective(line: str, num_devices: int) -> tuple[str, int] | None:
+  """(kind, bytes that a device receives) of an instruction, if it is one."""
+  found = re.search(rf" = (.+?) ({'|'.join(KINDS)})(-start)?\(", line)
+  if found is None:
+    return None
+  types, kind, started = found.groups()
+  if kind == "collective-permute" and started:
+    # Begun apart, its type is (operand, result, words of context).
+    return kind, _num_bytes(types.replace("u32[]", "")) // 2
+  size = _num_bytes(types)
+  if kind == "collective-permute":
+    return kind, size
+  devices = _group_size(line, num_devices)
+  if kind == "all-gather" and started:
+    size = size * devices // (devices + 1)  # (operand, result).
+  if kind == "reduce-scatter":
+    return kind, size * (devices - 1)
+  shares = 2 if kind == "all-reduce" else 1
+  return kind, shares * size * (devices - 1) // devices
+
+
+def _num_bytes(types: str) -> int:
+  """Bytes of all arrays of a type: 'f32[2,3]{1,0}' or '(f32[2], bf16[])'."""
+  bits = 0
+  for dtype, dims in re.findall(r"\b([a-z]+\w*)\[([\d,]*)\]", types):
+    digits = re.search(r"\d+", dtype)
+    width = int(digits.group()) if digits else 8  # 'pred' takes a byte.
+    bits += width * math.prod(int(n) for n in dims.split(",") if n)
+  return -(-bits // 8)
+
+
+def _group_size(line: str, num_devices: int) -> int:
+  """How many devices take part in one group; XLA writes it in three ways."""
+  if found := re.search(r"replica_groups=\[(?:\d+,)*(\d+)\]<=", line):
+    return int(found.group(1))  # [groups, size] <= [all devices]
+  if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+    return found.group(1).count(",") + 1  # {{0, 1}, {2, 3}}
+  if found := re.search(r"replica_groups=mesh\[(.*?)\].*?\{([^}]*)\}", line):
+    # mesh['a'=4,'b'=2], ... {'a'}; 'a':(2)2 is a part of an axis, of size 2.
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
+    named = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found.group(2))
+    return math.prod(int(part or sizes[axis]) for axis, part in named)
+  return num_devices

@@ -19,7 +19,7 @@ from sft_jax.models import remat as remat_ladder
 from sft_jax.training.build.abstract import Outline
 from sft_jax.training.build.data import Config
 from sft_jax.training.planning import cost_model
-from sft_jax.training.planning.collectives import Traffic, collectives
+from sft_jax.training.planning.cost_model import Traffic, collectives
 
 
 class Memory(NamedTuple):
@@ -110,15 +110,15 @@ def plan(
   Args:
     outline: of the run.
     machine: whose devices the outline's mesh is made of.
-    model_flops: that the model asks for per step, see `fit`: they bound what
-      is executed where kernels hide theirs.
+    model_flops: that the model asks for per step, see `common.flops`: they
+      bound what is executed where kernels hide theirs.
     quick: have a TPU's compiler optimise less, in a fifth of the time: figures
       for a first look, temporaries some 10 % off.
   """
   step = outline.step.train_step
   executed = cost_model.matmul_flops(step, outline.state, outline.batch)
   flops = max(executed, model_flops)
-  parts = known(outline.step.loss_fn, outline.state, outline.batch)
+  parts = known_bytes(outline.step.loss_fn, outline.state, outline.batch)
   try:
     compiled = outline.lower().compile(_QUICK if quick else None)
   except jax.errors.JaxRuntimeError as error:
@@ -160,13 +160,13 @@ def needed(message: str) -> int | None:
   return int(float(found[1]) * 1024 ** (" KMGT".index(found[2])))
 
 
-def known(
+def known_bytes(
   loss_fn: Callable[..., Any], state: Any, batch: Any
 ) -> tuple[int, int, int, int, int]:
   """(trained, frozen, optimizer, gradients, activations) of `Memory`.
 
   Args:
-    loss_fn: of a run, see `setup_step.Step`.
+    loss_fn: of a run, see `training.build.step.Step`.
     state: `train_step.TrainState` of arrays or shapes, with shardings.
     batch: shapes with shardings, [A, B / A, T]: A micro-batches.
   """
@@ -243,7 +243,7 @@ def _times(
 
 
 class Change(NamedTuple):
-  """A knob turned: its name, and the keys of the config that it sets."""
+  """A change of the config: its name, and the keys that it sets."""
 
   name: str
   keys: Mapping[str, Any]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sft_jax.training.planning.collectives import Traffic, collectives
+from sft_jax.training.planning.cost_model import Traffic, collectives
 
 
 def text_of(f, *shapes, sizes=(8,), specs=None) -> str:
