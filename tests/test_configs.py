@@ -32,7 +32,7 @@ def test_config_traces_a_step(name, tmp_path):
   config.data.eval, config.data.holdout = "", 0.0
   config.eval.behaviours = config.eval.general_text = ""
   config.eval.knowledge = ""
-  run = build.setup(config, lambda line: None)
+  run = build.build_run(config, lambda line: None)
   batch = split_micro_batches(next(run.stream.batches()), config.accum_steps)
   state, metrics = jax.eval_shape(run.train_step, run.state, batch)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(

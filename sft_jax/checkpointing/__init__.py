@@ -1,0 +1,7 @@
+"""States on disk: saved whole, verified when read, exported as models.
+
+In comes a tree of arrays with a JSON-like dict; out comes the same, proved by
+digests. Reading order: `manager` (save, restore), `digests` (of arrays and of
+the rows trained on), `resume` (where a run continues), `export` (a Hugging
+Face folder, read back and compared).
+"""

@@ -6,13 +6,23 @@
 
 It is sealed: a digest of its own text stands beside it, so that a damaged
 manifest is not taken for a damaged array, or for another run's.
+
+Row chain: which rows a run has trained on, in which order. Every step's batch
+is digested on the device, from the very arrays that the step reads; the host
+folds the digests of all steps into one short text:
+
+    chain_k = sha256(chain_{k-1} + digest_k)[:16],  chain_0 = ''
+
+It stands in every record of metrics.jsonl and in every checkpoint. Two runs
+with the same chain at a step have consumed the same rows at every step before
+it: an interrupted run, or one on other devices, proves itself by it.
 """
 
 import functools
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +32,11 @@ import numpy as np
 from jaxtyping import Array, Shaped, UInt32
 
 from sft_jax.common import sharding
+from sft_jax.common.batch import Batch
 
 _LIBRARIES = ("jax", "optax", "orbax-checkpoint")
 # What tells places apart: one for each half of a digest.
-ODDS = (0x9E3779B1, 0x7FEB352D)
+_ODDS = (0x9E3779B1, 0x7FEB352D)
 
 
 def digest(
@@ -79,13 +90,13 @@ def _digest(x: Array, blocks: tuple[int, ...]) -> Array:
   inside = tuple(range(1, len(cut), 2))
 
   def mixed_sums(odd: int) -> Array:
-    words = mix(bits + (index + 1) * np.uint32(odd))
+    words = _mix(bits + (index + 1) * np.uint32(odd))
     return words.reshape(cut).sum(inside, dtype=jnp.uint32).reshape(blocks)
 
-  return jnp.stack([mixed_sums(odd) for odd in ODDS], -1)
+  return jnp.stack([mixed_sums(odd) for odd in _ODDS], -1)
 
 
-def mix(words: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+def _mix(words: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
   """A bijection of 32-bit words in which every bit moves every other."""
   words = (words ^ (words >> 16)) * np.uint32(0x85EBCA6B)
   words = (words ^ (words >> 13)) * np.uint32(0xC2B2AE35)
@@ -188,14 +199,14 @@ def differences(expected: Mapping[str, Any], got: Any) -> list[str]:
     }
     for path, x in jax.tree_util.tree_leaves_with_path(got)
   }
-  said = [f"{path}: not asked for" for path in expected.keys() - asked.keys()]
-  said += [f"{path}: not in it" for path in asked.keys() - expected.keys()]
+  lines = [f"{path}: not asked for" for path in expected.keys() - asked.keys()]
+  lines += [f"{path}: not in it" for path in asked.keys() - expected.keys()]
   for path in expected.keys() & asked.keys():
     for key in ("shape", "dtype"):
       old, new = expected[path][key], asked[path][key]
       if old != new:
-        said.append(f"{path}: {key} {old} -> {new}")
-  return sorted(said)
+        lines.append(f"{path}: {key} {old} -> {new}")
+  return sorted(lines)
 
 
 def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,3 +239,42 @@ def code() -> dict[str, str]:
     ours.update(path.read_bytes())
   versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
   return {"sft_jax": ours.hexdigest()[:16], **versions}
+
+
+def digest_rows(batch: Batch) -> UInt32[Array, "2"]:
+  """64 bits over all that a batch holds; the order of its rows does not matter.
+
+      d_j = sum_rows mix(sum_ft mix(x_ft + (f T + t + 1) * odd_j)),  j = 0, 1
+
+  with x_ft the 32 bits of field f in slot t. A step does not depend on the
+  order of its rows, which accumulation and processes change.
+
+  Args:
+    batch: with any leading axes before T.
+  """
+  fields = [
+    x.astype(jnp.int32) if x.dtype.itemsize < 4 else x
+    for x in jax.tree.leaves(batch)
+  ]
+  fields = jnp.stack(
+    [jax.lax.bitcast_convert_type(x, jnp.uint32) for x in fields], axis=-2
+  )
+  places = np.arange(
+    1, 1 + fields.shape[-2] * fields.shape[-1], dtype=np.uint32
+  )
+  places = places.reshape(fields.shape[-2:])
+
+  def mixed_sum(odd: int) -> Array:
+    words = _mix(fields + places * np.uint32(odd))
+    rows = words.sum((-2, -1), dtype=jnp.uint32)
+    return _mix(rows).sum(dtype=jnp.uint32)
+
+  return jnp.stack([mixed_sum(odd) for odd in _ODDS])
+
+
+def extend_chain(chain: str, digests: Iterable[np.ndarray]) -> str:
+  """The chain after further steps' digests."""
+  for digest in digests:
+    link = chain.encode() + np.asarray(digest, "<u4").tobytes()
+    chain = hashlib.sha256(link).hexdigest()[:16]
+  return chain

@@ -29,14 +29,20 @@ def main() -> None:
   workdir = Path(args.workdir)
   read = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
   config: Any = ml_collections.ConfigDict(read, type_safe=False)
-  run = build.setup(config, say)
+  run = build.build_run(config, say)
   checkpoints = open_checkpoints(config, workdir)
   if not checkpoints.steps():
     raise ValueError(
       f"{workdir}/checkpoints: got no checkpoint; expected at least one. "
       "Train first, or name another workdir."
     )
-  state = restore(checkpoints, run, say).state
+  state = restore(
+    checkpoints,
+    run.state,
+    fingerprint=run.stream.fingerprint,
+    inputs=run.stream.fingerprint_inputs,
+    log=say,
+  ).state
   checkpoints.close()
   params = own_params(state)
   if args.dtype:

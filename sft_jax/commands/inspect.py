@@ -37,7 +37,7 @@ JSON = flags.DEFINE_bool("json", False, "Print JSON for other programs.")
 HTML = flags.DEFINE_string("html", None, "Write a page to this path.")
 
 
-def inspect(config: data.Config, say: data.Say) -> dict[str, Any]:
+def inspect(config: data.Config, say: data.Log) -> dict[str, Any]:
   """Everything about the data of a config; see `inspection.inspect`."""
   tokenizer = tokenizers.load_tokenizer(model.find_model(config).folder)
   fault = None

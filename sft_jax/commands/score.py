@@ -42,7 +42,7 @@ _CUT = 110  # Characters of a text shown.
 Config = data.Config
 
 
-def score(config: Config, say: data.Say) -> dict[str, list[RowScore]]:
+def score(config: Config, say: data.Log) -> dict[str, list[RowScore]]:
   """Scores the rows of data.train and writes a file beside each of theirs.
 
   Returns:

@@ -30,34 +30,33 @@ from sft_jax.reporting import terminal
 from sft_jax.training import selfcheck
 from sft_jax.training.build import build
 from sft_jax.training.build import step as setup_step
-from sft_jax.training.build.data import Config, Say, make_render_options
-from sft_jax.training.selfcheck import Finding
-from sft_jax.training.setup_selfcheck import quick, toy_shape
+from sft_jax.training.build.data import Config, Log, make_render_options
+from sft_jax.training.selfcheck import Finding, quick_of_run, toy_shape
 
 CONFIG = command.config_flag()
 _BATCHES = 4  # Of the run's own data, to look for stop tokens.
 
 
-def check(config: Config, say: Say) -> list[Finding]:
+def check(config: Config, say: Log) -> list[Finding]:
   """Every law, for the run of a config."""
-  run_ = build.setup(config, say)
-  params = _stirred(trees.merge(run_.state.params, run_.state.frozen))
-  run_ = run_._replace(state=None)
+  built = build.build_run(config, say)
+  params = _stirred(trees.merge(built.state.params, built.state.frozen))
+  built = built._replace(state=None)
   say("The quick form ...")
-  findings = quick(config, run_, params)
+  findings = quick_of_run(config, built, params)
   say("The cut, rematerialisation, slices of the loss, devices ...")
-  findings += _invariances(config, run_, params)
-  findings.append(_stops(run_))
+  findings += _invariances(config, built, params)
+  findings.append(_stops(built))
   say("The export ...")
   with tempfile.TemporaryDirectory() as folder:
     found = export.save_pretrained(
       Path(folder) / "export",
-      run_.model,
+      built.model,
       params,
-      run_.tokenizer,
+      built.tokenizer,
       dtype=config.export_dtype or config.model.param_dtype,
       options=make_render_options(config),
-      shardings=lambda shapes: sharding.param_shardings(shapes, run_.mesh),
+      shardings=lambda shapes: sharding.param_shardings(shapes, built.mesh),
     )
   difference, most = found.logit_difference, found.tolerance
   return [*findings, Finding("export: logits", difference, most)]
@@ -76,11 +75,11 @@ def _stirred(params: trees.Tree) -> trees.Tree:
 
 
 def _invariances(
-  config: Config, run_: build.Setup, params: trees.Tree
+  config: Config, built: build.BuiltRun, params: trees.Tree
 ) -> list[Finding]:
   """The toy batch by other programs, and by one device."""
-  rows, length = toy_shape(config, run_.mesh)
-  batch = selfcheck.toy_batch(2 * rows, length, run_.model.config.vocab_size)
+  rows, length = toy_shape(config, built.mesh)
+  batch = selfcheck.toy_batch(2 * rows, length, built.model.config.vocab_size)
 
   def measure(
     mesh: Mesh, params: trees.Tree, remat: str = "", slices: int = 0
@@ -89,32 +88,32 @@ def _invariances(
     with other.unlocked():
       other.loss.chunk_tokens = slices or config.loss.chunk_tokens
     model = transformer.build(
-      run_.model.config,
+      built.model.config,
       dtype=config.model.dtype,
       param_dtype=config.model.param_dtype,
       attention=config.model.attention,
       remat=remat or config.model.remat,
       scan=config.model.scan,
-      lora=run_.model.lora,
+      lora=built.model.lora,
       mesh=mesh,
     )
-    step = setup_step.make_step(other, model, mesh, run_.num_steps)
-    put = lambda batch: selfcheck.put(batch, mesh)
+    step = setup_step.make_step(other, model, mesh, built.num_steps)
+    put = lambda batch: selfcheck.place_batch(batch, mesh)
     return selfcheck.measurer(step.loss_fn, params, step.trained, put)
 
-  of_run = measure(run_.mesh, params)
+  of_run = measure(built.mesh, params)
   base, found = of_run(batch, 1), []
 
   def compare(law: str, other: selfcheck.Measured) -> None:
-    found.extend(selfcheck.same(law, base, other, config.model.dtype))
+    found.extend(selfcheck.compare(law, base, other, config.model.dtype))
 
   for parts in (2, 4):
     compare(f"cut in {parts}", of_run(batch, parts))
   for remat in ("none", "norms", "attention", "full"):
     if remat != config.model.remat:
-      compare(f"remat {remat}", measure(run_.mesh, params, remat)(batch, 1))
-  compare("loss in slices", measure(run_.mesh, params, slices=rows)(batch, 1))
-  if run_.mesh.size > 1 and jax.process_count() == 1:
+      compare(f"remat {remat}", measure(built.mesh, params, remat)(batch, 1))
+  compare("loss in slices", measure(built.mesh, params, slices=rows)(batch, 1))
+  if built.mesh.size > 1 and jax.process_count() == 1:
     # A model that fits no one device would stop the check.
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None or 4 * trees.num_bytes(params) < limit:
@@ -128,10 +127,10 @@ def _invariances(
   return found
 
 
-def _stops(run_: build.Setup) -> Finding:
+def _stops(built: build.BuiltRun) -> Finding:
   """Of the first batches of the run, documents that must end in a stop."""
-  stream, tokens, weights, segments = run_.stream, [], [], []
-  steps = min(_BATCHES, run_.num_steps)
+  stream, tokens, weights, segments = built.stream, [], [], []
+  steps = min(_BATCHES, built.num_steps)
   for step, batch in zip(range(steps), stream.batches(), strict=False):
     held = batch.segment_ids.copy()
     for row, ids in enumerate(stream.rows_of(step)):
@@ -145,7 +144,7 @@ def _stops(run_: build.Setup) -> Finding:
     np.concatenate(tokens),
     np.concatenate(weights),
     np.concatenate(segments),
-    tuple(run_.tokenizer.stop_ids),
+    tuple(built.tokenizer.stop_ids),
   )
 
 

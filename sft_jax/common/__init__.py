@@ -1,0 +1,6 @@
+"""What every folder may use; nothing here knows training, models or data.
+
+Reading order: `batch` (what data hands to training), `trees` (parameters by
+path), `sharding` (meshes and where arrays are), `distributed` (several
+processes), then `machines`, `flops`, `hub`, `compile_cache` and `workdir`.
+"""

@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,15 +19,13 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from sft_jax.common import folders
-
 # Of what JAX asks to be kept; what compiles faster is not worth a file.
 _MIN_SECONDS = 0.2
 _HIT = "/jax/compilation_cache/cache_hits"
 
 
 @contextmanager
-def opened(path: str, say: Callable[[str], None]) -> Iterator[None]:
+def opened(path: str, log: Callable[[str], None]) -> Iterator[None]:
   """Keeps what is compiled inside in a folder, and looks there first.
 
   JAX's own settings are as they were afterwards.
@@ -34,7 +33,7 @@ def opened(path: str, say: Callable[[str], None]) -> Iterator[None]:
   Args:
     path: the folder; 'auto' is one under the user's cache; '' is no cache:
       JAX's settings, such as JAX_COMPILATION_CACHE_DIR, are left alone.
-    say: told if others may write there, as what is read there is run.
+    log: called if others may write there: what is read there is executed.
 
   Raises:
     OSError: the folder cannot be made.
@@ -44,8 +43,8 @@ def opened(path: str, say: Callable[[str], None]) -> Iterator[None]:
     return
   folder = _own_folder() if path == "auto" else Path(path).resolve()
   folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-  if place := folders.writable_by_others(folder):
-    say(
+  if place := writable_by_others(folder):
+    log(
       f"compile_cache: other users can write in {place}. Programs found there "
       "are run as they are: name a folder that only you can write to, or '' "
       "for none."
@@ -75,7 +74,7 @@ def compiled(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, bool]:
 
   What the compiler took and no longer needs is the system's again, where the
   C library can give it back (glibc): a third of a gigabyte for the step of a
-  six-layer model, which would lie under the step's own for the whole run.
+  six-layer model, which would stay allocated for the whole run.
   """
   heard: list[str] = []
   listen = lambda event, **_: heard.append(event)
@@ -101,3 +100,35 @@ def _own_folder() -> Path:
     kinds = {x for x in lines if x.startswith(("model name", "flags"))}
     kind += "-" + hashlib.sha256("\n".join(sorted(kinds)).encode()).hexdigest()
   return Path(base) / "sft_jax" / "compiled" / kind[:24]
+
+
+def writable_by_others(path: str | Path) -> Path | None:
+  """The folder through which another user could change what is in `path`.
+
+  That is `path` itself where others may write in it, or a folder above it in
+  which they may put another one in its place; None where there is none. What
+  does not exist yet is judged by the folders that do. A compile cache holds
+  programs that are run, and a checkpoint what a run goes on with.
+
+  Others are all users but this one and root, so far as owners and permission
+  bits tell; access-control lists are not read. A group with the number of its
+  user counts as that user's own, as Linux distributions make it.
+  """
+  path = Path(path).resolve()
+  for folder in (path, *path.parents):
+    if not folder.exists():
+      continue
+    found = folder.stat()
+    owners = found.st_uid not in (0, os.getuid())
+    group = found.st_mode & stat.S_IWGRP and found.st_gid not in (
+      0,
+      os.getuid(),
+    )
+    written = bool(group or found.st_mode & stat.S_IWOTH)
+    # In a folder with the sticky bit, such as /tmp, nobody can replace what
+    # is another's, but everybody can add.
+    if folder != path and found.st_mode & stat.S_ISVTX:
+      written = False
+    if owners or written:
+      return folder
+  return None

@@ -1,20 +1,22 @@
 """Stopping a run from outside: SIGTERM and Ctrl-C, at any moment, lose no step.
 
-While steps are taken, the signal is a wish: the step under way ends, its state
-is saved, and the loop raises `Stopped`. At any other moment (loading,
+While steps are taken, the signal is a request: the step in progress ends, its
+state is saved, and the loop raises `Stopped`. At any other moment (loading,
 measuring, exporting) nothing is in memory that is not on disk or can be made
-again, and `Stopped` is raised on the spot. More SIGTERMs change nothing; a
-second Ctrl-C ends the process at once.
+again, and `Stopped` is raised at once. More SIGTERMs change nothing; a second
+Ctrl-C ends the process at once.
 """
 
 import contextlib
+import faulthandler
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 
 class Stopped(BaseException):
-  """The run was asked to stop, and lost nothing by it.
+  """The run was asked to stop, and lost nothing.
 
   As KeyboardInterrupt, it is not for `except Exception`.
   """
@@ -46,12 +48,12 @@ class StopRequest:
     if first and not self._deferred:
       raise Stopped(
         f"stopped by {signal.Signals(number).name}; nothing is lost. Run the "
-        "same command again to go on from the last step saved."
+        "same command again to continue from the last step saved."
       )
 
   @contextlib.contextmanager
   def deferred(self) -> Iterator[None]:
-    """Within, a signal is a wish that the caller reads and obeys."""
+    """Within, a signal is a request that the caller reads and obeys."""
     self._deferred = True
     try:
       yield
@@ -61,3 +63,30 @@ class StopRequest:
   def __exit__(self, *exception: Any) -> None:
     for number, handler in self._before.items():
       signal.signal(number, handler)
+
+
+class Watchdog:
+  """Ends the process when nothing progresses for too long.
+
+  Every thread's stack goes to stderr, and the exit code is 1. Python's
+  faulthandler does it, from a thread of its own in C: also when the
+  interpreter is held by whatever hangs. Its clock is monotonic.
+  """
+
+  def __init__(self, seconds: float):
+    """Seconds without progress after which the process ends; 0 = never."""
+    self._seconds = seconds
+
+  def __enter__(self) -> "Watchdog":
+    self.reset()
+    return self
+
+  def reset(self) -> None:
+    """Something progressed: the time starts again."""
+    if self._seconds:
+      faulthandler.dump_traceback_later(
+        self._seconds, exit=True, file=sys.__stderr__ or sys.stderr
+      )
+
+  def __exit__(self, *exception: Any) -> None:
+    faulthandler.cancel_dump_traceback_later()

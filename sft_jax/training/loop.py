@@ -1,44 +1,104 @@
-"""The loop: batches in, steps taken, records and checkpoints out."""
+"""The training loop: batches in, steps taken, records and checkpoints out."""
 
 import json
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-from rich.console import Console
 
 from sft_jax.checkpointing.manager import Checkpoints
-from sft_jax.checkpointing.resume import Resumed, stored
+from sft_jax.checkpointing.resume import Resumed, split_stored
 from sft_jax.common import distributed, sharding, trees
 from sft_jax.common.batch import Batch
-from sft_jax.common.workdir import Incidents
 from sft_jax.data.audit.summary import step_rows
-from sft_jax.evals import suite as measure
-from sft_jax.reporting import profiling, terminal, throughput
+from sft_jax.evals.suite import Suite
+from sft_jax.reporting import profiling, terminal
 from sft_jax.step.train_step import TrainState, split_micro_batches
-from sft_jax.training import bad_steps, early_stop
-from sft_jax.training.build.build import Setup
+from sft_jax.training import step_runner
+from sft_jax.training.build.build import BuiltRun
 from sft_jax.training.build.data import Config
-from sft_jax.training.interrupts import Stopped, StopRequest
+from sft_jax.training.interrupts import Stopped, Watchdog
 from sft_jax.training.recorder import Records
-from sft_jax.training.step_runner import Steps
-from sft_jax.training.watchdog import Watchdog
+from sft_jax.training.session import Session
+from sft_jax.training.step_runner import BadStep, SpikeDetector, StepRunner
+
+
+class LoopState(NamedTuple):
+  """What the loop remembers besides arrays; a checkpoint's JSON holds it.
+
+  Attributes:
+    losses: [step, nats per token] of recent steps, for `SpikeDetector`.
+    skipped: bad steps skipped so far.
+    chain: the row chain; see `digests.extend_chain`.
+    best: the best figure of an evaluation, for `Patience`.
+    since_best: evaluations since then.
+  """
+
+  losses: Sequence[list[float]] = ()
+  skipped: int = 0
+  chain: str = ""
+  best: float | None = None
+  since_best: int = 0
+
+
+class Patience:
+  """Early stopping: counts evaluations in a row without a better figure.
+
+  A function of the scores alone, so a resumed run stops where the
+  uninterrupted run would have.
+  """
+
+  def __init__(
+    self,
+    limit: int,
+    *,
+    lowest: bool,
+    best: float | None = None,
+    since_best: int = 0,
+  ) -> None:
+    """Starts, or continues from a `LoopState`.
+
+    Args:
+      limit: evaluations without a better figure that end training; 0 = none
+        do.
+      lowest: whether lower is better.
+      best: the best figure so far.
+      since_best: evaluations since then.
+
+    Raises:
+      ValueError: a negative limit.
+    """
+    if limit < 0:
+      raise ValueError(
+        f"eval.patience: got {limit}, expected 0 (off) or more. Set it so."
+      )
+    self.limit, self._lowest = limit, lowest
+    self.best, self.since_best = best, since_best
+
+  def add(self, score: float) -> None:
+    """Another evaluation; an equal figure is no better one."""
+    sign = 1 if self._lowest else -1
+    if self.best is None or sign * score < sign * self.best:
+      self.best, self.since_best = score, 0
+    else:
+      self.since_best += 1
+
+  @property
+  def exhausted(self) -> bool:
+    """True once training ends."""
+    return 0 < self.limit <= self.since_best
 
 
 def train_steps(
-  config: Config,
-  run_: Setup,
+  session: Session,
+  built: BuiltRun,
   resumed: Resumed,
   checkpoints: Checkpoints,
-  suite: measure.Suite,
-  out: Console,
-  *,
-  clock: throughput.Clock,
-  stop: StopRequest,
-  incidents: Incidents,
+  suite: Suite,
 ) -> TrainState:
-  """Takes the steps that are left, or as many as eval.patience bears.
+  """Takes the steps that are left, or as many as eval.patience allows.
 
   Returns:
     The last state.
@@ -47,197 +107,316 @@ def train_steps(
     FloatingPointError: at a bad step, where the run halts; the state before
       it is saved.
     OSError: a checkpoint could not be saved.
-    Stopped: after the step during which the wish came; it is saved.
+    Stopped: after the step during which a signal came; it is saved.
   """
-  start = int(resumed.state.step)
-  patience = make_patience(config, resumed.memory)
-  if start >= run_.num_steps or patience.out:
+  if is_finished(session.config, built, resumed):
     return resumed.state
-  workdir = Path(config.workdir)
-  rows = sharding.rows(run_.mesh, leading_axes=1)
-  own = sharding.own_rows(
-    run_.mesh, config.batch_size, parts=config.accum_steps
+  loop = _Loop(session, built, resumed, checkpoints, suite)
+  with loop.opened():
+    while not loop.ended:
+      loop.take_step()
+      loop.record()
+      loop.evaluate()
+      loop.save_if_due()
+    loop.finish()
+  loop.raise_if_cut_short()
+  return loop.runner.state
+
+
+def is_finished(config: Config, built: BuiltRun, resumed: Resumed) -> bool:
+  """Whether no step is left to take."""
+  state = LoopState(**resumed.loop)
+  return (
+    int(resumed.state.step) >= built.num_steps
+    or make_patience(config, state).exhausted
   )
-  batches = run_.stream.batches(start, own)
-  memory = {"losses": [], "skipped": 0, "chain": ""} | resumed.memory
+
+
+def make_patience(config: Config, state: LoopState) -> Patience:
+  """The patience of a run that has come as far as this state."""
+  return Patience(
+    config.eval.patience,
+    lowest=config.checkpoint.best_is == "lowest",
+    best=state.best,
+    since_best=state.since_best,
+  )
+
+
+def followed_metric(config: Config) -> str:
+  """The metric that says which checkpoint is best; '' if none does."""
+  default = "held_out/nats_per_token" if config.eval.patience else ""
+  return config.checkpoint.keep_best or default
+
+
+class _Due(NamedTuple):
+  """What follows a step."""
+
+  record: bool
+  evaluation: bool
+  gap: bool
+  save: bool
+
+
+class _Loop:
+  """The phases of a step, and what passes from one to the next."""
+
+  def __init__(
+    self,
+    session: Session,
+    built: BuiltRun,
+    resumed: Resumed,
+    checkpoints: Checkpoints,
+    suite: Suite,
+  ):
+    """Reads the first batch and compiles the step; donates the state."""
+    self._session, self._config = session, session.config
+    self._built, self._checkpoints, self._suite = built, checkpoints, suite
+    self._start = self._saved = int(resumed.state.step)
+    self._records = Records(session, built, resume_step=self._start)
+    self._batches = built.stream.batches(
+      self._start,
+      sharding.own_rows(
+        built.mesh, self._config.batch_size, parts=self._config.accum_steps
+      ),
+    )
+    state = LoopState(**resumed.loop)
+    self._patience = make_patience(self._config, state)
+    self._detector = _make_detector(self._config, state)
+    self._watchdog = Watchdog(self._config.faults.hang_seconds)
+    with self._watchdog, session.clock.on("data_wait"):
+      self._batch = self._next_batch()
+    self.runner = self._compile(resumed.state, state.chain)
+    self._agreement = distributed.Agreement(
+      built.mesh, behind=step_runner.IN_FLIGHT
+    )
+    self._last = self._stopping = False
+    self._values: dict[str, Any] = {}
+    self._score: float | None = None
+
+  def _compile(self, state: TrainState, chain: str) -> StepRunner:
+    out, clock = self._session.out, self._session.clock
+    out.print("Compiling the training step ...")
+    with clock.on("compile"):
+      runner = StepRunner(
+        self._built.train_step,
+        state,
+        self._batch,
+        detector=self._detector,
+        chain=chain,
+        on_skip=lambda bad: out.print(
+          f"Step {bad.step} is skipped: {self._note_bad_step('skipped', bad)}."
+        ),
+      )
+    done = "Found compiled, read" if runner.found else "Compiled"
+    whole, temporary = runner.program.memory, runner.program.temporaries
+    out.print(
+      f"{done} in {clock.spent['compile']:.1f} s. A device holds "
+      f"{whole / 1e9:.3f} GB while it steps, {temporary / 1e9:.3f} of it "
+      "activations and other temporary arrays."
+    )
+    return runner
+
+  @contextmanager
+  def opened(self) -> Iterator[None]:
+    """Within, steps are recorded, watched and stopped only between two."""
+    session = self._session
+    with ExitStack() as stack:
+      stack.enter_context(closing(self._records))
+      self._progress = stack.enter_context(
+        closing(
+          terminal.StepProgress(
+            session.out, total=self._built.num_steps, start=self._start
+          )
+        )
+      )
+      self._profile = stack.enter_context(
+        closing(
+          profiling.Profile(
+            session.workdir / "profile",
+            **self._config.profile,
+            left=range(self._start + 1, self._built.num_steps + 1),
+            say=session.out.print,
+          )
+        )
+      )
+      stack.enter_context(session.stop.deferred())
+      stack.enter_context(self._watchdog)
+      self._records.pace.begin()
+      yield
+
+  @property
+  def ended(self) -> bool:
+    """Whether no further step is taken."""
+    return (
+      self._last
+      or self._stopping
+      or self._patience.exhausted
+      or self.runner.halted is not None
+    )
+
+  def _next_batch(self) -> Batch:
+    cut = split_micro_batches(next(self._batches), self._config.accum_steps)
+    return sharding.put_rows(
+      cut, sharding.rows(self._built.mesh, leading_axes=1)
+    )
+
+  def take_step(self) -> None:
+    """Submits a step, and reads the next batch while the device works."""
+    self._checkpoints.check()
+    with self._profile.step(self.runner.number + 1, lambda: self.runner.state):
+      self.runner.submit(self._batch)
+    self._records.pace.step(self.runner.newest)
+    self._watchdog.reset()
+    # Read once: a signal that comes later is obeyed at the next step.
+    self._last = self.runner.number == self._built.num_steps
+    self._stopping = self._agreement(self._session.stop.requested)
+    if not self._last:
+      with self._records.pace.waiting():
+        self._batch = self._next_batch()
+    self._due = self._find_due(self.runner.number)
+
+  def _find_due(self, step: int) -> _Due:
+    config = self._config
+    save = (
+      self._last or self._stopping or _divides(config.checkpoint.every, step)
+    )
+    evaluation = _divides(config.eval.every, step)
+    if self._last:
+      # The last state is measured after training; with patience now, too, as
+      # one of those that the best is chosen from.
+      evaluation = self._patience.limit > 0
+    gap = self._built.train_rows is not None and self._ends_epoch(step)
+    # A record ends where a checkpoint is made: a resumed run then writes the
+    # very records that the uninterrupted run would have written.
+    record = save or evaluation or gap or _divides(config.log.every, step)
+    return _Due(record, evaluation, gap, save)
+
+  def _ends_epoch(self, step: int) -> bool:
+    """True at the first step that completes a pass over the data."""
+    passes = lambda step: int(step / self._built.stream.steps_per_epoch)
+    return self._last or passes(step) > passes(step - 1)
+
+  def record(self) -> None:
+    """Writes the record of the steps since the last one, where one is due."""
+    runner = self.runner
+    if self._due.record or runner.halted:
+      self._values = self._records.window(runner)
+      if not runner.halted:
+        self._records.write(runner.number, self._values)
+        self._progress.update(runner.number, self._values)
+
+  def evaluate(self) -> None:
+    """Measures the model, where that is due."""
+    self._score = None
+    if self.runner.halted or not (self._due.evaluation or self._due.gap):
+      return
+    step, state = self.runner.number, self.runner.state
+    params = trees.merge(state.params, state.frozen)
+    with self._session.clock.on("evaluation"):
+      if self._due.evaluation:
+        values = self._suite.scalars(
+          params, replies=_replies_path(self._config, step)
+        )
+        self._score = _find_score(followed_metric(self._config), values)
+      else:
+        values = self._suite.losses(params)
+    self._records.write(step, values)
+    if self._score is not None:
+      self._patience.add(self._score)
+    self._watchdog.reset()
+    # Evaluation takes time: a signal that came meanwhile is not kept waiting.
+    asked = self._agreement(self._session.stop.requested)
+    self._stopping = asked or self._stopping
+
+  def save_if_due(self) -> None:
+    """Starts a checkpoint, where one is due."""
+    if not self.runner.halted and (self._due.save or self._stopping):
+      self._save()
+      self._watchdog.reset()
+
+  def _save(self) -> None:
+    own, beside = split_stored(self.runner.state)
+    state = LoopState(
+      losses=list(self._detector.losses),
+      skipped=self._detector.skipped,
+      chain=self.runner.chain,
+      best=self._patience.best,
+      since_best=self._patience.since_best,
+    )
+    meta = {
+      "data": self._built.stream.fingerprint,
+      "data_fingerprint_inputs": self._built.stream.fingerprint_inputs,
+      "config": self._config.to_json(),
+      "loop": state._asdict(),
+    }
+    self._saved = self.runner.number
+    with self._session.clock.on("save"):
+      self._checkpoints.save(
+        self._saved, own, meta, beside=beside, score=self._score
+      )
+
+  def finish(self) -> None:
+    """Records and saves what a halted run reached; waits for the disk."""
+    runner, halted = self.runner, self.runner.halted
+    if halted and runner.number > self._records.last:
+      self._records.write(runner.number, self._values)
+    if halted and runner.number > self._saved:
+      self._score = None
+      self._save()
+    with self._session.clock.on("save"):
+      self._checkpoints.wait()
+    done = (self._last or self._patience.exhausted) and not halted
+    self._records.close(done=done)
+
+  def raise_if_cut_short(self) -> None:
+    """Raises FloatingPointError or Stopped unless all steps were taken."""
+    step = self.runner.number
+    if bad := self.runner.halted:
+      raise FloatingPointError(
+        f"step {bad.step}: {self._note_bad_step('halted', bad)}, expected a "
+        "finite loss without a spike. It was not applied; the state after "
+        f"step {step} is saved. Look at the rows (tools/replay.py), lower "
+        "optim.learning_rate, or set faults.on_bad_step=skip and continue "
+        "with --force."
+      )
+    if self._stopping and not self._last:
+      self._session.incidents.add(
+        "stopped", step, "by a signal; its state is saved"
+      )
+      raise Stopped(
+        f"stopped by signal after step {step}, which is saved. Run the same "
+        "command again to continue from there."
+      )
+
+  def _note_bad_step(self, kind: str, bad: BadStep) -> str:
+    """Keeps the rows of a bad step for people; says where they are."""
+    path = self._session.workdir / "bad_batch.jsonl"
+    if jax.process_index() == 0:
+      rows = step_rows(self._built.stream, self._built.tokenizer, bad.step)
+      with path.open("a") as file:
+        for row in rows:
+          file.write(json.dumps(row | {"reason": bad.reason}) + "\n")
+    message = f"{bad.reason}; its rows are in {path}"
+    self._session.incidents.add(kind, bad.step, message)
+    return message
+
+
+def _make_detector(config: Config, state: LoopState) -> SpikeDetector:
   policy = config.faults.on_bad_step
   if policy not in ("halt", "skip"):
     raise ValueError(
       f"faults.on_bad_step: got {policy!r}, expected 'halt' or 'skip'. Set it "
       "to one of these."
     )
-  judge = bad_steps.Judge(
+  return SpikeDetector(
     spike_factor=config.faults.spike_factor,
     skip_limit=config.faults.skip_limit if policy == "skip" else 0,
-    losses=memory["losses"],
-    skipped=memory["skipped"],
-  )
-
-  def next_batch() -> Batch:
-    cut = split_micro_batches(next(batches), config.accum_steps)
-    return sharding.put_rows(cut, rows)
-
-  def tell(kind: str, bad: bad_steps.Bad) -> str:
-    """Keeps the rows of a bad step for people; says where they are."""
-    said = f"{bad.reason}; its rows are in {_write_rows(run_, bad, workdir)}"
-    incidents.add(kind, bad.step, said)
-    return said
-
-  profile = profiling.Profile(
-    workdir / "profile",
-    **config.profile,
-    left=range(start + 1, run_.num_steps + 1),
-    say=out.print,
-  )
-  records = Records(config, run_, clock, resume_step=start, say=out.print)
-  with Watchdog(config.faults.hang_seconds), clock.on("data_wait"):
-    batch = next_batch()
-  out.print("Compiling the training step ...")
-  with clock.on("compile"):
-    steps = Steps(
-      run_.train_step,
-      resumed.state,
-      batch,
-      judge=judge,
-      chain=memory["chain"],
-      on_skip=lambda bad: out.print(
-        f"Step {bad.step} is left out: {tell('skipped', bad)}."
-      ),
-    )
-  del resumed  # Its state is donated.
-  done = "Found compiled, read" if steps.found else "Compiled"
-  whole, passing = steps.program.memory, steps.program.temporaries
-  out.print(
-    f"{done} in {clock.spent['compile']:.1f} s. A device holds "
-    f"{whole / 1e9:.3f} GB while it steps, {passing / 1e9:.3f} of it "
-    "activations and what else comes and goes."
-  )
-
-  def save(score: float | None) -> None:
-    held, beside = stored(steps.state)
-    meta = {
-      "data": run_.stream.fingerprint,
-      "data_fingerprint_inputs": run_.stream.fingerprint_inputs,
-      "config": config.to_json(),
-      "memory": {
-        **judge.to_json(),
-        "chain": steps.chain,
-        "patience": patience.to_json(),
-      },
-    }
-    with clock.on("save"):
-      checkpoints.save(steps.number, held, meta, beside=beside, score=score)
-
-  bar = terminal.StepProgress(out, total=run_.num_steps, start=start)
-  saved = start
-  values: dict[str, Any] = {}
-  last = stopping = False
-  wished = distributed.Agreement(run_.mesh, behind=bad_steps.IN_FLIGHT)
-  with (
-    closing(records),
-    closing(bar) as progress,
-    closing(profile),
-    stop.deferred(),
-    Watchdog(config.faults.hang_seconds) as watchdog,
-  ):
-    records.pace.begin()
-    while not (last or stopping or patience.out):
-      checkpoints.check()
-      with profile.step(steps.number + 1, lambda: steps.state):
-        steps.take(batch)
-      records.pace.step(steps.under_way)
-      watchdog.moved()
-      step = steps.number
-      # Read once: a signal that comes later is obeyed at the next step.
-      last, stopping = step == run_.num_steps, wished(stop.requested)
-      if not last:  # Read ahead while the device works.
-        with records.pace.waiting():
-          batch = next_batch()
-      saves = last or stopping or _divides(config.checkpoint.every, step)
-      evaluates = _divides(config.eval.every, step)
-      if last:
-        # It is measured after training; with patience now, too, as one of
-        # those that the best is chosen from.
-        evaluates = patience.limit > 0
-      ends_epoch = run_.train_rows is not None and _ends_epoch(run_, step, last)
-      # A record ends where a checkpoint is made: a resumed run then writes
-      # the very records that the run would have written.
-      if saves or evaluates or ends_epoch or _divides(config.log.every, step):
-        values = records.window(steps)
-        if steps.halted:
-          break
-        records.write(step, values)
-        progress.update(step, values)
-      elif steps.halted:
-        values = records.window(steps)
-        break
-      score = None
-      if evaluates or ends_epoch:
-        params = trees.merge(steps.state.params, steps.state.frozen)
-        with clock.on("evaluation"):
-          if evaluates:
-            values = suite.scalars(params, replies=replies_of(config, step))
-            score = _score(followed(config), values)
-          else:
-            values = suite.losses(params)
-        del params
-        records.write(step, values)
-        if score is not None:
-          patience.look(score)
-        watchdog.moved()
-        # Measuring takes its time: who asked meanwhile is not kept waiting.
-        stopping = wished(stop.requested) or stopping
-      if saves or stopping:
-        save(score)
-        saved = step
-        watchdog.moved()
-    if steps.halted and steps.number > records.last:
-      records.write(steps.number, values)
-    if steps.halted and steps.number > saved:
-      save(None)
-    with clock.on("save"):
-      checkpoints.wait()
-    records.close(done=(last or patience.out) and not steps.halted)
-  if bad := steps.halted:
-    raise FloatingPointError(
-      f"step {bad.step}: {tell('halted', bad)}, expected a loss to go on with. "
-      f"It was not applied; the state after step {steps.number} is saved. Look "
-      "at the rows (tools/replay.py), lower optim.learning_rate, or set "
-      "faults.on_bad_step=skip and go on with --force."
-    )
-  if stopping and not last:
-    incidents.add("stopped", steps.number, "by a signal; its state is saved")
-    raise Stopped(
-      f"stopped by signal after step {steps.number}, which is saved. Run the "
-      "same command again to go on from there."
-    )
-  return steps.state
-
-
-def followed(config: Config) -> str:
-  """The figure that says which checkpoint is best; '' if none does."""
-  default = "held_out/nats_per_token" if config.eval.patience else ""
-  return config.checkpoint.keep_best or default
-
-
-def make_patience(
-  config: Config, memory: dict[str, Any]
-) -> early_stop.Patience:
-  """Of a run, as far as it had come when this was remembered."""
-  return early_stop.Patience(
-    config.eval.patience,
-    lowest=config.checkpoint.best_is == "lowest",
-    **memory.get("patience", {}),
+    losses=list(state.losses),
+    skipped=state.skipped,
   )
 
 
-def _ends_epoch(run_: Setup, step: int, last: bool) -> bool:
-  """True at the first step that completes a pass over the data."""
-  passes = lambda step: int(step / run_.stream.steps_per_epoch)
-  return last or passes(step) > passes(step - 1)
-
-
-def replies_of(config: Config, step: int) -> Path | None:
+def _replies_path(config: Config, step: int) -> Path | None:
   """Where replies of an evaluation in training go; None: losses alone."""
   if config.eval.during == "losses":
     return None
@@ -249,8 +428,8 @@ def _divides(every: int, step: int) -> bool:
   return every > 0 and step % every == 0
 
 
-def _score(name: str, values: dict[str, Any]) -> float | None:
-  """What `checkpoint.keep_best` compares."""
+def _find_score(name: str, values: dict[str, Any]) -> float | None:
+  """The figure that `checkpoint.keep_best` compares."""
   if not name:
     return None
   if name not in values:
@@ -260,13 +439,3 @@ def _score(name: str, values: dict[str, Any]) -> float | None:
       "it is the held-out loss by default, and needs held-out rows.)"
     )
   return float(values[name])
-
-
-def _write_rows(run_: Setup, bad: bad_steps.Bad, workdir: Path) -> Path:
-  """Appends the rows of a bad step to bad_batch.jsonl."""
-  path = workdir / "bad_batch.jsonl"
-  if jax.process_index() == 0:
-    with path.open("a") as file:
-      for row in step_rows(run_.stream, run_.tokenizer, bad.step):
-        file.write(json.dumps(row | {"reason": bad.reason}) + "\n")
-  return path

@@ -1,35 +1,25 @@
-"""Records: what a run writes down of its steps, and what a window is."""
+"""Records: the metrics of windows of steps, written to metrics.jsonl."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from sft_jax.reporting import metrics, throughput, trackers
-from sft_jax.training.build.build import Setup
-from sft_jax.training.build.data import Config
-from sft_jax.training.step_runner import Steps
+from sft_jax.training.build.build import BuiltRun
+from sft_jax.training.session import Session
+from sft_jax.training.step_runner import StepRunner
 
 
 class Records:
-  """metrics.jsonl and its copies; a window is the steps since a record of it.
+  """metrics.jsonl and its copies; a window is the steps since the last record.
 
   Attributes:
-    pace: of the window under way.
+    pace: throughput of the window in progress.
     last: the number of the last step that is in a record.
   """
 
-  def __init__(
-    self,
-    config: Config,
-    run_: Setup,
-    clock: throughput.Clock,
-    *,
-    resume_step: int,
-    say: Callable[[str], None],
-  ):
-    """Opens the record, forgetting what is about to be done again."""
-    workdir = Path(config.workdir)
-    self._run, self._clock, self.last = run_, clock, resume_step
+  def __init__(self, session: Session, built: BuiltRun, *, resume_step: int):
+    """Opens the record, forgetting the steps that are about to be repeated."""
+    config, workdir = session.config, session.workdir
+    self._built, self._clock, self.last = built, session.clock, resume_step
     self._file = metrics.JsonlWriter(
       workdir / "metrics.jsonl", resume_step=resume_step
     )
@@ -37,25 +27,25 @@ class Records:
       config.log.writers,
       trackers.About(workdir, config.log.project, config.to_dict()),
       kept=self._file.kept,
-      say=say,
+      say=session.out.print,
     )
     self.pace = throughput.Pace(
-      clock,
+      session.clock,
       throughput.lived(self._file.kept, self._file.forgotten),
-      flops_per_token=run_.flops_per_token,
-      num_devices=run_.mesh.size,
-      chip=run_.machine.chip,
-      published=run_.machine.published,
+      flops_per_token=built.flops_per_token,
+      num_devices=built.mesh.size,
+      chip=built.machine.chip,
+      published=built.machine.published,
     )
 
-  def window(self, steps: Steps) -> dict[str, Any]:
-    """The figures of a window that ends here; waits for the device.
+  def window(self, runner: StepRunner) -> dict[str, Any]:
+    """The metrics of a window that ends here; waits for the device.
 
     Nothing but the steps' own, if the run halted before the window's first.
     """
-    values = steps.record()
-    if steps.number > self.last:
-      consumed = self._run.stream.consumed(steps.number)
+    values = runner.collect()
+    if runner.number > self.last:
+      consumed = self._built.stream.consumed(runner.number)
       values |= {
         "data/epoch": consumed.epochs,
         "data/rows_seen": consumed.rows,

@@ -1,4 +1,4 @@
-"""The story of a run: measured, trained, measured again, exported.
+"""A whole run: measure, train, measure again, export, report.
 
 `run(config)` is what `main` calls; `build/build.py` builds what it works with,
 `loop.py` takes the steps, `checkpointing/resume.py` finds where a run stopped.
@@ -9,31 +9,29 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.text import Text
-
 from sft_jax.checkpointing import export
 from sft_jax.checkpointing.manager import Checkpoints
 from sft_jax.checkpointing.resume import (
-  changes_of_config,
+  Resumed,
   check_same_config,
+  config_changes,
   restore,
   restore_best,
 )
-from sft_jax.common import compile_cache, folders, sharding, trees
+from sft_jax.common import compile_cache, sharding, trees
 from sft_jax.common.workdir import Incidents, locked, write_json, write_jsonl
 from sft_jax.evals import suite as measure
 from sft_jax.models.hf import peft
 from sft_jax.models.lora import base_model, merge
 from sft_jax.reporting import final_summary, terminal, throughput, trackers
 from sft_jax.step.train_step import TrainState
-from sft_jax.training import setup_selfcheck, start_page
-from sft_jax.training.build import host_consistency, model, setup_rows
-from sft_jax.training.build.build import Setup, setup
-from sft_jax.training.build.data import Config, Say, make_render_options
-from sft_jax.training.build.evals import make_suite
+from sft_jax.training import selfcheck, start_page
+from sft_jax.training.build import evals, host_consistency, model
+from sft_jax.training.build.build import BuiltRun, build_run
+from sft_jax.training.build.data import Config, make_render_options
 from sft_jax.training.interrupts import StopRequest
-from sft_jax.training.loop import followed, make_patience, train_steps
+from sft_jax.training.loop import followed_metric, is_finished, train_steps
+from sft_jax.training.session import Session
 
 
 class Result(NamedTuple):
@@ -58,239 +56,331 @@ def run(config: Config, *, force: bool = False, command: str = "") -> Result:
 
   Args:
     config: see configs/base.py.
-    force: goes on in a workdir of another config or other data, and records
-      the break in incidents.jsonl.
+    force: continues in a workdir of another config or other data, and records
+      the change in incidents.jsonl.
     command: what was typed to get here, for the report.
 
   Raises:
     ValueError: anything a config, a file or a row can get wrong.
     FloatingPointError: the loss was not finite, or jumped; names the step.
     OSError: what cannot be read or written; no step that was saved is lost.
-    stop.Stopped: SIGTERM or Ctrl-C; the same call goes on.
+    interrupts.Stopped: SIGTERM or Ctrl-C; the same call continues.
   """
   workdir = Path(config.workdir)
-  out = terminal.console()
-  say = lambda line: out.print(Text(line))
+  session = Session(
+    config=config,
+    workdir=workdir,
+    out=terminal.console(),
+    messages=[],
+    clock=throughput.Clock(),
+    incidents=Incidents(workdir),
+    stop=StopRequest(),
+  )
   with (
-    StopRequest() as stop,
+    session.stop,
     locked(workdir),
-    compile_cache.opened(config.compile_cache, say),
+    compile_cache.opened(config.compile_cache, session.log),
   ):
-    return _run(config, workdir, stop, force, command, out)
+    return _run(session, force, command)
 
 
-def _run(
-  config: Config,
-  workdir: Path,
-  stop: StopRequest,
-  force: bool,
-  command: str,
-  out: Console,
-) -> Result:
-  said = []
+def _run(session: Session, force: bool, command: str) -> Result:
+  """The phases of a run, one after the other."""
+  config_breaks = _check(session, force)
+  built = _build(session)
+  checkpoints = open_checkpoints(session.config, session.workdir)
+  with closing(checkpoints):
+    resumed = _resume(session, built, checkpoints, config_breaks, force)
+    _write_start(session, built, resumed, command)
+    finished = is_finished(session.config, built, resumed)
+    if finished and not resumed.changes and _result_path(session).exists():
+      return _report_finished(session, resumed.state, checkpoints)
+    if step := int(resumed.state.step):
+      session.incidents.add("resumed", step, f"at step {step}")
+    selfcheck.check_at_start(
+      session.config, built, _params(resumed.state), session.log
+    )
+    suite = evals.make_suite(
+      session.config, built, terminal.TaskProgress(session.out)
+    )
+    before = _measure_before(session, built, suite, resumed.state)
+    state = _train(session, built, resumed, checkpoints, suite)
+    del resumed  # Its state was donated.
+    state, early_stop = _choose(session, built, checkpoints, state)
+  params = _params(state)
+  del state  # The moments make room: for the base, for what is exported.
+  after, params = _measure_after(session, built, suite, params)
+  result = _compare(session, before, after, early_stop)
+  if session.config.export:
+    result["export"] = _export(session, built, params)._asdict()
+  result["time"] = session.clock.account()
+  session.log(final_summary.time_line(result["time"]))
+  final_summary.write_report(session.workdir, result)
+  write_json(_result_path(session), result)
+  return Result(result, params, session.workdir)
 
-  def say(line: str) -> None:
-    said.append(line)
-    out.print(Text(line))
 
-  clock = throughput.Clock()
-  incidents = Incidents(workdir)
-  breaks = changes_of_config(config, workdir)
+def _check(session: Session, force: bool) -> list[str]:
+  """Refuses what can be refused before anything is loaded.
+
+  Returns:
+    How the config differs from that of the run in the workdir.
+  """
+  config, workdir = session.config, session.workdir
+  changes = config_changes(config.to_dict(), workdir)
   if not force:
-    check_same_config(breaks, workdir)
+    check_same_config(changes, workdir)
   trackers.check(config.log.writers)
   host_consistency.check_config(config)
-
-  if folder := folders.writable_by_others(workdir / "checkpoints"):
-    say(
+  if folder := compile_cache.writable_by_others(workdir / "checkpoints"):
+    session.log(
       f"warning: other users can write in {folder}, so what this run resumes "
       f"from could be changed. Take the right from them: chmod go-w {folder}"
     )
-  with clock.on("start"):
-    run_ = setup(config, say)
-    host_consistency.check_data(run_)
-  checkpoints = open_checkpoints(config, workdir)
+  return changes
+
+
+def _build(session: Session) -> BuiltRun:
+  """Data, model, state and step."""
+  with session.clock.on("start"):
+    built = build_run(session.config, session.log)
+    host_consistency.check_data(built)
+  return built
+
+
+def _resume(
+  session: Session,
+  built: BuiltRun,
+  checkpoints: Checkpoints,
+  config_breaks: list[str],
+  force: bool,
+) -> Resumed:
+  """The newest state; logs and records every change that was forced."""
   checkpoints.remove_unfinished()
+  resumed = restore(
+    checkpoints,
+    built.state,
+    fingerprint=built.stream.fingerprint,
+    inputs=built.stream.fingerprint_inputs,
+    log=session.reject,
+    force=force,
+  )
+  resumed = resumed._replace(changes=config_breaks + resumed.changes)
+  step = int(resumed.state.step)
+  for line in resumed.changes:
+    session.log(f"Forced: {line}")
+    session.incidents.add("forced", step, line)
+  if step:
+    session.log(f"Resuming after step {step}.")
+  return resumed
 
-  def reject(line: str) -> None:
-    say(line)
-    incidents.add("rejected", None, line)
 
-  resumed = restore(checkpoints, run_, reject, force=force)
-  start_step = int(resumed.state.step)
-  breaks += resumed.breaks
-  for line in breaks:
-    say(f"Forced: {line}")
-    incidents.add("forced", start_step, line)
-  if start_step:
-    say(f"Resuming after step {start_step}.")
+def _write_start(
+  session: Session, built: BuiltRun, resumed: Resumed, command: str
+) -> None:
+  """Shows the start page, and writes what the run is made from."""
+  config, workdir = session.config, session.workdir
   write_json(workdir / "config.json", config.to_dict())
-  source = {"path": config.model.path, **run_.source._asdict()}
+  source = {"path": config.model.path, **built.source._asdict()}
   write_json(workdir / "model.json", source | {"folder": str(source["folder"])})
-  write_json(workdir / "ledger.json", run_.stream.stats.to_json())
-  data = {
-    "fingerprint": run_.stream.fingerprint,
-    "fingerprint_inputs": run_.stream.fingerprint_inputs,
-  }
-  write_json(workdir / "data.json", data)
-  words = start_page.facts(config, run_, start_step)
-  start_page.show(run_, words, out)
-  start_page.write(workdir, run_, words, said=said, command=command)
-  result_path = workdir / "result.json"
-  done = (
-    start_step == run_.num_steps or make_patience(config, resumed.memory).out
+  write_json(workdir / "ledger.json", built.stream.stats.to_json())
+  write_json(
+    workdir / "data.json",
+    {
+      "fingerprint": built.stream.fingerprint,
+      "fingerprint_inputs": built.stream.fingerprint_inputs,
+    },
   )
-  if result_path.exists() and done and not breaks:
-    say(f"{workdir} is finished. To train again, choose another workdir.")
-    result = json.loads(result_path.read_text())
-    final_summary.show_result(out, result, config.eval.samples)
-    with closing(checkpoints):
-      state = chosen(config, checkpoints, resumed.state, reject)
-    return Result(result, own_params(state), workdir)
-  if start_step:
-    incidents.add("resumed", start_step, f"at step {start_step}")
-
-  setup_selfcheck.at_start(
-    config, run_, trees.merge(resumed.state.params, resumed.state.frozen), say
+  facts = start_page.facts(config, built, int(resumed.state.step))
+  start_page.show(built, facts, session.out)
+  start_page.write(
+    workdir, built, facts, messages=session.messages, command=command
   )
 
-  # -- Before ---------------------------------------------------------------
-  suite = make_suite(config, run_, terminal.TaskProgress(out))
-  before_path = workdir / "evals" / "before.json"
-  if before_path.exists():
-    before = json.loads(before_path.read_text())
+
+def _report_finished(
+  session: Session, state: TrainState, checkpoints: Checkpoints
+) -> Result:
+  """The result of a run that has nothing left to do."""
+  session.log(
+    f"{session.workdir} is finished. To train again, choose another workdir."
+  )
+  result = json.loads(_result_path(session).read_text())
+  final_summary.show_result(session.out, result, session.config.eval.samples)
+  if session.config.eval.patience:
+    state = restore_best(checkpoints, state, session.reject)
+  return Result(result, own_params(state), session.workdir)
+
+
+def _measure_before(
+  session: Session, built: BuiltRun, suite: measure.Suite, state: TrainState
+) -> dict[str, Any]:
+  """Measures the model before training, unless that was done already."""
+  path = session.workdir / "evals" / "before.json"
+  if path.exists():
+    before = json.loads(path.read_text())
     suite.measured = {
       name: (done, of)
       for name, (done, of) in before.get("measured", {}).items()
     }
-  else:
-    say("Measuring the model before training ...")
-    params = trees.merge(resumed.state.params, resumed.state.frozen)
-    is_base = not (start_step or config.model.from_scratch or config.lora.path)
-    with clock.on("evaluation"):
-      before = suite(params, is_base=is_base and config.eval.kl)
-      before |= setup_rows.replies(config, run_, params)
-    del params  # They are donated.
-    for line in suite.left_out():
-      say(
-        f"eval.max_seconds: measured here and from now on are {line}, what "
-        "fits. Raise it, or set it to 0 for everything."
-      )
-    write_json(before_path, before)
-
-  # -- Train ----------------------------------------------------------------
-  with closing(checkpoints):
-    try:
-      state = train_steps(
-        *(config, run_, resumed, checkpoints, suite, out),
-        clock=clock,
-        stop=stop,
-        incidents=incidents,
-      )
-    except FloatingPointError:
-      final_summary.write_report(workdir)  # Of all runs this one is looked at.
-      raise
-    del resumed  # Its state was donated.
-    last = int(state.step)
-    state = chosen(config, checkpoints, state, reject)
-    if best := checkpoints.best():
-      say("Best checkpoint: step {}, {:.4g}.".format(*best))
-  early = {}
-  if config.eval.patience and best:
-    early = {
-      "figure": followed(config),
-      "best": best[1],
-      "step": best[0],
-      "last_step": last,
-      "stopped": last < run_.num_steps,
-    }
-    line = early_line(early, run_.num_steps)
-    say(line)
-    if early["stopped"]:
-      incidents.add("stopped early", last, line)
-
-  # -- After ----------------------------------------------------------------
-  params = trees.merge(state.params, state.frozen)
-  del state  # The moments make room: for the base, for what is exported.
-  say("Measuring the model after training ...")
-  with clock.on("evaluation"):
-    after = suite(beside_base(config, run_, params, say))
-    params = base_model.own(params)
-    after |= setup_rows.replies(config, run_, params)
-    rows = setup_rows.losses(run_, params, suite.measured.get("held_out"))
-  write_json(workdir / "evals" / "after.json", after)
-  write_jsonl(workdir / "evals" / "held_out_rows.jsonl", rows)
-  result = measure.compare(before, after)
-  if early:
-    result["early_stop"] = early
-  result["samples"] = result["samples"] or setup_rows.samples(before, after)
-  final_summary.show_result(out, result, config.eval.samples)
-  if config.export:
-    say(f"Writing {workdir / 'export'} ...")
-    with clock.on("export"):
-      if run_.model.lora:
-        say(save_adapters(config, run_, params, workdir / "adapter"))
-      evidence = export_run(config, run_, params, workdir / "export")
-    result["export"] = evidence._asdict()
-    say(f"{workdir / 'export'}: {evidence}")
-  result["time"] = clock.account()
-  say(final_summary.time_line(result["time"]))
-  final_summary.write_report(workdir, result)
-  write_json(result_path, result)
-  return Result(result, params, workdir)
-
-
-def chosen(
-  config: Config, checkpoints: Checkpoints, state: TrainState, say: Say
-) -> TrainState:
-  """With eval.patience the best state, else the last, which is given."""
-  if not config.eval.patience:
-    return state
-  return restore_best(checkpoints, state, say)
-
-
-def early_line(early: dict[str, Any], num_steps: int) -> str:
-  """What a person is told of `early_stop` in result.json."""
-  return (
-    ("Stopped early" if early["stopped"] else "Trained to the end")
-    + f", after step {early['last_step']} of {num_steps}. The model from here "
-    f"on is that of step {early['step']}, the best by {early['figure']}."
+    return before
+  session.log("Measuring the model before training ...")
+  params, config = _params(state), session.config
+  is_base = not (
+    int(state.step) or config.model.from_scratch or config.lora.path
   )
+  with session.clock.on("evaluation"):
+    before = suite(params, is_base=is_base and config.eval.kl)
+    before |= evals.sample_replies(config, built, params)
+  for line in suite.left_out():
+    session.log(
+      f"eval.max_seconds: measured here and from now on are {line}, what "
+      "fits. Raise it, or set it to 0 for everything."
+    )
+  write_json(path, before)
+  return before
+
+
+def _train(
+  session: Session,
+  built: BuiltRun,
+  resumed: Resumed,
+  checkpoints: Checkpoints,
+  suite: measure.Suite,
+) -> TrainState:
+  try:
+    return train_steps(session, built, resumed, checkpoints, suite)
+  except FloatingPointError:
+    final_summary.write_report(session.workdir)  # The page to look at first.
+    raise
+
+
+def _choose(
+  session: Session, built: BuiltRun, checkpoints: Checkpoints, state: TrainState
+) -> tuple[TrainState, dict[str, Any]]:
+  """With eval.patience the best state, else the last.
+
+  Returns:
+    The state, and what result.json says as 'early_stop', if anything.
+  """
+  last, patience = int(state.step), session.config.eval.patience
+  if patience:
+    state = restore_best(checkpoints, state, session.reject)
+  best = checkpoints.best()
+  if best:
+    session.log("Best checkpoint: step {}, {:.4g}.".format(*best))
+  if not (patience and best):
+    return state, {}
+  stopped = last < built.num_steps
+  figure = followed_metric(session.config)
+  line = (
+    ("Stopped early" if stopped else "Trained to the end")
+    + f", after step {last} of {built.num_steps}. The model from here on is "
+    f"that of step {best[0]}, the best by {figure}."
+  )
+  session.log(line)
+  if stopped:
+    session.incidents.add("stopped early", last, line)
+  return state, {
+    "figure": figure,
+    "best": best[1],
+    "step": best[0],
+    "last_step": last,
+    "stopped": stopped,
+  }
+
+
+def _measure_after(
+  session: Session,
+  built: BuiltRun,
+  suite: measure.Suite,
+  params: trees.Tree,
+) -> tuple[dict[str, Any], trees.Tree]:
+  """(the measurement after training, the parameters without the base's)."""
+  session.log("Measuring the model after training ...")
+  with session.clock.on("evaluation"):
+    after = suite(_beside_base(session, built, params))
+    params = base_model.own(params)
+    after |= evals.sample_replies(session.config, built, params)
+    rows = evals.held_out_losses(built, params, suite.measured.get("held_out"))
+  folder = session.workdir / "evals"
+  write_json(folder / "after.json", after)
+  write_jsonl(folder / "held_out_rows.jsonl", rows)
+  return after, params
+
+
+def _beside_base(
+  session: Session, built: BuiltRun, params: trees.Tree
+) -> trees.Tree:
+  """The parameters, with what comparing them with the base takes.
+
+  What is missing of the base is read again from the model's folder.
+  """
+  config = session.config
+  if (
+    not config.eval.kl
+    or config.model.from_scratch
+    or not (built.held_out or built.general_text)
+    or base_model.base_of(params, built.trained) is not None
+  ):
+    return params
+  config = config.copy_and_resolve_references()
+  config.model.path = str(built.source.folder)
+  _, base = model.load_model(config, built.mesh, session.log)
+  return base_model.with_copies(params, base_model.to_copy(base, built.trained))
+
+
+def _compare(
+  session: Session,
+  before: dict[str, Any],
+  after: dict[str, Any],
+  early_stop: dict[str, Any],
+) -> dict[str, Any]:
+  """Shows before beside after; returns the figures of result.json."""
+  result = measure.compare(before, after)
+  if early_stop:
+    result["early_stop"] = early_stop
+  result["samples"] = result["samples"] or evals.paired_samples(before, after)
+  final_summary.show_result(session.out, result, session.config.eval.samples)
+  return result
+
+
+def _export(
+  session: Session, built: BuiltRun, params: trees.Tree
+) -> export.Evidence:
+  """Writes the model, and the adapters alone where there are some."""
+  config, path = session.config, session.workdir / "export"
+  session.log(f"Writing {path} ...")
+  with session.clock.on("export"):
+    if built.model.lora:
+      folder = session.workdir / "adapter"
+      session.log(save_adapters(config, built, params, folder))
+    evidence = export_run(config, built, params, path)
+  session.log(f"{path}: {evidence}")
+  return evidence
+
+
+def _result_path(session: Session) -> Path:
+  return session.workdir / "result.json"
+
+
+def _params(state: TrainState) -> trees.Tree:
+  return trees.merge(state.params, state.frozen)
 
 
 def own_params(state: TrainState) -> trees.Tree:
   """The model's parameters, trained and frozen, and no copy of the base's."""
-  return base_model.own(trees.merge(state.params, state.frozen))
-
-
-def beside_base(
-  config: Config, run_: Setup, params: trees.Tree, say: Say
-) -> trees.Tree:
-  """The parameters, with what comparing them with the base takes.
-
-  What of the base is not among them is read again from the model's folder.
-  """
-  if (
-    not config.eval.kl
-    or config.model.from_scratch
-    or not (run_.held_out or run_.general_text)
-    or base_model.base_of(params, run_.trained) is not None
-  ):
-    return params
-  config = config.copy_and_resolve_references()
-  config.model.path = str(run_.source.folder)
-  _, base = model.load_model(config, run_.mesh, say)
-  return base_model.with_copies(params, base_model.to_copy(base, run_.trained))
+  return base_model.own(_params(state))
 
 
 def open_checkpoints(config: Config, workdir: Path) -> Checkpoints:
   """The checkpoints of a run, kept as its config says.
 
   Raises:
-    ValueError: the best shall be kept of what is never measured.
+    ValueError: the best shall be kept by a figure that is never measured.
   """
-  keep, figure = config.checkpoint, followed(config)
-  # Patience remembers in checkpoints how many evaluations it has borne.
+  keep, figure = config.checkpoint, followed_metric(config)
+  # Patience keeps its count of evaluations in checkpoints.
   every = keep.every if config.eval.patience else keep.every or 1
   if figure and not (
     config.eval.every and every and config.eval.every % every == 0
@@ -310,38 +400,38 @@ def open_checkpoints(config: Config, workdir: Path) -> Checkpoints:
 
 
 def save_adapters(
-  config: Config, run_: Setup, params: trees.Tree, path: Path
+  config: Config, built: BuiltRun, params: trees.Tree, path: Path
 ) -> str:
   """Writes the adapters alone; says what merging them will lose.
 
-  What PEFT has no form for (experts that were trained whole) is said and not
+  What PEFT has no form for (experts that were trained whole) is named and not
   written: the merged export, which follows, holds it all.
   """
-  assert run_.model.lora
-  alone = "the adapters alone"
+  assert built.model.lora
+  outcome = "the adapters alone"
   try:
-    peft.save_adapter(path, run_.model, params, base=config.model.path)
+    peft.save_adapter(path, built.model, params, base=config.model.path)
   except ValueError as refusal:
-    alone = f"not written ({refusal})"
+    outcome = f"not written ({refusal})"
   dtype = config.export_dtype or config.model.param_dtype
-  _, lost, worst = merge.merge(params, run_.model.lora, dtype=dtype)
+  _, lost, worst = merge.merge(params, built.model.lora, dtype=dtype)
   where = f", at worst of {worst}" if worst else ""
   return (
-    f"{path}: {alone}. Rounded to {dtype} the merged model loses "
+    f"{path}: {outcome}. Rounded to {dtype} the merged model loses "
     f"{lost:.2g} of what they do{where}."
   )
 
 
 def export_run(
-  config: Config, run_: Setup, params: trees.Tree, path: Path
+  config: Config, built: BuiltRun, params: trees.Tree, path: Path
 ) -> export.Evidence:
   """Writes and verifies a run's model as its config says."""
   return export.save_pretrained(
     path,
-    run_.model,
+    built.model,
     params,
-    run_.tokenizer,
+    built.tokenizer,
     dtype=config.export_dtype or config.model.param_dtype,
     options=make_render_options(config),
-    shardings=lambda shapes: sharding.param_shardings(shapes, run_.mesh),
+    shardings=lambda shapes: sharding.param_shardings(shapes, built.mesh),
   )

@@ -1,4 +1,4 @@
-"""The laws of the house, measured on the real devices with the real functions.
+"""The laws of a training step, measured on the real devices.
 
 A toy batch of two documents a row, with strongly uneven weights, goes through
 the run's own model, loss and step. Each law says that something must not
@@ -7,7 +7,7 @@ matter; what is measured is how much it does.
     documents apart     hidden states, when another document's tokens change: 0
     no look ahead       hidden states, when a later token changes: 0
     packed = alone      nats and gradients of documents in rows of their own
-    rows dealt anew     the same rows on other devices
+    rows shuffled       the same rows on other devices
     cut in n            the same batch in n micro-batches
 
 Gradients are compared by sketches: per parameter its norm and its products
@@ -35,6 +35,11 @@ from sft_jax.step.train_step import (
   make_train_step,
   split_micro_batches,
 )
+from sft_jax.training.build.build import BuiltRun
+from sft_jax.training.build.data import Config, Log
+
+MODES = ("auto", "on", "off")
+_LONGEST = 128  # Slots of the toy batch: the work of a fraction of a step.
 
 Sketch = dict[str, jax.Array]
 Put = Callable[[Batch], Batch]
@@ -101,11 +106,11 @@ def quick(
   measure = measurer(loss_fn, params, trained, put)
   base = measure(packed, 1)
   order = np.arange(rows).reshape(2, -1).T.ravel()
-  dealt = jax.tree.map(lambda x: x[order], packed)
+  shuffled = jax.tree.map(lambda x: x[order], packed)
   return [
     *leaks(hidden, params, packed, put=put, vocab_size=vocab_size),
-    *same("packed = alone", base, measure(alone(packed), 1), dtype),
-    *same("rows dealt anew", base, measure(dealt, 1), dtype),
+    *compare("packed = alone", base, measure(unpack(packed), 1), dtype),
+    *compare("rows shuffled", base, measure(shuffled, 1), dtype),
   ]
 
 
@@ -139,7 +144,7 @@ def toy_batch(rows: int, length: int, vocab_size: int) -> Batch:
   return Batch(tokens, targets, weights, segments, positions)
 
 
-def alone(packed: Batch) -> Batch:
+def unpack(packed: Batch) -> Batch:
   """The documents of a `toy_batch`, each in a row of its own."""
   half = packed.tokens.shape[0] // 2
 
@@ -155,7 +160,7 @@ def alone(packed: Batch) -> Batch:
   return cut._replace(segment_ids=(cut.segment_ids > 0).astype(np.int32))
 
 
-def put(batch: Batch, mesh: Mesh) -> Batch:
+def place_batch(batch: Batch, mesh: Mesh) -> Batch:
   """A batch that every process has whole, [B, T] or [A, B / A, T], placed."""
   leading = batch.tokens.ndim - 2
   own = sharding.own_rows(mesh, batch.tokens.shape[leading])
@@ -280,7 +285,7 @@ def distance(
   return worst, where
 
 
-def same(
+def compare(
   law: str, base: Measured, other: Measured, dtype: str
 ) -> list[Finding]:
   """What should not matter, in nats and in the gradient."""
@@ -350,3 +355,53 @@ def refuse(findings: list[Finding]) -> None:
       + "\nTry model.attention=xla, another mesh or another version of JAX; "
       "tools/selfcheck.py tells more. selfcheck=off trains all the same."
     )
+
+
+def check_at_start(
+  config: Config, built: BuiltRun, params: trees.Tree, log: Log
+) -> None:
+  """The quick form; where config.selfcheck is 'auto', on several devices.
+
+  Raises:
+    ValueError: a law does not hold; config.selfcheck is none of MODES.
+  """
+  if config.selfcheck not in MODES:
+    raise ValueError(
+      f"selfcheck: got {config.selfcheck!r}, expected one of {MODES}. "
+      "Set it to one of these."
+    )
+  alone = config.selfcheck == "auto" and built.mesh.size == 1
+  if alone or config.selfcheck == "off":
+    return
+  findings = quick_of_run(config, built, params)
+  refuse(findings)
+  worst = max(one.difference for one in findings)
+  log(
+    f"Self-check: {len(findings)} laws hold on {built.mesh.size} devices, "
+    f"largest difference {worst:.1g}."
+  )
+
+
+def quick_of_run(
+  config: Config, built: BuiltRun, params: trees.Tree
+) -> list[Finding]:
+  """What of packing and placement can be measured in seconds."""
+  rows, length = toy_shape(config, built.mesh)
+  return quick(
+    built.loss_fn,
+    built.model.hidden,
+    params,
+    built.trained,
+    put=lambda batch: place_batch(batch, built.mesh),
+    rows=rows,
+    length=length,
+    vocab_size=built.model.config.vocab_size,
+    dtype=config.model.dtype,
+  )
+
+
+def toy_shape(config: Config, mesh: Mesh) -> tuple[int, int]:
+  """(rows, slots): two rows for each part of a batch."""
+  # data.seq_len is a multiple of `context`, so half of it need not be.
+  length = min(config.data.seq_len, _LONGEST * mesh.shape["context"])
+  return 2 * mesh.shape["data"] * mesh.shape["fsdp"], length

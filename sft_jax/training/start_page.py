@@ -1,5 +1,8 @@
 """The start page: what a run is about to do, before it does it."""
 
+import importlib.metadata
+import platform
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,9 @@ from sft_jax.data.audit import summary
 from sft_jax.data.pipeline import Stream
 from sft_jax.models.lora import quantize
 from sft_jax.reporting import terminal
-from sft_jax.training import versions
 from sft_jax.training.build import abstract, evals
 from sft_jax.training.build import step as setup_step
-from sft_jax.training.build.build import Setup
+from sft_jax.training.build.build import BuiltRun
 from sft_jax.training.build.data import Config
 from sft_jax.training.planning import plan
 
@@ -28,27 +30,27 @@ _WHOLE = "each has it all"
 
 
 def facts(
-  config: Config, run_: Setup, start_step: int
+  config: Config, built: BuiltRun, start_step: int
 ) -> dict[str, dict[str, str]]:
   """What is about to happen, in words: {title: {name: value}}."""
   return {
-    "Model": _model(config, run_),
-    "Plan": _plan(config, run_, start_step),
-    "Memory per device, estimated": _memory(config, run_),
+    "Model": _model(config, built),
+    "Plan": _plan(config, built, start_step),
+    "Memory per device, estimated": _memory(config, built),
   }
 
 
 def show(
-  run_: Setup, words: Mapping[str, Mapping[str, str]], out: Console
+  built: BuiltRun, words: Mapping[str, Mapping[str, str]], out: Console
 ) -> None:
   """Prints `facts`, the data and, on several devices, the sharding."""
   model, *others = words
   terminal.facts(out, model, words[model])
-  terminal.lines(out, "Data", run_.stream.stats.lines())
+  terminal.lines(out, "Data", built.stream.stats.lines())
   for title in others:
     terminal.facts(out, title, words[title])
-  if run_.mesh.size > 1:
-    lines = list(_sharding(run_))
+  if built.mesh.size > 1:
+    lines = list(_sharding(built))
     header = ("parameter", "shape", "divided over", "per device", "note")
     if all(line[2] == _WHOLE for line in lines):
       out.print("Sharding: every device holds all parameters.")
@@ -58,39 +60,39 @@ def show(
 
 def write(
   workdir: Path,
-  run_: Setup,
+  built: BuiltRun,
   words: Mapping[str, Mapping[str, str]],
   *,
-  said: Sequence[str],
+  messages: Sequence[str],
   command: str,
 ) -> None:
   """Writes start.json and samples.json, for the report.
 
   Args:
     workdir: of the run.
-    run_: the run.
+    built: the run.
     words: its `facts`.
-    said: the lines it has said so far.
+    messages: the lines it has logged so far.
     command: as it was typed; '' of a run that Python called.
   """
   start = {
     "command": command,
     "facts": words,
-    "said": list(said),
-    "versions": versions.installed(),
+    "said": list(messages),
+    "versions": installed_versions(),
   }
   write_json(workdir / "start.json", start)
-  store = run_.stream.store
+  store = built.stream.store
   # The first example of each source, so that each is seen.
   _, firsts = np.unique(store.source, return_index=True)
   rows = [
-    summary.sample(store, int(i), run_.tokenizer) for i in firsts[:_SAMPLES]
+    summary.sample(store, int(i), built.tokenizer) for i in firsts[:_SAMPLES]
   ]
   write_json(workdir / "samples.json", rows)
 
 
-def _model(config: Config, run_: Setup) -> dict[str, str]:
-  c, state, mesh = run_.model.config, run_.state, run_.mesh
+def _model(config: Config, built: BuiltRun) -> dict[str, str]:
+  c, state, mesh = built.model.config, built.state, built.mesh
   num_trained, num_frozen = (
     sum(quantize.num_scalars(*leaf) for leaf in trees.flatten(tree).items())
     for tree in (state.params, state.frozen)
@@ -101,7 +103,7 @@ def _model(config: Config, run_: Setup) -> dict[str, str]:
     else ""
   )
   return {
-    "from": str(run_.source)
+    "from": str(built.source)
     + (" (new parameters)" if config.model.from_scratch else ""),
     "shape": f"{c.family}: {c.num_layers} layers, width {c.d_model}, "
     f"{c.num_heads} heads ({c.num_kv_heads} key/value), {experts}"
@@ -113,35 +115,35 @@ def _model(config: Config, run_: Setup) -> dict[str, str]:
   }
 
 
-def _plan(config: Config, run_: Setup, start_step: int) -> dict[str, str]:
-  epoch = run_.stream.stats.epoch
+def _plan(config: Config, built: BuiltRun, start_step: int) -> dict[str, str]:
+  epoch = built.stream.stats.epoch
   assert epoch is not None  # A Stream has planned its first epoch.
   seconds = evals.training_seconds(
-    config, run_, max(run_.num_steps - start_step, 0)
+    config, built, max(built.num_steps - start_step, 0)
   )
   return {
-    "steps": f"{run_.num_steps} of {config.batch_size} rows x "
+    "steps": f"{built.num_steps} of {config.batch_size} rows x "
     f"{config.data.seq_len} tokens"
     + (f" in {config.accum_steps} parts" if config.accum_steps > 1 else "")
     + (f", from step {start_step}" if start_step else ""),
-    "epochs": f"{run_.stream.consumed(run_.num_steps).epochs:.2f} of "
+    "epochs": f"{built.stream.consumed(built.num_steps).epochs:.2f} of "
     f"{epoch.packs} packed rows",
     "fill": f"{epoch.fill:.1%} of the slots hold a token",
-    "learning rate": _schedule(config, run_.num_steps),
-    "held out": _describe(run_.held_out),
-    "general text": _describe(run_.general_text),
-    "behaviours": f"{len(run_.items)} prompts",
+    "learning rate": _schedule(config, built.num_steps),
+    "held out": _describe(built.held_out),
+    "general text": _describe(built.general_text),
+    "behaviours": f"{len(built.items)} prompts",
     "expected time": f"about {terminal.duration(seconds)} of training",
-    "evaluation": _evaluation(config, run_),
+    "evaluation": _evaluation(config, built),
     "workdir": config.workdir,
   }
 
 
-def _evaluation(config: Config, run_: Setup) -> str:
+def _evaluation(config: Config, built: BuiltRun) -> str:
   """What measuring costs, how often, and what bounds it."""
-  seconds = evals.evaluation_seconds(config, run_)
-  bound = evals.max_seconds(config, run_)
-  between = run_.num_steps // config.eval.every if config.eval.every else 0
+  seconds = evals.evaluation_seconds(config, built)
+  bound = evals.max_seconds(config, built)
+  between = built.num_steps // config.eval.every if config.eval.every else 0
   text = f"about {terminal.duration(min(seconds, bound or seconds))} each time"
   text += (
     f", before and after and {between} times between"
@@ -173,16 +175,16 @@ def _schedule(config: Config, num_steps: int) -> str:
   )
 
 
-def _memory(config: Config, run_: Setup) -> dict[str, str]:
+def _memory(config: Config, built: BuiltRun) -> dict[str, str]:
   """By kind, before anything is compiled; what passes by is not in it."""
   # Of a run that is resumed the arrays are gone, but not what they were.
   state = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-    run_.state,
+    built.state,
   )
-  batch = abstract.batch_shapes(config, run_.mesh)
-  known = plan.known_bytes(run_.loss_fn, state, batch)
-  limit = run_.machine.chip.memory
+  batch = abstract.batch_shapes(config, built.mesh)
+  known = plan.known_bytes(built.loss_fn, state, batch)
+  limit = built.machine.chip.memory
   total = sum(known)
   names = ("trained parameters", "frozen", "optimizer", "gradients")
   return {
@@ -196,18 +198,18 @@ def _memory(config: Config, run_: Setup) -> dict[str, str]:
   }
 
 
-def _sharding(run_: Setup) -> Iterator[tuple[str, ...]]:
+def _sharding(built: BuiltRun) -> Iterator[tuple[str, ...]]:
   """A line per parameter; a layer's stand for those of all layers."""
-  params = trees.merge(run_.state.params, run_.state.frozen)
+  params = trees.merge(built.state.params, built.state.frozen)
   leaves = trees.flatten(params)
-  for path, shape, spec, note in sharding.table(params, run_.mesh):
+  for path, shape, spec, note in sharding.table(params, built.mesh):
     leaf = leaves[path]
     part = leaf.sharding.shard_shape(leaf.shape)
     size = int(np.prod(part)) * leaf.dtype.itemsize
     over = [
-      f"{axis} ({n} = {run_.mesh.shape[axis]} x {n // run_.mesh.shape[axis]})"
+      f"{axis} ({n} = {built.mesh.shape[axis]} x {n // built.mesh.shape[axis]})"
       for n, axis in zip(shape, spec, strict=False)
-      if axis is not None and run_.mesh.shape[axis] > 1
+      if axis is not None and built.mesh.shape[axis] > 1
     ]
     yield (
       path,
@@ -216,3 +218,38 @@ def _sharding(run_: Setup) -> Iterator[tuple[str, ...]]:
       terminal.size(size),
       note,
     )
+
+
+def installed_versions() -> dict[str, str]:
+  """By name; with the commit of the checkout that runs, and the platform."""
+  names = (
+    *("sft_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"),
+    *("grain", "numpy", "tokenizers"),
+  )
+  device = jax.devices()[0]
+  return {
+    **{name: _version(name) for name in names},
+    "python": platform.python_version(),
+    "commit": _commit(),
+    "platform": f"{platform.system()} {platform.machine()}, {device.platform}",
+  }
+
+
+def _version(name: str) -> str:
+  try:
+    return importlib.metadata.version(name)
+  except importlib.metadata.PackageNotFoundError:
+    return "not installed"  # We may run from a checkout as it is.
+
+
+def _commit() -> str:
+  """Of the checkout that runs, with '-dirty' where files differ from it."""
+  checkout = Path(__file__).parents[2]
+  if not (checkout / ".git").exists():  # Another's may lie around us.
+    return "unknown: not run from a checkout"
+  command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+  except (OSError, subprocess.CalledProcessError) as error:
+    return f"unknown: {error}"
+  return done.stdout.strip()

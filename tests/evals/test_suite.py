@@ -243,7 +243,7 @@ def test_on_a_cpu_bfloat16_is_measured_in_float32(tmp_path):
       tmp_path, model, rows, model__dtype=dtype, data__eval=str(rows)
     )
     config.data.allow = ("overlap",)
-    run = build.setup(config, lambda line: None)
+    run = build.build_run(config, lambda line: None)
     params = {**run.state.params, **run.state.frozen}
     found.append(evals.make_suite(config, run).losses(params, is_base=True))
   assert found[0] == found[1]

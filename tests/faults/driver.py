@@ -106,7 +106,7 @@ PHASES = {
   "moving the cache": lambda: after(build, "_seal"),
   "evaluation before": lambda: before(suite.Suite, "_sums"),
   "compile": lambda: before(jax.stages.Lowered, "compile"),
-  "step": lambda: before(step_runner.Steps, "take", call=4),
+  "step": lambda: before(step_runner.StepRunner, "submit", call=4),
   "mid-save": lambda: before(MANAGER, "_wait_for_checkpointers", call=2),
   "commit": lambda: before(MANAGER, "_finalize_checkpoint", call=2),
   "before retention": lambda: after(MANAGER, "_finalize_checkpoint", call=2),
@@ -119,9 +119,9 @@ PHASES = {
     *(MANAGER, "_wait_for_checkpointers", terminate), call=2
   ),
   "SIGTERM while measuring": lambda: before(suite.Suite, "_sums", terminate),
-  "Ctrl-C": lambda: before(step_runner.Steps, "take", interrupt, call=5),
+  "Ctrl-C": lambda: before(step_runner.StepRunner, "submit", interrupt, call=5),
   "a hanging step": lambda: before(
-    step_runner.Steps, "take", lambda *_: time.sleep(600), call=3
+    step_runner.StepRunner, "submit", lambda *_: time.sleep(600), call=3
   ),
   "a stalled reader": lambda: before(
     Store, "example", lambda *_: time.sleep(600), call=40

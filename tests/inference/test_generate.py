@@ -15,7 +15,7 @@ from sft_jax.data.conversation import Conversation, Message, ToolCall
 from sft_jax.data.encoding import encode
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
 from sft_jax.inference import generate
-from sft_jax.training.build import build, setup_rows
+from sft_jax.training.build import build, evals
 
 TEMPLATE = (
   "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
@@ -269,14 +269,14 @@ def found(tmp_path_factory):
   config = tiny.config(
     folder, model, rows, data__eval=str(held), eval__max_new_tokens=6
   )
-  run = build.setup(config, lambda line: None)
+  run = build.build_run(config, lambda line: None)
   params = {**run.state.params, **run.state.frozen}
   return config, run, params
 
 
 def test_a_row_gets_the_reply_that_its_conversation_gets(found):
   config, run, params = found
-  (made,) = setup_rows.replies(config, run, params).values()
+  (made,) = evals.sample_replies(config, run, params).values()
   assert len(made) == config.eval.samples == 3
   for row, answered in zip(tiny.ROWS[8:], made, strict=False):
     asked = Conversation((Message("user", row["instruction"]),))
@@ -300,16 +300,16 @@ def test_a_row_gets_the_reply_that_its_conversation_gets(found):
 
 def test_behaviours_make_it_superfluous(found):
   config, run, params = found
-  assert setup_rows.replies(config, run._replace(items=[1]), params) == {}
-  assert setup_rows.replies(config, run._replace(held_out=None), params) == {}
+  assert evals.sample_replies(config, run._replace(items=[1]), params) == {}
+  assert evals.sample_replies(config, run._replace(held_out=None), params) == {}
 
 
 def test_samples_are_paired():
   old = {"where": "w", "prompt": "p", "reply": "a", "stopped": False}
   new = {**old, "reply": "b", "stopped": True}
-  (sample,) = setup_rows.samples({"replies": [old]}, {"replies": [new]})
+  (sample,) = evals.paired_samples({"replies": [old]}, {"replies": [new]})
   assert sample["before"] == {"text": "a", "stopped": False}
   assert sample["after"] == {"text": "b", "stopped": True}
-  assert setup_rows.samples({}, {}) == []
+  assert evals.paired_samples({}, {}) == []
   # Forced on with another number of samples.
-  assert setup_rows.samples({}, {"replies": [new]}) == []
+  assert evals.paired_samples({}, {"replies": [new]}) == []

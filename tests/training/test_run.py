@@ -12,7 +12,7 @@ import pytest
 
 import sft_jax
 import tiny
-from sft_jax.checkpointing import row_chain
+from sft_jax.checkpointing import digests
 from sft_jax.common import trees
 from sft_jax.models.hf import load_save
 from sft_jax.models.lora import lora
@@ -152,7 +152,7 @@ def test_a_run_leaves_what_it_says(tmp_path, model, rows, capsys):
   stores = data.load_stores(config, tokenizer, print)
   stream = data.make_train_stream(config, stores.train)
   batches = itertools.islice(stream.batches(), 6)
-  chain = row_chain.extend("", map(row_chain.digest_rows, batches))
+  chain = digests.extend_chain("", map(digests.digest_rows, batches))
   assert of_steps[-1]["data/chain"] == chain
   capsys.readouterr()
   again = sft_jax.train(config)

@@ -13,7 +13,7 @@ import pytest
 import sft_jax
 import tiny
 from sft_jax.common import sharding
-from sft_jax.training import bad_steps, loop, step_runner
+from sft_jax.training import loop, step_runner
 
 STEPS, EVERY = 11, 4
 
@@ -62,14 +62,14 @@ def diary(monkeypatch) -> Diary:
       diary.looked_at(x)
     return block(tree)
 
-  class Counted(step_runner.Steps):
+  class Counted(step_runner.StepRunner):
     def __init__(self, *arguments, **named):
       super().__init__(*arguments, **named)
       self._step = diary.counted("step", self._step)
 
   monkeypatch.setattr(array, "_value", property(look))
   monkeypatch.setattr(jax, "block_until_ready", wait)
-  monkeypatch.setattr(loop, "Steps", Counted)
+  monkeypatch.setattr(loop, "StepRunner", Counted)
   monkeypatch.setattr(
     sharding, "put_rows", diary.counted("batch", sharding.put_rows)
   )
@@ -95,7 +95,7 @@ def test_no_step_waits_for_the_host(tmp_path, diary, watched):
   for what, number in diary.events:
     taken, put = taken + (what == "step"), put + (what == "batch")
     waits += what == "wait"
-    if what == "wait" and number > taken - bad_steps.IN_FLIGHT:
+    if what == "wait" and number > taken - step_runner.IN_FLIGHT:
       # Of a step with fewer behind it: a record, which takes all up to its own.
       assert taken % EVERY == 0 or taken == STEPS, diary.events
       assert put == min(taken + 1, STEPS), diary.events

@@ -1,6 +1,8 @@
 """The self-check passes on a sound model, and finds each law that is broken."""
 
 import functools
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +40,7 @@ def parts():
     jax.eval_shape(model.init, jax.random.key(0)), mesh
   )
   init = jax.jit(model.init, out_shardings=shardings)
-  put = lambda batch: selfcheck.put(batch, mesh)
+  put = lambda batch: selfcheck.place_batch(batch, mesh)
   return model, init(jax.random.key(0)), put
 
 
@@ -117,14 +119,14 @@ def of_table(loss):
   measure = selfcheck.measurer(loss, TABLE, lambda path: True, lambda b: b)
   packed = selfcheck.toy_batch(ROWS, T, V)
   other = {
-    "packed = alone": selfcheck.alone(packed),
-    "rows dealt anew": jax.tree.map(lambda x: x[::-1], packed),
+    "packed = alone": selfcheck.unpack(packed),
+    "rows shuffled": jax.tree.map(lambda x: x[::-1], packed),
   }
   base = measure(packed, 1)
   return {
     one.law: one
     for law, batch in other.items()
-    for one in selfcheck.same(law, base, measure(batch, 1), "float32")
+    for one in selfcheck.compare(law, base, measure(batch, 1), "float32")
   }
 
 
@@ -191,8 +193,8 @@ def test_a_gradient_that_is_wrong_in_one_parameter_is_found():
     return table_loss({"table": spoil(params["table"], first)}, batch)
 
   found = of_table(spoilt)
-  assert failed(found) == {"rows dealt anew: gradient"}
-  assert found["rows dealt anew: gradient"].detail == "table"
+  assert failed(found) == {"rows shuffled: gradient"}
+  assert found["rows shuffled: gradient"].detail == "table"
 
 
 def test_cuts_of_the_batch_and_a_loss_that_minds_them():
@@ -210,7 +212,7 @@ def test_cuts_of_the_batch_and_a_loss_that_minds_them():
   for loss, passes in ((table_loss, True), (per_part, False)):
     measure = selfcheck.measurer(loss, TABLE, lambda path: True, lambda b: b)
     base = measure(batch, 1)
-    found = selfcheck.same("cut in 2", base, measure(batch, 2), "float32")
+    found = selfcheck.compare("cut in 2", base, measure(batch, 2), "float32")
     assert all(one.passed for one in found) == passes
 
 
@@ -231,7 +233,7 @@ def test_the_distance_of_sketches_is_that_of_trees():
 
 def test_alone_holds_the_same_documents():
   packed = selfcheck.toy_batch(ROWS, T, V)
-  apart = selfcheck.alone(packed)
+  apart = selfcheck.unpack(packed)
   assert apart.loss_weights.sum() == packed.loss_weights.sum()
   assert (packed.segment_ids > 0).sum() == (apart.segment_ids > 0).sum()
   assert apart.positions[:, 0].max() == 0
@@ -254,3 +256,58 @@ def test_stops():
 def test_too_small_a_batch_is_refused():
   with pytest.raises(ValueError, match="got 3 rows of 16 tokens"):
     selfcheck.toy_batch(3, T, V)
+
+
+def run_of(mesh) -> Any:
+  """A run of the table of test_selfcheck; all that the check asks for."""
+  return SimpleNamespace(
+    mesh=mesh,
+    loss_fn=table_loss,
+    trained=lambda path: True,
+    model=SimpleNamespace(
+      hidden=lambda params, tokens, *_: params["table"][tokens],
+      lora=None,
+      config=SimpleNamespace(vocab_size=V),
+    ),
+  )
+
+
+def config_of(mode) -> Any:
+  return SimpleNamespace(
+    selfcheck=mode,
+    data=SimpleNamespace(seq_len=16),
+    model=SimpleNamespace(dtype="float32"),
+  )
+
+
+def said(mode, mesh, run=None):
+  told = []
+  params = jax.device_put(TABLE, sharding.replicated(mesh))
+  selfcheck.check_at_start(
+    config_of(mode), run or run_of(mesh), params, told.append
+  )
+  return told
+
+
+def test_it_runs_where_there_are_several_devices():
+  mesh = sharding.make_mesh(4, 2, 1)
+  assert leaks_of(run_of(mesh).model.hidden) == set()
+  (line,) = said("auto", mesh)
+  assert "6 laws hold on 8 devices" in line
+  assert said("off", mesh) == []
+  with pytest.raises(ValueError, match="selfcheck: got 'yes', expected one"):
+    said("yes", mesh)
+
+
+def test_what_it_finds_stops_the_run():
+  mesh = sharding.make_mesh(4, 2, 1)
+  run = run_of(mesh)
+  run.model.hidden = lambda params, tokens, *_: params["table"][tokens][:, ::-1]
+  with pytest.raises(ValueError, match="documents apart: hidden states: got"):
+    said("auto", mesh, run)
+  assert said("off", mesh, run) == []
+
+
+def test_every_mode_has_its_word_in_the_base_config():
+  assert selfcheck.MODES == ("auto", "on", "off")
+  assert set(selfcheck.TOLERANCES) == {"float32", "bfloat16"}

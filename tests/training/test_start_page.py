@@ -20,7 +20,7 @@ def built(tmp_path_factory):
   choices = {"mesh__data": 1, "mesh__fsdp": 4, "mesh__tensor": 2}
   choices |= {"accum_steps": 2, "steps": 30, "optim__warmup_steps": 10}
   config = tiny.config(folder, model, rows, **choices)
-  return config, build.setup(config, print)
+  return config, build.build_run(config, print)
 
 
 def test_the_sharding_table_is_where_arrays_lie(built):
@@ -83,7 +83,7 @@ def test_copies_of_a_model_need_no_table(built, capsys):
   config = config.copy_and_resolve_references()
   config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 8, 1, 1
   config.accum_steps = 1
-  show(config, build.setup(config, print))
+  show(config, build.build_run(config, print))
   shown = capsys.readouterr().out
   assert "every device holds all parameters" in shown
   assert "layers/mlp/up/kernel" not in shown

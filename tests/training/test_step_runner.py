@@ -10,8 +10,7 @@ import tiny
 from sft_jax.common.batch import Batch
 from sft_jax.step.loss import LossSums
 from sft_jax.step.train_step import init_state, make_train_step
-from sft_jax.training.bad_steps import Judge
-from sft_jax.training.step_runner import Steps
+from sft_jax.training.step_runner import SpikeDetector, StepRunner
 
 NAN = float("nan")
 
@@ -38,28 +37,28 @@ def make_batch(seed: int, weight: float = 1.0, scale: int = 1) -> Batch:
 def make_steps(skip_limit: int = 0, factor: float = 0.0):
   tx = optax.adam(0.1)
   state = init_state({"w": jnp.zeros(4)}, lambda path: True, tx)
-  judge = Judge(
+  detector = SpikeDetector(
     spike_factor=factor, skip_limit=skip_limit, losses=[], skipped=0
   )
   left_out = []
-  steps = Steps(
+  steps = StepRunner(
     make_train_step(loss_fn, tx, optax.constant_schedule(0.1)),
     state,
     make_batch(0),
-    judge=judge,
+    detector=detector,
     chain="",
     on_skip=left_out.append,
   )
-  return steps, judge, left_out
+  return steps, detector, left_out
 
 
-def take(steps: Steps, batches, every: int = 4):
+def take(steps: StepRunner, batches, every: int = 4):
   """Takes steps as the loop does, with a record at every few of them."""
   records = []
   for i, batch in enumerate(batches, 1):
-    steps.take(batch)
+    steps.submit(batch)
     if i % every == 0 or i == len(batches) or steps.halted:
-      records.append(steps.record())
+      records.append(steps.collect())
     if steps.halted:
       break
   return records
@@ -77,14 +76,14 @@ GOOD = [make_batch(seed) for seed in range(6)]
 def test_a_skipped_batch_might_never_have_been(at, every):
   plain, _, none = make_steps()
   take(plain, GOOD)
-  steps, judge, left_out = make_steps(skip_limit=1)
+  steps, detector, left_out = make_steps(skip_limit=1)
   records = take(steps, [*GOOD[:at], make_batch(9, NAN), *GOOD[at:]], every)
   assert same(steps.state.params, plain.state.params)
   assert same(steps.state.opt_state, plain.state.opt_state)
   assert int(steps.state.step) == 7
   assert [bad.step for bad in left_out] == [at + 1]
   assert none == []
-  assert judge.to_json()["skipped"] == 1
+  assert detector.skipped == 1
   trained = sum(record["loss/trained_weight"] for record in records)
   assert trained == 8 * len(GOOD)
 
@@ -119,16 +118,16 @@ def test_a_spike_is_measured_by_the_median_before_it(every):
   calm = [make_batch(seed) for seed in range(14)]
   plain, _, _ = make_steps()
   take(plain, calm)
-  steps, judge, left_out = make_steps(skip_limit=1, factor=3.0)
+  steps, detector, left_out = make_steps(skip_limit=1, factor=3.0)
   take(steps, [*calm[:12], make_batch(3, scale=9), *calm[12:]], every)
   assert [bad.step for bad in left_out] == [13]
   assert "3 x the running median" in left_out[0].reason
   assert same(steps.state.params, plain.state.params)
   # The yardstick holds the steps that were known by then, whatever `every`.
-  losses = dict(judge.to_json()["losses"])
+  losses = dict(detector.losses)
   assert 13 not in losses
   known = [loss for step, loss in losses.items() if step < 13 - 2]
-  assert judge.limit(13) == pytest.approx(3 * np.median(known))
+  assert detector.limit(13) == pytest.approx(3 * np.median(known))
 
 
 def test_no_spike_before_there_is_a_yardstick():
@@ -139,4 +138,4 @@ def test_no_spike_before_there_is_a_yardstick():
 
 def test_a_spike_factor_below_one_is_refused():
   with pytest.raises(ValueError, match=r"faults\.spike_factor: got 0\.5"):
-    Judge(spike_factor=0.5, skip_limit=0, losses=[], skipped=0)
+    SpikeDetector(spike_factor=0.5, skip_limit=0, losses=[], skipped=0)

@@ -113,7 +113,7 @@ def figures(values: np.ndarray, kinds: np.ndarray) -> list[str]:
   return cells
 
 
-def measure(config: Any, folder: Path, say: data.Say) -> list[tuple]:
+def measure(config: Any, folder: Path, say: data.Log) -> list[tuple]:
   """Rows of the table: model, score, and `figures`."""
   kinds: dict[str, dict[str, str]] = {}
   rng = random.Random(config.seed)

@@ -132,7 +132,7 @@ def ours(folder: Path, settings: dict[str, Any]) -> None:
   from sft_jax.common import compile_cache, sharding
   from sft_jax.common.batch import Batch
   from sft_jax.step.train_step import split_micro_batches
-  from sft_jax.training.build.build import setup
+  from sft_jax.training.build.build import build_run
 
   config = cast(Any, base.get_config())
   config.workdir = str(folder / "run")
@@ -149,7 +149,7 @@ def ours(folder: Path, settings: dict[str, Any]) -> None:
   config.optim.learning_rate = settings["learning_rate"]
   config.optim.b2, config.optim.weight_decay = 0.999, 0.0
   config.update_from_flattened_dict(settings["config"])
-  run = setup(config, lambda line: print(line, file=sys.stderr))
+  run = build_run(config, lambda line: print(line, file=sys.stderr))
   devices = sharding.rows(run.mesh, leading_axes=1)
 
   def gate() -> Iterator[Batch]:

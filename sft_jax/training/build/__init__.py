@@ -1,0 +1,9 @@
+"""From a config to what a run works with: data, model, step, evaluation.
+
+In comes the config; out comes a `BuiltRun`. Only this folder and the files of
+`training` read config keys: everything below takes plain arguments.
+
+Reading order: `build`, `data`, `model`, `step`, `evals`. `abstract` builds the
+same step without arrays, `host_consistency` compares processes, `load_run`
+loads a model from a run, a checkpoint or an export.
+"""

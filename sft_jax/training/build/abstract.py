@@ -1,7 +1,7 @@
 """A run without its data and weights: the step, and the shapes it takes.
 
-What `setup` builds and runs, this builds and leaves at shapes: the same step,
-so that what is said of the one (memory, time, collectives) holds of the other.
+The same step that `build_run` builds, so that what is computed from its shapes
+(memory, time, collectives) holds for the run.
 """
 
 from typing import Any, NamedTuple
@@ -60,7 +60,7 @@ def outline(config: Config, shape: ModelConfig, mesh: Mesh) -> Outline:
     mesh: the devices to divide it over.
 
   Raises:
-    ValueError: whatever of these `setup` would refuse.
+    ValueError: whatever of these `build_run` would refuse.
   """
   build.check_batch_size(config, mesh)
   built = build_model(config, shape, mesh)
@@ -76,7 +76,7 @@ def outline(config: Config, shape: ModelConfig, mesh: Mesh) -> Outline:
     dtype=jnp.dtype(config.model.dtype),
     step=step,
     state=jax.tree.map(
-      lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies),
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       state,
       setup_step.state_shardings(step, params, mesh),
     ),

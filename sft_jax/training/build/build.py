@@ -1,7 +1,6 @@
 """Building a run from its config: data, model, state and step.
 
-The rooms that read `config` are this one, `setup_data`, `setup_model` and
-`setup_step` beside it, and `present` and `train` above: everything below takes
+Only this folder and `training` above it read `config`: everything below takes
 plain arguments.
 """
 
@@ -26,11 +25,11 @@ from sft_jax.step.train_step import TrainState, init_state
 from sft_jax.training.build import data as setup_data
 from sft_jax.training.build import model as setup_model
 from sft_jax.training.build import step as setup_step
-from sft_jax.training.build.data import Config, Say
+from sft_jax.training.build.data import Config, Log
 
 
-class Setup(NamedTuple):
-  """All that a run needs, built from a config; see `setup`."""
+class BuiltRun(NamedTuple):
+  """All that a run needs, built from a config; see `build_run`."""
 
   source: hub.Snapshot
   machine: machines.Machine
@@ -55,7 +54,7 @@ class Setup(NamedTuple):
   row_nats: Callable[[trees.Tree, Batch], jax.Array]
 
 
-def setup(config: Config, say: Say) -> Setup:
+def build_run(config: Config, log: Log) -> BuiltRun:
   """Builds mesh, data, model, state and step; announces what takes time."""
   mesh = sharding.make_mesh(**config.mesh)
   check_batch_size(config, mesh)
@@ -69,23 +68,23 @@ def setup(config: Config, say: Say) -> Setup:
     for line in template_export.described(
       template, setup_data.make_render_options(config)
     ):
-      say(line)
-  say(f"Reading {config.data.train} ...")
-  data = setup_data.load_data(config, tokenizer, say)
+      log(line)
+  log(f"Reading {config.data.train} ...")
+  data = setup_data.load_data(config, tokenizer, log)
   num_steps = config.steps or data.stream.num_steps
   assert num_steps is not None  # Only a stream without epochs has no end.
-  model, params = setup_model.load_model(config, mesh, say)
+  model, params = setup_model.load_model(config, mesh, log)
   if (config.model.param_dtype, config.optim.rounding) == (
     "bfloat16",
     "nearest",
   ):
-    say(
+    log(
       "model.param_dtype is bfloat16 and optim.rounding 'nearest': updates "
       "below 1/512 of a weight are lost. 'stochastic' keeps them on average."
     )
   device = mesh.devices.flat[0]
   if (device.platform, config.model.dtype) == ("cpu", "bfloat16"):
-    say(
+    log(
       "model.dtype is bfloat16, which a CPU emulates, several times slower "
       "than float32. Set --config.model.dtype=float32 here."
     )
@@ -106,7 +105,7 @@ def setup(config: Config, say: Say) -> Setup:
   step = setup_step.make_step(config, model, mesh, num_steps, streams)
   params = setup_step.hold_base(config, step, params, jnp.copy)
   if copies := params.get(base_model.COPIES):
-    say(
+    log(
       f"loss.kl: {trees.count(copies):,} parameters are held twice, as they "
       f"train and as the base's, {trees.num_bytes(copies) / 1e9:.3f} GB in all."
     )
@@ -116,7 +115,7 @@ def setup(config: Config, say: Say) -> Setup:
     out_shardings=shardings,
     donate_argnums=0,
   )(params)
-  return Setup(
+  return BuiltRun(
     source=source,
     machine=machines.find(""),
     mesh=mesh,

@@ -24,7 +24,7 @@ from sft_jax.evals import behaviours, memorization
 # A ConfigDict of the keys in configs/base.py; its attributes have no static
 # types.
 Config = Any
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 CANARIES = "canaries.jsonl"  # In the workdir.
 
 
@@ -51,7 +51,7 @@ class Data(NamedTuple):
 def load_stores(
   config: Config,
   tokenizer: tokenizers.Tokenizer,
-  say: Say,
+  log: Log,
 ) -> Stores:
   """Encodes (or re-uses) every source and judges what came of it."""
   options = make_render_options(config)
@@ -63,7 +63,7 @@ def load_stores(
 
   def store(sources: tuple[Source, ...], of: str) -> Store:
     parts = [part for one in sources for part in _by_file(one)]
-    found = build_store(config, parts, tokenizer, say)
+    found = build_store(config, parts, tokenizer, log)
     findings.extend(checks.check_store(found, known, of=of))
     return found
 
@@ -78,12 +78,12 @@ def load_stores(
     examples, held_out = examples.split(config.data.holdout, seed=config.seed)
   # Rows held out measure all there is: they are neither dropped nor weighted.
   examples = selection.select(
-    examples, folder=config.data.scores, seed=config.seed, announce=say
+    examples, folder=config.data.scores, seed=config.seed, announce=log
   )
   if held_out:
     own_files = bool(config.data.eval)
     findings.append(checks.overlap(examples, held_out, own_files=own_files))
-  general_text = beside(config, "general_text", say)
+  general_text = beside(config, "general_text", log)
   general = (
     store(make_sources(general_text), "general text") if general_text else None
   )
@@ -94,7 +94,7 @@ def build_store(
   config: Config,
   sources: Sequence[Source],
   tokenizer: tokenizers.Tokenizer,
-  say: Say,
+  log: Log,
 ) -> Store:
   """Encodes sources as the config says, or re-uses what was encoded."""
   with distributed.first_alone():
@@ -108,23 +108,23 @@ def build_store(
       on_bad_row=config.data.on_bad_row,
       seed=config.seed,
       num_workers=config.data.workers,
-      log=say,
+      log=log,
     )
 
 
 def load_data(
   config: Config,
   tokenizer: tokenizers.Tokenizer,
-  say: Say,
+  log: Log,
 ) -> Data:
   """The batches of every source, or a refusal of what the audit found."""
-  stores = load_stores(config, tokenizer, say)
+  stores = load_stores(config, tokenizer, log)
   allow = set(config.data.allow)
   if config.data.control_tokens == "allow":
     allow.add("control")
-  checks.refuse(stores.findings, allow=allow, log=say)
-  items = beside(config, "behaviours", say)
-  knowledge = beside(config, "knowledge", say)
+  checks.refuse(stores.findings, allow=allow, log=log)
+  items = beside(config, "behaviours", log)
+  knowledge = beside(config, "knowledge", log)
 
   def stream(store: Store | None) -> Stream | None:
     return make_stream(config, store, epochs=1) if store else None
@@ -246,7 +246,7 @@ def _by_file(source: Source) -> list[Source]:
   return [dataclasses.replace(source, path=str(file)) for file in files]
 
 
-def beside(config: Config, name: str, say: Say) -> Any:
+def beside(config: Config, name: str, log: Log) -> Any:
   """What `eval.<name>` names; 'auto' looks beside the training data."""
   value = config.eval[name]
   if isinstance(value, ml_collections.ConfigDict):
@@ -257,5 +257,5 @@ def beside(config: Config, name: str, say: Say) -> Any:
   path = Path(first.path).parent / f"{name}.jsonl"
   if first.path and path.is_file():
     return str(path)
-  say(f"eval.{name}: none, as there is no {path if first.path else 'file'}")
+  log(f"eval.{name}: none, as there is no {path if first.path else 'file'}")
   return None

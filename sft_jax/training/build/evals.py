@@ -12,11 +12,11 @@ from sft_jax.common.batch import Batch
 from sft_jax.data.encoding import encode
 from sft_jax.data.store.store import Store
 from sft_jax.data.tokenizers import tokenizer as tokenizers
-from sft_jax.evals import memorization, suite
-from sft_jax.inference import generate as replies
+from sft_jax.evals import memorization, row_losses, suite
+from sft_jax.inference import generate
 from sft_jax.training.build import build, data, step
 from sft_jax.training.build import model as setup_model
-from sft_jax.training.build.build import Setup
+from sft_jax.training.build.build import BuiltRun
 from sft_jax.training.build.data import Config
 
 # Of a device's matmul rate, what a training step usually reaches, and what
@@ -27,78 +27,78 @@ _LEAST_SECONDS = 120.0
 
 def make_suite(
   config: Config,
-  run_: Setup,
+  built: BuiltRun,
   progress: suite.Progress = lambda what, done, of: None,
 ) -> suite.Suite:
   """What is measured before and after training."""
-  model, own_loss, loss = _in_float32(config, run_)
+  model, own_loss, loss = _in_float32(config, built)
   return suite.Suite(
     loss_fn=loss,
     own_loss_fn=own_loss if config.eval.kl else None,
-    batches=lambda stream: build.batches_on(run_.mesh, stream),
-    held_out=run_.held_out,
-    general_text=run_.general_text,
-    items=run_.items,
+    batches=lambda stream: build.batches_on(built.mesh, stream),
+    held_out=built.held_out,
+    general_text=built.general_text,
+    items=built.items,
     group_names=step.group_names,
-    train_rows=run_.train_rows,
-    knowledge=run_.knowledge,
-    repeats=make_repeats(config, run_),
-    canaries=make_canaries(config, run_),
-    max_seconds=max_seconds(config, run_),
+    train_rows=built.train_rows,
+    knowledge=built.knowledge,
+    repeats=make_repeats(config, built),
+    canaries=make_canaries(config, built),
+    max_seconds=max_seconds(config, built),
     prompts_at_once=config.eval.batch_size,
     progress=progress,
-    generate=lambda params, conversations: replies.generate(
+    generate=lambda params, conversations: generate.generate(
       model,
       params,
-      run_.tokenizer,
+      built.tokenizer,
       conversations,
       max_new_tokens=config.eval.max_new_tokens,
       options=data.make_render_options(config),
       batch_size=config.eval.batch_size,
-      mesh=run_.mesh,
+      mesh=built.mesh,
     ),
   )
 
 
-def _in_float32(config: Config, run_: Setup) -> tuple[Any, Any, Any]:
+def _in_float32(config: Config, built: BuiltRun) -> tuple[Any, Any, Any]:
   """(model, loss, loss with what the base says), as they measure.
 
   Those of the run; in float32 where it computes in bfloat16 on a CPU, most of
   which emulate that.
   """
-  on_cpu = run_.mesh.devices.flat[0].platform == "cpu"
+  on_cpu = built.mesh.devices.flat[0].platform == "cpu"
   if not on_cpu or config.model.dtype != "bfloat16":
-    return run_.model, run_.loss_fn, run_.measure_fn
+    return built.model, built.loss_fn, built.measure_fn
   config = config.copy_and_resolve_references()
   config.model.dtype = "float32"
-  model = setup_model.build_model(config, run_.model.config, run_.mesh).model
-  streams = (run_.stream, run_.held_out, run_.general_text)
-  made = step.make_step(config, model, run_.mesh, run_.num_steps, streams)
+  model = setup_model.build_model(config, built.model.config, built.mesh).model
+  streams = (built.stream, built.held_out, built.general_text)
+  made = step.make_step(config, model, built.mesh, built.num_steps, streams)
   return model, made.loss_fn, made.measure_fn
 
 
-def training_seconds(config: Config, run_: Setup, steps: int) -> float:
+def training_seconds(config: Config, built: BuiltRun, steps: int) -> float:
   """What so many steps will take, at the share of its peak that is usual."""
   tokens = steps * config.batch_size * config.data.seq_len
-  peak = run_.machine.chip.flops * run_.mesh.size
-  return tokens * run_.flops_per_token / (_USUAL_SHARE * peak)
+  peak = built.machine.chip.flops * built.mesh.size
+  return tokens * built.flops_per_token / (_USUAL_SHARE * peak)
 
 
-def evaluation_seconds(config: Config, run_: Setup) -> float:
+def evaluation_seconds(config: Config, built: BuiltRun) -> float:
   """What one measurement will take, were it not bounded."""
-  peak = run_.machine.chip.flops * run_.mesh.size
-  forward = run_.flops_per_token / 3
-  streams = (run_.held_out, run_.general_text, run_.train_rows)
+  peak = built.machine.chip.flops * built.mesh.size
+  forward = built.flops_per_token / 3
+  streams = (built.held_out, built.general_text, built.train_rows)
   batches = sum(stream.num_steps or 0 for stream in streams if stream)
   tokens = batches * config.batch_size * config.data.seq_len
-  prompts = len(run_.items) + len(run_.knowledge)
+  prompts = len(built.items) + len(built.knowledge)
   sampled = prompts * config.eval.max_new_tokens
   return tokens * forward / (_USUAL_SHARE * peak) + sampled * forward / (
     _SAMPLING_SHARE * peak
   )
 
 
-def max_seconds(config: Config, run_: Setup) -> float:
+def max_seconds(config: Config, built: BuiltRun) -> float:
   """The bound of one measurement: `eval.max_seconds`; 0 is none.
 
   Raises:
@@ -106,7 +106,7 @@ def max_seconds(config: Config, run_: Setup) -> float:
   """
   bound = config.eval.max_seconds
   if bound == "auto":
-    quarter = training_seconds(config, run_, run_.num_steps) / 4
+    quarter = training_seconds(config, built, built.num_steps) / 4
     return max(quarter, _LEAST_SECONDS)
   if isinstance(bound, str | bool) or not 0 <= bound < math.inf:
     raise ValueError(
@@ -117,7 +117,7 @@ def max_seconds(config: Config, run_: Setup) -> float:
 
 
 def make_canaries(
-  config: Config, run_: Setup
+  config: Config, built: BuiltRun
 ) -> Callable[[trees.Tree], dict[str, Any]] | None:
   """What measures the canaries of a run; None if it has none.
 
@@ -126,9 +126,9 @@ def make_canaries(
   """
   if not config.data.canaries:
     return None
-  row_nats = jax.jit(run_.row_nats)
-  own = sharding.own_rows(run_.mesh, config.batch_size)
-  rows = sharding.rows(run_.mesh)
+  row_nats = jax.jit(built.row_nats)
+  own = sharding.own_rows(built.mesh, config.batch_size)
+  rows = sharding.rows(built.mesh)
 
   def measured(params: trees.Tree) -> dict[str, Any]:
     def nats(batch: Batch) -> np.ndarray:
@@ -137,9 +137,9 @@ def make_canaries(
 
     return memorization.measure_exposure(
       memorization.draw_canaries(2 * config.data.canaries, config.seed),
-      planted(run_.stream.store),
+      planted(built.stream.store),
       nats,
-      run_.tokenizer,
+      built.tokenizer,
       data.make_render_options(config),
       batch_size=config.batch_size,
     )
@@ -155,7 +155,7 @@ def planted(store: Store) -> set[int]:
 
 
 def make_repeats(
-  config: Config, run_: Setup
+  config: Config, built: BuiltRun
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]] | None:
   """What of the training answers replies repeat; None where it is off.
 
@@ -163,18 +163,18 @@ def make_repeats(
   own overlap and novelty into it.
   """
   words = config.eval.answer_words
-  if not words or not run_.items:
+  if not words or not built.items:
     return None
   known, rows_read = answer_texts(
-    run_.stream.store, run_.tokenizer, words, config.seed
+    built.stream.store, built.tokenizer, words, config.seed
   )
   if not known:
     return None  # Raw text alone: there are no answers.
   index = memorization.Answers([text.split() for text in known])
   held_out = None
-  if run_.held_out:
-    store = run_.held_out.store
-    texts, _ = answer_texts(store, run_.tokenizer, words, config.seed)
+  if built.held_out:
+    store = built.held_out.store
+    texts, _ = answer_texts(store, built.tokenizer, words, config.seed)
     held_out = memorization.repeats(texts, index)
 
   def measured(replies: list[dict[str, Any]]) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def make_repeats(
     return {
       "answers": len(known),
       "rows": rows_read,
-      "rows_of": len(run_.stream.store.index),
+      "rows_of": len(built.stream.store.index),
       "gram": memorization.GRAM,
       "replies": found and found._asdict(),
       "held_out_answers": held_out and held_out._asdict(),
@@ -219,3 +219,57 @@ def answer_texts(
       texts.append(tokenizer.decode(example.tokens[start:end].tolist()))
       taken += len(texts[-1].split())
   return texts, len(order)
+
+
+def held_out_losses(
+  built: BuiltRun,
+  params: trees.Tree,
+  measured: tuple[int, int] | None = None,
+) -> list[dict[str, Any]]:
+  """Held-out examples by loss, the worst first; see `row_losses`.
+
+  `measured` tells how many batches of how many; None is all.
+  """
+  if built.held_out is None:
+    return []
+  return row_losses.hardest_first(
+    *(params, built.held_out, built.tokenizer),
+    loss=built.document_loss,
+    batches=lambda stream: build.batches_on(built.mesh, stream),
+    most_batches=measured[0] if measured else None,
+  )
+
+
+def sample_replies(
+  config: Config, built: BuiltRun, params: trees.Tree
+) -> dict[str, list[dict[str, Any]]]:
+  """{'replies': `eval.samples` of them} of a run without behaviours."""
+  if built.items or built.held_out is None or not config.eval.samples:
+    return {}
+  made = generate.answer_rows(
+    *(built.model, params, built.tokenizer, built.held_out.store),
+    number=config.eval.samples,
+    max_new_tokens=config.eval.max_new_tokens,
+    mesh=built.mesh,
+  )
+  return {"replies": made}
+
+
+def paired_samples(
+  before: dict[str, Any], after: dict[str, Any]
+) -> list[dict[str, Any]]:
+  """The replies of two measurements as `measure.compare` gives samples.
+
+  Of the rows that both have: a forced run may have other held-out rows.
+  """
+  asked = {old["where"]: old for old in before.get("replies", ())}
+  return [
+    {
+      "group": f"held-out row {new['where']}",
+      "prompt": new["prompt"],
+      "before": {"text": old["reply"], "stopped": old["stopped"]},
+      "after": {"text": new["reply"], "stopped": new["stopped"]},
+    }
+    for new in after.get("replies", ())
+    if (old := asked.get(new["where"]))
+  ]

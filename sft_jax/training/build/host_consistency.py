@@ -15,7 +15,7 @@ from sft_jax.common import distributed, trees
 from sft_jax.data.store.files import hash_text
 from sft_jax.data.store.fingerprint import differences
 from sft_jax.training.build import data
-from sft_jax.training.build.build import Setup
+from sft_jax.training.build.build import BuiltRun
 from sft_jax.training.build.data import Config
 
 # What each host may have of its own.
@@ -38,7 +38,7 @@ def check_config(config: Config) -> None:
   _check("the config", mine, "Give all of them the same flags.")
 
 
-def check_data(run_: Setup) -> None:
+def check_data(built: BuiltRun) -> None:
   """Call it before the first batch.
 
   Raises:
@@ -46,14 +46,14 @@ def check_data(run_: Setup) -> None:
       or other rows or prompts.
   """
   streams = {
-    "train": run_.stream,
-    "held out": run_.held_out,
-    "general text": run_.general_text,
-    "of the training rows": run_.train_rows,
+    "train": built.stream,
+    "held out": built.held_out,
+    "general text": built.general_text,
+    "of the training rows": built.train_rows,
   }
-  prompts = {"behaviours": run_.items, "knowledge": run_.knowledge}
+  prompts = {"behaviours": built.items, "knowledge": built.knowledge}
   mine = {
-    "config.json": run_.model.config.raw,
+    "config.json": built.model.config.raw,
     **{
       name: stream and stream.fingerprint_inputs
       for name, stream in streams.items()

@@ -15,7 +15,7 @@ from sft_jax.models.config import ModelConfig, read_config
 from sft_jax.models.hf import load_save, peft
 from sft_jax.models.lora import lora, quantize
 from sft_jax.models.transformer import Model
-from sft_jax.training.build.data import Config, Say
+from sft_jax.training.build.data import Config, Log
 
 
 def find_model(config: Config) -> hub.Snapshot:
@@ -76,17 +76,17 @@ def build_model(config: Config, shape: ModelConfig, mesh: Mesh) -> Skeleton:
 
 
 def load_model(
-  config: Config, mesh: Mesh, say: Say
+  config: Config, mesh: Mesh, log: Log
 ) -> tuple[Model, trees.Tree]:
   """The model and its parameters, on their devices."""
   built = build_model(config, read_config(config.model.path), mesh)
   model, key = built.model, jax.random.key(config.seed)
   if config.model.from_scratch:
-    say(f"New parameters in the shapes of {config.model.path} ...")
+    log(f"New parameters in the shapes of {config.model.path} ...")
     shardings = sharding.param_shardings(jax.eval_shape(built.init, key), mesh)
     params = jax.jit(built.init, out_shardings=shardings)(key)
   else:
-    say(f"Loading {config.model.path} ...")
+    log(f"Loading {config.model.path} ...")
     model, params = load_pretrained(
       config.model.path,
       key=key,

@@ -45,7 +45,7 @@ def said(tree):
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_the_planned_step_is_the_one_that_runs(world, changes):
   config = tiny.config(*world, batch_size=16, **changes)
-  run = build.setup(config, lambda line: None)
+  run = build.build_run(config, lambda line: None)
   outline = abstract.outline(config, read_config(world[1]), run.mesh)
   assert said(outline.state) == said(run.state)
   # The batch, as the loop makes it.

@@ -13,8 +13,12 @@ import sft_jax
 import tiny
 from sft_jax.common import trees
 from sft_jax.reporting.metrics import read_jsonl
-from sft_jax.training.early_stop import Patience
+from sft_jax.training.loop import Patience
 from sft_jax.training.run import open_checkpoints
+
+
+def vars_of(patience) -> dict:
+  return {"best": patience.best, "since_best": patience.since_best}
 
 
 @given(
@@ -36,10 +40,10 @@ def test_it_ends_where_a_count_by_hand_does(scores, limit, lowest, cut):
   patience, got = Patience(limit, lowest=lowest), None
   for i, score in enumerate(scores):
     if i == cut:
-      kept = json.loads(json.dumps(patience.to_json()))
+      kept = json.loads(json.dumps(vars_of(patience)))
       patience = Patience(limit, lowest=lowest, **kept)
-    patience.look(float(score))
-    if patience.out:
+    patience.add(float(score))
+    if patience.exhausted:
       got = i
       break
   assert got == ends
