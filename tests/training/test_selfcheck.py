@@ -15,6 +15,7 @@ from sft_jax.models.attention import attention
 from sft_jax.models.config import config_from_fields
 from sft_jax.step.loss import linear_cross_entropy
 from sft_jax.training import selfcheck
+from sft_jax.training.build.build import BuiltRun
 
 V, ROWS, T = 61, 16, 16
 
@@ -260,7 +261,8 @@ def test_too_small_a_batch_is_refused():
 
 def run_of(mesh) -> Any:
   """A run of the table of test_selfcheck; all that the check asks for."""
-  return SimpleNamespace(
+  nothing: Any = BuiltRun._make([None] * len(BuiltRun._fields))
+  return nothing._replace(
     mesh=mesh,
     loss_fn=table_loss,
     trained=lambda path: True,
