@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,14 @@ ROOT = Path(__file__).parents[1]
 def installed(tmp_path_factory) -> Path:
   """A folder that holds what `pip install .` puts into site-packages."""
   folder = tmp_path_factory.mktemp("site")
+  source = tmp_path_factory.mktemp("source")  # A build leaves files behind.
+  skip = shutil.ignore_patterns("__pycache__")
+  shutil.copytree(ROOT / "sft_jax", source / "sft_jax", ignore=skip)
+  for name in ("pyproject.toml", "README.md", "LICENSE"):
+    shutil.copyfile(ROOT / name, source / name)
   install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
   done = subprocess.run(
-    [*install, f"--target={folder}", str(ROOT)],
+    [*install, f"--target={folder}", str(source)],
     capture_output=True,
     text=True,
     check=False,

@@ -8,7 +8,7 @@ padding, which no document sees and whose outputs nobody reads.
              is always read by it, whatever the backend.
     blocks   `attention_blocks`: O(T), on any device.
     splash   `attention_splash`: O(T), TPU.
-    tokamax  `attention_tokamax`: O(T), GPU, of the [gpu] extra.
+    tokamax  `attention_tokamax`: O(T), GPU, of the [cuda] extra.
     auto     see `choose`.
 
 docs/attention.md compares them.
@@ -62,7 +62,7 @@ def check_backend(backend: str, mesh: Mesh | None = None) -> None:
     )
   if backend == "tokamax" and not importlib.util.find_spec("tokamax"):
     raise ValueError(
-      f"{where}: the package tokamax is not installed. Install sft_jax[gpu], "
+      f"{where}: the package tokamax is not installed. Install sft_jax[cuda], "
       "or set model.attention to 'auto'."
     )
 
