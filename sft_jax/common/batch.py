@@ -20,7 +20,7 @@ class Batch(NamedTuple):
       loss_weights = [ 0,  1,  0,  1,  1,  0, 0, 0]
       segment_ids  = [ 1,  1,  1,  2,  2,  2, 0, 0]
       positions    = [ 0,  1,  2,  0,  1,  2, 0, 0]
-      parts        = [ 2,  4,  0,  4,  7,  0, 0, 0]
+      roles        = [ 2,  4,  0,  4,  7,  0, 0, 0]
       sources      = [ 1,  1,  1,  0,  0,  0, 0, 0]
 
   A slot's target is the next token *of the same document*; the last slot of
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     loss_weights: weight of predicting `targets`; 0 means not trained.
     segment_ids: 1, 2, ... per document of a row; 0 for padding.
     positions: index of a slot within its document, from 0.
-    parts: who says the target, an index of `data.encode.PARTS`; 0 where there
+    roles: of the targets, indices of `token_roles.TOKEN_ROLES`; 0 where there
       is no target. Here a user says 11, an answer is 12 and 21, 22 ends it.
     sources: the source that a slot's document is from; 0 also for padding.
       Of made-up batches neither need be known: they only tell losses apart.
@@ -43,5 +43,5 @@ class Batch(NamedTuple):
   loss_weights: Float32[AnyArray, "B T"]
   segment_ids: Int32[AnyArray, "B T"]
   positions: Int32[AnyArray, "B T"]
-  parts: UInt8[AnyArray, "B T"] | None = None
+  roles: UInt8[AnyArray, "B T"] | None = None
   sources: Int32[AnyArray, "B T"] | None = None

@@ -248,14 +248,14 @@ def pack_row(
     sources: number of each document's source; none are all 0.
   """
   zeros = np.zeros((1, seq_len), np.int32)
-  own_parts, own_sources = zeros.astype(np.uint8), zeros.copy()
+  own_roles, own_sources = zeros.astype(np.uint8), zeros.copy()
   row = Batch(
     tokens=zeros,
     targets=zeros.copy(),
     loss_weights=zeros.astype(np.float32),
     segment_ids=zeros.copy(),
     positions=zeros.copy(),
-    parts=own_parts,
+    roles=own_roles,
     sources=own_sources,
   )
   start = 0
@@ -271,7 +271,7 @@ def pack_row(
     row.loss_weights[0, start : end - 1] = weights[1:]
     row.segment_ids[0, start:end] = segment
     row.positions[0, start:end] = np.arange(len(tokens))
-    own_parts[0, start : end - 1] = example.parts[1:]
+    own_roles[0, start : end - 1] = example.roles[1:]
     if sources:
       own_sources[0, start:end] = sources[segment - 1]
     start = end

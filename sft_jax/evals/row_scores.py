@@ -166,9 +166,9 @@ def _group_sums(
       + jnp.asarray(batch.segment_ids)
       - 1
     )
-    assert batch.parts is not None  # `_example` marks what is paired.
+    assert batch.roles is not None  # `_example` marks what is paired.
     paired = jnp.where(
-      jnp.asarray(batch.parts) > 0, document + number * segments, -1
+      jnp.asarray(batch.roles) > 0, document + number * segments, -1
     )
     return linear_cross_entropy(
       hidden,

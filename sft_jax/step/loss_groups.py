@@ -38,8 +38,8 @@ def of(batch: Batch, num_parts: int) -> Int32[Array, "B T K"]:
     # A document's last slot predicts nothing: it parts neighbours, too.
     first = jnp.where(trained & ~before, num_parts, -1)
     ids = [first]
-    if batch.parts is not None:
-      ids.append(jnp.asarray(batch.parts).astype(jnp.int32))
+    if batch.roles is not None:
+      ids.append(jnp.asarray(batch.roles).astype(jnp.int32))
     if batch.sources is not None:
       ids.append(num_parts + 1 + jnp.asarray(batch.sources))
     return jnp.stack(ids, axis=-1)

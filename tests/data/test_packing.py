@@ -114,10 +114,10 @@ def test_row_that_fits_nowhere(bad, row):
     packing.plan(np.array(bad), 8, seed=0)
 
 
-def _example(tokens, weights, parts=None):
-  parts = np.array(parts or [0] * len(tokens), np.uint8)
+def _example(tokens, weights, roles=None):
+  roles = np.array(roles or [0] * len(tokens), np.uint8)
   weights = np.array(weights, np.float32)
-  return Example(np.array(tokens, np.int32), weights, parts)
+  return Example(np.array(tokens, np.int32), weights, roles)
 
 
 def test_a_row_is_the_table_of_batch():
@@ -135,7 +135,7 @@ def test_a_row_is_the_table_of_batch():
     loss_weights=np.array([[0, 1, 0, 1, 1, 0, 0, 0]]),
     segment_ids=np.array([[1, 1, 1, 2, 2, 2, 0, 0]]),
     positions=np.array([[0, 1, 2, 0, 1, 2, 0, 0]]),
-    parts=np.array([[2, 4, 0, 4, 7, 0, 0, 0]]),
+    roles=np.array([[2, 4, 0, 4, 7, 0, 0, 0]]),
     sources=np.array([[1, 1, 1, 0, 0, 0, 0, 0]]),
   )
   for got, want in zip(row, expected, strict=True):

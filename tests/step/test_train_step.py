@@ -183,9 +183,9 @@ def test_each_group_has_its_own_mean(batch, whole):
   )[..., 0]
   trained = batch.loss_weights > 0
   members = {
-    "part/user": batch.parts == 0,
-    "part/answer": batch.parts == 1,
-    "stop_token": batch.parts == 2,
+    "part/user": batch.roles == 0,
+    "part/answer": batch.roles == 1,
+    "stop_token": batch.roles == 2,
     "source/a": batch.sources == 0,
     "source/b": batch.sources == 1,
     "first_token": np.zeros((B, T), bool),

@@ -4,14 +4,15 @@ import hashlib
 
 import numpy as np
 
-from sft_jax.data.encoding.encode import PARTS, Example
+from sft_jax.data.chat.token_roles import TOKEN_ROLES
+from sft_jax.data.encoding.encode import Example
 from sft_jax.data.sources import Source
 from sft_jax.data.store.files import INDEX, RUN
 from sft_jax.data.store.shards import to_runs
 from sft_jax.data.store.stats import DatasetStats
 from sft_jax.data.store.store import Store, count
 
-USER, ANSWER = PARTS.index("user"), PARTS.index("answer")
+USER, ANSWER = TOKEN_ROLES.index("user"), TOKEN_ROLES.index("answer")
 
 
 def fake_store(

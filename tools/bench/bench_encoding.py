@@ -26,7 +26,7 @@ from sft_jax.commands import command
 from sft_jax.data.chat import loss_spans
 from sft_jax.data.chat import template as templates
 from sft_jax.data.chat.options import RenderOptions
-from sft_jax.data.encoding import encode, fast_path
+from sft_jax.data.encoding import encode
 from sft_jax.data.formats import formats
 from sft_jax.data.store import build, workers
 from sft_jax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -54,11 +54,8 @@ def encode_all(conversations: list, tokenizer: Tokenizer) -> int:
   tokens = 0
   for begin in range(0, len(conversations), CHUNK):
     some = conversations[begin : begin + CHUNK]
-    alike = fast_path.encode_alike(some, tokenizer, OPTIONS)
-    for conversation, made in zip(some, alike, strict=True):
-      row = encode.encode_row(
-        conversation, tokenizer, OPTIONS, max_length=LENGTH, made=made
-      )
+    for row in encode.encode_rows(some, tokenizer, OPTIONS, max_length=LENGTH):
+      assert isinstance(row, encode.EncodedRow), row
       tokens += sum(len(example.tokens) for example in row.examples)
   return tokens
 

@@ -166,7 +166,7 @@ def ours(folder: Path, settings: dict[str, Any]) -> None:
         loss_weights=(after >= 0).astype(np.float32),
         segment_ids=real.astype(np.int32),
         positions=np.where(real, np.arange(T), 0).astype(np.int32),
-        parts=np.zeros(ids.shape, np.uint8),  # They only tell losses apart.
+        roles=np.zeros(ids.shape, np.uint8),  # They only tell losses apart.
         sources=np.zeros(ids.shape, np.int32),
       )
 

@@ -23,7 +23,8 @@ from sft_jax.data.audit import (
 )
 from sft_jax.data.audit import warnings as warnings_
 from sft_jax.data.chat.options import DEFAULT, RenderOptions
-from sft_jax.data.encoding.encode import PARTS, Example
+from sft_jax.data.chat.token_roles import TOKEN_ROLES
+from sft_jax.data.encoding.encode import Example
 from sft_jax.data.pipeline import Stream
 from sft_jax.data.store.store import Store
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
@@ -187,14 +188,14 @@ def spans(example: Example, tokenizer: Tokenizer) -> list[dict[str, Any]]:
   """The text of an example, cut where the kind of its tokens changes.
 
   Each piece is {'text', 'special': bool, 'weight': float, 'role':
-  see `encode.PARTS`}. Together they are the text of all tokens.
+  see `token_roles.TOKEN_ROLES`}. Together they are the text of all tokens.
   """
   ids = example.tokens.tolist()
   special = set(tokenizer.special_tokens.values())
   kinds = [
-    (token in special, float(weight), PARTS[part])
+    (token in special, float(weight), TOKEN_ROLES[part])
     for token, weight, part in zip(
-      ids, example.loss_weights, example.parts, strict=True
+      ids, example.loss_weights, example.roles, strict=True
     )
   ]
   made, shown = [], ""

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, Integer, UInt8
 
 from sft_jax.data.chat.options import DEFAULT, RenderOptions
-from sft_jax.data.encoding.encode import PARTS
+from sft_jax.data.chat.token_roles import TOKEN_ROLES
 from sft_jax.data.store.store import Store
 from sft_jax.data.tokenizers import files
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
@@ -205,4 +205,4 @@ def control_tokens(
 def _has_role(
   documents: Documents, roles: Collection[str]
 ) -> Bool[np.ndarray, " tokens"]:
-  return np.isin(documents.roles, [PARTS.index(role) for role in roles])
+  return np.isin(documents.roles, [TOKEN_ROLES.index(role) for role in roles])

@@ -25,7 +25,7 @@ class Piece(NamedTuple):
 
   Attributes:
     start, end: its characters, without white space around it.
-    part: of `encode.PARTS`: who says it.
+    part: of `token_roles.TOKEN_ROLES`: who says it.
     said: the text as the row has it; the rendering may have escaped it.
   """
 

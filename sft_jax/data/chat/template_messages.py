@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from sft_jax.data.conversation import Conversation, Message
 
-# What a turn's content is, as a part (`encode.PARTS`).
+# What a turn's content is, as a part (`token_roles.TOKEN_ROLES`).
 CONTENT = {
   "system": "system",
   "user": "user",

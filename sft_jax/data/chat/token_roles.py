@@ -9,6 +9,18 @@ from sft_jax.data.chat.renderer import Script
 from sft_jax.data.chat.trained_turn import Turn
 from sft_jax.data.conversation import Message, RowError
 
+# Whose text a token is; an Example holds the indices.
+TOKEN_ROLES = (
+  "template",  # Structure, which no message holds.
+  "system",
+  "user",
+  "tool",  # What a tool answers.
+  "answer",
+  "reasoning",
+  "tool_call",  # Its syntax in a trained turn included.
+  "stop",
+  "text",  # Raw text, or ids made elsewhere.
+)
 _EMPTY_THOUGHT = re.compile(r"<think>\s*</think>")
 _TAG = re.compile(r"\s*<[^<>\s]+>\s*")
 

@@ -1,4 +1,9 @@
-"""Text with trained spans to ids whose prompts are those of inference."""
+"""Rendered text to ids, at the boundary of prompt and response.
+
+The ids before a response must be those that inference gives its prompt, and
+a tokenizer may join the prompt's last characters with the response's first.
+Where it does, the two are encoded apart.
+"""
 
 import bisect
 import functools
@@ -9,34 +14,29 @@ from jaxtyping import Float32, UInt8
 
 from sft_jax.data.chat.loss_spans import Rendered
 from sft_jax.data.chat.options import RenderOptions
+from sft_jax.data.chat.token_roles import TOKEN_ROLES
 from sft_jax.data.conversation import Conversation, RowError
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
 
 Offsets = list[tuple[int, int]]
-
-# Who says a token; an Example holds the indices.
-PARTS = (
-  "template",  # Structure: what no part of the row says.
-  "system",
-  "user",
-  "tool",  # What a tool answers.
-  "answer",
-  "reasoning",
-  "tool_call",  # Its syntax in a trained turn included.
-  "stop",
-  "text",  # Raw text, or ids made elsewhere.
-)
 
 # What may stand before a reply encoded by itself; see `_continuation`.
 _ANCHORS = ("", "\n", ".", "a", "|")
 
 
 class Tokens(NamedTuple):
-  """Ids, their weights and who says them, before the length rule."""
+  """Ids, their weights and their roles (indices of `TOKEN_ROLES`)."""
 
   ids: list[int]
   weights: Float32[np.ndarray, " n"]
-  parts: UInt8[np.ndarray, " n"]
+  roles: UInt8[np.ndarray, " n"]
+
+
+class TokenizedRow(NamedTuple):
+  """The token sequences of a row, before the length rule, and its notes."""
+
+  tokens: list[Tokens]
+  notes: frozenset[str]
 
 
 def encode_rendered(
@@ -45,24 +45,24 @@ def encode_rendered(
   options: RenderOptions,
   conversation: Conversation,
 ) -> list[Tokens]:
-  """All in one, or one per span where spans cannot share their ids."""
+  """One sequence, or one per span where spans cannot share their ids."""
   text, spans, literal = rendered.text, rendered.spans, rendered.literal
   ids, offsets = tokenizer.encode_with_offsets(text, literal)
   if not spans:
     weights = np.ones(len(ids), np.float32)
-    return [Tokens(ids, weights, _parts(rendered, offsets))]
+    return [Tokens(ids, weights, _roles(rendered, offsets))]
   starts = [
     count
     for start, _, _ in spans
-    if (count := _shared_prompt(rendered, start, ids, offsets, tokenizer))
+    if (count := _prompt_length(rendered, start, ids, offsets, tokenizer))
   ]
   if len(starts) == len(spans):
     weights = np.zeros(len(ids), np.float32)
     for start, (_, end, weight) in zip(starts, spans, strict=True):
       stop = _stop_index(ids, offsets, start, end, tokenizer, conversation)
       weights[start : stop + 1] = weight
-    _mute(weights, rendered, offsets)
-    return [Tokens(ids, weights, _parts(rendered, offsets))]
+    _mask(weights, rendered, offsets)
+    return [Tokens(ids, weights, _roles(rendered, offsets))]
   if len(spans) > 1 and options.history == "keep":
     raise RowError(
       conversation.source or "row",
@@ -71,11 +71,12 @@ def encode_rendered(
       "Set data.history to auto or split.",
     )
   return [
-    _apart(rendered, span, tokenizer, conversation) for span in rendered.spans
+    _encode_apart(rendered, span, tokenizer, conversation)
+    for span in rendered.spans
   ]
 
 
-def _shared_prompt(
+def _prompt_length(
   rendered: Rendered,
   start: int,
   ids: list[int],
@@ -122,7 +123,7 @@ def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
   )  # fmt: skip
 
 
-def _apart(
+def _encode_apart(
   rendered: Rendered,
   span: tuple[int, int, float],
   tokenizer: Tokenizer,
@@ -140,8 +141,8 @@ def _apart(
   ids, offsets = prompt + reply, prompt_offsets + offsets
   weights = np.zeros(len(ids), np.float32)
   weights[len(prompt) :] = weight
-  _mute(weights, rendered, offsets)
-  return Tokens(ids, weights, _parts(rendered, offsets))
+  _mask(weights, rendered, offsets)
+  return Tokens(ids, weights, _roles(rendered, offsets))
 
 
 def _continuation(
@@ -226,8 +227,8 @@ def _tokens_in(
   return slice(first, last)
 
 
-def _mute(weights: np.ndarray, rendered: Rendered, offsets: Offsets) -> None:
-  """Weight 0 for tokens with something of what is muted in them.
+def _mask(weights: np.ndarray, rendered: Rendered, offsets: Offsets) -> None:
+  """Gives weight 0 to tokens with a character of a masked span.
 
   A token is trained only where all of it may be, but for white space at its
   edges: in 'is Paris.', the span 'Paris' trains ' Paris'.
@@ -243,10 +244,10 @@ def _mute(weights: np.ndarray, rendered: Rendered, offsets: Offsets) -> None:
     weights[muted.start : last] = 0
 
 
-def _parts(rendered: Rendered, offsets: Offsets) -> UInt8[np.ndarray, " n"]:
-  """Who says each token: whoever says its first character but white space."""
-  parts = np.full(len(offsets), PARTS.index("template"), np.uint8)
-  for start, end, part in rendered.pieces:
+def _roles(rendered: Rendered, offsets: Offsets) -> UInt8[np.ndarray, " n"]:
+  """The role of each token: that of its first character but white space."""
+  roles = np.full(len(offsets), TOKEN_ROLES.index("template"), np.uint8)
+  for start, end, role in rendered.pieces:
     tokens = _tokens_in(rendered.text, offsets, start, end, whole=True)
-    parts[tokens] = PARTS.index(part)
-  return parts
+    roles[tokens] = TOKEN_ROLES.index(role)
+  return roles

@@ -1,18 +1,20 @@
-"""Text with trained spans to Examples: token ids and their loss weights."""
+"""Rows to Examples: rendered conversations, raw text and given ids."""
 
 import collections
 import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
-from sft_jax.data.chat import loss_spans
+from sft_jax.data.chat import loss_spans, renderer
 from sft_jax.data.chat.options import DEFAULT, RenderOptions
-from sft_jax.data.chat.template import chat_template
+from sft_jax.data.chat.template import chat_template, with_tokens
+from sft_jax.data.chat.token_roles import TOKEN_ROLES
 from sft_jax.data.conversation import Conversation, NothingToTrain, RowError
-from sft_jax.data.encoding import boundaries, unrendered
-from sft_jax.data.encoding.boundaries import PARTS as PARTS  # Of Example.parts.
+from sft_jax.data.encoding import boundaries, fast_path
+from sft_jax.data.encoding.boundaries import TokenizedRow, Tokens
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
 
 
@@ -24,13 +26,13 @@ class Example:
     tokens: its ids.
     loss_weights: the weight of *predicting* tokens[i] from those before it;
       the first is 0, for nothing is before it.
-    parts: who says each token, as an index of `PARTS`; 'template' is what no
-      part of the row says, or what cannot be told for certain.
+    roles: of each token, as an index of `TOKEN_ROLES`; 'template' is what no
+      message holds, or what is not certain.
   """
 
   tokens: Int32[np.ndarray, " n"]
   loss_weights: Float32[np.ndarray, " n"]
-  parts: UInt8[np.ndarray, " n"]
+  roles: UInt8[np.ndarray, " n"]
 
 
 class EncodedRow(NamedTuple):
@@ -47,13 +49,6 @@ class EncodedRow(NamedTuple):
   examples: list[Example]
   dropped: dict[str, int]
   notes: dict[str, int]
-
-
-class Made(NamedTuple):
-  """The ids of a conversation, before the length rule, and its notes."""
-
-  tokens: list[boundaries.Tokens]
-  notes: frozenset[str]
 
 
 def encode(
@@ -83,13 +78,35 @@ def encode(
   return row.examples
 
 
+def encode_rows(
+  conversations: Sequence[Conversation],
+  tokenizer: Tokenizer,
+  options: RenderOptions,
+  *,
+  max_length: int,
+) -> Iterator[EncodedRow | RowError | NothingToTrain]:
+  """What `encode_row` returns or raises for each conversation, in order.
+
+  Rows of one form (the same roles, and only texts in them) take the fast
+  path, which gives the same; all others take the full path, one by one.
+  """
+  ready = fast_path.tokenize_rows(conversations, tokenizer, options)
+  for conversation, row in zip(conversations, ready, strict=True):
+    try:
+      yield encode_row(
+        conversation, tokenizer, options, max_length=max_length, tokenized=row
+      )
+    except (RowError, NothingToTrain) as error:
+      yield error
+
+
 def encode_row(
   conversation: Conversation,
   tokenizer: Tokenizer,
   options: RenderOptions,
   *,
   max_length: int,
-  made: Made | None = None,
+  tokenized: TokenizedRow | None = None,
 ) -> EncodedRow:
   """Encodes a conversation by Law 1, or a raw text whole.
 
@@ -116,13 +133,13 @@ def encode_row(
     tokenizer: with its chat template.
     options: how to render it, and what of it to train.
     max_length: tokens that an Example may have; at least 2.
-    made: what `shapes.encode_alike` has made of it.
+    tokenized: its tokens from the fast path; None takes the full path.
 
   Returns:
     The Examples, and the number dropped by reason ('over long').
 
   Raises:
-    RowError: see `spans.render_spans`; an Example that is too long under
+    RowError: see `loss_spans.render_spans`; an Example that is too long under
       over_long='error'.
     NothingToTrain: the conversation has no trained turn.
     ValueError: an argument out of range; the tokenizer has no chat template.
@@ -132,13 +149,14 @@ def encode_row(
       f"data.seq_len: got {max_length}; expected at least 2. Correct it."
     )
   if conversation.text is not None:
-    windows = unrendered.windows(conversation, tokenizer, options, max_length)
-    return EncodedRow([_example(window) for window in windows], {}, {})
-  if made is None:
-    made = _make(conversation, tokenizer, options)
-  notes = set(made.notes)
+    windows, notes = _text_windows(conversation, tokenizer, options, max_length)
+    notes = dict.fromkeys(notes, 1)
+    return EncodedRow([_example(window) for window in windows], {}, notes)
+  if tokenized is None:
+    tokenized = _tokenize(conversation, tokenizer, options)
+  notes = set(tokenized.notes)
   examples, dropped = [], collections.Counter()
-  for one in made.tokens:
+  for one in tokenized.tokens:
     _check_bos(one.ids, tokenizer, conversation)
     long = len(one.ids) > max_length
     if long and options.over_long == "error":
@@ -152,9 +170,7 @@ def encode_row(
       dropped["over long"] += 1
       continue
     cut = slice(max_length)
-    example = _example(
-      boundaries.Tokens(one.ids[cut], one.weights[cut], one.parts[cut])
-    )
+    example = _example(Tokens(one.ids[cut], one.weights[cut], one.roles[cut]))
     if example.loss_weights.any():
       examples.append(example)
       notes |= {"cut answer"} if long else set()
@@ -163,11 +179,12 @@ def encode_row(
   return EncodedRow(examples, dict(dropped), dict.fromkeys(sorted(notes), 1))
 
 
-def _make(
+def _tokenize(
   conversation: Conversation, tokenizer: Tokenizer, options: RenderOptions
-) -> Made:
+) -> TokenizedRow:
+  """The full path."""
   if conversation.ids:
-    return Made([unrendered.given(conversation, tokenizer)], frozenset())
+    return TokenizedRow([_given_ids(conversation, tokenizer)], frozenset())
   rendered = loss_spans.render_spans(
     conversation, chat_template(tokenizer), options
   )
@@ -182,7 +199,7 @@ def _make(
   notes |= {"split history"} if len(made) > 1 else set()
   escaped = any(text.literal for text in rendered)
   notes |= {"escaped control token"} if escaped else set()
-  return Made(made, frozenset(notes))
+  return TokenizedRow(made, frozenset(notes))
 
 
 def prompt_ids(
@@ -192,13 +209,15 @@ def prompt_ids(
 ) -> list[int]:
   """What inference sees: the turns so far and the generation prompt, as ids.
 
-  A raw text is BOS (where the tokenizer has one) and its ids, to go on from.
+  A raw text is BOS (where the tokenizer has one) and its ids.
 
   Raises:
-    RowError: the last turn is the assistant's; see `spans.render_spans`.
+    RowError: the last turn is the assistant's; see
+      `loss_spans.render_spans`.
   """
   if conversation.text is not None:
-    return unrendered.prompt_ids(conversation, tokenizer, options)
+    ids, _ = _text_ids(conversation, tokenizer, options)
+    return _bos(tokenizer) + ids
   if conversation.ids:
     return list(conversation.ids)
   last = len(conversation.messages) - 1
@@ -224,12 +243,93 @@ def _check_bos(
       conversation.source or "row",
       f"two BOS tokens (id {bos}) at the start",
       "one",
-      "Mend the chat template: it writes BOS twice.",
+      "Correct the chat template: it writes BOS twice.",
     )
 
 
-def _example(tokens: boundaries.Tokens) -> Example:
+def _example(tokens: Tokens) -> Example:
   loss_weights = tokens.weights.astype(np.float32)
   # Nothing is before the first token to predict it from.
   loss_weights[0] = 0
-  return Example(np.array(tokens.ids, np.int32), loss_weights, tokens.parts)
+  return Example(np.array(tokens.ids, np.int32), loss_weights, tokens.roles)
+
+
+def _text_windows(
+  conversation: Conversation,
+  tokenizer: Tokenizer,
+  options: RenderOptions,
+  max_length: int,
+) -> TokenizedRow:
+  """A raw text and its EOS, all trained, in windows of `max_length`.
+
+  Each starts with the last token of the one before, so that every token is
+  predicted exactly once. With max_length 4:
+
+      <s> a b c
+              c d e f
+                    f </s>
+
+  Raises:
+    RowError: a control token in the text; half of a character.
+  """
+  text_ids, notes = _text_ids(conversation, tokenizer, options)
+  start = _bos(tokenizer) + text_ids
+  end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+  ids = start + end
+  roles = np.full(len(ids), TOKEN_ROLES.index("text"), np.uint8)
+  roles[: len(_bos(tokenizer))] = TOKEN_ROLES.index("template")
+  roles[len(start) :] = TOKEN_ROLES.index("stop")
+  weights = np.ones(len(ids), np.float32)
+  cuts = [
+    slice(at, at + max_length) for at in range(0, len(ids) - 1, max_length - 1)
+  ]
+  windows = [Tokens(ids[cut], weights[cut], roles[cut]) for cut in cuts]
+  return TokenizedRow(windows, notes)
+
+
+def _given_ids(conversation: Conversation, tokenizer: Tokenizer) -> Tokens:
+  """A row tokenized elsewhere, as it is.
+
+  Raises:
+    RowError: an id that the tokenizer does not have, a weight below 0.
+    NothingToTrain: no weight above 0.
+  """
+  ids, size = list(conversation.ids), tokenizer.vocab_size
+  strange = next((one for one in ids if not 0 <= one < size), None)
+  if strange is not None:
+    raise RowError(
+      conversation.source or "row",
+      f"the id {strange}",
+      f"ids from 0 to {size - 1}, those of {tokenizer.folder}",
+      "Tokenize the row with this model's tokenizer.",
+    )
+  weights = np.array(conversation.id_weights, np.float32)
+  if not np.isfinite(weights).all() or (weights < 0).any():
+    raise RowError(
+      conversation.source or "row",
+      "a weight that is negative or not finite",
+      "weights of at least 0",
+      "Correct the row's weights.",
+    )
+  if not weights[1:].any():
+    raise NothingToTrain("no trained token", conversation.source)
+  roles = np.full(len(ids), TOKEN_ROLES.index("text"), np.uint8)
+  return Tokens(ids, weights, roles)
+
+
+def _bos(tokenizer: Tokenizer) -> list[int]:
+  return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+
+
+def _text_ids(
+  conversation: Conversation, tokenizer: Tokenizer, options: RenderOptions
+) -> tuple[list[int], frozenset[str]]:
+  """The ids of a raw text, by the options for control tokens, and notes."""
+  text = conversation.text or ""
+  renderer.refuse_surrogates(text, conversation)
+  # Raw text needs no template, only to know what the control tokens are.
+  template = with_tokens(tokenizer, tokenizer.chat_template or "")
+  escapes = renderer.refuse_control_tokens(conversation, template, options)
+  literal = ((0, len(text)),) if escapes else ()
+  notes = frozenset({"escaped control token"} if escapes else ())
+  return tokenizer.encode_with_offsets(text, literal)[0], notes

@@ -1,21 +1,21 @@
-"""Shapes: conversations alike in form, encoded together and by comparison.
+"""The fast path: rows of one form, tokenized together and by comparison.
 
-Most conversations of a file are one shape: the same roles, and only texts in
-them. The first of a shape is taken apart the careful way (`spans`), which
-leaves a skeleton, the template's own text around what is said:
+Most rows of a file have one form: the same roles, and only texts in them. The
+first row of a form is rendered by the full path (`loss_spans`), which leaves a
+render template, the chat template's own text around what the messages hold:
 
     <|im_start|>user⏎ [   ] <|im_end|>⏎<|im_start|>assistant⏎ [   ] <|im_end|>⏎
 
-For each further one the prompts and turns are rendered as ever. If they are
-the skeleton filled in, to the character, then spans and parts are where the
-skeleton says. In ids they are found from the special tokens, which cut a
-text: what is before one does not change the ids of what is after. So only
-the few characters from a special token to where a text begins are encoded by
-themselves. In any doubt a conversation is left to the careful way, and what
-is made here equals what is made there
-(`tests/data/encoding/test_fast_path.py`).
+For each further row the prompts and turns are rendered as well. If they are
+the render template filled in, to the character, then spans and roles are where
+it says. In ids they are found from the special tokens, which cut a text: what
+is before one does not change the ids of what is after. So only the few
+characters from a special token to where a text begins are encoded by
+themselves. In any doubt a row is left to the full path, and the results equal
+its results (`tests/data/encoding/test_fast_path.py`).
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
@@ -24,73 +24,120 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
-from sft_jax.data.chat.loss_spans import Rendered
+from sft_jax.data.chat.loss_spans import Rendered, render_spans
 from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.chat.renderer import Script
 from sft_jax.data.chat.template import ChatTemplate, chat_template
+from sft_jax.data.chat.token_roles import TOKEN_ROLES
 from sft_jax.data.conversation import Conversation, NothingToTrain, RowError
 from sft_jax.data.encoding import boundaries
-from sft_jax.data.encoding.boundaries import PARTS, Tokens
-from sft_jax.data.encoding.encode import Made
-from sft_jax.data.encoding.skeletons import Place, Skeleton, take_apart
+from sft_jax.data.encoding.boundaries import TokenizedRow, Tokens
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
 
+# Characters of the template between a special token and a text: a header.
+_HEADER = 64
 
-def encode_alike(
-  conversations: Sequence[Conversation | None],
+
+class Position(NamedTuple):
+  """A position between characters, in every rendering of a form.
+
+  Attributes:
+    texts: how many of the turns' texts are before it.
+    static: how many characters of the template are.
+    special: how many special tokens end at or before it; or -1 - how many
+      end before it, where one starts there.
+    header: the text from the last special token to the position, the token
+      included; None where a turn's text or much of the template is between.
+  """
+
+  texts: int
+  static: int
+  special: int
+  header: str | None
+
+
+class RenderTemplate(NamedTuple):
+  """What all conversations of a form have in common.
+
+  Attributes:
+    static: the template's texts before, between and after the contents.
+    trained: indices of the trained turns.
+    spans: (start, end, weight) of each.
+    roles: (start, end, token role).
+    num_special: special tokens in it.
+    in_ids: whether special tokens give all positions.
+    notes: see `encode.EncodedRow`.
+  """
+
+  static: tuple[str, ...]
+  trained: tuple[int, ...]
+  spans: tuple[tuple[Position, Position, float], ...]
+  roles: tuple[tuple[Position, Position, str], ...]
+  num_special: int
+  in_ids: bool
+  notes: frozenset[str]
+
+  def filled(self, texts: Sequence[str]) -> str:
+    """The rendering in which the turns have these texts."""
+    pairs = zip(self.static, texts, strict=False)
+    return "".join(itertools.chain(*pairs)) + self.static[-1]
+
+
+def tokenize_rows(
+  conversations: Sequence[Conversation],
   tokenizer: Tokenizer,
   options: RenderOptions,
-) -> list[Made | None]:
-  """Ids, weights and parts of conversations; None where it takes more care."""
-  made: list[Made | None] = [None] * len(conversations)
+) -> list[TokenizedRow | None]:
+  """Tokens of conversations; None for those that take the full path."""
+  made: list[TokenizedRow | None] = [None] * len(conversations)
   found: list[tuple[int, _Filled]] = []
   plain = [
     (number, conversation)
     for number, conversation in enumerate(conversations)
-    if conversation is not None and _is_plain(conversation, options)
+    if _is_plain(conversation, options)
   ]
   if not plain:  # Then there may be no chat template.
     return made
   template = chat_template(tokenizer)
-  known = _skeletons(template, repr(options))
+  known = _known_forms(template, repr(options))
   for number, conversation in plain:
     try:
       if (filled := _fill(conversation, template, options, known)) is None:
         continue
-      if filled.skeleton.in_ids:
+      if filled.form.in_ids:
         found.append((number, filled))
         continue
       tokens = boundaries.encode_rendered(
         _rendered(filled), tokenizer, options, conversation
       )
       if len(tokens) == 1:
-        made[number] = Made(tokens, filled.skeleton.notes)
+        made[number] = TokenizedRow(tokens, filled.form.notes)
     except (RowError, NothingToTrain):
-      continue  # The careful way raises it in the row's turn.
+      continue  # The full path raises it in the row's turn.
   encoded = tokenizer.encode_batch([filled.text for _, filled in found])
   for (number, filled), ids in zip(found, encoded, strict=True):
     if tokens := _tokens(ids, filled, tokenizer):
-      made[number] = Made([tokens], filled.skeleton.notes)
+      made[number] = TokenizedRow([tokens], filled.form.notes)
   return made
 
 
 class _Filled(NamedTuple):
-  """A skeleton filled in.
+  """A render template filled in.
 
   Attributes:
-    skeleton: known from another conversation.
+    form: the render template, known from another conversation.
     text: the rendering.
-    texts: what the turns say, as rendered.
-    before: characters that the turns say before each, and in all.
+    texts: contents of the turns, as rendered.
+    before: characters of contents before each turn, and in all.
   """
 
-  skeleton: Skeleton
+  form: RenderTemplate
   text: str
   texts: list[str]
   before: list[int]
 
-  def at(self, place: Place) -> int:
-    return place.static + self.before[place.texts]
+  def at(self, position: Position) -> int:
+    return position.static + self.before[position.texts]
 
 
 def _is_plain(conversation: Conversation, options: RenderOptions) -> bool:
@@ -117,27 +164,27 @@ def _fill(
   conversation: Conversation,
   template: ChatTemplate,
   options: RenderOptions,
-  known: dict[tuple[str, ...], Skeleton | None],
+  known: dict[tuple[str, ...], RenderTemplate | None],
 ) -> _Filled | None:
-  """The rendering, if it is that of a known skeleton."""
+  """The rendering, if it is a known render template, filled in."""
   texts = [message.content for message in conversation.messages]
   stripped = [text.strip() for text in texts]
   roles = tuple(message.role for message in conversation.messages)
   if roles not in known:
-    known[roles] = take_apart(conversation, stripped, template, options)
-  skeleton = known[roles]
-  if skeleton is None:
+    known[roles] = _render_template(conversation, stripped, template, options)
+  form = known[roles]
+  if form is None:
     return None
   script = Script(conversation, template, options)
-  last = skeleton.trained[-1]
+  last = form.trained[-1]
   text, texts = script.turns(last + 1), texts[: last + 1]
-  if text != skeleton.filled(texts):
+  if text != form.filled(texts):
     texts = stripped[: last + 1]  # As some templates have it.
-    if text != skeleton.filled(texts):
+    if text != form.filled(texts):
       return None
   before = [0, *itertools.accumulate(map(len, texts))]
-  filled = _Filled(skeleton, text, texts, before)
-  pairs = zip(skeleton.trained, skeleton.spans, strict=True)
+  filled = _Filled(form, text, texts, before)
+  pairs = zip(form.trained, form.spans, strict=True)
   for turn, (start, end, _) in pairs:
     if script.prompt(turn) != text[: filled.at(start)]:
       return None
@@ -146,33 +193,97 @@ def _fill(
       if script.turns(turn + 1)[:until] != text[:until]:
         return None
   # A text and the template may make up a special token together.
-  if len(template.control.findall(text)) != skeleton.num_special:
+  if len(template.control.findall(text)) != form.num_special:
     return None
   return filled
 
 
 def _rendered(filled: _Filled) -> Rendered:
-  """What `spans.render_spans` makes of it."""
-  parts = []
-  for start, end, part in filled.skeleton.parts:
+  """What `render_spans` makes of it."""
+  roles = []
+  for start, end, role in filled.form.roles:
     a, b = filled.at(start), filled.at(end)
-    if part != "stop":  # Without the white space around it.
+    if role != "stop":  # Without the white space around it.
       core = filled.text[a:b].strip()
       a = filled.text.index(core, a)
       b = a + len(core)
-    parts.append((a, b, part))
+    roles.append((a, b, role))
   spans = tuple(
     (filled.at(start), filled.at(end), weight)
-    for start, end, weight in filled.skeleton.spans
+    for start, end, weight in filled.form.spans
   )
-  return Rendered(filled.text, spans, tuple(parts), notes=filled.skeleton.notes)
+  return Rendered(filled.text, spans, tuple(roles), notes=filled.form.notes)
+
+
+def _render_template(
+  conversation: Conversation,
+  texts: list[str],
+  template: ChatTemplate,
+  options: RenderOptions,
+) -> RenderTemplate | None:
+  """The render template of a conversation with these texts, stripped ones.
+
+  None where it has none: of several renderings, or with a text that is masked,
+  escaped, or not where it should be.
+  """
+  messages = tuple(
+    dataclasses.replace(message, content=text)
+    for message, text in zip(conversation.messages, texts, strict=True)
+  )
+  conversation = dataclasses.replace(conversation, messages=messages)
+  rendered = render_spans(conversation, template, options)
+  if len(rendered) != 1 or rendered[0].literal or rendered[0].muted:
+    return None
+  (one,) = rendered
+  said = [piece for piece in one.pieces if piece[2] != "stop"]
+  texts = texts[: len(said)]
+  trained = [
+    index
+    for index, message in enumerate(conversation.messages)
+    if message.role == "assistant"
+  ][-len(one.spans) :]
+  shown = [one.text[a:b] for a, b, _ in said]
+  if shown != texts or len(said) != trained[-1] + 1:
+    return None
+  bounds = [0, *itertools.chain(*((a, b) for a, b, _ in said)), len(one.text)]
+  special = [match.span() for match in template.control.finditer(one.text)]
+
+  def position(at: int) -> Position:
+    texts = sum(start < at for start, _, _ in said)
+    static = at - sum(end - start for start, end, _ in said[:texts])
+    for number, (start, _) in enumerate(special):
+      if start == at:
+        return Position(texts, static, -1 - number, "")
+    number = sum(end <= at for _, end in special)
+    begin, end = special[number - 1] if number else (0, 0)
+    near = number and at - end <= _HEADER
+    between = any(end < b and a < at for a, b, _ in said)
+    header = one.text[begin:at] if near and not between else None
+    return Position(texts, static, number, header)
+
+  edges = tuple(
+    (position(a), position(b), weight) for a, b, weight in one.spans
+  )
+  roles = tuple((position(a), position(b), role) for a, b, role in one.pieces)
+  positions = itertools.chain(*(two for *two, _ in (*edges, *roles)))
+  return RenderTemplate(
+    static=tuple(
+      one.text[a:b] for a, b in zip(bounds[::2], bounds[1::2], strict=True)
+    ),
+    trained=tuple(trained),
+    spans=edges,
+    roles=roles,
+    num_special=len(special),
+    in_ids=all(one.header is not None for one in positions),
+    notes=one.notes,
+  )
 
 
 @functools.lru_cache(maxsize=8)
-def _skeletons(
+def _known_forms(
   template: ChatTemplate, options: str
-) -> dict[tuple[str, ...], Skeleton | None]:
-  """The skeletons known, by roles; None where there is none to find."""
+) -> dict[tuple[str, ...], RenderTemplate | None]:
+  """Render templates by the roles of the turns; None where there is none."""
   del template, options
   return {}
 
@@ -180,31 +291,32 @@ def _skeletons(
 def _tokens(
   ids: list[int], filled: _Filled, tokenizer: Tokenizer
 ) -> Tokens | None:
-  """The ids with weights and parts; None where a place is inside a token."""
-  skeleton = filled.skeleton
+  """Ids, weights and roles; None where a position is inside a token."""
+  form = filled.form
   special = np.flatnonzero(_is_special(tokenizer)[ids]).tolist()
-  if len(special) != skeleton.num_special:
+  if len(special) != form.num_special:
     return None
 
-  def index(place: Place, space: str = "") -> int:
+  def index(position: Position, space: str = "") -> int:
     """Of the first id after it and white space; -1 where that is inside."""
-    if place.special < 0:
-      return special[-1 - place.special]
-    first = special[place.special - 1]
-    header = boundaries.tail_ids(tokenizer, (place.header or "") + space, ())
+    if position.special < 0:
+      return special[-1 - position.special]
+    first = special[position.special - 1]
+    text = (position.header or "") + space
+    header = boundaries.tail_ids(tokenizer, text, ())
     last = first + len(header)
     return last if tuple(ids[first:last]) == header else -1
 
   weights = np.zeros(len(ids), np.float32)
-  parts = np.full(len(ids), PARTS.index("template"), np.uint8)
-  for start, end, weight in skeleton.spans:
+  roles = np.full(len(ids), TOKEN_ROLES.index("template"), np.uint8)
+  for start, end, weight in form.spans:
     first, last = index(start), index(end)
     if min(first, last) < 0 or ids[last - 1] not in tokenizer.stop_ids:
       return None
     weights[first:last] = weight
-  for start, end, part in skeleton.parts:
+  for start, end, role in form.roles:
     lead = trail = ""
-    if part != "stop":  # White space around a text is the template's.
+    if role != "stop":  # White space around a text is the template's.
       text = filled.texts[start.texts]
       lead = text[: len(text) - len(text.lstrip())]
       trail = text[len(text.rstrip()) :]
@@ -222,8 +334,8 @@ def _tokens(
         return None
     if min(first, last) < 0:
       return None
-    parts[first:last] = PARTS.index(part)
-  return Tokens(ids, weights, parts)
+    roles[first:last] = TOKEN_ROLES.index(role)
+  return Tokens(ids, weights, roles)
 
 
 @functools.lru_cache(maxsize=256)

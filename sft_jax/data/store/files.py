@@ -40,7 +40,7 @@ INDEX = np.dtype(
   ]
 )
 # Neighbouring tokens of one example of one weight and one role, which is an
-# index of `encode.PARTS`.
+# index of `token_roles.TOKEN_ROLES`.
 RUN = np.dtype([("length", "<i4"), ("weight", "<f4"), ("role", "u1")])
 FILES = ("tokens.bin", "runs.bin", "index.bin", "places.txt")
 _BLOCK = 1 << 24  # bytes digested together

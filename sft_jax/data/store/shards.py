@@ -16,7 +16,7 @@ from jaxtyping import Shaped
 
 from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.conversation import Conversation, NothingToTrain, RowError
-from sft_jax.data.encoding import encode, fast_path
+from sft_jax.data.encoding import encode
 from sft_jax.data.encoding.encode import Example
 from sft_jax.data.formats import formats
 from sft_jax.data.sources import Source
@@ -155,14 +155,15 @@ def encode_chunk(recipe: Recipe, chunk: Chunk) -> Encoded:
   """Encodes the rows of a chunk, in order, up to the first fault."""
   items = [pickle.loads(pickled) for pickled in chunk.rows]
   read = [_to_conversation(recipe, chunk.source, item) for item in items]
-  alike = fast_path.encode_alike(
-    [one if isinstance(one, Conversation) else None for one in read],
+  results = encode.encode_rows(
+    [one for one in read if isinstance(one, Conversation)],
     recipe.tokenizer,
     recipe.options,
+    max_length=recipe.max_length,
   )
   made = _Arrays(recipe)
   fault = None
-  for item, conversation, tokens in zip(items, read, alike, strict=True):
+  for item, conversation in zip(items, read, strict=True):
     if isinstance(conversation, _Broken):
       fault = conversation.fault
       break
@@ -173,7 +174,10 @@ def encode_chunk(recipe: Recipe, chunk: Chunk) -> Encoded:
       elif isinstance(conversation, Exception):
         raise conversation
       else:
-        made.add(conversation, tokens, content_of(item[1]))
+        encoded = next(results)
+        if isinstance(encoded, Exception):
+          raise encoded
+        made.add(conversation, encoded, content_of(item[1]))
     except NothingToTrain as nothing:
       made.stats.drop(nothing.reason, item[0])
     except RowError as error:
@@ -218,17 +222,10 @@ class _Arrays:
     self._num_tokens = self._num_runs = 0
 
   def add(
-    self, conversation: Conversation, made: encode.Made | None, content: int
+    self, conversation: Conversation, encoded: encode.EncodedRow, content: int
   ) -> None:
-    """Encodes one row, and counts what becomes of it."""
-    recipe, place = self._recipe, conversation.source
-    encoded = encode.encode_row(
-      conversation,
-      recipe.tokenizer,
-      recipe.options,
-      max_length=recipe.max_length,
-      made=made,
-    )
+    """Takes an encoded row, and counts what became of it."""
+    place = conversation.source
     if not encoded.examples:
       self.stats.drop(next(iter(encoded.dropped), "empty text"), place)
       return
@@ -281,7 +278,7 @@ class _Arrays:
 
 def to_runs(example: Example) -> Shaped[np.ndarray, " runs"]:
   """Weights and roles as runs of equal ones: [0 0 1] -> 2 x 0, 1 x 1."""
-  weights, roles = example.loss_weights, example.parts
+  weights, roles = example.loss_weights, example.roles
   new = (weights[1:] != weights[:-1]) | (roles[1:] != roles[:-1])
   starts = np.concatenate([[0], np.flatnonzero(new) + 1])
   runs = np.empty(len(starts), RUN)

@@ -32,7 +32,7 @@ class SourceStats:
     examples: documents made from the trained rows.
     tokens_prompt: tokens read but not trained.
     tokens_trained: tokens with a weight above zero.
-    roles: (tokens, trained ones) by role: see `encode.PARTS`.
+    roles: (tokens, trained ones) by role: see `token_roles.TOKEN_ROLES`.
     lengths: of the examples, in tokens: the quantiles named in `QUANTILES`.
   """
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64, Integer, Shaped, UInt8
 
-from sft_jax.data.encoding.encode import PARTS, Example
+from sft_jax.data.chat.token_roles import TOKEN_ROLES
+from sft_jax.data.encoding.encode import Example
 from sft_jax.data.sources import Source, solve_copies
 from sft_jax.data.store.files import INDEX, RUN, digest, map_file, read_meta
 from sft_jax.data.store.stats import HELD_OUT, QUANTILES, DatasetStats
@@ -202,7 +203,9 @@ def count(
     entry.tokens_prompt = sum(lengths) - entry.tokens_trained
     entry.roles = {
       role: (int(tokens), int(trained))
-      for role, tokens, trained in zip(PARTS, *by_role[:, number], strict=True)
+      for role, tokens, trained in zip(
+        TOKEN_ROLES, *by_role[:, number], strict=True
+      )
       if tokens
     }
   return stats
@@ -214,7 +217,7 @@ def _count_roles(
   num_sources: int,
 ) -> Int64[np.ndarray, "2 sources roles"]:
   """Tokens, and trained tokens, by source and role."""
-  shape = (num_sources, len(PARTS))
+  shape = (num_sources, len(TOKEN_ROLES))
   sums = np.zeros((2, *shape), np.int64)
   for begin in range(0, len(index), _MANY):
     some = index[begin : begin + _MANY]
@@ -223,11 +226,11 @@ def _count_roles(
     mine = runs[
       np.arange(number.sum()) + np.repeat(some["run"] - starts, number)
     ]
-    key = np.repeat(some["source"], number) * len(PARTS) + mine["role"]
+    key = np.repeat(some["source"], number) * len(TOKEN_ROLES) + mine["role"]
     lengths = mine["length"]
     for kind, tokens in enumerate((lengths, lengths * (mine["weight"] > 0))):
       # Sums in float64 are exact up to 2**53 tokens.
-      found = np.bincount(key, tokens, num_sources * len(PARTS))
+      found = np.bincount(key, tokens, num_sources * len(TOKEN_ROLES))
       sums[kind] += found.astype(np.int64).reshape(shape)
   return sums
 

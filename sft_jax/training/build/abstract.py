@@ -99,6 +99,6 @@ def batch_shapes(config: Config, mesh: Mesh) -> Batch:
     loss_weights=slots(jnp.float32),
     segment_ids=slots(jnp.int32),
     positions=slots(jnp.int32),
-    parts=slots(jnp.uint8),
+    roles=slots(jnp.uint8),
     sources=slots(jnp.int32),
   )

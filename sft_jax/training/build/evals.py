@@ -9,7 +9,7 @@ import numpy as np
 
 from sft_jax.common import sharding, trees
 from sft_jax.common.batch import Batch
-from sft_jax.data.encoding import encode
+from sft_jax.data.chat.token_roles import TOKEN_ROLES
 from sft_jax.data.store.store import Store
 from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.evals import memorization, row_losses, suite
@@ -207,13 +207,13 @@ def answer_texts(
     seed: of the order they are taken in.
   """
   texts, taken = list[str](), 0
-  of_text = encode.PARTS.index("text")
+  of_text = TOKEN_ROLES.index("text")
   order = np.random.default_rng(seed).permutation(len(store.index))
   for read, i in enumerate(order):
     if taken >= words:
       return texts, read
     example = store.example(int(i))
-    told = (example.loss_weights > 0) & (example.parts != of_text)
+    told = (example.loss_weights > 0) & (example.roles != of_text)
     edges = np.flatnonzero(np.diff(np.pad(told, 1).astype(np.int8)))
     for start, end in zip(edges[::2], edges[1::2], strict=True):
       texts.append(tokenizer.decode(example.tokens[start:end].tolist()))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from sft_jax.common import flops, sharding, trees
 from sft_jax.common.batch import Batch
-from sft_jax.data.encoding.encode import PARTS
+from sft_jax.data.chat.token_roles import TOKEN_ROLES
 from sft_jax.data.pipeline import Stream
 from sft_jax.models.lora import base_model
 from sft_jax.models.transformer import Model
@@ -128,7 +128,7 @@ def make_step(
     and not base_model.is_copy(path)
   )
   names = [group_names(stream) for stream in streams if stream] or [
-    loss_groups.names(PARTS, ())
+    loss_groups.names(TOKEN_ROLES, ())
   ]
   objective = Objective(
     z_loss=config.loss.z_loss,
@@ -183,7 +183,7 @@ def make_step(
     base = None
     if config.loss.kl or (measure and config.eval.kl):
       base = base_model.base_of(params, trained)
-    groups = loss_groups.of(batch, len(PARTS))
+    groups = loss_groups.of(batch, len(TOKEN_ROLES))
     # A stream's own sources come last: shorter lists are a prefix.
     most = max(map(len, names))
     arguments = (params, batch, groups, most, dropout_key, base)
@@ -266,7 +266,7 @@ def group_names(stream: Stream) -> tuple[str, ...]:
   """What the groups of a stream's tokens are called."""
   store = stream.store
   short = store.stats.short_names()
-  return loss_groups.names(PARTS, [short[s.label] for s in store.sources])
+  return loss_groups.names(TOKEN_ROLES, [short[s.label] for s in store.sources])
 
 
 def state_shardings(step: Step, params: trees.Tree, mesh: Mesh) -> TrainState:

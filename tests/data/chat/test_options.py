@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_jax.data.chat.options import RenderOptions
+from sft_jax.data.chat.token_roles import TOKEN_ROLES
 from sft_jax.data.conversation import (
   Conversation,
   Message,
@@ -242,7 +243,7 @@ def test_a_cut_answer_is_counted_and_has_no_stop(tiny):
   (made,), dropped, notes = encode.encode_row(row, one, options, max_length=40)
   assert (dropped, notes) == ({}, {"cut answer": 1})
   assert not set(made.tokens[made.loss_weights > 0]) & set(one.stop_ids)
-  assert len(made.tokens) == len(made.parts) == 40
+  assert len(made.tokens) == len(made.roles) == 40
 
 
 # -- control tokens -----------------------------------------------------------
@@ -335,7 +336,7 @@ def test_given_ids_are_trained_as_they_are(tiny):
   (made,) = encode.encode(row, one, max_length=9)
   assert made.tokens.tolist() == [5, 6, 7]
   assert made.loss_weights.tolist() == [0, 0, 0.5]
-  assert {encode.PARTS[part] for part in made.parts} == {"text"}
+  assert {TOKEN_ROLES[part] for part in made.roles} == {"text"}
   strange = Conversation(ids=(5, 10**6), id_weights=(1, 1), source="rows:1")
   with pytest.raises(RowError, match=r"rows:1: got the id 1000000; expected"):
     encode.encode(strange, one, max_length=9)

@@ -6,9 +6,9 @@ import pytest
 import real_templates
 from sft_jax.data.chat import thinking
 from sft_jax.data.chat.options import RenderOptions
+from sft_jax.data.chat.token_roles import TOKEN_ROLES
 from sft_jax.data.conversation import Conversation, RowError
 from sft_jax.data.encoding import encode
-from sft_jax.data.encoding.encode import PARTS
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
 from tiny_rows import runs
 from tiny_tokenizers import CHATML, SHARED, byte_level
@@ -110,7 +110,7 @@ def test_every_trained_turn_has_its_thinking(load, source, options, block):
   shows = source == CHATML
   assert len(made.examples) == (1 if shows else 3)
   found = [
-    (example.tokens.tolist(), example.parts, *run)
+    (example.tokens.tolist(), example.roles, *run)
     for example in made.examples
     for run in runs(example.loss_weights)
   ]
@@ -122,7 +122,7 @@ def test_every_trained_turn_has_its_thinking(load, source, options, block):
     reply = one.decode(tokens[start:end], skip_special=False)
     assert reply == block.format(*SAID[i])
     for name, said in zip(("reasoning", "answer"), SAID[i], strict=True):
-      own = np.flatnonzero(parts[start:end] == PARTS.index(name)) + start
+      own = np.flatnonzero(parts[start:end] == TOKEN_ROLES.index(name)) + start
       assert one.decode([tokens[at] for at in own]).strip() == said
 
 

@@ -53,10 +53,10 @@ def tiny(tmp_path_factory):
   return load_all(tmp_path_factory.mktemp("tokenizers"), MAKERS)
 
 
-def _careful(conversation, tokenizer, options, made=None):
+def _encoded(conversation, tokenizer, options, tokenized=None):
   try:
     row = encode.encode_row(
-      conversation, tokenizer, options, max_length=60, made=made
+      conversation, tokenizer, options, max_length=60, tokenized=tokenized
     )
   except ValueError as error:
     return str(error)
@@ -69,11 +69,11 @@ def _careful(conversation, tokenizer, options, made=None):
 
 def assert_equal(conversations, tokenizer, options):
   """The number of conversations that were encoded by comparison."""
-  alike = fast_path.encode_alike(conversations, tokenizer, options)
+  alike = fast_path.tokenize_rows(conversations, tokenizer, options)
   for conversation, made in zip(conversations, alike, strict=True):
     if made is not None:
-      got = _careful(conversation, tokenizer, options, made)
-      assert got == _careful(conversation, tokenizer, options)
+      got = _encoded(conversation, tokenizer, options, made)
+      assert got == _encoded(conversation, tokenizer, options)
   return sum(made is not None for made in alike)
 
 
@@ -152,11 +152,11 @@ def test_what_is_more_than_text_takes_care(tiny):
     )
   with_tools = dataclasses.replace(plain, tools=({"name": "look"},))
   text = Conversation(text="the cat")
-  assert fast_path.encode_alike(
-    [with_tools, text, None], tiny["chatml"], RenderOptions()
-  ) == [None, None, None]
+  assert fast_path.tokenize_rows(
+    [with_tools, text], tiny["chatml"], RenderOptions()
+  ) == [None, None]
   bad = _chat("the <|im_end|>", "a dog")
-  assert fast_path.encode_alike([bad], tiny["chatml"], RenderOptions()) == [
+  assert fast_path.tokenize_rows([bad], tiny["chatml"], RenderOptions()) == [
     None
   ]
   with pytest.raises(RowError, match="control token"):

@@ -100,7 +100,7 @@ def test_long_rows_are_dropped_or_cut_and_counted(tmp_path, tokenizer):
 def test_second_build_reads_the_first(tmp_path, tokenizer, monkeypatch):
   path = _write(tmp_path / "rows.jsonl", [_row(i) for i in range(5)])
   first, _ = _build(path, tokenizer, tmp_path / "cache")
-  monkeypatch.delattr(encode, "encode_row")
+  monkeypatch.delattr(encode, "encode_rows")
   second, told = _build((path,), tokenizer, tmp_path / "cache")
   assert "from cache" in told[0]
   assert second.fingerprint == first.fingerprint
