@@ -22,8 +22,12 @@ from sft_jax.data.conversation import Conversation, Message, RowError
 from sft_jax.data.encoding import encode
 from sft_jax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from sft_jax.models import transformer
-from sft_jax.models.hf import checksums, load_save
-from sft_jax.models.hf.weights import replace_folder, wait_for_all
+from sft_jax.models.hf import load_save
+from sft_jax.models.hf.safetensors_files import (
+  replace_folder,
+  wait_for_all,
+  write_checksums,
+)
 from sft_jax.models.transformer import Model
 
 # What both tokenizers render. Not every template takes every one.
@@ -133,7 +137,7 @@ def save_pretrained(
         f"expected the same. Do not use it; {path} was not written."
       ) from error
     if jax.process_index() == 0:
-      checksums.write(folder)
+      write_checksums(folder)
 
   found: list[Evidence] = []
   replace_folder(path, "config.json", fill)

@@ -1,25 +1,34 @@
-"""One layer of the decoder, and what layers share."""
+"""One layer of the decoder, its norms and embedding, and what layers share.
+
+Parameters are kept in `param_dtype` and cast to `dtype` where they are used.
+Of a norm and of an activation the backward pass keeps the input alone and
+computes the rest again: the results in between are as large as the input and
+take longer to write and to read than to compute.
+"""
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
 
 from sft_jax.common import sharding
 from sft_jax.models import kv_cache, rope
 from sft_jax.models.attention import parallel
-from sft_jax.models.attention.attention import attention, choose, sight
+from sft_jax.models.attention.attention import attention, attention_mask, choose
 from sft_jax.models.config import ModelConfig
-from sft_jax.models.layers import Dtype, Norm, RMSNorm, norm_of
 from sft_jax.models.linear import Linear
+from sft_jax.models.lora import quantize
 from sft_jax.models.lora.lora import LoraConfig
 from sft_jax.models.moe import Moe, clipped_swiglu
 from sft_jax.models.remat import BLOCK_INPUT
+
+Dtype = Any
 
 _ACTIVATIONS = {
   "silu": nn.silu,
@@ -27,19 +36,122 @@ _ACTIVATIONS = {
 }
 
 
+class RMSNorm(nn.Module):
+  """x / sqrt(mean(x^2) + eps) * (offset + scale), in float32.
+
+  The mean is over the last axis. With an offset of 1 (Gemma) the scale is what
+  the factor differs from 1 by.
+  """
+
+  eps: float
+  offset: float = 0.0
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+    init = nn.initializers.constant(1 - self.offset)
+    scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+    return jax.checkpoint(self._normalise)(x, scale)
+
+  def _normalise(self, x: Array, scale: Array) -> Array:
+    x = x.astype(jnp.float32)
+    factor = scale.astype(jnp.float32) + self.offset
+    return (x * _inverse_root(x, self.eps) * factor).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+  """(x - mean) / sqrt(variance + eps) * scale + bias, in float32."""
+
+  eps: float
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+    ones, zeros = nn.initializers.ones, nn.initializers.zeros
+    scale = self.param("scale", ones, (x.shape[-1],), self.param_dtype)
+    bias = self.param("bias", zeros, (x.shape[-1],), self.param_dtype)
+    return jax.checkpoint(self._normalise)(x, scale, bias)
+
+  def _normalise(self, x: Array, scale: Array, bias: Array) -> Array:
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    y = x * _inverse_root(x, self.eps) * scale.astype(jnp.float32)
+    return (y + bias.astype(jnp.float32)).astype(self.dtype)
+
+
+def _inverse_root(x: Array, eps: float) -> Array:
+  """1 / sqrt(mean(x^2) + eps), over the last axis, which stays."""
+  mean = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+  return jax.lax.rsqrt(mean + eps)
+
+
+Norm = RMSNorm | LayerNorm
+
+
+def norm_of(config: ModelConfig, **dtypes: Dtype) -> partial[Norm]:
+  """The norm of a model's residual stream; call it with a module's name."""
+  if config.norm == "layer":
+    return partial(LayerNorm, config.norm_eps, **dtypes)
+  return partial(RMSNorm, config.norm_eps, config.norm_offset, **dtypes)
+
+
+class Embed(nn.Module):
+  """A table [V, D] of token vectors.
+
+  An id outside the vocabulary gives NaN, which is seen; the clamping of plain
+  indexing would give another token's vector, which is not.
+  """
+
+  vocab_size: int
+  features: int
+  init_std: float = 0.02
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    # jnp.take counts negative ids from the end; send them outside instead.
+    tokens = jnp.where(tokens < 0, self.vocab_size, tokens)
+    rows = lambda leaf: jnp.take(leaf, tokens, axis=0, mode="fill")
+    if self.has_variable("params", "embedding_codes"):
+      leaves = self.variables["params"]
+      codes, scale = leaves["embedding_codes"], leaves["embedding_scale"]
+      # Codes are whole numbers and fill with one; the scale fills with NaN.
+      return quantize.decode(rows(codes), rows(scale), self.dtype, axis=-1)
+    table = self.param(
+      "embedding",
+      nn.initializers.normal(self.init_std),
+      (self.vocab_size, self.features),
+      self.param_dtype,
+    )
+    return rows(table).astype(self.dtype)
+
+
+def embedding_table(
+  leaves: dict[str, Any], dtype: Dtype
+) -> Float[Array, "V D"]:
+  """The whole table of an `Embed`, decoded to `dtype` if it is quantised."""
+  if "embedding_codes" in leaves:
+    codes, scale = leaves["embedding_codes"], leaves["embedding_scale"]
+    return quantize.decode(codes, scale, dtype, axis=-1)
+  return leaves["embedding"]
+
+
 class Shared(NamedTuple):
   """What layers of one kind share; stacked, if there are several kinds.
 
   Attributes:
-    q_turn: cosine and sine that turn queries.
-    k_turn: those that turn keys: the new ones, or all of a cache (see
-      `turns_late`).
-    seen: who sees whom, see `attention.sight`.
+    q_rotation: cosine and sine that rotate queries.
+    k_rotation: those that rotate keys: the new ones, or all of a cache (see
+      `cache_unrotated_keys`).
+    mask: see `attention.attention_mask`.
   """
 
-  q_turn: rope.Turn
-  k_turn: rope.Turn
-  seen: jax.Array
+  q_rotation: rope.Rotation
+  k_rotation: rope.Rotation
+  mask: jax.Array
 
 
 class Context(NamedTuple):
@@ -59,11 +171,11 @@ class Context(NamedTuple):
     return self._replace(shared=mine)
 
 
-def turns_late(config: ModelConfig) -> bool:
-  """True if a cache holds keys as they were before they turned.
+def cache_unrotated_keys(config: ModelConfig) -> bool:
+  """True if a cache holds keys as they were before their rotation.
 
-  Where angles depend on the length of a document, its earlier keys turn anew
-  whenever it grows.
+  Where angles depend on the length of a document, its earlier keys are rotated
+  again whenever it grows.
   """
   return any(kind.rope and kind.rope.by_length for kind in config.kinds)
 
@@ -81,32 +193,32 @@ def make_context(
 ) -> Context:
   """Angles and masks for one call of the model, one of each kind of layer."""
   own = q_positions
-  if not cached:  # Attention sees whole rows; what turns meets its own slots.
+  if not cached:  # Attention sees whole rows; rotation needs its own slots.
     own = parallel.constrain(q_positions, mesh, sharding.SLOTS)
     q_positions, kv_positions, q_segment_ids, kv_segment_ids = (
       parallel.constrain(x, mesh, sharding.WHOLE_ROWS)
       for x in (q_positions, kv_positions, q_segment_ids, kv_segment_ids)
     )
-  who = (q_positions, kv_positions, q_segment_ids, kv_segment_ids)
+  ids = (q_positions, kv_positions, q_segment_ids, kv_segment_ids)
   backend = choose(
     backend, q_positions.shape[1], in_order=not cached, mesh=mesh
   )
-  late = cached and turns_late(config)
   q_lengths = k_lengths = None
-  if turns_late(config):
+  if cache_unrotated_keys(config):
     q_lengths = _lengths(q_segment_ids, kv_segment_ids, kv_positions)
     k_lengths = _lengths(kv_segment_ids, kv_segment_ids, kv_positions)
   every = []
-  for window, turning in config.kinds:
-    turn = partial(rope.turn, rope=turning, head_dim=config.head_dim)
-    q_turn = k_turn = turn(own, q_lengths)
-    if late:
-      k_turn = turn(kv_positions, k_lengths)
-    q_turn = rope.query_turn(q_turn, own, turning)
-    every.append(Shared(q_turn, k_turn, sight(backend, *who, window)))
+  for window, by in config.kinds:
+    rotation = partial(rope.rotation, rope=by, head_dim=config.head_dim)
+    q_rotation = k_rotation = rotation(own, q_lengths)
+    if cached and cache_unrotated_keys(config):
+      k_rotation = rotation(kv_positions, k_lengths)
+    q_rotation = rope.query_rotation(q_rotation, own, by)
+    mask = attention_mask(backend, *ids, window)
+    every.append(Shared(q_rotation, k_rotation, mask))
   if len(every) == 1:
-    return Context(*who, every[0])
-  return Context(*who, jax.tree.map(lambda *xs: jnp.stack(xs), *every))
+    return Context(*ids, every[0])
+  return Context(*ids, jax.tree.map(lambda *xs: jnp.stack(xs), *every))
 
 
 def _lengths(
@@ -142,19 +254,19 @@ class Attention(nn.Module):
     if c.qk_norm == "head":
       q, k = self.norm(name="q_norm")(q), self.norm(name="k_norm")(k)
     shared = context.shared
-    turn = (lambda x, at: x) if c.learned_positions else rope.apply
-    late = kv is not None and turns_late(c)
-    q = turn(q, shared.q_turn)
-    k = k if late else turn(k, shared.k_turn)
+    rotate = (lambda x, at: x) if c.learned_positions else rope.apply
+    unrotated = kv is not None and cache_unrotated_keys(c)
+    q = rotate(q, shared.q_rotation)
+    k = k if unrotated else rotate(k, shared.k_rotation)
     sinks = None
     if c.attn_sinks:
       normal = nn.initializers.normal(c.init_std)
       sinks = self.param("sinks", normal, (N,), self.param_dtype)
-    how = {"scale": c.attn_scale, "softcap": c.attn_softcap, "sinks": sinks}
+    options = {"scale": c.attn_scale, "softcap": c.attn_softcap, "sinks": sinks}
     if kv is not None:
       kv = kv_cache.write(kv, k, v, layer, context.q_positions)
-      later = partial(turn, at=shared.k_turn) if late else None
-      y = kv_cache.attend(q, kv, layer, shared.seen, turn=later, **how)
+      later = partial(rotate, at=shared.k_rotation) if unrotated else None
+      y = kv_cache.attend(q, kv, layer, shared.mask, rotate=later, **options)
     else:
       attend = partial(
         parallel.attention,
@@ -165,9 +277,9 @@ class Attention(nn.Module):
         q_segment_ids=context.q_segment_ids,
         kv_segment_ids=context.kv_segment_ids,
         backend=self.backend,
-        seen=shared.seen,
+        mask=shared.mask,
         in_order=True,
-        **how,
+        **options,
       )
       chosen = choose(self.backend, T, in_order=True, mesh=self.mesh)
       if chosen == "splash":
@@ -183,7 +295,7 @@ def _with_window(attend, windows: list[int | None], kind):
   """`attend` with the window of a kind of layer, which may be traced.
 
   For splash, whose windows are part of the program; those of the others are
-  in `seen`, as data.
+  in `mask`, as data.
   """
   each = [partial(attend, window=window) for window in windows]
   if len(each) == 1:
@@ -194,10 +306,7 @@ def _with_window(attend, windows: list[int | None], kind):
 
 
 class Mlp(nn.Module):
-  """down(act(gate(x)) * up(x)), or without a gate down(act(up(x))).
-
-  Of the activation the backward pass keeps what went in, as of norms.
-  """
+  """down(act(gate(x)) * up(x)), or without a gate down(act(up(x)))."""
 
   config: ModelConfig
   linear: Callable[..., Linear]

@@ -9,12 +9,31 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sft_jax.models.families import FAMILIES
-from sft_jax.models.family import FULL, SLIDING, Json, Read, refuse
-from sft_jax.models.known_fields import check_supported
-from sft_jax.models.layer_kinds import LayerKind, layer_kinds
+from sft_jax.models.families import (
+  FAMILIES,
+  FULL,
+  SLIDING,
+  Family,
+  Json,
+  Read,
+  refuse,
+  rope_layers,
+)
+from sft_jax.models.rope import Rope, parse_ropes
+
+
+class LayerKind(NamedTuple):
+  """What may differ between the layers of one model.
+
+  Attributes:
+    window: a token sees this many, itself and those before; None: all.
+    rope: its rotary embedding; None: queries and keys are not rotated.
+  """
+
+  window: int | None
+  rope: Rope | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +69,7 @@ class ModelConfig:
     norm_offset: norms multiply by this much more than their scale.
     pre_norm: a norm before attention and MLP.
     post_norm: a norm after each, before the residual is added.
-    qk_norm: RMSNorm of q and k before they turn: 'none', over the H of each
+    qk_norm: RMSNorm of q and k before RoPE: 'none', over the H of each
       'head', or over 'all' heads at once.
     learned_positions: a vector per position is added to the embedding.
     scale_embeddings: embeddings are multiplied by sqrt(D), rounded to the
@@ -228,6 +247,126 @@ def _read(raw: Json, field: str, read: Read, where: str) -> Any:
   if value not in read.via:
     raise refuse(where, field, value, f"one of {list(read.via)}")
   return read.via[value]
+
+
+def layer_kinds(
+  raw: Json, family: Family, n: int, *, head_dim: int, where: str
+) -> tuple[LayerKind, ...]:
+  """The kind of each of n layers, from a config.json.
+
+  Raises:
+    ValueError: windows or rotary fields that are not implemented, by name.
+  """
+  if family.traits.get("learned_positions"):
+    for field in ("rope_parameters", "rope_theta", "rope_scaling"):
+      if raw.get(field) is not None:
+        raise refuse(where, field, raw[field], "none: positions are learned")
+    return (LayerKind(None, None),) * n
+  ropes = parse_ropes(raw, family, head_dim, where)
+  raw = dict(family.defaults) | raw
+  types = family.layer_types(raw, n) if family.layer_types else [FULL] * n
+  given = raw.get("layer_types")
+  if given is not None and "layer_types" in family.layer_fields:
+    types = given
+  elif given is not None and given != types:
+    raise refuse(where, "layer_types", given, types)
+  if len(types) != n or set(types) - {FULL, SLIDING}:
+    raise refuse(where, "layer_types", types, f"{n} of {FULL}, {SLIDING}")
+  window = raw.get("sliding_window")
+  if "use_sliding_window" in family.layer_fields:
+    window = window if raw.get("use_sliding_window") else None
+    if window is None and SLIDING in types:
+      raise refuse(where, "layer_types", SLIDING, "a sliding_window in use")
+  rotated = [True] * n
+  if "no_rope_layers" in family.layer_fields:
+    rotated = rope_layers(raw, n)
+    if len(rotated) != n:
+      raise refuse(where, "no_rope_layers", rotated, f"{n} values")
+  return tuple(
+    LayerKind(window if kind == SLIDING else None, ropes[kind] if use else None)
+    for kind, use in zip(types, rotated, strict=True)
+  )
+
+
+# Fields that are read for every family.
+_USED = {
+  *("model_type", "architectures", "vocab_size", "num_hidden_layers"),
+  *("hidden_size", "intermediate_size", "num_attention_heads", "head_dim"),
+  *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps"),
+  *("rope_parameters", "rope_theta", "rope_scaling", "tie_word_embeddings"),
+  *("initializer_range", "sliding_window", "layer_types"),
+}
+
+# Fields that are read for every family of experts.
+_EXPERTS = ("num_local_experts", "num_experts_per_tok")
+
+# Fields that are accepted at these values only; others change the model.
+_ONLY: dict[str, tuple[Any, ...]] = {
+  "attention_dropout": (0, None),
+  "mlp_bias": (False, None),
+  "use_sliding_window": (False, None),
+  "partial_rotary_factor": (1, None),
+  "is_decoder": (True, False, None),
+  "is_encoder_decoder": (False, None),
+  "add_cross_attention": (False, None),
+  "auto_map": (None,),
+  "pruned_heads": ({}, None),
+}
+
+# Bookkeeping of transformers and of other tools: nothing here changes what
+# the network computes.
+_HARMLESS = {
+  *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id"),
+  *("decoder_start_token_id", "dtype", "torch_dtype", "use_cache"),
+  *("transformers_version", "_name_or_path", "name_or_path", "id2label"),
+  *("label2id", "num_labels", "problem_type", "finetuning_task"),
+  *("task_specific_params", "tokenizer_class", "prefix", "return_dict"),
+  *("output_attentions", "output_hidden_states", "chunk_size_feed_forward"),
+  *("_attn_implementation", "_attn_implementation_autoset", "torchscript"),
+  *("pretraining_tp", "max_window_layers", "cache_implementation"),
+  *("tf_legacy_loss", "use_bfloat16", "_commit_hash", "license"),
+  *("unsloth_fixed", "unsloth_version", "_from_model_config"),
+  *("cross_attention_hidden_size", "tie_encoder_decoder"),
+}
+
+
+def check_supported(raw: Json, family: Family, where: str) -> None:
+  """Refuses what would change the computation and is not implemented."""
+  wanted = family.architecture
+  if raw.get("architectures") not in (None, [], [wanted]):
+    raise refuse(where, "architectures", raw["architectures"], [wanted])
+  if raw.get("quantization_config") is not None:
+    raise ValueError(
+      f"{where}: quantization_config={raw['quantization_config']!r} is not "
+      "supported; expected float32, bfloat16 or float16 weights. Load it in "
+      "transformers dequantised (gpt_oss: Mxfp4Config(dequantize=True)), save "
+      "it, and use that folder without this field."
+    )
+  read = {
+    *family.reads,
+    *family.layer_fields,
+    *family.rope_fields,
+    *family.aliases.values(),
+    *([family.local_rope] if family.local_rope else ()),
+    *(_EXPERTS if family.experts else ()),
+  }
+  only = {k: v for k, v in _ONLY.items() if k not in read} | dict(family.only)
+  for name, allowed in only.items():
+    if name in raw and raw[name] not in allowed:
+      raise refuse(where, name, raw[name], f"one of {list(allowed)}")
+  # Without windows the field is dead where the switch says so.
+  window = None if "use_sliding_window" in raw else raw.get("sliding_window")
+  if family.layer_types is None and window is not None:
+    raise refuse(where, "sliding_window", window, None)
+  known = _USED | _HARMLESS | only.keys() | read | family.harmless
+  unknown = {k: v for k, v in raw.items() if k not in known and v is not None}
+  if unknown:
+    name, value = next(iter(unknown.items()))
+    raise ValueError(
+      f"{where}: unknown field {name}={value!r}; expected fields known not to "
+      "change the model, or implemented here. If it changes nothing, delete "
+      "it from the file."
+    )
 
 
 def config_from_fields(

@@ -1,25 +1,228 @@
 """The table of families: what each fixes, reads and calls its tensors.
 
 A family is data. `config` turns a `config.json` into a ModelConfig by it, and
-`names` maps parameters to tensors by it; neither knows a family by name.
-How to add one: docs/models.md.
+`hf.parameter_map` maps parameters to tensors by it; neither knows a family by
+name. How to add one: docs/models.md.
 """
 
-from sft_jax.models import tensor_names, windows
-from sft_jax.models.family import Family, Json, Read
-from sft_jax.models.shared_fields import (
-  ACT,
-  ACTIVATIONS,
-  BALANCE_LOSS,
-  BIAS,
-  GEMMA_READS,
-  GEMMA_TRAITS,
-  HEAD_DIM,
-  MHA,
-  MLP_BIAS,
-  NOT_BIDIRECTIONAL,
-  WINDOW_SWITCH,
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+Json = dict[str, Any]
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+class Read(NamedTuple):
+  """What becomes of a field of config.json.
+
+  Attributes:
+    into: fields of ModelConfig.
+    default: what transformers takes where the file has no such field.
+    via: the value's meaning, as a function or a table of accepted values.
+  """
+
+  into: tuple[str, ...]
+  default: Any = None
+  via: Callable[[Any], Any] | Mapping[Any, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """One `model_type`.
+
+  Attributes:
+    architecture: the class that `architectures` must name.
+    names: module of ours: module of theirs, `{}` standing for the layer. Ours
+      that share one of theirs lie in it side by side, in this order.
+    traits: fields of ModelConfig that every model of the family has.
+    reads: fields of config.json beyond the common ones.
+    defaults: common fields that transformers fills in, or a function of the
+      file that does.
+    requires: fields without which a file is refused.
+    aliases: common fields that the family spells in its own way.
+    only: fields accepted at these values alone.
+    harmless: fields that change nothing here.
+    layer_types: SLIDING or FULL for each of n layers, from (file, n).
+    layer_fields: fields that `layer_types` looks at.
+    rope_fields: rotary fields beyond those of the rope's type.
+    rope: the rotary fields of a file that has none.
+    local_rope: sliding layers have a rotary embedding of their own, whose
+      theta is this field in older files.
+    conv1d: kernels lie as [in, out] in the file.
+    experts: layers have a router and experts in place of an MLP.
+    stacked_experts: all experts of a layer lie in one tensor [E, in, out],
+      and columns of gate and up take turns.
+    buffers: endings of tensors that old files hold and that follow from the
+      config; they are not read.
+  """
+
+  architecture: str
+  names: Mapping[str, str]
+  traits: Json = dataclasses.field(default_factory=dict)
+  reads: Mapping[str, Read] = dataclasses.field(default_factory=dict)
+  defaults: Json = dataclasses.field(default_factory=dict)
+  requires: frozenset[str] = frozenset()
+  aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  only: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+  harmless: frozenset[str] = frozenset()
+  layer_types: Callable[[Json, int], list[str]] | None = None
+  layer_fields: frozenset[str] = frozenset()
+  rope_fields: frozenset[str] = frozenset()
+  rope: Json = dataclasses.field(default_factory=dict)
+  local_rope: str | None = None
+  conv1d: bool = False
+  experts: bool = False
+  stacked_experts: bool = False
+  buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
+
+
+def refuse(where: Any, name: str, got: Any, expected: Any) -> ValueError:
+  """The error for a field that is not understood."""
+  return ValueError(
+    f"{where}: {name}={got!r} is not supported; expected {expected}. "
+    "Use a model of a supported kind, or add it in sft_jax/models/."
+  )
+
+
+# -- Windows: SLIDING or FULL for each of n layers, from the file --------
+
+
+def _everywhere(raw: Json, n: int) -> list[str]:
+  """Every layer, where the file gives a window (Mistral)."""
+  return [SLIDING] * n
+
+
+def _if_used(raw: Json, n: int) -> list[str]:
+  """Every layer, where the file says so (Qwen3 MoE)."""
+  return [SLIDING if raw.get("use_sliding_window") else FULL] * n
+
+
+def _full_each(field: str, period: int) -> Callable[[Json, int], list[str]]:
+  """Every period-th layer is full; the file's field may say another."""
+
+  def layer_types(raw: Json, n: int) -> list[str]:
+    k = raw.get(field) or period
+    return [FULL if (i + 1) % k == 0 else SLIDING for i in range(n)]
+
+  return layer_types
+
+
+def _from_layer(raw: Json, n: int) -> list[str]:
+  """The layers from `max_window_layers` on (Qwen)."""
+  if not raw.get("use_sliding_window"):
+    return [FULL] * n
+  first = raw.get("max_window_layers", 28)
+  return [SLIDING if i >= first else FULL for i in range(n)]
+
+
+def _without_rope(raw: Json, n: int) -> list[str]:
+  """The layers without RoPE, if the file says so (SmolLM3)."""
+  if not raw.get("use_sliding_window"):
+    return [FULL] * n
+  return [FULL if turns else SLIDING for turns in rope_layers(raw, n)]
+
+
+def rope_layers(raw: Json, n: int) -> list[bool]:
+  """Which layers have RoPE at all (SmolLM3)."""
+  if raw.get("no_rope_layers") is not None:
+    return [bool(x) for x in raw["no_rope_layers"]]
+  period = raw.get("no_rope_layer_interval")
+  return [not period or (i + 1) % period != 0 for i in range(n)]
+
+
+# -- Names of tensors; `{}` is the layer, a second one the expert --------
+
+_LLAMA = {
+  "embed": "model.embed_tokens",
+  "final_norm": "model.norm",
+  "head": "lm_head",
+  "layers/attn_norm": "model.layers.{}.input_layernorm",
+  "layers/attn/q": "model.layers.{}.self_attn.q_proj",
+  "layers/attn/k": "model.layers.{}.self_attn.k_proj",
+  "layers/attn/v": "model.layers.{}.self_attn.v_proj",
+  "layers/attn/o": "model.layers.{}.self_attn.o_proj",
+  "layers/attn/q_norm": "model.layers.{}.self_attn.q_norm",
+  "layers/attn/k_norm": "model.layers.{}.self_attn.k_norm",
+  "layers/mlp_norm": "model.layers.{}.post_attention_layernorm",
+  "layers/mlp/gate": "model.layers.{}.mlp.gate_proj",
+  "layers/mlp/up": "model.layers.{}.mlp.up_proj",
+  "layers/mlp/down": "model.layers.{}.mlp.down_proj",
+}
+_POST_NORM = _LLAMA | {
+  "layers/attn_post_norm": "model.layers.{}.post_attention_layernorm",
+  "layers/mlp_norm": "model.layers.{}.pre_feedforward_layernorm",
+  "layers/mlp_post_norm": "model.layers.{}.post_feedforward_layernorm",
+}
+_FUSED = _LLAMA | {
+  "layers/attn/q": "model.layers.{}.self_attn.qkv_proj",
+  "layers/attn/k": "model.layers.{}.self_attn.qkv_proj",
+  "layers/attn/v": "model.layers.{}.self_attn.qkv_proj",
+  "layers/mlp/gate": "model.layers.{}.mlp.gate_up_proj",
+  "layers/mlp/up": "model.layers.{}.mlp.gate_up_proj",
+}
+
+
+def _expert_names(block: str, **names: str) -> dict[str, str]:
+  """Those of Llama, with the modules of `block` in the place of the MLP."""
+  return {k: v for k, v in _LLAMA.items() if "/mlp/" not in k} | {
+    f"layers/moe/{ours}": f"model.layers.{{}}.{block}.{theirs}"
+    for ours, theirs in names.items()
+  }
+
+
+_GPT2 = {
+  "embed": "transformer.wte",
+  "positions": "transformer.wpe",
+  "final_norm": "transformer.ln_f",
+  "head": "lm_head",
+  "layers/attn_norm": "transformer.h.{}.ln_1",
+  "layers/attn/q": "transformer.h.{}.attn.c_attn",
+  "layers/attn/k": "transformer.h.{}.attn.c_attn",
+  "layers/attn/v": "transformer.h.{}.attn.c_attn",
+  "layers/attn/o": "transformer.h.{}.attn.c_proj",
+  "layers/mlp_norm": "transformer.h.{}.ln_2",
+  "layers/mlp/up": "transformer.h.{}.mlp.c_fc",
+  "layers/mlp/down": "transformer.h.{}.mlp.c_proj",
+}
+
+
+# -- What several families share -----------------------------------------
+
+_ACTIVATIONS = {
+  "silu": "silu",
+  "gelu_pytorch_tanh": "gelu_tanh",
+  "gelu_new": "gelu_tanh",
+}
+_ACT = {"hidden_act": Read(("activation",), "silu", _ACTIVATIONS)}
+_BIAS = {"attention_bias": Read(("qkv_bias", "o_bias"), False)}
+_MLP_BIAS = {"mlp_bias": Read(("mlp_bias",), False)}
+_MHA = {"num_key_value_heads": lambda raw: raw["num_attention_heads"]}
+_WINDOW_SWITCH = frozenset(
+  {"use_sliding_window", "max_window_layers", "layer_types"}
 )
+_HEAD_DIM = frozenset({"head_dim"})
+# The balance loss is a matter of pretraining; see `moe`.
+_BALANCE_LOSS = frozenset({"output_router_logits", "router_aux_loss_coef"})
+
+
+def _inverse_root(x: float) -> float:
+  return x**-0.5
+
+
+_GEMMA_TRAITS: Json = {"norm_offset": 1.0, "scale_embeddings": True}
+_GEMMA_READS = _BIAS | {
+  "hidden_activation": Read(
+    ("activation",), "gelu_pytorch_tanh", {"gelu_pytorch_tanh": "gelu_tanh"}
+  ),
+  "query_pre_attn_scalar": Read(("attn_scale",), 256, _inverse_root),
+  "final_logit_softcapping": Read(("logit_softcap",)),
+}
+_NOT_BIDIRECTIONAL = {"use_bidirectional_attention": (False, None)}
+
+
+# -- The table -----------------------------------------------------------
 
 _YARN_32: Json = {
   **{"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0},
@@ -29,49 +232,49 @@ _YARN_32: Json = {
 FAMILIES: dict[str, Family] = {
   "llama": Family(
     architecture="LlamaForCausalLM",
-    names=tensor_names.LLAMA,
-    reads=ACT | BIAS | MLP_BIAS,
-    defaults=MHA,
+    names=_LLAMA,
+    reads=_ACT | _BIAS | _MLP_BIAS,
+    defaults=_MHA,
   ),
   "mistral": Family(
     architecture="MistralForCausalLM",
-    names=tensor_names.LLAMA,
-    reads=ACT,
+    names=_LLAMA,
+    reads=_ACT,
     defaults={"sliding_window": 4096},
-    layer_types=windows.everywhere,
+    layer_types=_everywhere,
   ),
   "ministral3": Family(
     architecture="Ministral3ForCausalLM",
-    names=tensor_names.LLAMA,
-    reads=ACT,
-    requires=HEAD_DIM | {"rope_parameters"},
-    layer_types=windows.everywhere,
+    names=_LLAMA,
+    reads=_ACT,
+    requires=_HEAD_DIM | {"rope_parameters"},
+    layer_types=_everywhere,
     rope_fields=frozenset({"llama_4_scaling_beta"}),
   ),
   "qwen2": Family(
     architecture="Qwen2ForCausalLM",
-    names=tensor_names.LLAMA,
+    names=_LLAMA,
     traits={"qkv_bias": True},
-    reads=ACT,
+    reads=_ACT,
     defaults={"sliding_window": 4096},
-    layer_types=windows.from_layer,
-    layer_fields=WINDOW_SWITCH,
+    layer_types=_from_layer,
+    layer_fields=_WINDOW_SWITCH,
   ),
   "qwen3": Family(
     architecture="Qwen3ForCausalLM",
-    names=tensor_names.LLAMA,
+    names=_LLAMA,
     traits={"qk_norm": "head"},
-    reads=ACT | BIAS,
+    reads=_ACT | _BIAS,
     defaults={"sliding_window": 4096},
-    requires=HEAD_DIM,
-    layer_types=windows.from_layer,
-    layer_fields=WINDOW_SWITCH,
+    requires=_HEAD_DIM,
+    layer_types=_from_layer,
+    layer_fields=_WINDOW_SWITCH,
   ),
   "gemma": Family(
     architecture="GemmaForCausalLM",
-    names=tensor_names.LLAMA,
-    traits=GEMMA_TRAITS,
-    reads=BIAS
+    names=_LLAMA,
+    traits=_GEMMA_TRAITS,
+    reads=_BIAS
     | {
       # Files say "gelu" and mean its approximation by tanh.
       "hidden_act": Read(
@@ -81,39 +284,40 @@ FAMILIES: dict[str, Family] = {
       )
     },
     defaults={"tie_word_embeddings": True},
-    requires=HEAD_DIM,
-    only=NOT_BIDIRECTIONAL | {"hidden_activation": ("gelu_pytorch_tanh", None)},
+    requires=_HEAD_DIM,
+    only=_NOT_BIDIRECTIONAL
+    | {"hidden_activation": ("gelu_pytorch_tanh", None)},
   ),
   "gemma2": Family(
     architecture="Gemma2ForCausalLM",
-    names=tensor_names.POST_NORM,
-    traits=GEMMA_TRAITS | {"post_norm": True},
-    reads=GEMMA_READS
+    names=_POST_NORM,
+    traits=_GEMMA_TRAITS | {"post_norm": True},
+    reads=_GEMMA_READS
     | {
       "attn_logit_softcapping": Read(("attn_softcap",), 50.0),
       "final_logit_softcapping": Read(("logit_softcap",), 30.0),
     },
     defaults={"tie_word_embeddings": True, "sliding_window": 4096},
-    requires=HEAD_DIM,
-    only=NOT_BIDIRECTIONAL | {"hidden_act": ("gelu_pytorch_tanh", None)},
-    layer_types=windows.full_each("", 2),
+    requires=_HEAD_DIM,
+    only=_NOT_BIDIRECTIONAL | {"hidden_act": ("gelu_pytorch_tanh", None)},
+    layer_types=_full_each("", 2),
     layer_fields=frozenset({"layer_types"}),
   ),
   "gemma3_text": Family(
     architecture="Gemma3ForCausalLM",
-    names=tensor_names.POST_NORM,
-    traits=GEMMA_TRAITS | {"post_norm": True, "qk_norm": "head"},
-    reads=GEMMA_READS,
+    names=_POST_NORM,
+    traits=_GEMMA_TRAITS | {"post_norm": True, "qk_norm": "head"},
+    reads=_GEMMA_READS,
     defaults={
       "tie_word_embeddings": True,
       "sliding_window": 4096,
       "rope_theta": 1_000_000.0,
       "rope_local_base_freq": 10_000.0,
     },
-    requires=HEAD_DIM,
+    requires=_HEAD_DIM,
     # The reference reads this cap and does not apply it to attention.
-    only=NOT_BIDIRECTIONAL | {"attn_logit_softcapping": (None,)},
-    layer_types=windows.full_each("sliding_window_pattern", 6),
+    only=_NOT_BIDIRECTIONAL | {"attn_logit_softcapping": (None,)},
+    layer_types=_full_each("sliding_window_pattern", 6),
     layer_fields=frozenset(
       {"layer_types", "sliding_window_pattern", "_sliding_window_pattern"}
     ),
@@ -121,87 +325,87 @@ FAMILIES: dict[str, Family] = {
   ),
   "olmo2": Family(
     architecture="Olmo2ForCausalLM",
-    names=tensor_names.POST_NORM,
+    names=_POST_NORM,
     traits={"pre_norm": False, "post_norm": True, "qk_norm": "all"},
-    reads=ACT | BIAS,
-    defaults=MHA | {"rms_norm_eps": 1e-5},
+    reads=_ACT | _BIAS,
+    defaults=_MHA | {"rms_norm_eps": 1e-5},
   ),
   "olmo3": Family(
     architecture="Olmo3ForCausalLM",
-    names=tensor_names.POST_NORM,
+    names=_POST_NORM,
     traits={"pre_norm": False, "post_norm": True, "qk_norm": "all"},
-    reads=ACT | BIAS,
-    defaults=MHA
+    reads=_ACT | _BIAS,
+    defaults=_MHA
     | {
       "rms_norm_eps": 1e-5,
       "sliding_window": 4096,
       "rope_theta": 500_000.0,
       "rope_local_base_freq": 500_000.0,
     },
-    layer_types=windows.full_each("", 4),
+    layer_types=_full_each("", 4),
     layer_fields=frozenset({"layer_types"}),
     local_rope="rope_local_base_freq",
   ),
   "smollm3": Family(
     architecture="SmolLM3ForCausalLM",
-    names=tensor_names.LLAMA,
-    reads=ACT | BIAS | MLP_BIAS,
+    names=_LLAMA,
+    reads=_ACT | _BIAS | _MLP_BIAS,
     defaults={
       "tie_word_embeddings": True,
       "rope_theta": 2_000_000.0,
       "no_rope_layer_interval": 4,
     },
-    layer_types=windows.without_rope,
-    layer_fields=WINDOW_SWITCH | {"no_rope_layers", "no_rope_layer_interval"},
+    layer_types=_without_rope,
+    layer_fields=_WINDOW_SWITCH | {"no_rope_layers", "no_rope_layer_interval"},
   ),
   "phi3": Family(
     architecture="Phi3ForCausalLM",
-    names=tensor_names.FUSED,
-    reads=ACT,
-    defaults=MHA | {"rms_norm_eps": 1e-5},
+    names=_FUSED,
+    reads=_ACT,
+    defaults=_MHA | {"rms_norm_eps": 1e-5},
     only={
       "resid_pdrop": (0, None),
       "embd_pdrop": (0, None),
       "attention_bias": (False, None),
     },
-    layer_types=windows.everywhere,
+    layer_types=_everywhere,
     rope_fields=frozenset(
       {"partial_rotary_factor", "original_max_position_embeddings"}
     ),
   ),
   "granite": Family(
     architecture="GraniteForCausalLM",
-    names=tensor_names.LLAMA,
-    reads=ACT
-    | BIAS
-    | MLP_BIAS
+    names=_LLAMA,
+    reads=_ACT
+    | _BIAS
+    | _MLP_BIAS
     | {
       "embedding_multiplier": Read(("embed_scale",), 1.0),
       "attention_multiplier": Read(("attn_scale",), 1.0),
       "residual_multiplier": Read(("residual_scale",), 1.0),
       "logits_scaling": Read(("logit_divisor",), 1.0),
     },
-    defaults=MHA,
+    defaults=_MHA,
   ),
   "mixtral": Family(
     architecture="MixtralForCausalLM",
-    names=tensor_names.experts(
+    names=_expert_names(
       "block_sparse_moe",
       router="gate",
       gate="experts.{}.w1",
       up="experts.{}.w3",
       down="experts.{}.w2",
     ),
-    reads=ACT,
+    reads=_ACT,
     defaults={"rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0},
     only={"router_jitter_noise": (0, None)},
-    harmless=BALANCE_LOSS,
-    layer_types=windows.everywhere,
+    harmless=_BALANCE_LOSS,
+    layer_types=_everywhere,
     experts=True,
   ),
   "qwen3_moe": Family(
     architecture="Qwen3MoeForCausalLM",
-    names=tensor_names.experts(
+    names=_expert_names(
       "mlp",
       router="gate",
       gate="experts.{}.gate_proj",
@@ -209,7 +413,7 @@ FAMILIES: dict[str, Family] = {
       down="experts.{}.down_proj",
     ),
     traits={"qk_norm": "head"},
-    reads=ACT | BIAS | {"norm_topk_prob": Read(("norm_topk",), False)},
+    reads=_ACT | _BIAS | {"norm_topk_prob": Read(("norm_topk",), False)},
     defaults={"sliding_window": 4096},
     requires=frozenset({"moe_intermediate_size"}),
     aliases={
@@ -218,14 +422,14 @@ FAMILIES: dict[str, Family] = {
     },
     # Layers without experts among the others would be another tree.
     only={"mlp_only_layers": ([], None), "decoder_sparse_step": (1, None)},
-    harmless=BALANCE_LOSS,
-    layer_types=windows.if_used,
-    layer_fields=WINDOW_SWITCH,
+    harmless=_BALANCE_LOSS,
+    layer_types=_if_used,
+    layer_fields=_WINDOW_SWITCH,
     experts=True,
   ),
   "gpt_oss": Family(
     architecture="GptOssForCausalLM",
-    names=tensor_names.experts(
+    names=_expert_names(
       "mlp",
       router="router",
       gate="experts.gate_up_proj",
@@ -244,27 +448,27 @@ FAMILIES: dict[str, Family] = {
       "rope_theta": 150_000.0,
       "sliding_window": 128,
     },
-    requires=HEAD_DIM,
+    requires=_HEAD_DIM,
     rope=_YARN_32,
     only={"hidden_act": ("silu", None)},
     # Two fields of the released files that say again what others say.
-    harmless=BALANCE_LOSS | {"experts_per_token", "initial_context_length"},
-    layer_types=windows.full_each("", 2),
+    harmless=_BALANCE_LOSS | {"experts_per_token", "initial_context_length"},
+    layer_types=_full_each("", 2),
     layer_fields=frozenset({"layer_types"}),
     experts=True,
     stacked_experts=True,
   ),
   "gpt2": Family(
     architecture="GPT2LMHeadModel",
-    names=tensor_names.GPT2,
+    names=_GPT2,
     traits={
       **{"norm": "layer", "learned_positions": True, "gated_mlp": False},
       **{"qkv_bias": True, "o_bias": True, "mlp_bias": True},
     },
     reads={
-      "activation_function": Read(("activation",), "gelu_new", ACTIVATIONS)
+      "activation_function": Read(("activation",), "gelu_new", _ACTIVATIONS)
     },
-    defaults=MHA
+    defaults=_MHA
     | {
       "tie_word_embeddings": True,
       "rms_norm_eps": 1e-5,

@@ -2,7 +2,7 @@
 
 A layer's slots lie together for each head, [L, B, K, S, H]: both products of
 attention then read it as it lies. With the slots before the heads, as queries
-have them, XLA copies and turns every layer at every step, which took three
+have them, XLA copies and transposes every layer at every step, which took three
 times as long as the products; with the slots last they take a third longer, of
 one layer alone.
 """
@@ -86,25 +86,26 @@ def attend(
   scale: float | None = None,
   softcap: float | None = None,
   sinks: Float[Array, " N"] | None = None,
-  turn: Callable[[Array], Array] | None = None,
+  rotate: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "B T N H"]:
   """`attention.attention` over the slots of a layer, to the rounding.
 
   Args:
-    q: queries, turned.
+    q: queries, rotated.
     slots: of all layers.
     layer: which.
-    bias: who sees whom, see `attention.mask_bias`.
+    bias: the mask, see `attention.mask_bias`.
     scale, softcap, sinks: as there.
-    turn: of keys [B, S, K, H] that are kept unturned; None: they are turned.
+    rotate: for keys [B, S, K, H] that are kept unrotated; None: they are
+      rotated.
   """
   B, T, N, H = q.shape
   mine = {name: x[layer] for name, x in slots.items()}
   k, v = mine["k"].astype(q.dtype), mine["v"].astype(q.dtype)
   k_scale, v_scale = mine.get("k_scale"), mine.get("v_scale")
-  if turn is not None:
-    # Turning is linear, so a scale may come after it.
-    k = turn(k.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+  if rotate is not None:
+    # A rotation is linear, so a scale may come after it.
+    k = rotate(k.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
   K = k.shape[1]
   scale = 1 / math.sqrt(H) if scale is None else scale
   with jax.named_scope("attention"):

@@ -1,19 +1,23 @@
-"""Rotary embeddings: how far each pair of dimensions turns per position.
+"""Rotary embeddings (RoPE): the angle of each pair of dimensions by position.
 
 Two types look at the length of a sequence: 'dynamic' stretches its base and
 'longrope' picks its factors by it. The length that counts here is that of the
-*document*, so that a packed row turns as its documents would alone.
+*document*, so that a packed row is rotated as its documents would be alone.
 """
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-# Cosine and sine of every angle, and what turns a query or key by them.
-Turn = tuple[Float32[Array, "B T 1 C"], Float32[Array, "B T 1 C"]]
+from sft_jax.models.families import FULL, SLIDING, Family, Json, refuse
+
+# Cosine and sine of every angle.
+Rotation = tuple[Float32[Array, "B T 1 C"], Float32[Array, "B T 1 C"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Rope:
       documents that fit the original context.
     long_factor: longrope only; divisors for longer documents.
     scale: multiplies cosine and sine, so scores grow by its square.
-    fraction: share of a head's dimensions, the first, that turn at all.
+    fraction: share of a head's dimensions, the first, that are rotated.
     query_beta: queries grow by 1 + query_beta * log(1 + floor(position /
       original_max_positions)) (Llama 4, Ministral 3).
   """
@@ -64,7 +68,7 @@ class Rope:
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
   """Radians per position of each pair of dimensions, float32 [C].
 
-  C is half of the turning dimensions. 'linear' divides every frequency by
+  C is half of the rotated dimensions. 'linear' divides every frequency by
   `factor` (Chen et al. 2023). 'llama3' divides those whose wave is longer than
   the original context / low_freq_factor, keeps those shorter than original /
   high_freq_factor, and blends between (Llama 3.1). 'yarn' blends likewise
@@ -121,19 +125,19 @@ def _by_length(
   return jnp.asarray(short) * growth**-exponent
 
 
-def turn(
+def rotation(
   positions: Int[Array, "B T"],
   lengths: Int[Array, "B T"] | None,
   rope: Rope | None,
   *,
   head_dim: int,
-) -> Turn:
+) -> Rotation:
   """Cosine and sine of every angle, times `scale`; float32 always.
 
   Args:
     positions: index of each token in its document.
     lengths: tokens in that document; needed by types that look at it.
-    rope: None turns nothing (cosine 1, sine 0).
+    rope: None rotates nothing (cosine 1, sine 0).
     head_dim: H.
   """
   if rope is None:
@@ -150,10 +154,10 @@ def turn(
   return (cos, sin) if rope.scale == 1 else (cos * rope.scale, sin * rope.scale)
 
 
-def query_turn(
-  at: Turn, positions: Int[Array, "B T"], rope: Rope | None
-) -> Turn:
-  """The turn of queries: that of keys, times what grows with position."""
+def query_rotation(
+  at: Rotation, positions: Int[Array, "B T"], rope: Rope | None
+) -> Rotation:
+  """The rotation of queries: that of keys, times what grows with position."""
   if rope is None or not rope.query_beta:
     return at
   blocks = positions // rope.original_max_positions
@@ -161,8 +165,8 @@ def query_turn(
   return at[0] * growth[..., None, None], at[1] * growth[..., None, None]
 
 
-def apply(x: Float[Array, "B T X H"], at: Turn) -> Float[Array, "B T X H"]:
-  """Turns dimension i with i + C (the half-split layout of Hugging Face).
+def apply(x: Float[Array, "B T X H"], at: Rotation) -> Float[Array, "B T X H"]:
+  """Rotates dimension i with i + C (the half-split layout of Hugging Face).
 
   Dimensions from 2 C on are left as they are.
   """
@@ -176,3 +180,171 @@ def apply(x: Float[Array, "B T X H"], at: Turn) -> Float[Array, "B T X H"]:
   if not rest.shape[-1]:
     return turned
   return jnp.concatenate((turned, rest), axis=-1)
+
+
+# -- From config.json ----------------------------------------------------
+
+# Fields of each type: ours, theirs; those with a default may be missing.
+_FIELDS: dict[str, dict[str, str]] = {
+  "default": {},
+  "linear": {"factor": "factor"},
+  "dynamic": {"factor": "factor"},
+  "llama3": {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_positions": "original_max_position_embeddings",
+  },
+  "yarn": {
+    "factor": "factor",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "original_max_positions": "original_max_position_embeddings",
+  },
+  "longrope": {"original_max_positions": "original_max_position_embeddings"},
+}
+_OPTIONAL: dict[str, dict[str, float]] = {
+  "yarn": {"beta_fast": 32.0, "beta_slow": 1.0},
+}
+_EXTRA = {
+  "default": set(),
+  "linear": set(),
+  "dynamic": {"original_max_position_embeddings"},
+  "llama3": set(),
+  "yarn": {
+    *("attention_factor", "mscale", "mscale_all_dim", "truncate"),
+    "max_position_embeddings",
+  },
+  "longrope": {"short_factor", "long_factor", "factor", "attention_factor"},
+}
+
+
+def parse_ropes(
+  raw: Json, family: Family, head_dim: int, where: str
+) -> dict[str, Rope]:
+  """The rotary embedding of full and of sliding layers.
+
+  Raises:
+    ValueError: a type or a value that is not implemented, or two forms in one
+      file that differ; the message names it.
+  """
+  new, old = raw.get("rope_parameters"), raw.get("rope_scaling")
+  theta = raw.get("rope_theta")
+  fallback = family.defaults.get("rope_theta", 10_000.0)
+  base = fallback if theta is None else theta
+
+  def one(rope: Any, name: str, base: Any) -> Rope:
+    return _one_rope(rope, name, base, raw, family, head_dim, where)
+
+  if family.local_rope and new is not None:
+    # One for all layers is a form that the reference would not look at.
+    kinds = new.keys() if isinstance(new, Mapping) else set()
+    if kinds != {FULL, SLIDING} or old is not None or theta is not None:
+      raise refuse(where, "rope_parameters", new, f"{FULL} and {SLIDING} alone")
+    local = family.defaults[family.local_rope]
+    return {
+      FULL: one(new[FULL], f"rope_parameters.{FULL}", fallback),
+      SLIDING: one(new[SLIDING], f"rope_parameters.{SLIDING}", local),
+    }
+  found = []
+  if new is not None:
+    found.append(one(new, "rope_parameters", base))
+  if old is not None:
+    found.append(one(old, "rope_scaling", base))
+  if not found:
+    found.append(one(family.rope, "rope_parameters", base))
+  if theta is not None and found[0].theta != theta:
+    raise refuse(where, "rope_theta", theta, f"{found[0].theta}, as in rope_*")
+  if found[0] != found[-1]:
+    raise refuse(where, "rope_scaling", old, "the same as rope_parameters")
+  if family.local_rope is None:
+    return {FULL: found[0], SLIDING: found[0]}
+  local = raw.get(family.local_rope, family.defaults[family.local_rope])
+  return {FULL: found[0], SLIDING: Rope(theta=float(local))}
+
+
+def _one_rope(
+  rope: Any,
+  name: str,
+  theta: Any,
+  raw: Json,
+  family: Family,
+  head_dim: int,
+  where: str,
+) -> Rope:
+  if not isinstance(rope, Mapping):
+    raise refuse(where, name, rope, "an object")
+  kind = rope.get("rope_type", rope.get("type", "default"))
+  if "partial_rotary_factor" in family.rope_fields and kind in ("su", "yarn"):
+    kind = "longrope"  # Older names of it in files of Phi 3.
+  if kind not in _FIELDS:
+    raise refuse(where, f"{name}.rope_type", kind, f"one of {sorted(_FIELDS)}")
+  fields, optional = _FIELDS[kind], _OPTIONAL.get(kind, {})
+  known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+  known |= set(fields.values()) | _EXTRA[kind] | family.rope_fields
+  for odd in rope.keys() - known:
+    if rope[odd] is not None:
+      raise refuse(where, f"{name}.{odd}", rope[odd], f"no such field: {kind}")
+  # Files of Phi 3 hold these two outside, and there they count.
+  outer = {
+    key: raw[key]
+    for key in ("partial_rotary_factor", "original_max_position_embeddings")
+    if key in family.rope_fields and key in raw
+  }
+  rope = {**rope, **outer}
+  ours: dict[str, Any] = {}
+  for field, theirs in fields.items():
+    value = rope.get(theirs)
+    if value is None and field in optional:
+      value = optional[field]
+    if not isinstance(value, int | float) or value <= 0:
+      raise refuse(where, f"{name}.{theirs}", value, "a positive number")
+    ours[field] = value
+  fraction = rope.get("partial_rotary_factor") or 1.0
+  if fraction != 1:
+    if "partial_rotary_factor" not in family.rope_fields:
+      raise refuse(where, f"{name}.partial_rotary_factor", fraction, 1)
+    if not 0 < fraction < 1 or int(head_dim * fraction) % 2:
+      expected = f"an even part of head_dim={head_dim}"
+      raise refuse(where, f"{name}.partial_rotary_factor", fraction, expected)
+    ours["fraction"] = float(fraction)
+  if kind == "dynamic":
+    ours["original_max_positions"] = raw["max_position_embeddings"]
+  if kind == "yarn":
+    ours["truncate"] = bool(rope.get("truncate", True))
+    ours["scale"] = _yarn_scale(rope)
+    ours["query_beta"] = float(rope.get("llama_4_scaling_beta") or 0.0)
+  if kind == "longrope":
+    pairs = int(head_dim * fraction) // 2
+    for field in ("short_factor", "long_factor"):
+      value = rope.get(field)
+      if not isinstance(value, list) or len(value) != pairs:
+        raise refuse(where, f"{name}.{field}", value, f"{pairs} numbers")
+      ours[field] = tuple(float(x) for x in value)
+    ours["scale"] = _longrope_scale(rope, raw)
+  base = rope.get("rope_theta")
+  return Rope(theta=float(theta if base is None else base), type=kind, **ours)
+
+
+def _yarn_scale(rope: Mapping[str, Any]) -> float:
+  """0.1 m log(factor) + 1 (arXiv:2309.00071, section 3.4), as DeepSeek reads
+  `mscale` and `mscale_all_dim`: the ratio of the two."""
+  if rope.get("attention_factor") is not None:
+    return float(rope["attention_factor"])
+
+  def scale(m: float) -> float:
+    return 0.1 * m * math.log(max(rope["factor"], 1.0)) + 1.0
+
+  m, m_all = rope.get("mscale"), rope.get("mscale_all_dim")
+  return scale(m) / scale(m_all) if m and m_all else scale(1.0)
+
+
+def _longrope_scale(rope: Mapping[str, Any], raw: Json) -> float:
+  """sqrt(1 + log(factor) / log(original)) (arXiv:2402.13753)."""
+  if rope.get("attention_factor") is not None:
+    return float(rope["attention_factor"])
+  original = rope["original_max_position_embeddings"]
+  factor = rope.get("factor") or raw["max_position_embeddings"] / original
+  if factor <= 1:
+    return 1.0
+  return math.sqrt(1 + math.log(factor) / math.log(original))

@@ -23,10 +23,17 @@ from sft_jax.common.trees import Tree
 from sft_jax.models import kv_cache as cache_lib
 from sft_jax.models.attention import parallel
 from sft_jax.models.attention.attention import check_backend
-from sft_jax.models.block import Block, Context, make_context
+from sft_jax.models.block import (
+  Block,
+  Context,
+  Dtype,
+  Embed,
+  embedding_table,
+  make_context,
+  norm_of,
+)
 from sft_jax.models.config import ModelConfig
 from sft_jax.models.kv_cache import Cache
-from sft_jax.models.layers import Dtype, Embed, norm_of, table
 from sft_jax.models.lora import lora as lora_lib
 from sft_jax.models.remat import check_level, checkpointed
 
@@ -80,7 +87,7 @@ def build(
     lora: adapters that `init` adds and the forward pass applies. Parameters
       without adapters are the base model.
     mesh: devices that share the rows of a batch, 'context' their slots and
-      'tensor' the widths; see `spread`. None: one device, or XLA finds out.
+      'tensor' the widths; see `parallel`. None: one device, or XLA finds out.
 
   Raises:
     ValueError: an unknown dtype, backend or remat policy; heads that the mesh
@@ -149,7 +156,7 @@ def build(
     if kv is None:
       step = checkpointed(remat, step, scan=scan)
     with jax.named_scope("embed"):
-      leaves = parallel.table(params["embed"], mesh)
+      leaves = parallel.gather_table(params["embed"], mesh)
       x: Any = embed.apply({"params": leaves}, tokens)
       if c.scale_embeddings:
         # Rounded first, as the reference does: sqrt(3072) is 55.5 in bfloat16.
@@ -159,7 +166,7 @@ def build(
       if c.learned_positions:
         # -1 is padding in a cache; a position past the table gives NaN.
         at = jnp.maximum(context.q_positions, 0)
-        leaves = parallel.table(params["positions"], mesh)
+        leaves = parallel.gather_table(params["positions"], mesh)
         x = x + positions_embed.apply({"params": leaves}, at)
       x = parallel.constrain(x, mesh, sharding.SLOTS)
     carry = (x, kv)
@@ -205,14 +212,14 @@ def build(
     if positions is None:
       positions = _positions(segment_ids)
     positions = jnp.asarray(positions)
-    who = (positions, positions, segment_ids, segment_ids)
-    context = make_context(c, *who, backend=attention, mesh=mesh)
+    ids = (positions, positions, segment_ids, segment_ids)
+    context = make_context(c, *ids, backend=attention, mesh=mesh)
     return run(params, tokens, context, None, dropout_key)[0]
 
   def head(params: Tree) -> Float[Array, "V D"]:
     """The unembedding: the embedding itself when tied."""
     leaves = params["embed" if c.tie_embeddings else "head"]
-    return table(parallel.table(leaves, mesh), dtype)
+    return embedding_table(parallel.gather_table(leaves, mesh), dtype)
 
   def logits(
     params: Tree, hidden: Float[Array, "B T D"]

@@ -10,7 +10,8 @@ import pytest
 
 import tiny
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
-from sft_jax.models.hf import checksums, load_save
+from sft_jax.models.hf import load_save
+from sft_jax.models.hf.safetensors_files import CHECKSUMS
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,7 +84,7 @@ def test_two_processes_write_what_one_would(tmp_path):
     {
       p.name: p.read_bytes()
       for p in (tmp_path / name).iterdir()
-      if p.name != checksums.NAME
+      if p.name != CHECKSUMS
     }
     for name in ("one", "two")
   )

@@ -6,9 +6,8 @@ import math
 
 import pytest
 
-from sft_jax.models.config import config_from_fields, parse_config
+from sft_jax.models.config import LayerKind, config_from_fields, parse_config
 from sft_jax.models.families import FAMILIES
-from sft_jax.models.layer_kinds import LayerKind
 from sft_jax.models.rope import Rope
 
 BASE = {

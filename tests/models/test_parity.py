@@ -63,7 +63,7 @@ def test_logits_and_gradients_equal_the_reference(case, attention, monkeypatch):
   np.testing.assert_allclose(nats, golden["loss"], rtol=1e-5)
   squares = {}
   for path, leaf in trees.flatten(gradients).items():
-    for place in parameter_map.places(path, leaf.shape, model.config):
+    for place in parameter_map.tensor_slices(path, leaf.shape, model.config):
       square = np.sum(np.square(leaf[place.index], dtype=np.float64))
       squares[place.name] = squares.get(place.name, 0.0) + square
   want = {k: v for k, v in golden.items() if k.startswith("gradient/")}

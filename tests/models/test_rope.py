@@ -16,7 +16,7 @@ LLAMA3 = Rope(500_000.0, "llama3", 8.0, 1.0, 4.0, 8192)
 def turn(positions, lengths=None, by=None, head_dim=16):
   at = jnp.asarray(positions)
   lengths = None if lengths is None else jnp.asarray(lengths)
-  return rope.turn(at, lengths, by or Rope(100.0), head_dim=head_dim)
+  return rope.rotation(at, lengths, by or Rope(100.0), head_dim=head_dim)
 
 
 def test_angles_stay_true_at_far_positions():
@@ -96,7 +96,7 @@ def test_scores_depend_on_the_distance_alone(first, distance, shift):
 def test_position_zero_and_no_rope_do_not_turn(by):
   x = jax.random.normal(jax.random.key(0), (1, 1, 2, 8))
   at = 0 if by else 5
-  cos_sin = rope.turn(jnp.full((1, 1), at), None, by, head_dim=8)
+  cos_sin = rope.rotation(jnp.full((1, 1), at), None, by, head_dim=8)
   np.testing.assert_array_equal(rope.apply(x, cos_sin), x)
 
 
@@ -112,7 +112,7 @@ def test_a_fraction_turns_the_first_dimensions_alone():
 def test_queries_grow_by_blocks_of_the_original_context():
   beta = Rope(100.0, original_max_positions=4, query_beta=0.5)
   positions = jnp.array([[3, 4, 9]])
-  at = rope.turn(positions, None, beta, head_dim=2)
-  grown = rope.query_turn(at, positions, beta)
+  at = rope.rotation(positions, None, beta, head_dim=2)
+  grown = rope.query_rotation(at, positions, beta)
   want = 1 + 0.5 * np.log([1, 2, 3])
   np.testing.assert_allclose((grown[0] / at[0])[0, :, 0, 0], want, rtol=1e-5)

@@ -11,7 +11,7 @@ import pytest
 from sft_jax.common import trees
 from sft_jax.models import config as config_lib
 from sft_jax.models import transformer
-from sft_jax.models.layer_kinds import LayerKind
+from sft_jax.models.config import LayerKind
 from sft_jax.models.rope import Rope
 
 

@@ -24,8 +24,11 @@ import numpy as np
 from rich.text import Text
 
 from sft_jax.commands import command
-from sft_jax.models.hf.safetensors_files import Pending
-from sft_jax.models.hf.weights import write_json, write_tensors
+from sft_jax.models.hf.safetensors_files import (
+  Pending,
+  write_json,
+  write_tensors,
+)
 from sft_jax.reporting import terminal
 
 _DTYPES = {

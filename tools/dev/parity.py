@@ -78,7 +78,7 @@ def tensors(tree: trees.Tree, model: Model) -> dict[str, np.ndarray]:
   """A tree of parameters or gradients by the names of the reference."""
   found: dict[str, np.ndarray] = {}
   for path, leaf in trees.flatten(tree).items():
-    for place in parameter_map.places(path, leaf.shape, model.config):
+    for place in parameter_map.tensor_slices(path, leaf.shape, model.config):
       part = np.asarray(leaf[place.index])
       whole = found.setdefault(place.name, np.zeros(place.shape, part.dtype))
       whole[place.cut] = part.T if place.transpose else part

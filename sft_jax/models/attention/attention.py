@@ -1,14 +1,14 @@
 """Attention: one function, segment-aware, behind which backends stand.
 
-Who sees whom: a query sees a key of the same segment at the same or an
+The mask: a query sees a key of the same segment at the same or an
 earlier position, within a window of positions if there is one. Segment 0 is
 padding, which no document sees and whose outputs nobody reads.
 
     xla      the reference, here: all scores at once, memory O(T S). A cache
              is always read by it, whatever the backend.
-    blocks   `attention_blocks`: O(T), on any device.
-    splash   `attention_splash`: O(T), TPU.
-    tokamax  `attention_tokamax`: O(T), GPU, of the [cuda] extra.
+    blocks   `blockwise`: O(T), on any device.
+    splash   `kernels`: O(T), TPU.
+    tokamax  `kernels`: O(T), GPU, of the [cuda] extra.
     auto     see `choose`.
 
 docs/attention.md compares them.
@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int
 
-from sft_jax.models.attention import attention_tokamax, blockwise, kernels
+from sft_jax.models.attention import blockwise, kernels
 from sft_jax.models.remat import ATTENTION
 
 BACKENDS = ("auto", "xla", "blocks", "splash", "tokamax")
@@ -72,8 +72,8 @@ def choose(
 ) -> str:
   """The backend that does the work for rows of `length` slots.
 
-  'auto' is decided by the platform of the mesh's devices, which need not be
-  at hand (ahead-of-time compilation), or of JAX's default without a mesh.
+  'auto' is decided by the platform of the mesh's devices, which need not
+  be attached (ahead-of-time compilation), or of JAX's default without a mesh.
   """
   if not in_order:
     return "xla"
@@ -90,7 +90,7 @@ def _platform(mesh: Mesh | None) -> str:
   return mesh.devices.flat[0].platform
 
 
-def sight(
+def attention_mask(
   backend: str,
   q_positions: Int[Array, "B T"],
   kv_positions: Int[Array, "B S"],
@@ -98,18 +98,19 @@ def sight(
   kv_segment_ids: Int[Array, "B S"],
   window: int | None = None,
 ) -> Float32[Array, "B 1 1 T S"] | Int[Array, "B T"]:
-  """Who sees whom, in the form that a backend (not 'auto') reads.
+  """The attention mask, in the form that a backend (not 'auto') reads.
 
   Layers of one kind share it: compute it once.
   """
   if backend == "xla":
-    who = (q_positions, kv_positions, q_segment_ids, kv_segment_ids)
-    return mask_bias(*who, window)
+    return mask_bias(
+      q_positions, kv_positions, q_segment_ids, kv_segment_ids, window
+    )
   # Splash has its window by itself.
-  return first_seen(q_segment_ids, None if backend == "splash" else window)
+  return first_visible(q_segment_ids, None if backend == "splash" else window)
 
 
-def first_seen(
+def first_visible(
   segment_ids: Int[Array, "B T"], window: int | None = None
 ) -> Int[Array, "B T"]:
   """The first slot that each query sees, of rows with documents in order.
@@ -140,12 +141,12 @@ def mask_bias(
   With a window, a query sees that many positions, its own among them. Layers
   of one kind share it: compute it once.
   """
-  seen = q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]
+  visible = q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]
   ago = q_positions[:, :, None] - kv_positions[:, None, :]
-  seen &= ago >= 0
+  visible &= ago >= 0
   if window is not None:
-    seen &= ago < window
-  bias = jnp.where(seen, 0.0, _HIDDEN).astype(jnp.float32)
+    visible &= ago < window
+  bias = jnp.where(visible, 0.0, _HIDDEN).astype(jnp.float32)
   return bias[:, None, None]
 
 
@@ -163,7 +164,7 @@ def attention(
   softcap: float | None = None,
   sinks: Float[Array, " N"] | None = None,
   backend: str = "auto",
-  seen: Float32[Array, "B 1 1 T S"] | Int[Array, "B T"] | None = None,
+  mask: Float32[Array, "B 1 1 T S"] | Int[Array, "B T"] | None = None,
   in_order: bool = False,
   mesh: Mesh | None = None,
 ) -> Float[Array, "B T N H"]:
@@ -186,35 +187,41 @@ def attention(
     sinks: a score per head that takes part in the softmax and brings no
       value, so that the shares of the keys add up to less than one.
     backend: one of BACKENDS; of rows in order, see `choose`.
-    seen: `sight` of the arrays and the window above, if it is at hand.
+    mask: `attention_mask` of the arrays and the window above; None: made here.
     in_order: queries and keys are the same slots (T = S), the tokens of a
       document follow one another, and so do their positions. Then no query
       sees a later slot, and what need not be done is not. False for a cache.
     mesh: of the devices that this is for. Arrays are those of one device: XLA
       divides neither a loop whose length it does not know nor a kernel; see
-      `spread.attention`.
+      `parallel.attention`.
 
   Raises:
     ValueError: an unknown backend, or one that cannot run here.
   """
   check_backend(backend, mesh)
   backend = choose(backend, q.shape[1], in_order=in_order, mesh=mesh)
-  if seen is None:
-    who = (q_positions, kv_positions, q_segment_ids, kv_segment_ids)
-    seen = sight(backend, *who, window)
+  if mask is None:
+    mask = attention_mask(
+      backend,
+      q_positions,
+      kv_positions,
+      q_segment_ids,
+      kv_segment_ids,
+      window,
+    )
   scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-  how = {"scale": scale, "softcap": softcap}
+  options = {"scale": scale, "softcap": softcap}
   with jax.named_scope("attention"):
     if backend == "xla":
-      return _xla(q, k, v, seen, sinks, **how, in_order=in_order)
+      return _xla(q, k, v, mask, sinks, **options, in_order=in_order)
     if backend == "splash":
-      attend = partial(kernels.attend, window=window, **how)
+      attend = partial(kernels.splash_attention, window=window, **options)
     elif backend == "tokamax":
-      attend = partial(attention_tokamax.attend, **how)
+      attend = partial(kernels.tokamax_attention, **options)
     else:
       block = blockwise.BLOCK
-      attend = partial(blockwise.attend, block=block, **how)
-    return attend(q, k, v, seen, sinks)
+      attend = partial(blockwise.attend, block=block, **options)
+    return attend(q, k, v, mask, sinks)
 
 
 def _xla(

@@ -6,6 +6,7 @@ computed and masked. Its blocks are whole lanes of 128, so rows are padded up
 to a multiple of that.
 """
 
+import importlib
 from functools import lru_cache
 from typing import cast
 
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float, Int
 _LANES = 128
 
 
-def attend(
+def splash_attention(
   q: Float[Array, "B T N H"],
   k: Float[Array, "B T K H"],
   v: Float[Array, "B T K H"],
@@ -36,7 +37,7 @@ def attend(
     k: keys.
     v: values.
     starts: the first slot of each query's document, which tells documents
-      apart: `attention.first_seen` without a window.
+      apart: `attention.first_visible` without a window.
     sinks: see `attention.attention`.
     scale: of the scores.
     softcap: see `attention.attention`.
@@ -99,4 +100,51 @@ def _kernel(
     attn_logits_soft_cap=softcap,
     residual_checkpoint_name="attention_out",
     interpret=interpret,
+  )
+
+
+def tokamax_attention(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B T K H"],
+  v: Float[Array, "B T K H"],
+  starts: Int[Array, "B T"],
+  sinks: Float[Array, " N"] | None = None,
+  *,
+  scale: float,
+  softcap: float | None = None,
+  operator: str = "gpu",
+) -> Float[Array, "B T N H"]:
+  """softmax(q k' scale) v over the keys in slots [starts[b, t], t].
+
+  Args:
+    q: queries, bfloat16; N is a multiple of K.
+    k: keys.
+    v: values.
+    starts: first slot that each query sees, at most its own.
+    sinks: refused, the kernels have none.
+    scale: of the scores.
+    softcap: see `attention.attention`.
+    operator: 'gpu', or 'reference' (tokamax's own, without a kernel) for
+      tests.
+
+  Raises:
+    ValueError: sinks.
+  """
+  if sinks is not None:
+    raise ValueError(
+      "attention: backend 'tokamax' got attention sinks (gpt-oss), expected a "
+      "model without them: its kernels have none. Set model.attention to "
+      "'blocks'."
+    )
+  # Not of the default install, hence imported by name where it is used.
+  base = importlib.import_module("tokamax._src.ops.attention.base")
+  if operator == "gpu":
+    attention = importlib.import_module(
+      "tokamax.ops.gpu"
+    ).PallasMosaicFlashAttention()
+  else:
+    attention = base.DotProductAttention()
+  mask = base.Mask(k_start=starts[:, None], is_causal=True)
+  return attention(
+    q, k, v, mask=mask, logits_scale=scale, logits_soft_cap=softcap
   )

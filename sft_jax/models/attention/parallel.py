@@ -51,11 +51,11 @@ def constrain(x: Array, mesh: Mesh | None, spec: PartitionSpec) -> Array:
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
-def table(leaves: Tree, mesh: Mesh | None) -> Tree:
+def gather_table(leaves: Tree, mesh: Mesh | None) -> Tree:
   """The leaves [V, ...] of an embedding, their other axes made whole.
 
   A lookup in a table whose rows are cut over `fsdp`, which cuts the batch too,
-  would have XLA gather the results on every device and cut them anew
+  would have XLA gather the results on every device and divide them again
   ("involuntary full rematerialization"). Used as the head, the table is then
   gathered once and not for each chunk of the loss.
   """

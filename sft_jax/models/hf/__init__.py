@@ -1,0 +1,9 @@
+"""Hugging Face folders in and out.
+
+In: a folder of config.json and safetensors, or parameters; out: a model with
+its parameters on their devices, or a folder that transformers loads.
+
+Reading order: `load_save` (the two entry points), `parameter_map` (which
+tensor holds which parameter), `safetensors_files` (files, checked),
+`device_loading` (rows of files to devices); then PEFT's adapters.
+"""

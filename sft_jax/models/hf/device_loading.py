@@ -30,7 +30,7 @@ _GROUP_BYTES = 128 << 20
 _CHUNK_BYTES = 2 << 20
 _WORKERS = min(8, os.cpu_count() or 1)
 
-Box = tuple[slice, ...]
+Slices = tuple[slice, ...]
 
 
 class Source(NamedTuple):
@@ -46,12 +46,12 @@ class Source(NamedTuple):
   cut: tuple[slice, ...]
   transpose: bool
 
-  def read_into(self, out: np.ndarray, box: Box) -> None:
-    """Fills `out` with the part `box` of the layer, in the dtype of `out`."""
+  def read_into(self, out: np.ndarray, local: Slices) -> None:
+    """Fills `out` with the part `local` of the layer, in the dtype of `out`."""
     axes = zip(
       self.tensor.shape,
       self.cut,
-      box[::-1] if self.transpose else box,
+      local[::-1] if self.transpose else local,
       strict=True,
     )
     rows, *columns = (range(n)[cut][one] for n, cut, one in axes)
@@ -101,12 +101,12 @@ class _Group(NamedTuple):
 
   leaf: Leaf
   start: int
-  host: np.ndarray  # The part `box` of the leaf, but for its first axis.
-  box: Box
+  host: np.ndarray  # The part `local` of the leaf, but for its first axis.
+  local: Slices
   reads: list[Future]
 
 
-def place_all(leaves: Iterable[Leaf]) -> Iterator[tuple[str, jax.Array]]:
+def load_leaves(leaves: Iterable[Leaf]) -> Iterator[tuple[str, jax.Array]]:
   """Yields (path, array) of each leaf, read and put on its devices.
 
   A process reads the rows that its own devices hold.
@@ -143,9 +143,9 @@ def _groups(
 ) -> Iterator[_Group]:
   """Starts the reading of each group of layers, as many as fit in one."""
   for leaf in leaves:
-    box, n = _hull(leaf.sharding, leaf.shape), leaf.stacked
+    local, n = _local_slice(leaf.sharding, leaf.shape), leaf.stacked
     if n:
-      part = tuple(one.stop - one.start for one in box[1:])
+      part = tuple(one.stop - one.start for one in local[1:])
       size = math.prod(part) * np.dtype(leaf.dtype).itemsize
       step = max(1, _group_bytes(leaf.sharding) // max(size, 1))
     else:
@@ -153,15 +153,15 @@ def _groups(
     for start in range(0, leaf.shape[0], step):
       if n:
         stop = min(start + step, leaf.shape[0])
-        box = (slice(start, stop), *box[1:])
-      shape = tuple(one.stop - one.start for one in box)
+        local = (slice(start, stop), *local[1:])
+      shape = tuple(one.stop - one.start for one in local)
       host = _aligned(shape, leaf.dtype)
       reads = []
       for place in np.ndindex(shape[:n]):
-        at = (i + one.start for i, one in zip(place, box[:n], strict=True))
+        at = (i + one.start for i, one in zip(place, local[:n], strict=True))
         source = leaf.sources[tuple(at)]
-        reads.append(pool.submit(source.read_into, host[place], box[n:]))
-      yield _Group(leaf, start, host, box, reads)
+        reads.append(pool.submit(source.read_into, host[place], local[n:]))
+      yield _Group(leaf, start, host, local, reads)
 
 
 def _group_bytes(sharding: Any) -> int:
@@ -181,14 +181,13 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
   return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _hull(sharding: Any, shape: tuple[int, ...]) -> Box:
-  """The smallest box that holds all that this process's devices hold."""
+def _local_slice(sharding: Any, shape: tuple[int, ...]) -> Slices:
+  """The smallest slice that holds all that this process's devices hold."""
   if sharding is None:
     return tuple(slice(0, n) for n in shape)
-  boxes = sharding.addressable_devices_indices_map(shape).values()
   ends = [
-    [one.indices(n)[:2] for one, n in zip(box, shape, strict=True)]
-    for box in boxes
+    [one.indices(n)[:2] for one, n in zip(local, shape, strict=True)]
+    for local in sharding.addressable_devices_indices_map(shape).values()
   ]
   return tuple(
     slice(min(a for a, _ in axis), max(b for _, b in axis))
@@ -198,16 +197,16 @@ def _hull(sharding: Any, shape: tuple[int, ...]) -> Box:
 
 def _put(group: _Group, array: jax.Array | None) -> jax.Array:
   """Puts a group's layers into the leaf that is being assembled."""
-  leaf, box, sharding = group.leaf, group.box, group.leaf.sharding
+  leaf, local, sharding = group.leaf, group.local, group.leaf.sharding
   if not leaf.stacked or len(group.host) == leaf.shape[0]:
-    return _to_devices(group.host, leaf.shape, box, sharding)
+    return _to_devices(group.host, leaf.shape, local, sharding)
   if isinstance(sharding, NamedSharding):
     # A group of layers need not divide as all of them do.
     spec = PartitionSpec(None, *sharding.spec[1:])
     sharding = NamedSharding(sharding.mesh, spec)
   shape = (len(group.host), *leaf.shape[1:])
-  box = (slice(0, len(group.host)), *box[1:])
-  layers = _to_devices(group.host, shape, box, sharding)
+  local = (slice(0, len(group.host)), *local[1:])
+  layers = _to_devices(group.host, shape, local, sharding)
   if array is None:
     array = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
   return _write_layers(array, layers, group.start)
@@ -220,15 +219,15 @@ def _write_layers(array: jax.Array, layers: jax.Array, start: int) -> jax.Array:
 
 
 def _to_devices(
-  host: np.ndarray, shape: tuple[int, ...], box: Box, sharding: Any
+  host: np.ndarray, shape: tuple[int, ...], local: Slices, sharding: Any
 ) -> jax.Array:
-  """An array of this global shape, of which the host holds the part `box`."""
+  """An array of this global shape, of which the host holds the part `local`."""
   if sharding is None:
     return jax.device_put(host)
 
-  def part(index: Box | None) -> np.ndarray:
+  def part(index: Slices | None) -> np.ndarray:
     assert index is not None  # Only where a shape is not known.
-    bounds = zip(index, shape, box, strict=True)
+    bounds = zip(index, shape, local, strict=True)
     return host[
       tuple(
         slice(one.indices(n)[0] - own.start, one.indices(n)[1] - own.start)

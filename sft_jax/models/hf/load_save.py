@@ -3,8 +3,8 @@
     model.layers.3.self_attn.q_proj.weight [N * H, D]
       <-> layers/attn/q/kernel [L, D, N * H], at index 3, transposed
 
-How tensors lie in files is the business of `weights`, how they come to
-devices that of `placing`.
+`safetensors_files` reads and writes the files, `device_loading` puts tensors
+on devices.
 """
 
 import json
@@ -23,10 +23,17 @@ from sft_jax.common import hub, trees
 from sft_jax.common.trees import Tree
 from sft_jax.models import transformer
 from sft_jax.models.config import ModelConfig, read_config
-from sft_jax.models.hf import checksums, parameter_map
-from sft_jax.models.hf.device_loading import Leaf, Source, copy_into, place_all
-from sft_jax.models.hf.safetensors_files import Pending, Tensor
-from sft_jax.models.hf.weights import (
+from sft_jax.models.hf import parameter_map
+from sft_jax.models.hf.device_loading import (
+  Leaf,
+  Source,
+  copy_into,
+  load_leaves,
+)
+from sft_jax.models.hf.safetensors_files import (
+  Pending,
+  Tensor,
+  check_checksums,
   inside,
   open_tensors,
   replace_folder,
@@ -101,7 +108,7 @@ def load_pretrained(
       "(config.json, *.safetensors). Check model.path."
     )
   inside(folder, "config.json")
-  checksums.check(folder)
+  check_checksums(folder)
   config = read_config(folder)
   model = transformer.build(
     config,
@@ -129,10 +136,10 @@ def load_pretrained(
     placed |= trees.flatten(shardings(trees.unflatten(whole)))
   else:
     placed = trees.flatten(shardings or {})
-  tensors = parameter_map.official(open_tensors(folder), config)
+  tensors = parameter_map.official_names(open_tensors(folder), config)
   _check_tensors(folder, tensors, base, model)
   params = {}
-  for path, x in place_all(_leaves(tensors, base, config, placed)):
+  for path, x in load_leaves(_leaves(tensors, base, config, placed)):
     become = jax.eval_shape(partial(prepare, path), x)
     if become.keys() == {path}:
       params[path] = x
@@ -243,12 +250,14 @@ def _check_tensors(
   expected = {
     place.name: place.shape
     for path, leaf in trees.flatten(base).items()
-    for place in parameter_map.places(path, leaf.shape, model.config)
+    for place in parameter_map.tensor_slices(path, leaf.shape, model.config)
   }
   extras = set(tensors.keys() - expected.keys())
   if model.config.tie_embeddings and "lm_head.weight" in extras:
     shape = base["embed"]["embedding"].shape
-    name = parameter_map.places("embed/embedding", shape, model.config)[0].name
+    name = parameter_map.tensor_slices("embed/embedding", shape, model.config)[
+      0
+    ].name
     if name not in tensors or not _equal(
       tensors["lm_head.weight"], tensors[name]
     ):
@@ -301,7 +310,7 @@ def _leaves(
   for path, leaf in trees.flatten(base).items():
     sources = {
       place.index: Source(tensors[place.name], place.cut, place.transpose)
-      for place in parameter_map.places(path, leaf.shape, config)
+      for place in parameter_map.tensor_slices(path, leaf.shape, config)
     }
     yield Leaf(path, leaf.shape, leaf.dtype, shardings.get(path), sources)
 
@@ -321,9 +330,9 @@ def _put(array: np.ndarray, sharding: Any) -> jax.Array:
 def _pending(model: Model, params: Tree, dtype: np.dtype) -> Iterator[Pending]:
   """The tensors of a parameter tree; nothing is copied before its turn."""
   flat = trees.flatten(params)
-  parts: dict[str, list[tuple[str, parameter_map.Place]]] = {}
+  parts: dict[str, list[tuple[str, parameter_map.TensorSlice]]] = {}
   for path, leaf in flat.items():
-    for place in parameter_map.places(path, leaf.shape, model.config):
+    for place in parameter_map.tensor_slices(path, leaf.shape, model.config):
       parts.setdefault(place.name, []).append((path, place))
 
   def make(name: str) -> np.ndarray:

@@ -14,8 +14,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from sft_jax.models.config import ModelConfig
-from sft_jax.models.families import FAMILIES
-from sft_jax.models.family import Family
+from sft_jax.models.families import FAMILIES, Family
 
 _T = TypeVar("_T")
 
@@ -29,7 +28,7 @@ _LEAF = {
 _EXPERTS = ("layers/moe/gate", "layers/moe/up", "layers/moe/down")
 
 
-class Place(NamedTuple):
+class TensorSlice(NamedTuple):
   """Where one matrix or vector of a parameter lies.
 
       ours[index] = theirs[name][cut], transposed if `transpose`
@@ -62,9 +61,9 @@ def modules(
   return {i: theirs.format(*i) for i in np.ndindex(stack)}
 
 
-def places(
+def tensor_slices(
   path: str, shape: tuple[int, ...], config: ModelConfig
-) -> list[Place]:
+) -> list[TensorSlice]:
   """Where a parameter lies, matrix by matrix.
 
   Args:
@@ -90,12 +89,14 @@ def places(
   if transpose:
     cut, whole = cut[::-1], whole[::-1]
   return [
-    Place(index, f"{name}.{_LEAF[leaf]}", whole, cut, transpose)
+    TensorSlice(index, f"{name}.{_LEAF[leaf]}", whole, cut, transpose)
     for index, name in found.items()
   ]
 
 
-def official(tensors: Mapping[str, _T], config: ModelConfig) -> dict[str, _T]:
+def official_names(
+  tensors: Mapping[str, _T], config: ModelConfig
+) -> dict[str, _T]:
   """The tensors of a checkpoint by the names that transformers writes.
 
   Some folders hold the network without its head, as GPT-2's own does: their
@@ -121,7 +122,7 @@ def _stacked(
   shape: tuple[int, ...],
   family: Family,
   found: dict[tuple[int, ...], str],
-) -> list[Place]:
+) -> list[TensorSlice]:
   """Experts [E, in, out] or biases [E, out] of a layer, in one tensor."""
   sharing = [m for m in family.names if family.names[m] == family.names[module]]
   *rest, width = shape
@@ -129,7 +130,7 @@ def _stacked(
   cut, whole = (*map(slice, rest), turns), (*rest, width * len(sharing))
   ending = {"kernel": "", "bias": "_bias"}[leaf]
   return [
-    Place(index, name + ending, whole, cut, False)
+    TensorSlice(index, name + ending, whole, cut, False)
     for index, name in found.items()
   ]
 

@@ -26,7 +26,11 @@ from sft_jax.models import transformer
 from sft_jax.models.config import ModelConfig
 from sft_jax.models.families import FAMILIES
 from sft_jax.models.hf import parameter_map, peft_moe
-from sft_jax.models.hf.weights import replace_folder, save_tensors, write_json
+from sft_jax.models.hf.safetensors_files import (
+  replace_folder,
+  save_tensors,
+  write_json,
+)
 from sft_jax.models.lora import lora as lora_lib
 from sft_jax.models.lora.lora import LoraConfig
 from sft_jax.models.transformer import Model
@@ -102,7 +106,7 @@ def save_adapter(
   tied = config.tie_embeddings and lora.trains("embed/embedding")
   if tied:  # peft ties the two again, but looks for both.
     x = flat["embed/embedding"]
-    (place,) = parameter_map.places("embed/embedding", x.shape, config)
+    (place,) = parameter_map.tensor_slices("embed/embedding", x.shape, config)
     tensors[f"{PREFIX}lm_head.weight"] = tensors[f"{PREFIX}{place.name}"]
   settings = {
     "peft_type": "LORA",
@@ -256,7 +260,7 @@ def _whole(
   tensors: dict[str, np.ndarray] = {}
   for leaf, x in flat.items():
     if leaf.rpartition("/")[0] in ours:
-      for place in parameter_map.places(leaf, x.shape, config):
+      for place in parameter_map.tensor_slices(leaf, x.shape, config):
         name, part = f"{PREFIX}{place.name}", np.asarray(x[place.index])
         if name not in tensors:
           tensors[name] = np.zeros(place.shape, part.dtype)
@@ -312,7 +316,7 @@ def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
     ranks.append((rf"^{short}$", rank))
     alphas.append((rf"^{short}$", float(alpha)))
   for leaf, shape in shapes.items():
-    places = parameter_map.places(leaf, shape.shape, config)
+    places = parameter_map.tensor_slices(leaf, shape.shape, config)
     if f"{PREFIX}{places[0].name}" in tensors:
       x = np.empty(shape.shape, np.float32)
       for place in places:
@@ -323,7 +327,7 @@ def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
   known = {
     f"{PREFIX}{place.name}"
     for leaf, shape in shapes.items()
-    for place in parameter_map.places(leaf, shape.shape, config)
+    for place in parameter_map.tensor_slices(leaf, shape.shape, config)
   }
   if config.tie_embeddings:  # Written once more by some versions of peft.
     known.add(f"{PREFIX}lm_head.weight")

@@ -1,23 +1,31 @@
-"""Safetensors files: what one holds, rows of it on demand, and one written
-tensor by tensor.
+"""Folders of safetensors: tensors read row by row, written one at a time.
 
     8 bytes: n, little-endian | n bytes of JSON | the tensors, end to end
     {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...}
 
-The `safetensors` library reads and writes this too (and is the oracle of our
-tests), but it maps whole files into memory, takes the last of two tensors of
-one name, and writes only what is all in memory at once.
+The `safetensors` library checks every file (holes, overlaps, names that occur
+twice, missing bytes). Rows are then read here, from the offsets of the header:
+the library maps whole files into memory. It also writes only what is all in
+memory at once, hence `write_file`.
 https://github.com/huggingface/safetensors#format
+
+Nothing here knows of models. A checkpoint is untrusted: it names only files
+of its own folder, and only safetensors are opened; nothing is unpickled.
 """
 
+import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError, safe_open
 
 _DTYPES = {
   "F64": np.float64,
@@ -26,6 +34,7 @@ _DTYPES = {
   "BF16": ml_dtypes.bfloat16,
   "F8_E5M2": ml_dtypes.float8_e5m2,
   "F8_E4M3": ml_dtypes.float8_e4m3fn,
+  "F8_E8M0": ml_dtypes.float8_e8m0fnu,
   "I64": np.int64,
   "U64": np.uint64,
   "I32": np.int32,
@@ -37,11 +46,15 @@ _DTYPES = {
   "BOOL": np.bool_,
 }
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
-_MAX_HEADER = 100_000_000  # Bytes, as the format has it.
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# Digests of an export's files, as `sha256sum -c` reads them.
+CHECKSUMS = "SHA256SUMS"
 
 
 class Tensor(NamedTuple):
-  """Where a tensor lies in a file; nothing of it is read yet.
+  """A tensor of a file, not read yet.
 
   Attributes:
     path: the file.
@@ -82,82 +95,31 @@ class Tensor(NamedTuple):
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-  """What a file holds, by name; every byte of it accounted for.
+  """The tensors of a file by name; every byte of it accounted for.
 
   Raises:
-    ValueError: a file that is cut off, or whose header is malformed, names a
-      tensor twice, or leaves bytes out, to two tensors or beyond the end.
+    ValueError: the library refuses the file, or a dtype that is unknown here.
   """
-  with path.open("rb") as file:
-    size = file.seek(0, 2)
-    file.seek(0)
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(size - 8, _MAX_HEADER):
-      raise _refuse(
-        path, f"a header of {length} bytes in {size}", "one within the file"
-      )
-    text = file.read(length)
   try:
-    header = json.loads(text, object_pairs_hook=_without_duplicates)
-  # Too deep a nesting is malformed too.
-  except (ValueError, RecursionError) as error:
-    raise _refuse(path, f"a header with {error}", "JSON") from error
-  if not isinstance(header, dict):
-    raise _refuse(path, type(header).__name__, "an object of tensors")
-  metadata = header.pop("__metadata__", {})
-  if not isinstance(metadata, dict):
-    raise _refuse(path, "__metadata__ of another kind", "an object")
-  tensors = [
-    _entry(path, name, entry, 8 + length) for name, entry in header.items()
-  ]
-  at = 8 + length
-  for tensor in sorted(tensors, key=lambda t: (t.offset, t.num_bytes)):
-    if tensor.offset != at:
-      raise _refuse(
-        path, f"{tensor.name!r} at byte {tensor.offset}", f"it at byte {at}"
-      )
-    at += tensor.num_bytes
-  if at != size:
-    raise _refuse(path, f"{size} bytes", f"{at} bytes, by its header")
-  return {tensor.name: tensor for tensor in tensors}
-
-
-def _entry(path: Path, name: str, entry: Any, start: int) -> Tensor:
-  """One line of the header, its size checked against its shape."""
-  if not isinstance(entry, dict):
-    entry = {}
-  dtype, shape = entry.get("dtype"), entry.get("shape")
-  offsets = entry.get("data_offsets")
-  if not isinstance(dtype, str) or dtype not in _DTYPES:
-    raise _refuse(path, f"{name!r} of dtype {dtype!r}", f"{list(_DTYPES)}")
-  if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-    raise _refuse(
-      path, f"{name!r} with shape {shape!r} at {offsets!r}", "whole numbers"
+    with safe_open(path, framework="numpy"), path.open("rb") as file:
+      length = int.from_bytes(file.read(8), "little")
+      header = json.loads(file.read(length))
+  except (SafetensorError, OSError, ValueError) as error:
+    raise _refuse(path, str(error), "a whole file") from error
+  header.pop("__metadata__", None)
+  tensors = {}
+  for name, entry in header.items():
+    dtype = entry["dtype"]
+    if dtype not in _DTYPES:
+      raise _refuse(path, f"{name!r} of dtype {dtype!r}", f"{list(_DTYPES)}")
+    tensors[name] = Tensor(
+      path=path,
+      name=name,
+      dtype=np.dtype(_DTYPES[dtype]),
+      shape=tuple(entry["shape"]),
+      offset=8 + length + entry["data_offsets"][0],
     )
-  found = np.dtype(_DTYPES[dtype])
-  wanted = math.prod(shape) * found.itemsize
-  if offsets[1] - offsets[0] != wanted:
-    raise _refuse(
-      path,
-      f"{name!r} in {offsets[1] - offsets[0]} bytes",
-      f"{wanted} bytes for {dtype} {shape}",
-    )
-  return Tensor(path, name, found, tuple(shape), start + offsets[0])
-
-
-def _are_sizes(value: Any) -> TypeGuard[list[int]]:
-  return isinstance(value, list) and all(
-    type(x) is int and 0 <= x < 2**63 for x in value
-  )
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  found = dict(pairs)
-  if len(found) < len(pairs):
-    names = [name for name, _ in pairs]
-    twice = next(name for name in names if names.count(name) > 1)
-    raise ValueError(f"{twice!r} twice")
-  return found
+  return tensors
 
 
 def _refuse(path: Path, got: str, expected: str) -> ValueError:
@@ -165,6 +127,105 @@ def _refuse(path: Path, got: str, expected: str) -> ValueError:
     f"{path}: not a whole safetensors file: got {got[:400]}; expected "
     f"{expected}. Download it again."
   )
+
+
+def open_tensors(folder: Path) -> dict[str, Tensor]:
+  """Where each tensor of a folder lies; headers are read, weights are not.
+
+  Raises:
+    ValueError: no weights, pickled weights, a file that is broken or outside
+      the folder, an index that is not true.
+  """
+  if (folder / _SINGLE).exists():
+    return read_header(_weight_file(folder, _SINGLE))
+  if not (folder / _INDEX).exists():
+    pickles = [p.name for p in folder.iterdir() if p.suffix in _PICKLES]
+    if pickles:
+      raise ValueError(
+        f"{folder}: pickled weights {sorted(pickles)}; expected "
+        "model.safetensors, as unpickling runs code. Convert them with "
+        "transformers: from_pretrained(...).save_pretrained(...)."
+      )
+    raise ValueError(
+      f"{folder}: no weights; expected model.safetensors or "
+      "model.safetensors.index.json. Download them, or set model.from_scratch."
+    )
+  where = _read_index(inside(folder, _INDEX))
+  tensors: dict[str, Tensor] = {}
+  # Every name is judged before any file is opened.
+  paths = {name: _weight_file(folder, name) for name in set(where.values())}
+  for name, path in sorted(paths.items()):
+    listed = {tensor for tensor in where if where[tensor] == name}
+    found = read_header(path)
+    if listed != found.keys():
+      odd = sorted(listed ^ found.keys())
+      raise ValueError(
+        f"{path}: differs from the index at {odd[:3]} ({len(odd)} in "
+        "all); expected the tensors that the index lists. Download it again."
+      )
+    tensors |= found
+  return tensors
+
+
+def _read_index(path: Path) -> dict[str, str]:
+  """{tensor: file} of an index; a tensor that it lists twice is refused."""
+
+  def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+      raise ValueError("a name twice in one object")
+    return dict(pairs)
+
+  try:
+    text = path.read_text(encoding="utf-8")
+    where = json.loads(text, object_pairs_hook=once)["weight_map"]
+    return {str(tensor): str(file) for tensor, file in where.items()}
+  except (
+    *(ValueError, KeyError, TypeError, AttributeError),
+    RecursionError,
+  ) as error:
+    raise ValueError(
+      f"{path}: no weight_map in it ({error!r}); expected "
+      '{"weight_map": {tensor: file}}. Download it again.'
+    ) from error
+
+
+def inside(folder: Path, name: str) -> Path:
+  """The file of this name, wherever it may lie.
+
+  Raises:
+    ValueError: a link out of the folder. The hub's cache is allowed: there
+      snapshots/<commit>/file links to ../../blobs/<digest>.
+  """
+  path, home = folder / name, folder.resolve()
+  real = path.resolve()
+  allowed = [home]
+  if home.parent.name == "snapshots":
+    allowed.append(home.parent.parent / "blobs")
+  if real.parent not in allowed:
+    raise ValueError(
+      f"{path}: a link to {real}; expected a file in the model's own folder. "
+      "Copy the file there if you trust it."
+    )
+  return real
+
+
+def _weight_file(folder: Path, name: str) -> Path:
+  """A weight file, which lies in the folder itself."""
+  if Path(name).name != name or not name.endswith(".safetensors"):
+    raise ValueError(
+      f"{folder}: the index names {name!r}; expected a plain *.safetensors "
+      "name in this folder. Do not trust this checkpoint."
+    )
+  real = inside(folder, name)
+  if not real.is_file():
+    raise ValueError(
+      f"{folder / name}: no such file; expected the weights that the index "
+      "names. Download it."
+    )
+  return real
+
+
+# -- Writing -------------------------------------------------------------
 
 
 class Pending(NamedTuple):
@@ -219,3 +280,136 @@ def write_file(path: Path | None, tensors: Sequence[Pending]) -> None:
       # In C order, whatever its strides.
       flat = np.ascontiguousarray(array).reshape(-1)
       file.write(flat.view(np.uint8).data)
+
+
+def write_tensors(
+  folder: Path | None, tensors: Iterable[Pending], *, max_shard_bytes: int
+) -> None:
+  """Writes model.safetensors, or numbered shards and their index.
+
+  With `folder` None every tensor is made and nothing written; see
+  `write_file`.
+  """
+  shards: list[list[Pending]] = [[]]
+  total = filled = 0
+  for tensor in tensors:
+    if shards[-1] and filled + tensor.num_bytes > max_shard_bytes:
+      shards.append([])
+      filled = 0
+    shards[-1].append(tensor)
+    filled += tensor.num_bytes
+    total += tensor.num_bytes
+  where = {}
+  for i, shard in enumerate(shards):
+    file = _SINGLE
+    if len(shards) > 1:
+      file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+    write_file(folder and folder / file, shard)
+    where |= {tensor.name: file for tensor in shard}
+  if folder and len(shards) > 1:
+    write_json(
+      folder / _INDEX,
+      {"metadata": {"total_size": total}, "weight_map": where},
+    )
+
+
+def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+  """Writes arrays that are at hand as one file."""
+  write_file(
+    path,
+    [
+      Pending(name, array.dtype, array.shape, lambda array=array: array)
+      for name, array in tensors.items()
+    ],
+  )
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+  text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
+  path.write_text(text + "\n", encoding="utf-8")
+
+
+def replace_folder(
+  path: Path, marker: str, write: Callable[[Path], None]
+) -> None:
+  """Fills a folder beside `path`, then puts it in its place: all or nothing.
+
+  Of several processes the first one makes and moves the folder; every one
+  calls `write`, which may gather arrays, and only the first may write.
+
+  Raises:
+    ValueError: `path` holds something else than a folder with a `marker`.
+  """
+  first = jax.process_index() == 0
+  fresh = path.with_name(f".{path.name}.writing")
+  old = path.with_name(f".{path.name}.replaced")
+  if first:
+    if path.exists() and not (
+      path.is_dir() and ((path / marker).exists() or not any(path.iterdir()))
+    ):
+      raise ValueError(
+        f"{path}: exists and is not a model folder (no {marker}); expected a "
+        "new, an empty or a model folder. Choose another path."
+      )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # What a killed process left behind.
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+  wait_for_all()
+  try:
+    write(fresh)
+    wait_for_all()
+    if first:
+      if path.exists():
+        path.rename(old)
+      fresh.rename(path)
+  finally:
+    if first:
+      shutil.rmtree(fresh, ignore_errors=True)
+      shutil.rmtree(old, ignore_errors=True)
+  wait_for_all()
+
+
+def wait_for_all() -> None:
+  """Returns when every process of the run has come here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("sft_jax.models.hf")
+
+
+def write_checksums(folder: Path) -> None:
+  """Writes the digests of all files that are in a folder."""
+  files = (p for p in folder.iterdir() if p.is_file() and p.name != CHECKSUMS)
+  names = sorted(p.name for p in files)
+  lines = [f"{_digest(folder / name)}  {name}\n" for name in names]
+  (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def check_checksums(folder: Path) -> None:
+  """Compares a folder's files with their digests, if it has any.
+
+  Raises:
+    ValueError: a file is missing, or is not what was written.
+  """
+  path = folder / CHECKSUMS
+  if not path.exists():
+    return
+  wrong = []
+  for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    expected, _, name = line.partition("  ")
+    file = folder / name
+    # A damaged name must not lead out of the folder.
+    if not name or file.parent != folder or not file.is_file():
+      wrong.append(f"{name} (missing)")
+    elif _digest(file) != expected:
+      wrong.append(name)
+  if wrong:
+    raise ValueError(
+      f"{folder}: got other contents than were written of {wrong}, expected "
+      f"those of its {CHECKSUMS}. Export again, or copy the folder again; if "
+      f"you changed the files on purpose, delete {CHECKSUMS}."
+    )
+
+
+def _digest(path: Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,7 +17,7 @@ from sft_jax.models.attention.attention import (
   attention,
   check_backend,
   choose,
-  first_seen,
+  first_visible,
 )
 
 
@@ -206,15 +206,15 @@ def test_auto_is_chosen_by_the_length_and_the_platform_of_the_mesh():
 def test_the_first_slot_that_a_query_sees():
   segments = jnp.array([[1, 1, 1, 1, 2, 2, 0, 0], [7, 8, 8, 8, 8, 8, 8, 8]])
   want = [[0, 0, 0, 0, 4, 4, 6, 7], [0, 1, 1, 1, 1, 1, 1, 1]]
-  np.testing.assert_array_equal(first_seen(segments), want)
+  np.testing.assert_array_equal(first_visible(segments), want)
   want = [[0, 0, 1, 2, 4, 4, 6, 7], [0, 1, 1, 2, 3, 4, 5, 6]]
-  np.testing.assert_array_equal(first_seen(segments, 2), want)
+  np.testing.assert_array_equal(first_visible(segments, 2), want)
 
 
 def reference(q, k, v, segments, sinks, *, window, softcap):
   """As training calls it: positions restart with each document."""
   own = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
-  positions = own - first_seen(segments)
+  positions = own - first_visible(segments)
   return attention(
     q,
     k,

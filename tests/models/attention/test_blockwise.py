@@ -6,13 +6,13 @@ from hypothesis import strategies as st
 
 import attention_laws as laws
 from sft_jax.models.attention import blockwise
-from sft_jax.models.attention.attention import first_seen
+from sft_jax.models.attention.attention import first_visible
 
 
 def of_size(block):
   def attend(q, k, v, segments, sinks, *, window, softcap):
     return blockwise.attend(
-      *(q, k, v, first_seen(segments, window), sinks),
+      *(q, k, v, first_visible(segments, window), sinks),
       scale=q.shape[-1] ** -0.5,
       softcap=softcap,
       block=block,

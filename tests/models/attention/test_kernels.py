@@ -1,4 +1,7 @@
 """The TPU kernel: interpreted on CPU, and compiled for a TPU that is not here.
+The mask given to tokamax: on its own reference operator, and on a GPU.
+
+    JAX_PLATFORMS=cuda python -m pytest tests/models/attention/test_kernels.py
 
 Rows of 200 slots are two blocks of 128.
 """
@@ -18,9 +21,8 @@ import attention_laws as laws
 from sft_jax.models import transformer
 from sft_jax.models.attention import attention as attention_lib
 from sft_jax.models.attention import kernels
-from sft_jax.models.attention.attention import first_seen
-from sft_jax.models.config import config_from_fields
-from sft_jax.models.layer_kinds import LayerKind
+from sft_jax.models.attention.attention import first_visible
+from sft_jax.models.config import LayerKind, config_from_fields
 from sft_jax.models.rope import Rope
 
 CASES = [
@@ -30,8 +32,8 @@ CASES = [
 
 
 def attend(q, k, v, segments, sinks, *, window, softcap):
-  return kernels.attend(
-    *(q, k, v, first_seen(segments), sinks),
+  return kernels.splash_attention(
+    *(q, k, v, first_visible(segments), sinks),
     scale=q.shape[-1] ** -0.5,
     softcap=softcap,
     window=window,
@@ -82,8 +84,8 @@ def test_layers_with_and_without_a_window(scan, monkeypatch):
     return jax.jit(jax.value_and_grad(loss))(params)
 
   want = run("xla")
-  interpreted = functools.partial(kernels.attend, interpret=True)
-  monkeypatch.setattr(kernels, "attend", interpreted)
+  interpreted = functools.partial(kernels.splash_attention, interpret=True)
+  monkeypatch.setattr(kernels, "splash_attention", interpreted)
   monkeypatch.setattr(attention_lib, "_platform", lambda mesh: "tpu")
   for x, y in zip(*map(jax.tree.leaves, (run("auto"), want)), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
@@ -95,7 +97,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jax.experimental import topologies
 from sft_jax.models.attention import parallel
-from sft_jax.models.attention import attention
+from sft_jax.models.attention.attention import attention
 
 chips = np.array(topologies.get_topology_desc("v5e:2x2", "tpu").devices)
 axes = ("data", "fsdp", "context", "tensor")
@@ -135,3 +137,49 @@ def test_auto_compiles_the_kernel_for_a_tpu():
     [sys.executable, "-c", _COMPILE], env=env, capture_output=True, text=True
   )
   assert done.stdout.strip() == "3 kernels", done.stderr
+
+
+# -- tokamax ------------------------------------------------------------
+
+TOKAMAX_CASES = [
+  laws.Case((9, 1, 7), 22),
+  laws.Case((4, 4, 8, 6), 22, K=1, window=3, softcap=0.7),
+]
+
+
+def tokamax(q, k, v, segments, sinks, *, window, softcap, dtype, operator):
+  q, k, v = (x.astype(dtype) for x in (q, k, v))
+  out = kernels.tokamax_attention(
+    *(q, k, v, first_visible(segments, window), sinks),
+    scale=q.shape[-1] ** -0.5,
+    softcap=softcap,
+    operator=operator,
+  )
+  return out.astype(jnp.float32)
+
+
+@pytest.mark.parametrize("case", TOKAMAX_CASES)
+@pytest.mark.parametrize(
+  "law", [laws.check_values, laws.check_isolation, laws.check_packing]
+)
+def test_tokamax_mask_keeps_the_laws(law, case):
+  pytest.importorskip("tokamax", reason="needs tokamax (Python 3.12)")
+  law(functools.partial(tokamax, dtype="float32", operator="reference"), case)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("changes", [{}, {"window": 5, "softcap": 2.0, "K": 1}])
+def test_tokamax_kernels_keep_the_laws(changes):
+  """In bfloat16, whose rounding is in the tolerance; isolation has none."""
+  case = laws.Case((5, 8, 3, 7, 8, 2) * 8, 300, H=64)._replace(**changes)
+  kernel = functools.partial(tokamax, dtype="bfloat16", operator="gpu")
+  laws.check_values(kernel, case, atol=0.1)
+  laws.check_isolation(kernel, case, range(0, 300, 17))
+
+
+def test_tokamax_refuses_sinks():
+  x = jnp.zeros((1, 4, 2, 8))
+  with pytest.raises(ValueError, match="backend 'tokamax' got attention sinks"):
+    kernels.tokamax_attention(
+      *(x, x, x, jnp.zeros((1, 4), jnp.int32), jnp.zeros(2)), scale=1.0
+    )

@@ -12,8 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sft_jax.models.hf import device_loading
 from sft_jax.models.hf.device_loading import Leaf, Source
-from sft_jax.models.hf.safetensors_files import read_header
-from sft_jax.models.hf.weights import save_tensors
+from sft_jax.models.hf.safetensors_files import read_header, save_tensors
 
 BF16 = ml_dtypes.bfloat16
 FLOATS = [np.float32, BF16, np.float16]
@@ -123,7 +122,7 @@ def test_every_grouping_and_sharding_gives_the_same(
     device_loading, "_group_bytes", lambda _: layers * 8 * 12 * 4
   )
   made, want = leaves(tmp_path, SHARDINGS[where])
-  found = dict(device_loading.place_all(made))
+  found = dict(device_loading.load_leaves(made))
   assert found.keys() == want.keys()
   for leaf in made:
     np.testing.assert_array_equal(found[leaf.path], want[leaf.path])
@@ -137,7 +136,7 @@ def test_every_grouping_and_sharding_gives_the_same(
 @pytest.mark.parametrize("file_dtype", FLOATS)
 def test_every_float_becomes_the_parameters_dtype(dtype, file_dtype, tmp_path):
   made, want = leaves(tmp_path, None, dtype, file_dtype)
-  for path, array in device_loading.place_all(made):
+  for path, array in device_loading.load_leaves(made):
     assert array.dtype == dtype
     assert np.asarray(array).tobytes() == want[path].tobytes()
 
@@ -147,7 +146,7 @@ def test_a_process_reads_the_rows_of_its_own_devices(tmp_path, monkeypatch):
   made, want = leaves(tmp_path, SHARDINGS["both sides"])
   (leaf,) = (one for one in made if one.path == "up")
   box = (slice(0, 5), slice(0, 8), slice(6, 12))
-  monkeypatch.setattr(device_loading, "_hull", lambda *_: box)
+  monkeypatch.setattr(device_loading, "_local_slice", lambda *_: box)
   read, plain = [], device_loading.Tensor.read
 
   def counted(tensor, *rows):
@@ -167,7 +166,7 @@ def test_an_error_while_reading_is_raised_at_once(tmp_path):
   made, _ = leaves(tmp_path, None)
   os.truncate(tmp_path / "x.safetensors", 2_000)
   with pytest.raises(ValueError, match=r"x\.safetensors: .*expected"):
-    dict(device_loading.place_all(made))
+    dict(device_loading.load_leaves(made))
 
 
 def test_on_a_cpu_what_was_read_is_the_parameter(tmp_path):

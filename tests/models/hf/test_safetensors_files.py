@@ -1,7 +1,9 @@
 """Safetensors files: what the reference library says, or a named refusal."""
 
 import json
+import shutil
 import tracemalloc
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -11,7 +13,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from sft_jax.models.hf.safetensors_files import Pending, read_header, write_file
+import tiny
+from sft_jax.checkpointing import export
+from sft_jax.data.tokenizers.tokenizer import load_tokenizer
+from sft_jax.models.hf import load_save
+from sft_jax.models.hf.safetensors_files import (
+  CHECKSUMS,
+  Pending,
+  check_checksums,
+  read_header,
+  write_file,
+)
 
 DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16, np.int64, np.uint8]
 
@@ -242,3 +254,48 @@ def test_any_change_is_refused_or_read_as_the_library_reads_it(
     for name, tensor in found.items():
       if tensor.dtype in (np.float32, ml_dtypes.bfloat16):
         assert theirs.get_tensor(name).tobytes() == tensor.read().tobytes()
+
+
+# -- Checksums --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+  place = tmp_path_factory.mktemp("exported")
+  folder = tiny.model_folder(place / "model")
+  model, params = load_save.load_pretrained(folder)
+  export.save_pretrained(
+    place / "out",
+    model,
+    params,
+    load_tokenizer(folder),
+    max_shard_bytes=200_000,
+  )
+  return place / "out"
+
+
+def test_every_file_is_under_a_digest(exported):
+  lines = (exported / CHECKSUMS).read_text().splitlines()
+  named = {line.split("  ")[1] for line in lines}
+  assert named == {p.name for p in exported.iterdir()} - {CHECKSUMS}
+  assert sum(name.endswith(".safetensors") for name in named) > 1
+  check_checksums(exported)
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
+def test_damage_of_any_file_is_named(tmp_path, exported, how):
+  for file in sorted(exported.iterdir()):
+    folder = Path(shutil.copytree(exported, tmp_path / file.name))
+    raw = bytearray(file.read_bytes())
+    if how == "flip":
+      raw[len(raw) // 3] ^= 0x04
+    elif how == "truncate":
+      raw = raw[: len(raw) // 2]
+    path = folder / file.name
+    path.unlink()
+    if how != "delete":
+      path.write_bytes(raw)
+    elif file.name == CHECKSUMS:
+      continue  # Without digests a folder is like any other.
+    with pytest.raises(ValueError, match=r"expected|missing"):
+      load_save.load_pretrained(folder)
