@@ -1,19 +1,24 @@
 """ModelConfig: a model's sizes and switches, read from its `config.json`.
 
 A family is a set of fields, not a folder of code; `families` is their table.
-Whatever is not understood is refused by name: a field that is ignored is a
-model that is silently another model.
+A field that the family's configuration class in transformers gives meaning to
+is implemented or refused by name: ignored, the model would silently be another
+one. Any other unknown field is listed in `ModelConfig.notes`.
 """
 
 import dataclasses
+import functools
 import json
 import math
+from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sft_jax.models.families import (
   FAMILIES,
   FULL,
+  MULTIMODAL,
   SLIDING,
   Family,
   Json,
@@ -22,6 +27,22 @@ from sft_jax.models.families import (
   rope_layers,
 )
 from sft_jax.models.rope import Rope, parse_ropes
+
+# {family: {field: default}} of transformers' configuration classes, written by
+# tools/dev/make_config_fields.py.
+FIELDS: dict[str, Json] = json.loads(
+  resources.files("sft_jax.models.hf")
+  .joinpath("config_fields.json")
+  .read_text()
+)
+
+# Sizes beyond these are mistakes, and shapes made of them would be slow or
+# overflow before the tensors could contradict.
+_MOST = {
+  **{"num_hidden_layers": 10_000, "num_local_experts": 10_000},
+  **{"num_attention_heads": 1 << 16, "head_dim": 1 << 16},
+  **{"hidden_size": 1 << 24, "intermediate_size": 1 << 24},
+}
 
 
 class LayerKind(NamedTuple):
@@ -54,7 +75,9 @@ class ModelConfig:
     tie_embeddings: the unembedding is the embedding.
     layers: the kind of each layer.
     init_std: standard deviation of fresh weights.
-    raw: the config.json it came from, for a faithful export.
+    raw: the config.json it came from, for a faithful export; of a multimodal
+      checkpoint that of its text part.
+    notes: what a person should know of how it was read, one line each.
     activation: of the MLP, 'silu' or 'gelu_tanh'.
     glu_alpha: that of `moe.clipped_swiglu`, which takes its place; None: none.
     glu_limit: that of `moe.clipped_swiglu`.
@@ -98,6 +121,7 @@ class ModelConfig:
   layers: tuple[LayerKind, ...]
   init_std: float
   raw: Json = dataclasses.field(compare=False, repr=False)
+  notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
   activation: str = "silu"
   glu_alpha: float | None = None
   glu_limit: float = math.inf
@@ -144,7 +168,8 @@ def read_config(folder: str | Path) -> ModelConfig:
     )
   try:
     raw = json.loads(path.read_text(encoding="utf-8"))
-  except json.JSONDecodeError as error:
+  # Not UTF-8, a number of too many digits, or nested too deep, too.
+  except (ValueError, RecursionError) as error:
     raise ValueError(
       f"{path}: not JSON ({error}); expected a model's config. "
       "Download the file again."
@@ -158,40 +183,39 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
   """Turns the dict of a `config.json` into a ModelConfig.
 
   Reads the form of transformers 5 (`rope_parameters`, `dtype`) and the older
-  one (`rope_theta`, `rope_scaling`, `torch_dtype`).
+  one (`rope_theta`, `rope_scaling`, `torch_dtype`). A missing field has the
+  default of transformers.
 
   Raises:
-    ValueError: a missing field, an architecture or a value that is not
-      implemented, or a field that is unknown; the message names it.
+    ValueError: an architecture, a field or a value that is not implemented,
+      or no sensible value; the message names it.
   """
-  original, name = raw, raw.get("model_type")
-  if name not in FAMILIES:
-    raise refuse(where, "model_type", name, f"one of {sorted(FAMILIES)}")
+  raw, notes = _text_part(raw, where)
+  name = raw.get("model_type")
+  if not isinstance(name, str) or name not in FAMILIES:
+    known = sorted(FAMILIES.keys() | MULTIMODAL.keys())
+    raise refuse(where, "model_type", name, f"one of {known}")
   family = FAMILIES[name]
-  check_supported(raw, family, where)
-  for missing in family.requires:
-    if raw.get(missing) is None:
-      raise refuse(where, missing, None, "a value; it has no usual one")
-  raw = raw | {
-    ours: raw[theirs]
-    for ours, theirs in family.aliases.items()
-    if theirs in raw
-  }
+  ignored = _check_fields(raw, name, family, where)
+  if ignored:
+    notes += (f"config.json: not read: {', '.join(map(ascii, ignored))}",)
+  theirs = FIELDS[name] | raw
+  names = family.aliases
 
-  def get(field: str, default: Any = None) -> Any:
-    default = family.defaults.get(field, default)
-    if callable(default):
-      return default(raw) if raw.get(field) is None else raw[field]
-    return raw.get(field, default)
+  def get(field: str) -> Any:
+    value = theirs.get(names.get(field, field))
+    usual = family.defaults.get(field)
+    return usual(theirs) if value is None and callable(usual) else value
 
   def need(field: str) -> int:
-    value = get(field)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-      raise refuse(where, field, value, "a positive integer")
+    value, most = get(field), _MOST.get(field, 1 << 30)
+    if type(value) is not int or not 1 <= value <= most:
+      expected = f"a whole number from 1 to {most}"
+      raise refuse(where, names.get(field, field), value, expected)
     return value
 
   d_model, num_heads = need("hidden_size"), need("num_attention_heads")
-  if raw.get("head_dim") is not None:
+  if get("head_dim") is not None or FIELDS[name].get("head_dim") is not None:
     head_dim = need("head_dim")
   elif d_model % num_heads:
     raise refuse(where, "head_dim", None, "a positive integer")
@@ -201,15 +225,11 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
     raise refuse(where, "head_dim", head_dim, "an even number, for RoPE")
   num_kv_heads = need("num_key_value_heads")
   if num_heads % num_kv_heads:
-    raise refuse(
-      where,
-      "num_key_value_heads",
-      num_kv_heads,
-      f"a divisor of num_attention_heads={num_heads}",
-    )
+    expected = f"a divisor of num_attention_heads={num_heads}"
+    raise refuse(where, "num_key_value_heads", num_kv_heads, expected)
   fields = dict(family.traits)
   for field, read in family.reads.items():
-    value = _read(raw, field, read, where)
+    value = _read(field, read, theirs.get(field), FIELDS[name], where)
     fields |= dict.fromkeys(read.into, value)
   if family.experts:
     fields["num_experts"] = need("num_local_experts")
@@ -218,6 +238,11 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
       expected = f"at most num_experts={fields['num_experts']}"
       raise refuse(where, "num_experts_per_tok", k, expected)
   num_layers = need("num_hidden_layers")
+  tied = get("tie_word_embeddings")
+  if not isinstance(tied, bool):
+    raise refuse(where, "tie_word_embeddings", tied, "true or false")
+  positive = functools.partial(_positive, where)
+  eps = names.get("rms_norm_eps", "rms_norm_eps")
   return ModelConfig(
     family=name,
     vocab_size=need("vocab_size"),
@@ -228,29 +253,76 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
     num_kv_heads=num_kv_heads,
     head_dim=head_dim,
     max_positions=need("max_position_embeddings"),
-    norm_eps=float(get("rms_norm_eps", 1e-6)),
-    tie_embeddings=bool(get("tie_word_embeddings", False)),
-    layers=layer_kinds(raw, family, num_layers, head_dim=head_dim, where=where),
-    init_std=float(raw.get("initializer_range", 0.02)),
-    raw=dict(original),
+    norm_eps=positive(eps, theirs.get(eps)),
+    tie_embeddings=tied,
+    layers=layer_kinds(
+      raw, name, family, num_layers, head_dim=head_dim, where=where
+    ),
+    init_std=positive("initializer_range", theirs.get("initializer_range")),
+    raw=dict(raw),
+    notes=notes,
     **fields,
   )
 
 
-def _read(raw: Json, field: str, read: Read, where: str) -> Any:
+def _text_part(raw: Json, where: str) -> tuple[Json, tuple[str, ...]]:
+  """The config of the text model in a multimodal one, and what is left out.
+
+      {"model_type": "gemma3", "text_config": {"hidden_size": 2560, ..}, ..}
+        -> {"model_type": "gemma3_text", "hidden_size": 2560, ..}
+
+  The first files of Qwen-VL hold the text model's fields at the top.
+  """
+  whole = raw.get("model_type")
+  if not isinstance(whole, str) or whole not in MULTIMODAL:
+    return raw, ()
+  types, text = MULTIMODAL[whole], raw.get("text_config", raw)
+  if not isinstance(text, Mapping):
+    raise refuse(where, "text_config", text, "an object")
+  inner = text.get("model_type", whole) if text is not raw else whole
+  inner = next(iter(types)) if inner == whole else inner
+  if not isinstance(inner, str) or inner not in types:
+    expected = f"one of {sorted(types)}"
+    raise refuse(where, "text_config.model_type", inner, expected)
+  other = ("vision", "image", "video", "audio", "text_config", "mm_tokens")
+  # What the whole says of the text model as well.
+  shared = ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype")
+  shared += ("dtype", "tie_word_embeddings", "quantization_config")
+  top = {key: raw[key] for key in shared if raw.get(key) is not None}
+  text = {k: v for k, v in text.items() if not str(k).startswith(other)}
+  note = f"the text model of a {whole}; every other part of it is left out"
+  architecture = FAMILIES[types[inner]].architecture
+  made = {"model_type": types[inner], "architectures": [architecture]}
+  return top | text | made, (note,)
+
+
+def _positive(where: str, field: str, value: Any) -> float:
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    raise refuse(where, field, value, "a positive number")
+  if not 0 < value < 1e38:  # Also false of NaN.
+    raise refuse(where, field, value, "a positive number")
+  return float(value)
+
+
+def _read(field: str, read: Read, value: Any, usual: Json, where: str) -> Any:
   """A field of the file as the value of a field of ModelConfig."""
-  value = raw.get(field, read.default)
-  if read.via is None or value is None:
-    return value
-  if callable(read.via):
-    return read.via(value)
-  if value not in read.via:
-    raise refuse(where, field, value, f"one of {list(read.via)}")
-  return read.via[value]
+  if isinstance(read.via, Mapping):
+    value = usual.get(field) if value is None else value
+    if not isinstance(value, str) or value not in read.via:
+      raise refuse(where, field, value, f"one of {list(read.via)}")
+    return read.via[value]
+  if isinstance(usual.get(field), bool):
+    if not isinstance(value, bool | None):
+      raise refuse(where, field, value, "true or false")
+    return bool(value)
+  if value is None:
+    return None
+  value = _positive(where, field, value)
+  return read.via(value) if read.via else value
 
 
 def layer_kinds(
-  raw: Json, family: Family, n: int, *, head_dim: int, where: str
+  raw: Json, name: str, family: Family, n: int, *, head_dim: int, where: str
 ) -> tuple[LayerKind, ...]:
   """The kind of each of n layers, from a config.json.
 
@@ -263,14 +335,25 @@ def layer_kinds(
         raise refuse(where, field, raw[field], "none: positions are learned")
     return (LayerKind(None, None),) * n
   ropes = parse_ropes(raw, family, head_dim, where)
-  raw = dict(family.defaults) | raw
+  raw = FIELDS[name] | raw
+  for field in (
+    "sliding_window",
+    "sliding_window_pattern",
+    "max_window_layers",
+  ):
+    value = raw.get(field)
+    # No layer has a window where the first is 0 or the last beyond the end.
+    least = 0 if field == "max_window_layers" else 1
+    if value is not None and (type(value) is not int or value < least):
+      raise refuse(where, field, value, f"a whole number from {least} on")
   types = family.layer_types(raw, n) if family.layer_types else [FULL] * n
   given = raw.get("layer_types")
   if given is not None and "layer_types" in family.layer_fields:
     types = given
   elif given is not None and given != types:
-    raise refuse(where, "layer_types", given, types)
-  if len(types) != n or set(types) - {FULL, SLIDING}:
+    raise refuse(where, "layer_types", given, types[:4])
+  right = isinstance(types, list) and len(types) == n
+  if not right or any(kind not in (FULL, SLIDING) for kind in types):
     raise refuse(where, "layer_types", types, f"{n} of {FULL}, {SLIDING}")
   window = raw.get("sliding_window")
   if "use_sliding_window" in family.layer_fields:
@@ -279,9 +362,7 @@ def layer_kinds(
       raise refuse(where, "layer_types", SLIDING, "a sliding_window in use")
   rotated = [True] * n
   if "no_rope_layers" in family.layer_fields:
-    rotated = rope_layers(raw, n)
-    if len(rotated) != n:
-      raise refuse(where, "no_rope_layers", rotated, f"{n} values")
+    rotated = rope_layers(raw, n, where)
   return tuple(
     LayerKind(window if kind == SLIDING else None, ropes[kind] if use else None)
     for kind, use in zip(types, rotated, strict=True)
@@ -294,22 +375,19 @@ _USED = {
   *("hidden_size", "intermediate_size", "num_attention_heads", "head_dim"),
   *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps"),
   *("rope_parameters", "rope_theta", "rope_scaling", "tie_word_embeddings"),
-  *("initializer_range", "sliding_window", "layer_types"),
+  *("initializer_range", "layer_types", "quantization_config"),
 }
 
 # Fields that are read for every family of experts.
 _EXPERTS = ("num_local_experts", "num_experts_per_tok")
 
-# Fields that are accepted at these values only; others change the model.
+# Fields that transformers gives meaning to in any family; accepted at these
+# values only.
 _ONLY: dict[str, tuple[Any, ...]] = {
   "attention_dropout": (0, None),
-  "mlp_bias": (False, None),
-  "use_sliding_window": (False, None),
   "partial_rotary_factor": (1, None),
-  "is_decoder": (True, False, None),
   "is_encoder_decoder": (False, None),
   "add_cross_attention": (False, None),
-  "auto_map": (None,),
   "pruned_heads": ({}, None),
 }
 
@@ -325,23 +403,21 @@ _HARMLESS = {
   *("_attn_implementation", "_attn_implementation_autoset", "torchscript"),
   *("pretraining_tp", "max_window_layers", "cache_implementation"),
   *("tf_legacy_loss", "use_bfloat16", "_commit_hash", "license"),
-  *("unsloth_fixed", "unsloth_version", "_from_model_config"),
-  *("cross_attention_hidden_size", "tie_encoder_decoder"),
+  *("cross_attention_hidden_size", "tie_encoder_decoder", "is_decoder"),
 }
 
 
-def check_supported(raw: Json, family: Family, where: str) -> None:
-  """Refuses what would change the computation and is not implemented."""
+def _check_fields(
+  raw: Json, name: str, family: Family, where: str
+) -> list[str]:
+  """Refuses what would change the computation and is not implemented.
+
+  Returns the unknown fields, which transformers does not read either. Code
+  beside the weights (`auto_map`) is never run, so it is one of them.
+  """
   wanted = family.architecture
   if raw.get("architectures") not in (None, [], [wanted]):
     raise refuse(where, "architectures", raw["architectures"], [wanted])
-  if raw.get("quantization_config") is not None:
-    raise ValueError(
-      f"{where}: quantization_config={raw['quantization_config']!r} is not "
-      "supported; expected float32, bfloat16 or float16 weights. Load it in "
-      "transformers dequantised (gpt_oss: Mxfp4Config(dequantize=True)), save "
-      "it, and use that folder without this field."
-    )
   read = {
     *family.reads,
     *family.layer_fields,
@@ -349,24 +425,18 @@ def check_supported(raw: Json, family: Family, where: str) -> None:
     *family.aliases.values(),
     *([family.local_rope] if family.local_rope else ()),
     *(_EXPERTS if family.experts else ()),
+    *(["sliding_window"] if family.layer_types else ()),
   }
+  usual = FIELDS[name]
   only = {k: v for k, v in _ONLY.items() if k not in read} | dict(family.only)
-  for name, allowed in only.items():
-    if name in raw and raw[name] not in allowed:
-      raise refuse(where, name, raw[name], f"one of {list(allowed)}")
-  # Without windows the field is dead where the switch says so.
-  window = None if "use_sliding_window" in raw else raw.get("sliding_window")
-  if family.layer_types is None and window is not None:
-    raise refuse(where, "sliding_window", window, None)
+  # Another name of a field that counts, or a field not implemented here.
   known = _USED | _HARMLESS | only.keys() | read | family.harmless
-  unknown = {k: v for k, v in raw.items() if k not in known and v is not None}
-  if unknown:
-    name, value = next(iter(unknown.items()))
-    raise ValueError(
-      f"{where}: unknown field {name}={value!r}; expected fields known not to "
-      "change the model, or implemented here. If it changes nothing, delete "
-      "it from the file."
-    )
+  only |= {k: (usual[k], None) for k in usual.keys() - known}
+  for field, allowed in only.items():
+    if field in raw and raw[field] not in allowed:
+      raise refuse(where, field, raw[field], f"one of {list(allowed)}")
+  known |= only.keys()
+  return [k for k, v in raw.items() if k not in known and v is not None]
 
 
 def config_from_fields(
@@ -420,5 +490,5 @@ def config_from_fields(
   elif traits.local_rope:
     raw["rope_parameters"] = dict.fromkeys((FULL, SLIDING), rope)
   raw = {traits.aliases.get(name, name): x for name, x in raw.items()}
-  raw |= {name: read.default for name, read in traits.reads.items()}
+  raw |= {name: FIELDS[family].get(name) for name in traits.reads}
   return parse_config(raw)

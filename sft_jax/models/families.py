@@ -6,6 +6,7 @@ name. How to add one: docs/models.md.
 """
 
 import dataclasses
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,12 +20,11 @@ class Read(NamedTuple):
 
   Attributes:
     into: fields of ModelConfig.
-    default: what transformers takes where the file has no such field.
-    via: the value's meaning, as a function or a table of accepted values.
+    via: the value's meaning, as a function or a table of accepted values;
+      None: a switch, or a positive number.
   """
 
   into: tuple[str, ...]
-  default: Any = None
   via: Callable[[Any], Any] | Mapping[Any, Any] | None = None
 
 
@@ -38,9 +38,8 @@ class Family:
       that share one of theirs lie in it side by side, in this order.
     traits: fields of ModelConfig that every model of the family has.
     reads: fields of config.json beyond the common ones.
-    defaults: common fields that transformers fills in, or a function of the
-      file that does.
-    requires: fields without which a file is refused.
+    defaults: common fields that transformers computes where they are missing,
+      as functions of the file; and thetas of RoPE.
     aliases: common fields that the family spells in its own way.
     only: fields accepted at these values alone.
     harmless: fields that change nothing here.
@@ -63,7 +62,6 @@ class Family:
   traits: Json = dataclasses.field(default_factory=dict)
   reads: Mapping[str, Read] = dataclasses.field(default_factory=dict)
   defaults: Json = dataclasses.field(default_factory=dict)
-  requires: frozenset[str] = frozenset()
   aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
   only: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
   harmless: frozenset[str] = frozenset()
@@ -78,11 +76,16 @@ class Family:
   buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
+
+
 def refuse(where: Any, name: str, got: Any, expected: Any) -> ValueError:
   """The error for a field that is not understood."""
   return ValueError(
-    f"{where}: {name}={got!r} is not supported; expected {expected}. "
-    "Use a model of a supported kind, or add it in sft_jax/models/."
+    f"{where}: {name}={_SHORT.repr(got)} is not supported; expected "
+    f"{expected}. Use a model of a supported kind, or add it in "
+    "sft_jax/models/."
   )
 
 
@@ -113,7 +116,7 @@ def _from_layer(raw: Json, n: int) -> list[str]:
   """The layers from `max_window_layers` on (Qwen)."""
   if not raw.get("use_sliding_window"):
     return [FULL] * n
-  first = raw.get("max_window_layers", 28)
+  first = raw["max_window_layers"]
   return [SLIDING if i >= first else FULL for i in range(n)]
 
 
@@ -121,15 +124,21 @@ def _without_rope(raw: Json, n: int) -> list[str]:
   """The layers without RoPE, if the file says so (SmolLM3)."""
   if not raw.get("use_sliding_window"):
     return [FULL] * n
-  return [FULL if turns else SLIDING for turns in rope_layers(raw, n)]
+  return [FULL if use else SLIDING for use in rope_layers(raw, n, "config")]
 
 
-def rope_layers(raw: Json, n: int) -> list[bool]:
+def rope_layers(raw: Json, n: int, where: str) -> list[bool]:
   """Which layers have RoPE at all (SmolLM3)."""
-  if raw.get("no_rope_layers") is not None:
-    return [bool(x) for x in raw["no_rope_layers"]]
-  period = raw.get("no_rope_layer_interval")
-  return [not period or (i + 1) % period != 0 for i in range(n)]
+  given, period = raw.get("no_rope_layers"), raw.get("no_rope_layer_interval")
+  if given is None:
+    if period is not None and (type(period) is not int or period < 1):
+      raise refuse(where, "no_rope_layer_interval", period, "1 or more")
+    return [not period or (i + 1) % period != 0 for i in range(n)]
+  if not isinstance(given, list) or len(given) != n:
+    raise refuse(where, "no_rope_layers", given, f"{n} values")
+  if any(x not in (0, 1) for x in given):
+    raise refuse(where, "no_rope_layers", given, "0 or 1 for each layer")
+  return [bool(x) for x in given]
 
 
 # -- Names of tensors; `{}` is the layer, a second one the expert --------
@@ -195,14 +204,13 @@ _ACTIVATIONS = {
   "gelu_pytorch_tanh": "gelu_tanh",
   "gelu_new": "gelu_tanh",
 }
-_ACT = {"hidden_act": Read(("activation",), "silu", _ACTIVATIONS)}
-_BIAS = {"attention_bias": Read(("qkv_bias", "o_bias"), False)}
-_MLP_BIAS = {"mlp_bias": Read(("mlp_bias",), False)}
+_ACT = {"hidden_act": Read(("activation",), _ACTIVATIONS)}
+_BIAS = {"attention_bias": Read(("qkv_bias", "o_bias"))}
+_MLP_BIAS = {"mlp_bias": Read(("mlp_bias",))}
 _MHA = {"num_key_value_heads": lambda raw: raw["num_attention_heads"]}
 _WINDOW_SWITCH = frozenset(
   {"use_sliding_window", "max_window_layers", "layer_types"}
 )
-_HEAD_DIM = frozenset({"head_dim"})
 # The balance loss is a matter of pretraining; see `moe`.
 _BALANCE_LOSS = frozenset({"output_router_logits", "router_aux_loss_coef"})
 
@@ -214,9 +222,9 @@ def _inverse_root(x: float) -> float:
 _GEMMA_TRAITS: Json = {"norm_offset": 1.0, "scale_embeddings": True}
 _GEMMA_READS = _BIAS | {
   "hidden_activation": Read(
-    ("activation",), "gelu_pytorch_tanh", {"gelu_pytorch_tanh": "gelu_tanh"}
+    ("activation",), {"gelu_pytorch_tanh": "gelu_tanh"}
   ),
-  "query_pre_attn_scalar": Read(("attn_scale",), 256, _inverse_root),
+  "query_pre_attn_scalar": Read(("attn_scale",), _inverse_root),
   "final_logit_softcapping": Read(("logit_softcap",)),
 }
 _NOT_BIDIRECTIONAL = {"use_bidirectional_attention": (False, None)}
@@ -227,6 +235,23 @@ _NOT_BIDIRECTIONAL = {"use_bidirectional_attention": (False, None)}
 _YARN_32: Json = {
   **{"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0},
   **{"truncate": False, "original_max_position_embeddings": 4096},
+}
+_YARN_16: Json = {
+  **{"rope_type": "yarn", "rope_theta": 1_000_000.0, "factor": 16.0},
+  **{"original_max_position_embeddings": 16384, "llama_4_scaling_beta": 0.1},
+  **{"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+}
+
+# Checkpoints of text and other media: `model_type` of the whole to {that of its
+# text model: the family that computes the same of text alone}. The first is
+# the default. Multimodal RoPE has one angle per axis of an image; tokens of
+# text have the same position on all of them.
+MULTIMODAL: dict[str, dict[str, str]] = {
+  "gemma3": {"gemma3_text": "gemma3_text"},
+  "mistral3": {"mistral": "mistral", "ministral3": "ministral3"},
+  "qwen2_vl": {"qwen2_vl_text": "qwen2"},
+  "qwen2_5_vl": {"qwen2_5_vl_text": "qwen2"},
+  "qwen3_vl": {"qwen3_vl_text": "qwen3"},
 }
 
 FAMILIES: dict[str, Family] = {
@@ -240,15 +265,14 @@ FAMILIES: dict[str, Family] = {
     architecture="MistralForCausalLM",
     names=_LLAMA,
     reads=_ACT,
-    defaults={"sliding_window": 4096},
     layer_types=_everywhere,
   ),
   "ministral3": Family(
     architecture="Ministral3ForCausalLM",
     names=_LLAMA,
     reads=_ACT,
-    requires=_HEAD_DIM | {"rope_parameters"},
     layer_types=_everywhere,
+    rope=_YARN_16,
     rope_fields=frozenset({"llama_4_scaling_beta"}),
   ),
   "qwen2": Family(
@@ -256,7 +280,6 @@ FAMILIES: dict[str, Family] = {
     names=_LLAMA,
     traits={"qkv_bias": True},
     reads=_ACT,
-    defaults={"sliding_window": 4096},
     layer_types=_from_layer,
     layer_fields=_WINDOW_SWITCH,
   ),
@@ -265,8 +288,6 @@ FAMILIES: dict[str, Family] = {
     names=_LLAMA,
     traits={"qk_norm": "head"},
     reads=_ACT | _BIAS,
-    defaults={"sliding_window": 4096},
-    requires=_HEAD_DIM,
     layer_types=_from_layer,
     layer_fields=_WINDOW_SWITCH,
   ),
@@ -279,12 +300,9 @@ FAMILIES: dict[str, Family] = {
       # Files say "gelu" and mean its approximation by tanh.
       "hidden_act": Read(
         ("activation",),
-        "gelu_pytorch_tanh",
         {"gelu": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
       )
     },
-    defaults={"tie_word_embeddings": True},
-    requires=_HEAD_DIM,
     only=_NOT_BIDIRECTIONAL
     | {"hidden_activation": ("gelu_pytorch_tanh", None)},
   ),
@@ -294,11 +312,9 @@ FAMILIES: dict[str, Family] = {
     traits=_GEMMA_TRAITS | {"post_norm": True},
     reads=_GEMMA_READS
     | {
-      "attn_logit_softcapping": Read(("attn_softcap",), 50.0),
-      "final_logit_softcapping": Read(("logit_softcap",), 30.0),
+      "attn_logit_softcapping": Read(("attn_softcap",)),
+      "final_logit_softcapping": Read(("logit_softcap",)),
     },
-    defaults={"tie_word_embeddings": True, "sliding_window": 4096},
-    requires=_HEAD_DIM,
     only=_NOT_BIDIRECTIONAL | {"hidden_act": ("gelu_pytorch_tanh", None)},
     layer_types=_full_each("", 2),
     layer_fields=frozenset({"layer_types"}),
@@ -308,13 +324,7 @@ FAMILIES: dict[str, Family] = {
     names=_POST_NORM,
     traits=_GEMMA_TRAITS | {"post_norm": True, "qk_norm": "head"},
     reads=_GEMMA_READS,
-    defaults={
-      "tie_word_embeddings": True,
-      "sliding_window": 4096,
-      "rope_theta": 1_000_000.0,
-      "rope_local_base_freq": 10_000.0,
-    },
-    requires=_HEAD_DIM,
+    defaults={"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0},
     # The reference reads this cap and does not apply it to attention.
     only=_NOT_BIDIRECTIONAL | {"attn_logit_softcapping": (None,)},
     layer_types=_full_each("sliding_window_pattern", 6),
@@ -328,7 +338,7 @@ FAMILIES: dict[str, Family] = {
     names=_POST_NORM,
     traits={"pre_norm": False, "post_norm": True, "qk_norm": "all"},
     reads=_ACT | _BIAS,
-    defaults=_MHA | {"rms_norm_eps": 1e-5},
+    defaults=_MHA,
   ),
   "olmo3": Family(
     architecture="Olmo3ForCausalLM",
@@ -336,12 +346,7 @@ FAMILIES: dict[str, Family] = {
     traits={"pre_norm": False, "post_norm": True, "qk_norm": "all"},
     reads=_ACT | _BIAS,
     defaults=_MHA
-    | {
-      "rms_norm_eps": 1e-5,
-      "sliding_window": 4096,
-      "rope_theta": 500_000.0,
-      "rope_local_base_freq": 500_000.0,
-    },
+    | {"rope_theta": 500_000.0, "rope_local_base_freq": 500_000.0},
     layer_types=_full_each("", 4),
     layer_fields=frozenset({"layer_types"}),
     local_rope="rope_local_base_freq",
@@ -350,11 +355,7 @@ FAMILIES: dict[str, Family] = {
     architecture="SmolLM3ForCausalLM",
     names=_LLAMA,
     reads=_ACT | _BIAS | _MLP_BIAS,
-    defaults={
-      "tie_word_embeddings": True,
-      "rope_theta": 2_000_000.0,
-      "no_rope_layer_interval": 4,
-    },
+    defaults={"rope_theta": 2_000_000.0},
     layer_types=_without_rope,
     layer_fields=_WINDOW_SWITCH | {"no_rope_layers", "no_rope_layer_interval"},
   ),
@@ -362,7 +363,7 @@ FAMILIES: dict[str, Family] = {
     architecture="Phi3ForCausalLM",
     names=_FUSED,
     reads=_ACT,
-    defaults=_MHA | {"rms_norm_eps": 1e-5},
+    defaults=_MHA,
     only={
       "resid_pdrop": (0, None),
       "embd_pdrop": (0, None),
@@ -380,10 +381,10 @@ FAMILIES: dict[str, Family] = {
     | _BIAS
     | _MLP_BIAS
     | {
-      "embedding_multiplier": Read(("embed_scale",), 1.0),
-      "attention_multiplier": Read(("attn_scale",), 1.0),
-      "residual_multiplier": Read(("residual_scale",), 1.0),
-      "logits_scaling": Read(("logit_divisor",), 1.0),
+      "embedding_multiplier": Read(("embed_scale",)),
+      "attention_multiplier": Read(("attn_scale",)),
+      "residual_multiplier": Read(("residual_scale",)),
+      "logits_scaling": Read(("logit_divisor",)),
     },
     defaults=_MHA,
   ),
@@ -397,7 +398,7 @@ FAMILIES: dict[str, Family] = {
       down="experts.{}.w2",
     ),
     reads=_ACT,
-    defaults={"rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0},
+    defaults={"rope_theta": 1_000_000.0},
     only={"router_jitter_noise": (0, None)},
     harmless=_BALANCE_LOSS,
     layer_types=_everywhere,
@@ -413,9 +414,7 @@ FAMILIES: dict[str, Family] = {
       down="experts.{}.down_proj",
     ),
     traits={"qk_norm": "head"},
-    reads=_ACT | _BIAS | {"norm_topk_prob": Read(("norm_topk",), False)},
-    defaults={"sliding_window": 4096},
-    requires=frozenset({"moe_intermediate_size"}),
+    reads=_ACT | _BIAS | {"norm_topk_prob": Read(("norm_topk",))},
     aliases={
       "num_local_experts": "num_experts",
       "intermediate_size": "moe_intermediate_size",
@@ -439,16 +438,11 @@ FAMILIES: dict[str, Family] = {
     | {"layers/attn": "model.layers.{}.self_attn"},
     traits={"mlp_bias": True, "attn_sinks": True},
     reads={
-      "attention_bias": Read(("qkv_bias", "o_bias"), True),
-      "swiglu_alpha": Read(("glu_alpha",), 1.702),
-      "swiglu_limit": Read(("glu_limit",), 7.0),
+      "attention_bias": Read(("qkv_bias", "o_bias")),
+      "swiglu_alpha": Read(("glu_alpha",)),
+      "swiglu_limit": Read(("glu_limit",)),
     },
-    defaults={
-      "rms_norm_eps": 1e-5,
-      "rope_theta": 150_000.0,
-      "sliding_window": 128,
-    },
-    requires=_HEAD_DIM,
+    defaults={"rope_theta": 150_000.0},
     rope=_YARN_32,
     only={"hidden_act": ("silu", None)},
     # Two fields of the released files that say again what others say.
@@ -465,14 +459,10 @@ FAMILIES: dict[str, Family] = {
       **{"norm": "layer", "learned_positions": True, "gated_mlp": False},
       **{"qkv_bias": True, "o_bias": True, "mlp_bias": True},
     },
-    reads={
-      "activation_function": Read(("activation",), "gelu_new", _ACTIVATIONS)
-    },
-    defaults=_MHA
-    | {
-      "tie_word_embeddings": True,
-      "rms_norm_eps": 1e-5,
-      "intermediate_size": lambda raw: 4 * raw["hidden_size"],
+    reads={"activation_function": Read(("activation",), _ACTIVATIONS)},
+    defaults={
+      "num_key_value_heads": lambda raw: raw["n_head"],
+      "intermediate_size": lambda raw: 4 * raw["n_embd"],
     },
     aliases={
       "hidden_size": "n_embd",

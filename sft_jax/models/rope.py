@@ -260,7 +260,16 @@ def parse_ropes(
   if family.local_rope is None:
     return {FULL: found[0], SLIDING: found[0]}
   local = raw.get(family.local_rope, family.defaults[family.local_rope])
-  return {FULL: found[0], SLIDING: Rope(theta=float(local))}
+  sliding = _one_rope(
+    {"rope_theta": local},
+    family.local_rope,
+    local,
+    raw,
+    family,
+    head_dim,
+    where,
+  )
+  return {FULL: found[0], SLIDING: sliding}
 
 
 def _one_rope(
@@ -275,12 +284,15 @@ def _one_rope(
   if not isinstance(rope, Mapping):
     raise refuse(where, name, rope, "an object")
   kind = rope.get("rope_type", rope.get("type", "default"))
+  if kind == "mrope":
+    kind = "default"  # Its axes agree where there is only text.
   if "partial_rotary_factor" in family.rope_fields and kind in ("su", "yarn"):
     kind = "longrope"  # Older names of it in files of Phi 3.
-  if kind not in _FIELDS:
+  if not isinstance(kind, str) or kind not in _FIELDS:
     raise refuse(where, f"{name}.rope_type", kind, f"one of {sorted(_FIELDS)}")
   fields, optional = _FIELDS[kind], _OPTIONAL.get(kind, {})
   known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+  known |= {"mrope_section", "mrope_interleaved"}
   known |= set(fields.values()) | _EXTRA[kind] | family.rope_fields
   for odd in rope.keys() - known:
     if rope[odd] is not None:
@@ -292,38 +304,56 @@ def _one_rope(
     if key in family.rope_fields and key in raw
   }
   rope = {**rope, **outer}
+
+  def number(field: str, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+      raise refuse(where, f"{name}.{field}", value, "a positive number")
+    if not 0 < value < 1e38:  # Also false of NaN.
+      raise refuse(where, f"{name}.{field}", value, "a positive number")
+    return value
+
+  for field in ("attention_factor", "mscale", "mscale_all_dim", "factor"):
+    if rope.get(field):
+      number(field, rope[field])
   ours: dict[str, Any] = {}
   for field, theirs in fields.items():
     value = rope.get(theirs)
-    if value is None and field in optional:
-      value = optional[field]
-    if not isinstance(value, int | float) or value <= 0:
-      raise refuse(where, f"{name}.{theirs}", value, "a positive number")
-    ours[field] = value
-  fraction = rope.get("partial_rotary_factor") or 1.0
+    ours[field] = number(
+      theirs, optional.get(field) if value is None else value
+    )
+  fraction = rope.get("partial_rotary_factor")
+  fraction = 1.0 if fraction is None else fraction
   if fraction != 1:
     if "partial_rotary_factor" not in family.rope_fields:
       raise refuse(where, f"{name}.partial_rotary_factor", fraction, 1)
-    if not 0 < fraction < 1 or int(head_dim * fraction) % 2:
+    part = int(head_dim * min(number("partial_rotary_factor", fraction), 2.0))
+    if not 0 < part < head_dim or part % 2:
       expected = f"an even part of head_dim={head_dim}"
       raise refuse(where, f"{name}.partial_rotary_factor", fraction, expected)
     ours["fraction"] = float(fraction)
+  longest: Any = raw.get("max_position_embeddings")
+  if kind in ("dynamic", "longrope"):
+    number("max_position_embeddings", longest)
   if kind == "dynamic":
-    ours["original_max_positions"] = raw["max_position_embeddings"]
+    ours["original_max_positions"] = longest
   if kind == "yarn":
     ours["truncate"] = bool(rope.get("truncate", True))
     ours["scale"] = _yarn_scale(rope)
-    ours["query_beta"] = float(rope.get("llama_4_scaling_beta") or 0.0)
+    beta = rope.get("llama_4_scaling_beta")
+    ours["query_beta"] = (
+      float(number("llama_4_scaling_beta", beta)) if beta else 0.0
+    )
   if kind == "longrope":
     pairs = int(head_dim * fraction) // 2
     for field in ("short_factor", "long_factor"):
       value = rope.get(field)
       if not isinstance(value, list) or len(value) != pairs:
         raise refuse(where, f"{name}.{field}", value, f"{pairs} numbers")
-      ours[field] = tuple(float(x) for x in value)
-    ours["scale"] = _longrope_scale(rope, raw)
+      ours[field] = tuple(float(number(field, x)) for x in value)
+    ours["scale"] = _longrope_scale(rope, longest)
   base = rope.get("rope_theta")
-  return Rope(theta=float(theta if base is None else base), type=kind, **ours)
+  base = number("rope_theta", theta if base is None else base)
+  return Rope(theta=float(base), type=kind, **ours)
 
 
 def _yarn_scale(rope: Mapping[str, Any]) -> float:
@@ -339,12 +369,12 @@ def _yarn_scale(rope: Mapping[str, Any]) -> float:
   return scale(m) / scale(m_all) if m and m_all else scale(1.0)
 
 
-def _longrope_scale(rope: Mapping[str, Any], raw: Json) -> float:
+def _longrope_scale(rope: Mapping[str, Any], longest: float) -> float:
   """sqrt(1 + log(factor) / log(original)) (arXiv:2402.13753)."""
   if rope.get("attention_factor") is not None:
     return float(rope["attention_factor"])
   original = rope["original_max_position_embeddings"]
-  factor = rope.get("factor") or raw["max_position_embeddings"] / original
-  if factor <= 1:
+  factor = rope.get("factor") or longest / original
+  if factor <= 1 or original <= 1:
     return 1.0
   return math.sqrt(1 + math.log(factor) / math.log(original))

@@ -6,9 +6,16 @@ import math
 
 import pytest
 
-from sft_jax.models.config import LayerKind, config_from_fields, parse_config
-from sft_jax.models.families import FAMILIES
+from sft_jax.models.config import (
+  FIELDS,
+  LayerKind,
+  config_from_fields,
+  parse_config,
+  read_config,
+)
+from sft_jax.models.families import FAMILIES, FULL, SLIDING
 from sft_jax.models.rope import Rope
+from wild_configs import WILD
 
 BASE = {
   "architectures": ["LlamaForCausalLM"],
@@ -81,14 +88,8 @@ def test_the_raw_file_is_kept():
     ({"model_type": None}, "model_type=None"),
     ({"architectures": ["LlamaForSequenceClassification"]}, "Classification"),
     ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-    ({"sliding_window": 64}, "sliding_window=64"),
-    ({"use_sliding_window": True}, "use_sliding_window=True"),
     ({"layer_types": ["sliding_attention"]}, "sliding_attention"),
     ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config.*dequantised"),
-    ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
-    ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
-    ({"num_experts": 8}, "num_experts=8"),
     ({"hidden_size": None}, "hidden_size=None"),
     ({"vocab_size": "100"}, "vocab_size='100'"),
     ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
@@ -121,9 +122,97 @@ def test_what_is_not_implemented_is_refused_by_name(change, named):
   assert "expected" in str(error.value)
 
 
-def test_disabled_sliding_windows_are_accepted():
-  off = {"sliding_window": 64, "use_sliding_window": False}
-  assert parse_config(BASE | off) == parse_config(BASE)
+def test_fields_that_the_reference_does_not_read_are_listed():
+  """Of another family, of another tool, of code that is never run."""
+  odd = {
+    **{"_name_or_path": "x", "unsloth_fixed": True, "num_experts": 8},
+    **{"sliding_window": 64, "auto_map": {"AutoModel": "x.Y"}},
+    "transformers.js_config": {"dtype": "q4"},
+  }
+  config = parse_config(BASE | odd)
+  assert config == parse_config(BASE)
+  (note,) = config.notes
+  assert note.startswith("config.json: not read: 'unsloth_fixed', ")
+  for name in odd.keys() - {"_name_or_path"}:
+    assert f"'{name}'" in note
+
+
+@pytest.mark.parametrize("name", WILD)
+def test_published_files_are_read(name):
+  config = parse_config(WILD[name])
+  assert len(config.layers) == config.num_layers
+  assert config.raw["model_type"] == config.family
+
+
+@pytest.mark.parametrize("name", WILD)
+def test_published_files_mean_what_transformers_reads(name, tmp_path):
+  transformers = pytest.importorskip("transformers", reason="live oracle")
+  (tmp_path / "config.json").write_text(json.dumps(WILD[name]))
+  theirs = transformers.AutoConfig.from_pretrained(tmp_path).get_text_config()
+  ours, head = parse_config(WILD[name]), theirs.hidden_size
+  head //= theirs.num_attention_heads
+  heads = theirs.num_attention_heads
+  assert (
+    *(ours.vocab_size, ours.d_model, ours.num_layers, ours.num_heads),
+    *(ours.num_kv_heads, ours.head_dim, ours.max_positions),
+  ) == (
+    *(theirs.vocab_size, theirs.hidden_size, theirs.num_hidden_layers, heads),
+    getattr(theirs, "num_key_value_heads", heads),
+    getattr(theirs, "head_dim", None) or head,
+    theirs.max_position_embeddings,
+  )
+  types = getattr(theirs, "layer_types", None)
+  if types:
+    window = [kind.window is not None for kind in ours.layers]
+    assert window == [kind == SLIDING for kind in types]
+  rope = getattr(theirs, "rope_parameters", None)
+  if rope:
+    found = {kind.rope for kind in ours.layers} - {None}
+    rope = rope if FULL in rope else {FULL: rope}
+    want = {(one["rope_theta"], one["rope_type"]) for one in rope.values()}
+    assert {(one.theta, one.type) for one in found} == {
+      (theta, "default" if kind == "mrope" else kind) for theta, kind in want
+    }
+
+
+def test_the_fields_of_transformers_are_those_stored():
+  pytest.importorskip("transformers", reason="live oracle")
+  import make_config_fields
+
+  assert make_config_fields.all_fields() == FIELDS
+
+
+NOT_VALUES = (
+  *(None, True, False, 0, -1, 1, 0.5, -2.5, 10**12, 10**400, 1e308),
+  *(float("nan"), float("inf"), "", "x", "\n\x1b[2J", "\ud800", "y" * 10_000),
+  *([], [[]], [1] * 7, ["full_attention"] * 6, {}, {"rope_theta": -1}),
+  *({"a": {"b": None}}, [None], {"rope_type": []}, {"type": "yarn"}),
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whatever_a_field_holds_is_read_or_refused_in_one_line(family):
+  fields = {*folder(family), *FIELDS[family], *("rope_scaling", "rope_theta")}
+  fields |= {"text_config", "quantization_config", "layer_types"}
+  for field in sorted(fields):
+    for value in NOT_VALUES:
+      try:
+        parse_config(folder(family) | {field: value})
+      except ValueError as error:
+        message = str(error)
+        assert message.startswith("config.json: ")
+        assert len(message) < 600
+        assert message.isprintable()
+
+
+@pytest.mark.parametrize(
+  "text",
+  ["[" * 100_000, '{"a":' * 100_000, "\xff", '{"vocab_size": 1' + "0" * 9999],
+)
+def test_a_file_that_is_no_json_is_named(text, tmp_path):
+  (tmp_path / "config.json").write_text(text, encoding="latin-1")
+  with pytest.raises(ValueError, match=r"config\.json: not JSON"):
+    read_config(tmp_path)
 
 
 def test_a_new_model_is_written_as_transformers_writes_it():
@@ -260,7 +349,11 @@ def test_yarn_and_longrope_scale_by_their_papers():
     ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation"),
     ("gemma2", {"use_bidirectional_attention": True}, "bidirectional"),
     ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_soft"),
-    ("llama", {"llama_4_scaling_beta": 0.1}, "llama_4_scaling_beta"),
+    (
+      "llama",
+      {"rope_parameters": {"llama_4_scaling_beta": 0.1}},
+      "llama_4_scaling_beta",
+    ),
     ("mistral", {"layer_types": ["chunked_attention"] * 6}, "chunked"),
     ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
     ("phi3", {"partial_rotary_factor": 0.9}, "partial_rotary_factor"),

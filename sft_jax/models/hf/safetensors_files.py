@@ -3,10 +3,10 @@
     8 bytes: n, little-endian | n bytes of JSON | the tensors, end to end
     {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...}
 
-The `safetensors` library checks every file (holes, overlaps, names that occur
-twice, missing bytes). Rows are then read here, from the offsets of the header:
-the library maps whole files into memory. It also writes only what is all in
-memory at once, hence `write_file`.
+The `safetensors` library checks every file (holes, overlaps, missing bytes); of
+two tensors of one name it takes the last, so that is refused here. Rows are
+read from the offsets of the header, as the library maps whole files into
+memory. It writes only what is all in memory at once, hence `write_file`.
 https://github.com/huggingface/safetensors#format
 
 Nothing here knows of models. A checkpoint is untrusted: it names only files
@@ -103,7 +103,10 @@ def read_header(path: Path) -> dict[str, Tensor]:
   try:
     with safe_open(path, framework="numpy"), path.open("rb") as file:
       length = int.from_bytes(file.read(8), "little")
-      header = json.loads(file.read(length))
+      # Of two tensors of one name the library takes the last.
+      header = json.loads(
+        file.read(length), object_pairs_hook=_without_duplicates
+      )
   except (SafetensorError, OSError, ValueError) as error:
     raise _refuse(path, str(error), "a whole file") from error
   header.pop("__metadata__", None)
@@ -120,6 +123,13 @@ def read_header(path: Path) -> dict[str, Tensor]:
       offset=8 + length + entry["data_offsets"][0],
     )
   return tensors
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    raise ValueError("a name twice in one object")
+  return found
 
 
 def _refuse(path: Path, got: str, expected: str) -> ValueError:
@@ -170,14 +180,11 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
 def _read_index(path: Path) -> dict[str, str]:
   """{tensor: file} of an index; a tensor that it lists twice is refused."""
 
-  def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-      raise ValueError("a name twice in one object")
-    return dict(pairs)
-
   try:
     text = path.read_text(encoding="utf-8")
-    where = json.loads(text, object_pairs_hook=once)["weight_map"]
+    where = json.loads(text, object_pairs_hook=_without_duplicates)[
+      "weight_map"
+    ]
     return {str(tensor): str(file) for tensor, file in where.items()}
   except (
     *(ValueError, KeyError, TypeError, AttributeError),
