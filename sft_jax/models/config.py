@@ -203,8 +203,13 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
   names = family.aliases
 
   def get(field: str) -> Any:
-    value = theirs.get(names.get(field, field))
-    usual = family.defaults.get(field)
+    own = names.get(field, field)
+    value, usual = theirs.get(own), family.defaults.get(field)
+    # Some classes read a field by both names, and write either.
+    if raw.get(field) is not None and FIELDS[name].get(field) is None:
+      value = raw[field]
+      if raw.get(own) not in (None, value):
+        raise refuse(where, field, value, f"the same as {own}={raw[own]!r}")
     return usual(theirs) if value is None and callable(usual) else value
 
   def need(field: str) -> int:

@@ -112,6 +112,7 @@ def _model(config: Config, built: BuiltRun) -> dict[str, str]:
     f"{terminal.number(num_frozen)} frozen",
     "devices": f"{mesh.size} x {jax.devices()[0].device_kind}, mesh "
     + " x ".join(f"{a}={n}" for a, n in mesh.shape.items()),
+    **({"notes": "; ".join(c.notes)} if c.notes else {}),
   }
 
 

@@ -355,7 +355,6 @@ def twice_in_the_index(folder):
     ),
     ("qwen3", lambda f: (f / "config.json").unlink(), "no config.json"),
     ("qwen3", lambda f: (f / "config.json").write_text("{"), "not JSON"),
-    ("qwen3", edit_config(auto_map={"AutoModel": "evil.Model"}), "auto_map"),
     ("qwen3", link_config_out, "config.json: a link to"),
     ("qwen3", link_to_blobs_of_no_cache, "a link to .*blobs"),
     ("qwen3", cut_off, "not a whole safetensors file"),
