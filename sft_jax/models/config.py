@@ -209,7 +209,7 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
     if raw.get(field) is not None and FIELDS[name].get(field) is None:
       value = raw[field]
       if raw.get(own) not in (None, value):
-        raise refuse(where, field, value, f"the same as {own}={raw[own]!r}")
+        raise refuse(where, field, value, f"the value of {own}")
     return usual(theirs) if value is None and callable(usual) else value
 
   def need(field: str) -> int:
