@@ -5,7 +5,10 @@
 Hardware: 2 CPU cores. Time: 3 to 4 minutes. Expect: every behaviour from 0 %
 to 90 % or more, perplexity on general text 5 to 6 % above the base model's.
 Any key can be set on the command line: --config.optim.learning_rate=1e-5.
-Paths are relative to the folder the command runs in.
+Paths are relative to the folder the command runs in. A config of your own
+starts from `sft_jax.default_config()`, which gives the same keys, anywhere.
+
+Generated from sft_jax/training/config.py, which checks every value.
 """
 
 import ml_collections
@@ -16,15 +19,18 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.workdir = "runs/demo"  # Everything a run writes.
   config.seed = 0  # Data order, new parameters, sampling.
-  config.steps = 0  # Optimiser steps; 0 = as many as `epochs` make.
+  config.steps = 0  # Optimizer steps; 0 = as many as `epochs` make.
   config.epochs = 2  # Passes over the data; read when steps = 0.
-  config.batch_size = 16  # Rows of data.seq_len tokens per optimiser step.
+  config.batch_size = 16  # Rows of data.seq_len tokens per optimizer step.
   config.accum_steps = 1  # Micro-batches per step; 1 = none.
-  config.selfcheck = "auto"  # auto | on | off: before the first step; auto
-  # where there are several devices. See docs/reliability.md.
-  # Folder of compiled programs, so that a second start need not compile;
-  # 'auto' = ~/.cache/sft_jax/compiled/<processor>; '' = none.
+  # auto | on | off: before the first step; auto where there are several
+  # devices. See docs/reliability.md.
+  config.selfcheck = "auto"
+  # Folder of compiled programs, so that a second start need not compile; 'auto'
+  # = ~/.cache/sft_jax/compiled/<processor>; '' = none.
   config.compile_cache = "auto"
+  config.export = True  # Write workdir/export, a Hugging Face folder.
+  config.export_dtype = ""  # Of its weights; '' = model.param_dtype.
 
   config.model = model = ml_collections.ConfigDict()
   model.path = "sft_jax/demo/base"  # A folder, or org/name@rev.
@@ -52,17 +58,16 @@ def get_config() -> ml_collections.ConfigDict:
   lora.also_train = ()  # Regexes of parameters that train whole: ("norm",).
   lora.path = ""  # A PEFT folder to start from, with its own rank and alpha.
 
-  # Not type-safe, for data.train's sake: a path, a glob, or a tuple of them,
-  # each alone, as (path, copies of it per epoch), or as a dict with path and
-  # any of repeat, share, limit, loss_weight, format, columns and name: see
-  # Source in sft_jax/data/sources.py.
   config.data = data = ml_collections.ConfigDict(type_safe=False)
+  # A path, a glob, or a tuple of them, each alone, as (path, copies of it per
+  # epoch), or as a dict with path and any of repeat, share, limit, loss_weight,
+  # format, columns and name: see Source in sft_jax/data/sources.py.
   data.train = "sft_jax/demo/train_*.jsonl"
   data.eval = ""  # Held-out rows; '' = hold out a share of train.
   data.holdout = 0.02  # That share, chosen by content; 0 = none.
   data.format = "auto"  # By shape, or the name of a format.
-  # {name in the rows: name here}, of sources that have no columns of their
-  # own; see docs/data_formats.md.
+  # {name in the rows: name here}, of sources that have no columns of their own;
+  # see docs/data_formats.md.
   data.columns = ml_collections.ConfigDict()
   data.seq_len = 256  # Tokens per packed row, and the longest example.
   data.packing = True  # False: one example per row.
@@ -73,18 +78,20 @@ def get_config() -> ml_collections.ConfigDict:
   data.control_tokens = "error"  # error | escape | allow: in what is said.
   data.over_long = "drop"  # drop | truncate | error.
   data.on_bad_row = "error"  # error | skip (counted and written down).
-  # Secrets planted among the rows, to measure what is learnt by heart; as many
-  # more are measured and not planted. 0 = none. See docs/forgetting.md.
+  # Secrets planted among the rows, to measure memorization; as many more are
+  # measured and not planted. 0 = none. See docs/forgetting.md.
   data.canaries = 0
   data.canary_copies = 1.0  # Times that each is seen per epoch.
-  data.allow = ()  # Verdicts to train in spite of: ("overlap", ...).
+  data.allow = ()  # Findings to train in spite of: ("overlap", ...).
   # What rows must satisfy: (("ifd", "<", 1.0), ("row.language", "==", "en"));
   # () = none. By scores of tools/score_data.py or columns: docs/selection.md.
   data.filter = ()
-  data.weight_by = ()  # What their loss is weighted by: a name, or
-  # ("ifd", (0.5, 1.0), (1.0, 0.0)): 1 up to 0.5, falling to 0; () = none.
+  # What their loss is weighted by: a name, or ("ifd", (0.5, 1.0), (1.0, 0.0)):
+  # 1 up to 0.5, falling to 0; () = none.
+  data.weight_by = ()
   data.scores = ""  # Folder of score files; '' = beside the rows.
-  data.template_kwargs = ml_collections.ConfigDict()  # For the template.
+  # For the template.
+  data.template_kwargs = ml_collections.ConfigDict()
   data.cache_dir = ""  # Encoded rows; '' = workdir/cache.
   data.workers = 0  # Processes that encode; 0 = one per core.
 
@@ -107,17 +114,18 @@ def get_config() -> ml_collections.ConfigDict:
   # first that matches decides.
   optim.rates = ()
   optim.freeze = ()  # Regexes of parameters that do not train: ("embed/",).
-  optim.warmup_steps = 20  # 0 = none.
+  optim.warmup_fraction = 0.03  # Share of the steps; 0 = none.
+  optim.warmup_steps = -1  # So many steps instead; -1 = warmup_fraction.
   optim.final_fraction = 0.05  # Of the peak, at the last step.
   optim.b1 = 0.9  # Of the first moment; the momentum of sgd and muon.
-  optim.b2 = 0.99
-  optim.eps = 1e-8
+  optim.b2 = 0.99  # Of the second moment.
+  optim.eps = 1e-8  # Of the denominator.
   optim.weight_decay = 0.01  # 0 = off.
   optim.decay = ("kernel$", "embedding$", "lora_[ab]$")  # What decays.
   optim.mu_dtype = "float32"  # Of the first moment: float32 or bfloat16.
   optim.nu_dtype = "float32"  # Of the second.
-  # What is bfloat16, moments or parameters, is rounded to: nearest |
-  # stochastic (right on average, so that small updates are not lost).
+  # What is bfloat16, moments or parameters, is rounded to: nearest | stochastic
+  # (right on average, so that small updates are not lost).
   optim.rounding = "nearest"
   optim.clip_norm = 1.0  # Global gradient norm; 0 = off.
 
@@ -131,17 +139,19 @@ def get_config() -> ml_collections.ConfigDict:
   checkpoint.every = 100  # Steps; 0 = only at the end.
   checkpoint.keep = 2  # Newest to keep.
   checkpoint.keep_every = 0  # And every so many steps; 0 = none.
-  checkpoint.keep_best = ""  # And the best by this figure of an evaluation,
-  # such as held_out/nats_per_token; '' = none. See eval.every.
+  # And the best by this figure of an evaluation, such as
+  # held_out/nats_per_token; '' = none. See eval.every.
+  checkpoint.keep_best = ""
   checkpoint.best_is = "lowest"  # lowest | highest.
 
   config.faults = faults = ml_collections.ConfigDict()
   faults.on_bad_step = "halt"  # halt | skip: at a loss that is not finite.
-  faults.skip_limit = 3  # Steps left out before the run halts after all.
-  faults.spike_factor = 0.0  # Bad, too: a loss above so many running medians
-  # of the last 64; 0 = off. 3 is generous.
-  faults.hang_seconds = 3600.0  # Without a step done: ends with a stack dump;
-  # 0 = never.
+  faults.skip_limit = 3  # Steps skipped before the run halts after all.
+  # Bad, too: a loss above so many running medians of the last 64; 0 = off, else
+  # more than 1. 3 is generous.
+  faults.spike_factor = 0.0
+  # Without a step done: ends with a stack dump; 0 = never.
+  faults.hang_seconds = 3600.0
 
   config.eval = evaluation = ml_collections.ConfigDict(type_safe=False)
   evaluation.every = 0  # Steps between evaluations; 0 = before, after.
@@ -149,26 +159,27 @@ def get_config() -> ml_collections.ConfigDict:
   # A path or glob, or sets by name, {"maths": "maths/*.jsonl", ...}; 'auto' =
   # behaviours.jsonl beside the training data, if there is one; '' = none.
   evaluation.behaviours = "auto"
-  # What the base knows: behaviour sets of raw text to go on from; 'auto' =
+  # What the base knows: behaviour sets of raw text to continue; 'auto' =
   # knowledge.jsonl beside the training data, if there is one; '' = none.
   evaluation.knowledge = "auto"
-  evaluation.general_text = "auto"  # jsonl; 'auto' = general_text.jsonl
-  # beside the training data, if there is one; '' = none.
-  # KL(base || tuned) and which of the base's predictions are left, of held-out
+  # jsonl; 'auto' = general_text.jsonl beside the training data, if there is
+  # one; '' = none.
+  evaluation.general_text = "auto"
+  # KL(base || tuned) and which of the base's predictions remain, of held-out
   # rows and general text. Where base and model do not share all but adapters,
   # measured after training, when the base is read again; False = off.
   evaluation.kl = True
-  # After each epoch: the loss of held-out rows above that of as many rows
-  # trained on; False = off.
+  # After each epoch: the loss of held-out rows above that of as many training
+  # rows; False = off.
   evaluation.gap = True
-  # Evaluations without a better figure after which training ends, and the
-  # best checkpoint is exported; the figure is checkpoint.keep_best, or the
-  # held-out loss. 0 = off.
+  # Evaluations without a better figure after which training ends, and the best
+  # checkpoint is exported; the figure is checkpoint.keep_best, or the held-out
+  # loss. 0 = off.
   evaluation.patience = 0
   # Words of training answers that replies are searched for; 0 = off.
   evaluation.answer_words = 100_000
-  # Most seconds of one measurement: the first leaves out what does not fit,
-  # and those after it measure the same. 'auto' = a quarter of the expected
+  # Most seconds of one measurement: the first leaves out what does not fit, and
+  # those after it measure the same. 'auto' = a quarter of the expected
   # training, at least two minutes; 0 = no bound.
   evaluation.max_seconds = "auto"
   evaluation.max_new_tokens = 80  # Per reply.
@@ -176,9 +187,6 @@ def get_config() -> ml_collections.ConfigDict:
   # Replies shown before and after, to held-out rows where there are no
   # behaviours; 0 = none.
   evaluation.samples = 3
-
-  config.export = True  # Write workdir/export, a Hugging Face folder.
-  config.export_dtype = ""  # Of its weights; '' = model.param_dtype.
 
   config.log = log = ml_collections.ConfigDict()
   log.every = 10  # Steps per record of metrics.jsonl.

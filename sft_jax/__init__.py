@@ -16,6 +16,7 @@ if TYPE_CHECKING:
   from sft_jax.inference.generate import Reply, generate
   from sft_jax.models.transformer import Model
   from sft_jax.training.build.model import load_pretrained
+  from sft_jax.training.config import default as default_config
   from sft_jax.training.run import Result
   from sft_jax.training.run import run as train
 
@@ -27,6 +28,7 @@ __all__ = [
   "Reply",
   "Result",
   "ToolCall",
+  "default_config",
   "encode",
   "generate",
   "load_pretrained",
@@ -45,6 +47,7 @@ _HOME = {
   "Reply": "inference.generate",
   "Result": "training.run",
   "ToolCall": "data.conversation",
+  "default_config": "training.config:default",
   "encode": "data.encoding.encode",
   "generate": "inference.generate",
   "load_pretrained": "training.build.model",

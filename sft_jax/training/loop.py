@@ -66,14 +66,7 @@ class Patience:
       lowest: whether lower is better.
       best: the best figure so far.
       since_best: evaluations since then.
-
-    Raises:
-      ValueError: a negative limit.
     """
-    if limit < 0:
-      raise ValueError(
-        f"eval.patience: got {limit}, expected 0 (off) or more. Set it so."
-      )
     self.limit, self._lowest = limit, lowest
     self.best, self.since_best = best, since_best
 
@@ -277,15 +270,19 @@ class _Loop:
 
   def _find_due(self, step: int) -> _Due:
     config = self._config
-    save = (
-      self._last or self._stopping or _divides(config.checkpoint.every, step)
-    )
+    ends_epoch = self._ends_epoch(step)
     evaluation = _divides(config.eval.every, step)
+    if config.eval.patience and not config.eval.every:
+      evaluation = ends_epoch
     if self._last:
       # The last state is measured after training; with patience now, too, as
       # one of those that the best is chosen from.
-      evaluation = self._patience.limit > 0
-    gap = self._built.train_rows is not None and self._ends_epoch(step)
+      evaluation = config.eval.patience > 0
+    gap = self._built.train_rows is not None and ends_epoch
+    # What is compared with the best so far is saved, to be found again.
+    scored = evaluation and bool(followed_metric(config))
+    saves = _divides(config.checkpoint.every, step) or scored
+    save = self._last or self._stopping or saves
     # A record ends where a checkpoint is made: a resumed run then writes the
     # very records that the uninterrupted run would have written.
     record = save or evaluation or gap or _divides(config.log.every, step)
@@ -402,15 +399,10 @@ class _Loop:
 
 
 def _make_detector(config: Config, state: LoopState) -> SpikeDetector:
-  policy = config.faults.on_bad_step
-  if policy not in ("halt", "skip"):
-    raise ValueError(
-      f"faults.on_bad_step: got {policy!r}, expected 'halt' or 'skip'. Set it "
-      "to one of these."
-    )
+  skips = config.faults.on_bad_step == "skip"
   return SpikeDetector(
     spike_factor=config.faults.spike_factor,
-    skip_limit=config.faults.skip_limit if policy == "skip" else 0,
+    skip_limit=config.faults.skip_limit if skips else 0,
     losses=list(state.losses),
     skipped=state.skipped,
   )

@@ -25,7 +25,7 @@ from sft_jax.models.hf import peft
 from sft_jax.models.lora import base_model, merge
 from sft_jax.reporting import final_summary, terminal, throughput, trackers
 from sft_jax.step.train_step import TrainState
-from sft_jax.training import selfcheck, start_page
+from sft_jax.training import config_check, selfcheck, start_page
 from sft_jax.training.build import evals, host_consistency, model
 from sft_jax.training.build.build import BuiltRun, build_run
 from sft_jax.training.build.data import Config, make_render_options
@@ -66,6 +66,7 @@ def run(config: Config, *, force: bool = False, command: str = "") -> Result:
     OSError: what cannot be read or written; no step that was saved is lost.
     interrupts.Stopped: SIGTERM or Ctrl-C; the same call continues.
   """
+  config_check.check(config)
   workdir = Path(config.workdir)
   session = Session(
     config=config,
@@ -374,28 +375,13 @@ def own_params(state: TrainState) -> trees.Tree:
 
 
 def open_checkpoints(config: Config, workdir: Path) -> Checkpoints:
-  """The checkpoints of a run, kept as its config says.
-
-  Raises:
-    ValueError: the best shall be kept by a figure that is never measured.
-  """
-  keep, figure = config.checkpoint, followed_metric(config)
-  # Patience keeps its count of evaluations in checkpoints.
-  every = keep.every if config.eval.patience else keep.every or 1
-  if figure and not (
-    config.eval.every and every and config.eval.every % every == 0
-  ):
-    raise ValueError(
-      f"checkpoint.keep_best: got {figure!r} with eval.every="
-      f"{config.eval.every} and checkpoint.every={keep.every}, expected "
-      "checkpoints where something is measured. Set eval.every to a multiple "
-      "of checkpoint.every; with eval.patience neither may be 0."
-    )
+  """The checkpoints of a run, kept as its config says."""
+  keep = config.checkpoint
   return Checkpoints(
     workdir / "checkpoints",
     keep=keep.keep,
     keep_every=keep.keep_every,
-    keep_best=keep.best_is if figure else "",
+    keep_best=keep.best_is if followed_metric(config) else "",
   )
 
 

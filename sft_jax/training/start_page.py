@@ -168,7 +168,7 @@ def _schedule(config: Config, num_steps: int) -> str:
   rate = lambda step: float(schedule(step))
   at = np.linspace(0, num_steps - 1, min(_SKETCH, num_steps))
   values = [rate(step) for step in at.astype(int).tolist()]
-  warm = config.optim.warmup_steps
+  warm = setup_step.warmup_steps(config, num_steps)
   return (
     f"{terminal.sparkline(values)}  {rate(0):.2g} at step 1, "
     f"{rate(warm):.2g} at {warm + 1}, "

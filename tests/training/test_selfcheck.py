@@ -297,8 +297,6 @@ def test_it_runs_where_there_are_several_devices():
   (line,) = said("auto", mesh)
   assert "6 laws hold on 8 devices" in line
   assert said("off", mesh) == []
-  with pytest.raises(ValueError, match="selfcheck: got 'yes', expected one"):
-    said("yes", mesh)
 
 
 def test_what_it_finds_stops_the_run():
@@ -311,5 +309,4 @@ def test_what_it_finds_stops_the_run():
 
 
 def test_every_mode_has_its_word_in_the_base_config():
-  assert selfcheck.MODES == ("auto", "on", "off")
   assert set(selfcheck.TOLERANCES) == {"float32", "bfloat16"}

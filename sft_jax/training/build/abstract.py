@@ -65,7 +65,7 @@ def outline(config: Config, shape: ModelConfig, mesh: Mesh) -> Outline:
   build.check_batch_size(config, mesh)
   built = build_model(config, shape, mesh)
   # How long a run is decides its learning rates, not the program's shape.
-  num_steps = config.steps or config.optim.warmup_steps + 1
+  num_steps = config.steps or max(config.optim.warmup_steps, 0) + 1
   step = setup_step.make_step(config, built.model, mesh, num_steps)
   params = jax.eval_shape(built.init, jax.random.key(config.seed))
   params = setup_step.hold_base(config, step, params, lambda x: x)

@@ -54,12 +54,19 @@ class Step(NamedTuple):
   document_loss: Callable[[trees.Tree, Batch, int], GroupSums]
 
 
+def warmup_steps(config: Config, num_steps: int) -> int:
+  """Steps of a run of so many in which the learning rate rises."""
+  if config.optim.warmup_steps >= 0:
+    return config.optim.warmup_steps
+  return int(config.optim.warmup_fraction * num_steps)
+
+
 def schedule(config: Config, num_steps: int) -> optax.Schedule:
   """The learning rate of a run of so many steps."""
   return optimizer.schedule(
     config.optim.schedule,
     peak=config.optim.learning_rate,
-    warmup_steps=config.optim.warmup_steps,
+    warmup_steps=warmup_steps(config, num_steps),
     num_steps=num_steps,
     final_fraction=config.optim.final_fraction,
     decay_fraction=config.optim.decay_fraction,

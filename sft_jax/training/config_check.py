@@ -1,0 +1,298 @@
+"""Checks a config whole, before anything is loaded.
+
+`check(config)` names in one message every key that is unknown, of a wrong type
+or out of bounds, and every pair of keys that cannot go together.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_collections
+
+from sft_jax.training.config import RunConfig
+
+# Old key -> the key that took its place.
+RENAMED: dict[str, str] = {}
+# The only values of a text; '' is the first where nothing else is.
+_FLOATS = "float32 bfloat16"
+_CHOICES = {
+  "selfcheck": "auto on off",
+  "model.dtype": _FLOATS,
+  "model.param_dtype": _FLOATS,
+  "model.quantize": " int8 nf4",
+  "model.attention": "auto xla blocks splash tokamax",
+  "model.remat": "none norms attention full offload",
+  "lora.init": "zero pissa",
+  "data.train_on": "assistant last_turn all",
+  "data.reasoning": "train write hide strip",
+  "data.history": "auto split keep",
+  "data.generation_prompt": "error omit",
+  "data.control_tokens": "error escape allow",
+  "data.over_long": "drop truncate error",
+  "data.on_bad_row": "error skip",
+  "loss.normalize": "token example",
+  "optim.name": "adamw adafactor lion sgd muon",
+  "optim.schedule": "cosine linear constant wsd",
+  "optim.mu_dtype": _FLOATS,
+  "optim.nu_dtype": _FLOATS,
+  "optim.rounding": "nearest stochastic",
+  "checkpoint.best_is": "lowest highest",
+  "faults.on_bad_step": "halt skip",
+  "eval.during": "all losses",
+  "export_dtype": " float32 bfloat16 float16",
+}
+# Intervals of numbers; all others are in [0, 1e9].
+_BOUNDS = {
+  "seed": "[0, 2147483647]",
+  **dict.fromkeys(
+    (
+      *("epochs", "batch_size", "accum_steps", "loss.chunk_tokens"),
+      *("checkpoint.keep", "eval.max_new_tokens", "eval.batch_size"),
+      *("log.every", "profile.start"),
+    ),
+    "[1, 1e9]",
+  ),
+  **dict.fromkeys(
+    (
+      *("lora.dropout", "data.holdout", "loss.label_smoothing"),
+      *("optim.warmup_fraction", "optim.b1", "optim.b2"),
+    ),
+    "[0, 1)",
+  ),
+  **dict.fromkeys(
+    (
+      *("lora.alpha", "lora.plus_ratio", "data.canary_copies"),
+      "optim.learning_rate",
+    ),
+    "(0, 1e30]",
+  ),
+  "data.seq_len": "[2, 1e8]",
+  "data.workers": "[0, 1e4]",
+  "optim.decay_fraction": "(0, 1]",
+  "optim.warmup_steps": "[-1, 1e9]",
+  "optim.final_fraction": "[0, 1]",
+  "optim.eps": "[0, 1]",
+  "optim.clip_norm": "[0, 1e30]",
+  "faults.hang_seconds": "[0, 1e7]",
+  **{f"mesh.{axis}": "[-1, 1e6]" for axis in ("data", "fsdp", "tensor")},
+  "mesh.context": "[-1, 1e6]",
+}
+# What a number may be besides.
+_WORDS = {"eval.max_seconds": ("auto",)}
+
+
+def check(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
+  """The config, typed.
+
+  Args:
+    config: as `default` gives it, or what JSON made of it.
+
+  Raises:
+    ValueError: with a line for every key that is wrong.
+  """
+  if isinstance(config, ml_collections.ConfigDict):
+    config = config.to_dict()
+  wrong = list(_wrong_keys(config, RunConfig, ""))
+  if not wrong:
+    wrong = list(_wrong_pairs(config))
+  if wrong:
+    raise ValueError(
+      "config: " + "\n  ".join(wrong)
+      if len(wrong) == 1
+      else f"config: {len(wrong)} keys are wrong:\n  " + "\n  ".join(wrong)
+    )
+  return _typed(config, RunConfig)
+
+
+def _typed(values: Mapping[str, Any], kind: type) -> Any:
+  return kind(
+    **{
+      field.name: _typed(values[field.name], field.type)
+      if dataclasses.is_dataclass(field.type)
+      else values[field.name]
+      for field in dataclasses.fields(kind)
+    }
+  )
+
+
+def _all_keys(kind: type = RunConfig, prefix: str = "") -> Iterator[str]:
+  for field in dataclasses.fields(kind):
+    if dataclasses.is_dataclass(field.type):
+      yield from _all_keys(field.type, f"{prefix}{field.name}.")
+    else:
+      yield prefix + field.name
+
+
+def _wrong_keys(values: Any, kind: type, prefix: str) -> Iterator[str]:
+  """A line for each key that is unknown, missing, or has a wrong value."""
+  if not isinstance(values, Mapping):
+    yield f"{prefix[:-1]}: got {values!r}, expected keys of its own"
+    return
+  fields = {field.name: field for field in dataclasses.fields(kind)}
+  for name in values:
+    if name not in fields:
+      yield _unknown(f"{prefix}{name}")
+  for name, field in fields.items():
+    if name not in values:
+      yield f"{prefix}{name}: is missing; start from sft_jax.default_config()"
+    elif dataclasses.is_dataclass(field.type):
+      yield from _wrong_keys(values[name], field.type, f"{prefix}{name}.")
+    elif expected := _expected(values[name], field.type, prefix + name):
+      yield f"{prefix}{name}: got {_short(values[name])}, expected {expected}"
+
+
+def _unknown(key: str) -> str:
+  if key in RENAMED:
+    return f"{key}: is called {RENAMED[key]} now"
+  known = list(_all_keys())
+  last = {name.rpartition(".")[2]: name for name in reversed(known)}
+  near = difflib.get_close_matches(key, known, 3, 0.7) or [
+    last[name]
+    for name in difflib.get_close_matches(key.rpartition(".")[2], last, 3, 0.7)
+  ]
+  hint = f"; did you mean {' or '.join(near)}?" if near else ""
+  return f"{key}: no such key{hint} All are in configs/base.py"
+
+
+def _short(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _expected(value: Any, kind: Any, key: str) -> str:
+  """What was expected in place of a value; '' if it is right."""
+  if key in _CHOICES:
+    choices = _CHOICES[key].split(" ")
+    right = isinstance(value, str) and value in choices
+    return "" if right else "one of " + ", ".join(map(repr, choices))
+  words = _WORDS.get(key, ())
+  if kind in (int, float) or words:
+    if isinstance(value, str) and value in words:
+      return ""
+    number = int if kind is int else int | float
+    interval = _BOUNDS.get(key, "[0, 1e9]")
+    if (
+      isinstance(value, number)
+      and not isinstance(value, bool)
+      and _is_inside(value, interval)
+    ):
+      return ""
+    noun = "whole number" if kind is int else "number"
+    return "".join(f"{x!r} or " for x in words) + f"a {noun} in {interval}"
+  if kind is str and isinstance(value, str) and "\0" in value:
+    return "a text without a null character"
+  kinds, name = {
+    bool: (bool, "True or False"),
+    str: (str, "a text"),
+    dict: (Mapping, "a dict"),
+    tuple: (list | tuple, "a tuple"),
+    Any: (str | list | tuple | Mapping | None, "a path, a tuple or a dict"),
+  }[kind]
+  return "" if isinstance(value, kinds) else name
+
+
+def _is_inside(value: float, interval: str) -> bool:
+  low, high = map(float, interval[1:-1].split(","))
+  if not low <= value <= high:  # So neither is NaN.
+    return False
+  return (value > low or interval[0] == "[") and (
+    value < high or interval[-1] == "]"
+  )
+
+
+def _wrong_pairs(c: Mapping[str, Any]) -> Iterator[str]:
+  """A line for each combination of keys that cannot be."""
+  optim, mesh, evals, lora = c["optim"], c["mesh"], c["eval"], c["lora"]
+  if c["steps"] and optim["warmup_steps"] >= c["steps"]:
+    yield (
+      f"optim.warmup_steps: got {optim['warmup_steps']} with steps="
+      f"{c['steps']}, expected fewer; -1 takes optim.warmup_fraction"
+    )
+  if sum(size == -1 for size in mesh.values()) > 1 or 0 in mesh.values():
+    yield (
+      f"mesh: got {dict(mesh)}, expected 1 or more of each, and -1 (the rest) "
+      "at most once"
+    )
+  if mesh["context"] > 0 and c["data"]["seq_len"] % mesh["context"]:
+    yield (
+      f"data.seq_len: got {c['data']['seq_len']} with mesh.context="
+      f"{mesh['context']}, expected a multiple"
+    )
+  parts = c["accum_steps"] * max(mesh["data"], 1) * max(mesh["fsdp"], 1)
+  if c["batch_size"] % parts:
+    yield (
+      f"batch_size: got {c['batch_size']} with accum_steps="
+      f"{c['accum_steps']}, mesh.data={mesh['data']} and mesh.fsdp="
+      f"{mesh['fsdp']}, expected a multiple of their product"
+    )
+  if lora["path"] and lora["rank"]:
+    yield (
+      f"lora.path: got {lora['path']!r} with lora.rank={lora['rank']}, "
+      "expected lora.rank=0: the folder has a rank"
+    )
+  if c["model"]["quantize"] and not (lora["rank"] or lora["path"]):
+    yield (
+      f"model.quantize: got {c['model']['quantize']!r} with lora.rank=0, "
+      "expected adapters, as what is quantized cannot train"
+    )
+  if c["loss"]["kl"] and c["model"]["from_scratch"]:
+    yield (
+      f"loss.kl: got {c['loss']['kl']} with model.from_scratch=True, expected "
+      "0, or a model that knows something"
+    )
+  if 0 < c["faults"]["spike_factor"] <= 1:
+    yield (
+      f"faults.spike_factor: got {c['faults']['spike_factor']}, expected more "
+      "than 1, or 0 for none"
+    )
+  held_out = c["data"]["eval"] or c["data"]["holdout"]
+  if c["checkpoint"]["keep_best"] and not (evals["every"] or evals["patience"]):
+    yield (
+      f"checkpoint.keep_best: got {c['checkpoint']['keep_best']!r} with "
+      "eval.every=0, expected evaluations while training: set eval.every"
+    )
+  if evals["patience"] and not (held_out or c["checkpoint"]["keep_best"]):
+    yield (
+      f"eval.patience: got {evals['patience']} without held-out rows, expected "
+      "data.holdout, data.eval or checkpoint.keep_best, to have a figure"
+    )
+  if not c["data"]["train"]:
+    yield f"data.train: got {c['data']['train']!r}, expected rows"
+  for name in ("log.writers", "data.allow"):
+    section, _, key = name.partition(".")
+    if not all(isinstance(one, str) for one in c[section][key]):
+      yield f"{name}: got {_short(c[section][key])}, expected names"
+  yield from _wrong_patterns(c)
+
+
+def _wrong_patterns(c: Mapping[str, Any]) -> Iterator[str]:
+  """A line for each regular expression that is none."""
+  lora, optim = c["lora"], c["optim"]
+  single = [("lora.targets", lora["targets"])]
+  for name, values in (
+    ("lora.also_train", lora["also_train"]),
+    ("optim.freeze", optim["freeze"]),
+    ("optim.decay", optim["decay"]),
+  ):
+    single += [(name, value) for value in values]
+  for name, pairs in (
+    ("lora.rank_pattern", lora["rank_pattern"]),
+    ("lora.alpha_pattern", lora["alpha_pattern"]),
+    ("optim.rates", optim["rates"]),
+  ):
+    for pair in pairs:
+      right = isinstance(pair, list | tuple) and len(pair) == 2
+      value = pair[1] if right else None
+      if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        yield f"{name}: got {_short(pair)}, expected (regex, a number)"
+      else:
+        single.append((name, pair[0]))
+  for name, pattern in single:
+    try:
+      re.compile(pattern)
+    except (re.error, TypeError, RecursionError, OverflowError) as error:
+      yield f"{name}: got {_short(pattern)}, expected a regex ({error})"
