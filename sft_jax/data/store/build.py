@@ -1,12 +1,19 @@
 """Cache: rows encoded once, kept on disk under the hash of what made them.
 
 The key of a store is the bytes of its files, the tokenizer with its template,
-every options, and the code that encodes: change one, and the rows are encoded
+all options, and the code that encodes: change one, and the rows are encoded
 again. A store is written beside its final place and renamed into it, so it is
-there whole or not at all. What a killed build leaves, the next one removes.
+there whole or not at all. What a killed build leaves, the next one removes. Of
+several runs that need one store, one builds and the others wait for it.
+
+    directory/KEY/                       a store
+    directory/.building-KEY.lock         locked while KEY is built
+    directory/.building-KEY.XXXX/        what will be KEY
 """
 
+import atexit
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -14,10 +21,12 @@ import itertools
 import json
 import os
 import shutil
+import tempfile
+import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -28,6 +37,7 @@ from sft_jax.data.store.files import (
   FILES,
   INDEX,
   RUN,
+  Digests,
   digest,
   hash_text,
   map_file,
@@ -38,9 +48,15 @@ from sft_jax.data.store.stats import DatasetStats
 from sft_jax.data.store.store import Store, count, open_store
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
 
+Log = Callable[[str], None]
+
 # Chunks encoded in this process before others are started: of so few rows
 # they would spend most of their time on starting.
 _ALONE = 8
+# Seconds without progress after which another run's build is not waited for.
+_PATIENCE = 600.0
+_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def build(
@@ -54,13 +70,13 @@ def build(
   on_bad_row: str = "error",
   seed: int = 0,
   num_workers: int = 0,
-  log: Callable[[str], None] = print,
+  log: Log = print,
 ) -> Store:
   """Encodes every row of the sources, or opens what was encoded before.
 
   Memory does not grow with the data. The store has the same bytes whatever
-  the number of workers. Processes that build the same store at once do not
-  disturb each other.
+  the number of workers. Where the directory cannot be written or read, the
+  store is made in a temporary folder that ends with this process.
 
   Args:
     sources: see `sources.to_sources`. How often their rows are seen, and how
@@ -74,66 +90,135 @@ def build(
       writes its place and fault to bad_rows.jsonl.
     seed: draws the rows of sources with a limit.
     num_workers: processes that encode; 0 is one per core, 1 only this one.
-    log: told in a line each what is done.
+    log: called with a line for each thing that is done.
 
   Raises:
     RowError: a malformed row, by its place: the first, whatever the workers.
-    ValueError: a file that is not there, or options that are not known.
-    workers.WorkerDied: a worker was killed.
+    ValueError: a file that is not there, or that changes while it is read;
+      options that are not known.
+    OSError: a full disk; `workers.WorkerDied`, of a worker that was killed.
   """
   if on_bad_row not in ("error", "skip"):
     raise ValueError(
       f"data.on_bad_row: got {on_bad_row!r}; expected 'error' or 'skip'. Set "
       "it to one of these."
     )
-  parts = to_sources(sources)
-  made_from: dict[str, Any] = {
-    f"source {number}": fingerprint.of_source(source, format, seed)
+  parts, digests = to_sources(sources), Digests()
+  inputs: dict[str, Any] = {
+    f"source {number}": fingerprint.of_source(source, format, seed, digests)
     for number, source in enumerate(parts, 1)
   }
-  made_from |= {
+  inputs |= {
     "tokenizer": fingerprint.of_tokenizer(tokenizer),
     "data.on_bad_row": on_bad_row,
     "data.seq_len": max_length,
     "options": options.to_json(),
   }
-  key = json.dumps([made_from, fingerprint.code_version()], sort_keys=True)
-  directory = Path(directory)
-  folder = directory / hash_text(key)[:32]
-  if folder.exists():
-    try:
-      store = open_store(folder, parts)
-      log(f"data: {len(store.index):,} examples from cache {folder}")
-      return store
-    except ValueError as damage:
-      log(f"{damage} Making it again now.")
-      shutil.rmtree(folder)
-
-  log(f"data: encoding {', '.join(s.label for s in parts)} into {folder}")
+  key = json.dumps([inputs, fingerprint.code_version()], sort_keys=True)
+  name = hash_text(key)[:32]
   recipe = shards.Recipe(
     tokenizer, options, max_length, format, skip_bad_rows=on_bad_row == "skip"
   )
-  jobs = itertools.chain.from_iterable(
-    shards.read(number, source, seed=seed)
-    for number, source in enumerate(parts)
-  )
-  directory.mkdir(parents=True, exist_ok=True)
-  _remove_dead(directory)
-  with _building(directory) as place:
-    with (
-      contextlib.closing(
-        _encode(recipe, jobs, num_workers or workers.num_cores())
-      ) as encoded,
-      _Writer(place, tokenizer.vocab_size, parts) as writer,
-    ):
-      for chunk in encoded:
-        writer.append(chunk)
-    _seal(place, parts, writer.stats, made_from, writer.tokens)
-    _move(place, folder)
-  store = open_store(folder, parts)
+
+  def check() -> None:
+    digests.check(file for one in parts for file in one.files())
+
+  def write(place: Path) -> None:
+    """Encodes all rows into a folder."""
+    log(f"data: encoding {', '.join(s.label for s in parts)}")
+    jobs = itertools.chain.from_iterable(
+      shards.read(number, source, seed=seed)
+      for number, source in enumerate(parts)
+    )
+    processes = num_workers or workers.num_cores()
+    with _Writer(place, tokenizer.vocab_size, parts) as writer:
+      try:
+        with contextlib.closing(_encode(recipe, jobs, processes)) as encoded:
+          for chunk in encoded:
+            writer.append(chunk)
+      except (ValueError, OSError):
+        check()  # Half of a file may be why a row is malformed.
+        raise
+    check()
+    _seal(place, parts, writer.stats, inputs, writer.tokens)
+
+  try:
+    return _open_or_build(Path(directory), name, parts, write, log)
+  except _NoAccess as why:
+    private = Path(tempfile.mkdtemp(prefix="sft_jax-data-"))
+    atexit.register(shutil.rmtree, private, ignore_errors=True)
+    log(
+      f"data: the cache {directory} cannot be used ({why}): the rows are "
+      f"encoded into {private}, for this run alone. data.cache_dir names "
+      "another one."
+    )
+    return _open_or_build(private, name, parts, write, log)
+
+
+class _NoAccess(Exception):
+  """The cache cannot be written, or not be read."""
+
+
+def _open_or_build(
+  directory: Path,
+  name: str,
+  sources: Sequence[Source],
+  write: Callable[[Path], None],
+  log: Log,
+) -> Store:
+  """The store `name` of a directory, which is written first if need be."""
+  folder = directory / name
+  try:
+    if store := _open(folder, sources, log):
+      return store
+    directory.mkdir(parents=True, exist_ok=True)
+    _remove_dead(directory)
+    with _turn(directory, name, log):
+      # Another run may have made it while this one waited.
+      if store := _open(folder, sources, log):
+        return store
+      place = directory / f".building-{name}.{uuid.uuid4().hex}"
+      place.mkdir()
+      try:
+        write(place)
+        _move(place, folder)
+      finally:
+        shutil.rmtree(place, ignore_errors=True)
+    store = open_store(folder, sources)
+  except OSError as error:
+    if error.errno in _FULL:
+      raise OSError(
+        f"cache {directory}: {error.strerror} while rows were encoded; "
+        "expected room for 3 to 5 bytes per token. Nothing was kept: make "
+        "room, or name a folder on another disk in data.cache_dir."
+      ) from error
+    where = Path(error.filename or ".")
+    ours = where in (directory, *directory.parents) or (
+      directory in where.parents
+    )
+    if error.errno in _NO_ACCESS and ours:
+      raise _NoAccess(error) from error
+    raise
   if bad := store.stats.dropped("malformed"):
     where = folder / "bad_rows.jsonl"
     log(f"data: {bad:,} malformed rows skipped; see {where}")
+  return store
+
+
+def _open(folder: Path, sources: Sequence[Source], log: Log) -> Store | None:
+  """The store of a folder; one that is damaged is removed."""
+  if not folder.exists():
+    return None
+  try:
+    store = open_store(folder, sources)
+  except ValueError as damage:
+    log(f"{damage} Making it again now.")
+    try:
+      shutil.rmtree(folder)
+    except OSError as error:
+      raise _NoAccess(error) from damage
+    return None
+  log(f"data: {len(store.index):,} examples from cache {folder}")
   return store
 
 
@@ -166,11 +251,13 @@ class _Writer:
   def __enter__(self) -> "_Writer":
     return self
 
-  def __exit__(self, *_: Any) -> None:
-    for file in self._files.values():
-      file.flush()
-      os.fsync(file.fileno())
-      file.close()
+  def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+    with contextlib.ExitStack() as stack:
+      for file in self._files.values():
+        stack.callback(file.close)  # Also of a file that cannot be flushed.
+      for file in self._files.values() if kind is None else ():
+        file.flush()
+        os.fsync(file.fileno())
 
   def append(self, chunk: shards.Encoded) -> None:
     """Writes a chunk; raises its fault."""
@@ -208,7 +295,7 @@ def _seal(
   folder: Path,
   sources: Sequence[Source],
   stats: DatasetStats,
-  made_from: dict[str, Any],
+  inputs: dict[str, Any],
   tokens: np.dtype,
 ) -> None:
   """Counts what was written and puts it under digests."""
@@ -216,14 +303,14 @@ def _seal(
   runs = map_file(folder / "runs.bin", RUN)
   count(index, runs, sources, stats).check()
   files = {file.name: digest(file) for file in sorted(folder.iterdir())}
-  made = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode())
+  made = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
   made.update((files["tokens.bin"] + files["runs.bin"]).encode())
   made.update(index["length"].tobytes() + index["source"].tobytes())
   meta = {
     "files": files,
     "tokens": tokens.str,
     "fingerprint": made.hexdigest(),
-    "fingerprint_inputs": made_from,
+    "fingerprint_inputs": inputs,
     "stats": stats.to_json(),
   }
   write_meta(folder, meta)
@@ -248,34 +335,87 @@ def _sync_folder(folder: Path) -> None:
     os.close(handle)
 
 
-# -- Builds that live, and builds that died -----------------------------------
+# -- One builds, others wait --------------------------------------------------
 
 
 @contextlib.contextmanager
-def _building(directory: Path) -> Iterator[Path]:
-  """A folder to build in. It is gone, or locked while this process lives."""
-  place = directory / f".building-{uuid.uuid4().hex}"
-  with _lock(place).open("x") as file:
-    # Another build may take the new file for a dead one's before it is locked,
-    # and remove it: then this lock is never asked, and nothing is removed.
-    fcntl.flock(file, fcntl.LOCK_EX)
+def _turn(directory: Path, name: str, log: Log) -> Iterator[None]:
+  """Holds the lock of a store; waits while another run builds it."""
+  lock = directory / f".building-{name}.lock"
+  while True:
+    with contextlib.suppress(FileExistsError):  # Of a run that may live.
+      lock.open("x").close()
     try:
-      place.mkdir()
-      yield place
-    finally:
-      shutil.rmtree(place, ignore_errors=True)
-      _lock(place).unlink(missing_ok=True)
+      file = lock.open("rb")  # Another user's can be read, and locked.
+    except FileNotFoundError:
+      continue
+    with file:
+      mine = _wait(file, directory, name, log)
+      if mine and not _is(file, lock):  # The run before has removed it.
+        continue
+      if mine:
+        _remove(directory, name)
+      try:
+        yield
+      finally:
+        if mine:
+          with contextlib.suppress(OSError):
+            lock.unlink()
+      return
 
 
-def _lock(place: Path) -> Path:
-  return place.with_suffix(".lock")
+def _wait(file: IO[bytes], directory: Path, name: str, log: Log) -> bool:
+  """Locks a file; False where locks are unknown or its owner stands still."""
+  size, since, said = -1, 0.0, False
+  while (locked := _try_lock(file)) is False:
+    if not said:
+      log(f"data: waiting for another run that encodes into {directory}")
+      said = True
+    now = sum(
+      one.stat().st_size for one in directory.glob(f".building-{name}.*/*")
+    )
+    if now != size:
+      size, since = now, time.monotonic()
+    elif time.monotonic() - since > _PATIENCE:
+      log(
+        f"data: the other run has made no progress for {_PATIENCE:g} s: the "
+        "rows are encoded here as well"
+      )
+      return False
+    time.sleep(0.2)
+  return bool(locked)
+
+
+def _try_lock(file: IO[bytes]) -> bool | None:
+  """Whether a lock was free; None where the file system has no locks."""
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  except OSError:
+    return None
+  return True
+
+
+def _is(file: IO[bytes], path: Path) -> bool:
+  try:
+    return os.path.samestat(os.fstat(file.fileno()), path.stat())
+  except OSError:
+    return False
+
+
+def _remove(directory: Path, name: str) -> None:
+  for place in directory.glob(f".building-{name}.*/"):
+    shutil.rmtree(place, ignore_errors=True)
 
 
 def _remove_dead(directory: Path) -> None:
-  """Removes what killed builds have left: a lock ends with its process."""
-  for path in directory.glob(".building-*.lock"):
-    with contextlib.suppress(FileNotFoundError, BlockingIOError):
-      with path.open("r+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(path.with_suffix(""), ignore_errors=True)
-        path.unlink(missing_ok=True)
+  """Removes what killed builds have left: a lock ends with its process.
+
+  What another user has left stays: it may not be opened, or not be removed.
+  """
+  for lock in directory.glob(".building-*.lock"):
+    with contextlib.suppress(OSError), lock.open("rb") as file:
+      if _try_lock(file) and _is(file, lock):
+        _remove(directory, lock.stem.removeprefix(".building-"))
+        lock.unlink()

@@ -15,6 +15,7 @@ import concurrent.futures
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,54 @@ def read_meta(folder: Path) -> dict[str, Any]:
   if hash_text(json.dumps(sealed["meta"], sort_keys=True)) != sealed["digest"]:
     raise ValueError("meta.json differs from its digest")
   return sealed["meta"]
+
+
+class Digests:
+  """Digests of files that are about to be read, and whether they still hold."""
+
+  def __init__(self):
+    self._known: dict[Path, tuple[Any, str]] = {}
+
+  def of(self, path: Path) -> str:
+    """The digest of a file as it is now, which is remembered."""
+    if path not in self._known:
+      self._known[path] = _state(path), digest(path)
+    return self._known[path][1]
+
+  def check(self, paths: Iterable[Path]) -> None:
+    """Asserts that what was read since is what was digested.
+
+    Both are compared, the digest and what the file system says of the file:
+    a file that was changed and changed back has another time of change.
+
+    Args:
+      paths: those that would be read now.
+
+    Raises:
+      ValueError: a file has changed, is gone or is new.
+    """
+    now = dict.fromkeys(paths)
+    for path in dict.fromkeys([*self._known, *now]):
+      state, before = self._known.get(path, (None, ""))
+      if path not in now:
+        what = "is gone"
+      elif not before:
+        what = "is new"
+      elif _state(path) != state or digest(path) != before:
+        what = "has changed"
+      else:
+        continue
+      raise ValueError(
+        f"{path}: {what} while its rows were read; expected files that stay "
+        "as they are until they are encoded. Nothing was kept: run the same "
+        "command again when nobody writes to it."
+      )
+
+
+def _state(path: Path) -> tuple[int, ...]:
+  """Which file it is, its size, and when it was last changed."""
+  of = path.stat()
+  return (of.st_dev, of.st_ino, of.st_size, of.st_mtime_ns, of.st_ctime_ns)
 
 
 def digest(path: Path) -> str:

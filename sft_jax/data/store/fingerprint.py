@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_jax.data.sources import Source
-from sft_jax.data.store.files import digest, hash_text
+from sft_jax.data.store.files import Digests, digest, hash_text
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
 
 # What has no say in what an example is: changing it leaves every example as it
@@ -22,9 +22,11 @@ _ELSEWHERE = (
 _LIBRARIES = ("jinja2", "sentencepiece", "tokenizers")
 
 
-def of_source(source: Source, format: str, seed: int) -> dict[str, Any]:
+def of_source(
+  source: Source, format: str, seed: int, digests: Digests
+) -> dict[str, Any]:
   inputs: dict[str, Any] = {
-    f"file {number} ({file.name})": digest(file)
+    f"file {number} ({file.name})": digests.of(file)
     for number, file in enumerate(source.files(), 1)
   }
   if source.rows is not None:

@@ -240,10 +240,13 @@ def open_store(folder: Path, sources: Sequence[Source]) -> Store:
 
   Raises:
     ValueError: a file is missing, or differs from its digest.
+    PermissionError: a file may not be read.
   """
   try:
     meta = read_meta(folder)
     found = {name: digest(folder / name) for name in meta["files"]}
+  except PermissionError:
+    raise
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ValueError(
       f"cache {folder}: got {error!r}; expected a whole store. Delete the "

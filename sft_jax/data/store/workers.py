@@ -1,34 +1,36 @@
 """Workers: processes that map a function over jobs, in order.
 
-They are started as programs of their own and speak pickles over pipes.
-Forking this process would copy the locks of JAX's threads, and
-`multiprocessing` would import the main program, and JAX with it, once per
-worker; these import only what the function needs. A worker ends when its pipe
-closes, so none outlives this process, however it ends.
+`concurrent.futures.ProcessPoolExecutor`, spawned: forking would copy the locks
+of JAX's threads. Four things are added to it: a worker that was killed or that
+stalls is named, workers end with a parent that is killed, Ctrl-C reaches the
+parent alone, and workers do not import the user's main program.
 """
 
 import concurrent.futures
+import contextlib
 import faulthandler
+import functools
+import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
-import queue
 import signal
-import subprocess
 import sys
 import threading
 import traceback
 import types
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from pathlib import Path
-from typing import IO, Any, TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-
 # Seconds for an answer; a job is some 50 ms of work.
 PATIENCE = 600.0
+_GRACE = 5.0  # Seconds in which a worker should have ended.
+_CURE = "then run the same command again."
 
 
 class WorkerDied(OSError):
@@ -55,155 +57,127 @@ def map_ordered(
   jobs there are and however slowly results are taken.
 
   Args:
-    function: picklable, as are jobs and results. What it raises is raised
-      here, in the order of the jobs.
+    function: picklable, as are jobs and results; sent to each worker once.
+      What it raises is raised here, in the order of the jobs.
     jobs: read as workers become free.
     workers: processes to start; they end when the iterator does.
     patience: seconds for one answer.
 
   Raises:
     WorkerDied: a worker was killed or crashed, or gave no answer in time and
-      was ended, its stack on stderr; names its process and signal.
+      was ended, its stack on stderr; names its process and how it ended.
   """
-  first = pickle.dumps(sys.path) + pickle.dumps(function)
-  processes = [_start() for _ in range(workers)]
-  idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
-  for process in processes:
-    idle.put(process)
-  greeted = set()
-
-  def ask(job: Job) -> Result:
-    process = idle.get()
-    try:
-      greeting = b"" if process.pid in greeted else first
-      done, value = _ask(process, greeting, job, patience)
-      greeted.add(process.pid)
-    finally:
-      idle.put(process)  # A dead one too, for the next to find it dead.
-    if not done:
-      raise value
-    return value
-
-  # A thread for each worker waits on its pipes.
-  threads = concurrent.futures.ThreadPoolExecutor(workers)
+  executor = concurrent.futures.ProcessPoolExecutor(
+    workers,
+    multiprocessing.get_context("spawn"),
+    _begin,
+    (pickle.dumps(function), patience),
+  )
+  processes: dict[int, Any] = {}
   under_way: deque[concurrent.futures.Future[Result]] = deque()
+
+  def next_result() -> Result:
+    try:
+      # Two jobs may wait for one worker; a worker ends itself before this.
+      return under_way.popleft().result(2 * patience + _GRACE)
+    except BrokenProcessPool as error:
+      raise _died(processes, patience) from error
+    except TimeoutError as error:  # One that was stopped, not one that hangs.
+      raise _stalled(sorted(processes), patience) from error
+
   try:
     for job in jobs:
-      under_way.append(threads.submit(ask, job))
+      try:
+        with _starting():
+          under_way.append(executor.submit(_work, job))
+      except BrokenProcessPool as error:
+        raise _died(processes, patience) from error
+      processes.update(executor._processes or {})
       if len(under_way) == 2 * workers:
-        yield under_way.popleft().result()
+        yield next_result()
     while under_way:
-      yield under_way.popleft().result()
+      yield next_result()
   finally:
-    threads.shutdown(wait=False, cancel_futures=True)
-    for process in processes:
+    for process in processes.values():
       process.kill()
-    threads.shutdown()
-    for process in processes:
-      process.wait()
-      for pipe in (process.stdin, process.stdout):
-        _close(pipe)
+    executor.shutdown(cancel_futures=True)
 
 
-def _start() -> subprocess.Popen:
-  # -P: the folder of this file is no place to import from. A session of its
-  # own, so that Ctrl-C reaches this process alone, which ends its workers.
-  return subprocess.Popen(
-    [sys.executable, "-P", __file__],
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    start_new_session=True,
-    # Each is one of many: threads of its own would only get in the way.
-    env=os.environ
-    | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+  """Within, processes are started that ignore Ctrl-C and know no main program.
+
+  `spawn` would run the file of the main program again in every worker: a
+  script without a guard would start itself without end, and one that imports
+  JAX would import it in each.
+  """
+  main = sys.modules["__main__"]
+  masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  sys.modules["__main__"] = types.ModuleType("__main__")
+  try:
+    yield
+  finally:
+    sys.modules["__main__"] = main
+    signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+
+
+def _died(processes: dict[int, Any], patience: float) -> WorkerDied:
+  """Which worker ended first, and how; the pool has ended the others."""
+  codes = {}
+  for pid, process in processes.items():
+    process.join(_GRACE)
+    codes[pid] = process.exitcode
+  # The pool ends the others by SIGTERM.
+  first = [pid for pid, code in codes.items() if code not in (None, -15, 0)]
+  pid = first[0] if first else next(iter(codes), 0)
+  if codes.get(pid) == _STALLED:
+    return _stalled([pid], patience)
+  code = codes.get(pid) or -signal.SIGTERM
+  how = f"exit code {code}"
+  if code < 0:
+    how = f"signal {-code} ({signal.Signals(-code).name})"
+  return WorkerDied(
+    f"data worker {pid}: got {how} in the middle of its work; expected an "
+    f"answer. If the machine ran out of memory, lower data.workers; {_CURE}"
   )
 
 
-def _ask(
-  process: subprocess.Popen, greeting: bytes, job: Any, patience: float
-) -> Any:
-  assert process.stdin is not None
-  assert process.stdout is not None
-  stalled = threading.Event()
-  alarm = threading.Timer(patience, _end_stalled, (process, stalled))
-  alarm.start()
-  try:
-    process.stdin.write(greeting)
-    pickle.dump(job, process.stdin, pickle.HIGHEST_PROTOCOL)
-    process.stdin.flush()
-    return pickle.load(process.stdout)
-  except (EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-    if stalled.is_set():
-      raise WorkerDied(
-        f"data worker {process.pid}: got no answer in {patience:g} s; expected "
-        "one in less than one. Its stack is on stderr: look at the rows it was "
-        "given, or at the disk; then run the same command again."
-      ) from error
-    raise WorkerDied(
-      f"data worker {process.pid}: got {_end(process)} in the middle of its "
-      "work; expected an answer. If the machine ran out of memory, lower "
-      "data.workers; then run the same command again."
-    ) from error
-  finally:
-    alarm.cancel()
-    alarm.join()
+def _stalled(pids: list[int], patience: float) -> WorkerDied:
+  return WorkerDied(
+    f"data worker {', '.join(map(str, pids))}: got no answer in {patience:g} "
+    "s; expected one in less than one. Look at its stack, if it could still "
+    f"write it to stderr, at the rows it was given, and at the disk; {_CURE}"
+  )
 
 
-def _end_stalled(process: subprocess.Popen, stalled: threading.Event) -> None:
-  """Ends a worker: with a stack dump, if it still can."""
-  stalled.set()
-  process.send_signal(signal.SIGABRT)
-  process.send_signal(signal.SIGCONT)  # One that was stopped hears nothing.
-  try:
-    process.wait(timeout=5)
-  except subprocess.TimeoutExpired:
-    process.kill()
+# -- In a worker --------------------------------------------------------------
+
+_STALLED = 1  # The exit code of faulthandler's timer.
+_function: Callable[[Any], Any]
+_patience: float
 
 
-def _close(pipe: IO[bytes] | None) -> None:
-  try:
-    assert pipe
-    pipe.close()
-  except BrokenPipeError:  # What it held was for a worker that is gone.
-    pass
-
-
-def _end(process: subprocess.Popen) -> str:
-  """How a process ended: 'signal 9 (SIGKILL)' or 'exit code 1'."""
-  try:
-    code = process.wait(timeout=10)
-  except subprocess.TimeoutExpired:
-    return "no answer that can be read"
-  if code < 0:
-    return f"signal {-code} ({signal.Signals(-code).name})"
-  return f"exit code {code}"
-
-
-def _work(asked: IO[bytes], answers: IO[bytes]) -> None:
-  """The life of a worker: answers jobs until its pipe closes."""
-  try:
-    sys.path[:] = pickle.load(asked)
-    function = pickle.load(asked)
-    while True:
-      job = pickle.load(asked)
-      try:
-        answer = (True, function(job))
-      except Exception as error:
-        error.add_note(f"In a data worker:\n{traceback.format_exc()}")
-        answer = (False, error)
-      answers.write(pickle.dumps(answer, pickle.HIGHEST_PROTOCOL))
-      answers.flush()
-  except (EOFError, BrokenPipeError):
-    return
-
-
-if __name__ == "__main__":
-  # The package without its table of contents, which would import JAX.
-  package = types.ModuleType("sft_jax")
-  package.__path__ = [str(Path(__file__).parents[2])]
-  sys.modules["sft_jax"] = package
+def _begin(function: bytes, patience: float) -> None:
+  """Prepares a worker."""
+  global _function, _patience
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent ends its workers.
+  # Each is one of many: threads of its own would only get in the way.
+  os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
   faulthandler.enable()  # A worker that is ended says where it was.
-  # What libraries print must not come between the answers.
-  pipe = os.fdopen(os.dup(1), "wb")
-  os.dup2(2, 1)
-  _work(sys.stdin.buffer, pipe)
+  parent = multiprocessing.parent_process()
+  assert parent
+  ended = functools.partial(multiprocessing.connection.wait, [parent.sentinel])
+  threading.Thread(target=lambda: (ended(), os._exit(1)), daemon=True).start()
+  _patience = patience
+  _function = pickle.loads(function)
+
+
+def _work(job: Any) -> Any:
+  faulthandler.dump_traceback_later(_patience, exit=True)
+  try:
+    return _function(job)
+  except Exception as error:
+    error.add_note(f"In a data worker:\n{traceback.format_exc()}")
+    raise
+  finally:
+    faulthandler.cancel_dump_traceback_later()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -295,11 +296,13 @@ def test_a_killed_build_is_begun_again(tmp_path, tokenizer, when):
 
 
 def test_a_build_of_a_living_process_is_left_alone(tmp_path):
-  with build._building(tmp_path) as place:
-    (place / "tokens.bin").write_bytes(b"...")
+  with build._turn(tmp_path, "x", print):
+    place = tmp_path / ".building-x.1"
+    place.mkdir()
     build._remove_dead(tmp_path)
-    assert (place / "tokens.bin").exists()
-  assert list(tmp_path.iterdir()) == []
+    assert place.exists()
+  build._remove_dead(tmp_path)
+  assert not (tmp_path / ".building-x.lock").exists()
 
 
 def test_store_of_another_process_is_used(tmp_path, tokenizer, monkeypatch):
@@ -370,7 +373,7 @@ def test_rows_in_memory_are_those_of_a_file(tmp_path, tokenizer, workers):
     store, _ = _build(
       Source(rows=given), tokenizer, tmp_path / "b", num_workers=workers
     )
-    assert store.ledger.source("rows").dropped == {"empty answer": 1}
+    assert store.stats.source("rows").dropped == {"empty answer": 1}
     assert len(store.index) == len(file.index)
     for i in (0, 1, len(file.index) - 1):
       assert _same(store.example(i), file.example(i))
@@ -390,7 +393,81 @@ def test_rows_in_memory_are_known_by_their_content(tmp_path, tokenizer):
   assert "from cache" not in told[0]
   few = Source(rows=rows, limit=2)
   store, _ = _build(few, tokenizer, tmp_path / "cache")
-  assert store.ledger.source("rows").dropped == {"beyond limit": 3}
+  assert store.stats.source("rows").dropped == {"beyond limit": 3}
   bad = Source(rows=[rows[0], {"a": 1}], name="mine")
   with pytest.raises(RowError, match=r"^mine\[1\]: got .*no known format"):
     _build(bad, tokenizer, tmp_path / "cache")
+
+
+def _change_in_place(path, other):
+  path.write_text(other)
+
+
+def _replace(path, other):
+  (path.parent / "new").write_text(other)
+  (path.parent / "new").rename(path)
+
+
+def _change_for_a_while(path, other):
+  """The old bytes and times are back before anyone looks again."""
+  before, times = path.read_text(), path.stat()
+  path.write_text(other)
+  yield
+  path.write_text(before)
+  os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def _remove(path, other):
+  path.unlink()
+
+
+def _add(path, other):
+  path.with_name("more.jsonl").write_text(other)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+  ("change", "word"),
+  [
+    (_change_in_place, "has changed"),
+    (_replace, "has changed"),
+    (_change_for_a_while, "has changed"),
+    (_remove, "no such file"),
+    (_add, "is new"),
+  ],
+)
+def test_a_file_that_changes_while_it_is_read_is_refused(
+  tmp_path, tokenizer, monkeypatch, change, word, workers
+):
+  """Rows of one content are never kept under the digest of another."""
+  if workers == 2:
+    monkeypatch.setattr(build, "_ALONE", 1)
+  old = [_row(i) for i in range(8)]
+  new = [_row(i, "A dog.") for i in range(8)]
+  (tmp_path / "rows").mkdir()
+  path = tmp_path / "rows" / "a.jsonl"
+  _write(path, old)
+  glob = Source(str(tmp_path / "rows" / "*.jsonl"), name="all")
+  other = "".join(json.dumps(row) + "\n" for row in new)
+  read = shards.read
+
+  def read_what_changes(*args, **kwargs):
+    under_way = change(path, other)  # After the digest, before the reading.
+    if under_way:
+      next(under_way)
+    yield from read(*args, **kwargs, chunk_rows=2)
+    if under_way:
+      next(under_way, None)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(shards, "read", read_what_changes)
+    with pytest.raises(ValueError, match=word):
+      _build(glob, tokenizer, tmp_path / "cache", num_workers=workers)
+  assert list((tmp_path / "cache").iterdir()) == []
+  _write(path, old)
+  path.with_name("more.jsonl").unlink(missing_ok=True)
+  store, _ = _build(glob, tokenizer, tmp_path / "cache")
+  again, told = _build(glob, tokenizer, tmp_path / "cache")
+  assert "from cache" in told[0]
+  for one in (store, again):
+    assert tokenizer.decode(one.example(0).tokens.tolist()).count("The cat.")

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
@@ -107,12 +106,13 @@ def test_a_killed_worker_is_named():
 
 @pytest.mark.parametrize("stuck", [stalls_at_two, stops_at_two])
 def test_a_worker_that_stalls_is_ended_and_says_where(stuck, capfd):
-  answers = workers.map_ordered(stuck, range(9), workers=2, patience=4)
+  answers = workers.map_ordered(stuck, range(9), workers=2, patience=2)
   with pytest.raises(
-    workers.WorkerDied, match=r"worker \d+: got no answer in 4"
+    workers.WorkerDied, match=r"worker [\d, ]+: got no answer in 2"
   ):
     list(answers)
-  assert stuck.__name__ in capfd.readouterr().err
+  if stuck is stalls_at_two:  # One that is stopped cannot.
+    assert stuck.__name__ in capfd.readouterr().err
 
 
 def test_workers_and_threads_end_with_their_reader():
@@ -130,12 +130,10 @@ def test_workers_end_with_a_killed_parent(tmp_path):
   here, name = os.path.split(__file__)
   program = tmp_path / "parent.py"
   program.write_text(
-    f"import itertools, sys, types\nsys.path[:] = {[here, *sys.path]!r}\n"
-    # The package without its table of contents, which would import JAX.
-    "sys.modules['sft_jax'] = package = types.ModuleType('sft_jax')\n"
-    f"package.__path__ = {[str(Path(workers.__file__).parents[2])]!r}\n"
+    f"import itertools, sys\nsys.path[:] = {[here, *sys.path]!r}\n"
     "from sft_jax.data.store import workers\n"
     f"import {name.removesuffix('.py')} as jobs\n"
+    # Without a guard: a worker does not run its parent's program.
     "for pid in workers.map_ordered("
     "jobs.one_process, itertools.count(), workers=1):\n"
     "  print(pid, flush=True)\n"
