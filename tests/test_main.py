@@ -36,7 +36,6 @@ def door(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
   ("arguments", "words"),
   [
-    ([], ["--config is missing", "configs/base.py"]),
     (
       ["--config=configs/base.py", "--config.optim.learning_rat=1"],
       ["learning_rat", "every key is listed in configs/base.py"],
@@ -155,7 +154,7 @@ def test_a_pickled_model_is_refused(tmp_path, model):
   ("change", "words"),
   [
     ({"batch_size": 12}, "batch_size: got 12"),
-    ({"mesh__fsdp": 3}, "mesh: got"),
+    ({"mesh__fsdp": 3}, r"mesh\.fsdp=3"),
     ({"optim__schedule": "step"}, r"optim\.schedule: got 'step'"),
     ({"model__dtype": "float16"}, "float16"),
     ({"model__attention": "cudnn"}, "cudnn"),

@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -14,6 +15,10 @@ from sft_jax.data.chat.options import CHOICES, DEFAULT, RenderOptions
 
 # As in train.py: anything else is our mistake and keeps its trace.
 USER_ERRORS = (ValueError, OSError)
+
+
+# Read where a command is given no --config: the demo.
+DEFAULT_CONFIG = str(Path(__file__).parents[1] / "training" / "config.py")
 
 
 def run(main: Callable[[], None]) -> None:
@@ -40,9 +45,11 @@ def _debug() -> bool:
 def config_flag() -> flags.FlagHolder:
   """The --config of a tool; once, also where a process has two, or main."""
   holder = config_flags.DEFINE_config_file(
-    "config", None, "What to train.", allow_override=True
+    "config",
+    DEFAULT_CONFIG,
+    "A file with get_config(); the demo by default.",
+    allow_override=True,
   )
-  flags.mark_flag_as_required("config")
   return holder
 
 

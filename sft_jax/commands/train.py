@@ -6,15 +6,13 @@ from collections.abc import Sequence
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
 
+from sft_jax.commands import command
 from sft_jax.common import distributed
 from sft_jax.training.interrupts import Stopped
 from sft_jax.training.run import run
 
-CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "A file of configs/ with get_config()."
-)
+CONFIG = command.config_flag()
 FORCE = flags.DEFINE_bool(
   "force",
   False,
@@ -41,8 +39,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
   """Reads the flags; an unknown flag or config key is one line, exit 2."""
   try:
     rest = flags.FLAGS(argv)
-    if CONFIG.value is not None:
-      _ = CONFIG.value.workdir  # A file that was not read says so only here.
+    _ = CONFIG.value.workdir  # A file that was not read says so only here.
     return rest
   except (
     *(flags.Error, AttributeError, KeyError, TypeError, ValueError),
@@ -60,11 +57,6 @@ def main(argv: Sequence[str]) -> None:
   """Trains as the config says."""
   if len(argv) > 1:
     sys.exit(f"error: command line: unexpected argument {argv[1]!r}")
-  if CONFIG.value is None:
-    sys.exit(
-      "error: command line: --config is missing, expected a file such "
-      "as --config=configs/base.py"
-    )
   logging.set_verbosity(logging.WARNING)  # Orbax and JAX narrate at INFO.
 
   try:

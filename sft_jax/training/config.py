@@ -6,6 +6,7 @@ field here, its choices or bounds in config_check.py, and run
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -254,7 +255,17 @@ class RunConfig:
 
 
 def default() -> ml_collections.ConfigDict:
-  """A config of all keys with their defaults, locked: the bundled demo."""
+  """A config of all keys with their defaults, locked: the bundled demo.
+
+  The demo's files are named as in a checkout; outside of one, where the
+  package is installed.
+  """
+  package = Path(__file__).parents[1]
+  elsewhere = not Path("sft_jax/demo").is_dir()
+
+  def value(x: Any) -> Any:
+    demo = isinstance(x, str) and x.startswith("sft_jax/demo/")
+    return str(package.parent / x) if demo and elsewhere else x
 
   def build(kind: type, loose: bool = False) -> ml_collections.ConfigDict:
     built = ml_collections.ConfigDict(type_safe=not loose)
@@ -265,7 +276,10 @@ def default() -> ml_collections.ConfigDict:
       elif field.type is dict:
         built[field.name] = ml_collections.ConfigDict()
       else:
-        built[field.name] = field.default
+        built[field.name] = value(field.default)
     return built
 
   return build(RunConfig).lock()
+
+
+get_config = default  # So that this file is a config file, too: the demo's.
