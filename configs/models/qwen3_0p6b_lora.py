@@ -19,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.batch_size = 16
   config.model.path = "Qwen/Qwen3-0.6B"
   config.model.dtype = "bfloat16"
-  config.model.param_dtype = "bfloat16"  # The base; adapters take it too.
+  config.model.param_dtype = "bfloat16"  # The base's; adapters are float32.
   config.model.remat = "full"
   config.lora.rank = 16
   config.lora.alpha = 32.0

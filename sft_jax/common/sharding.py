@@ -40,7 +40,7 @@ RULES: Sequence[tuple[str, PartitionSpec]] = (
   (r"(q|k|v|gate|up)/lora_b0?$", PartitionSpec(None, None, "tensor")),
   (r"(o|down)/lora_a0?$", PartitionSpec(None, "tensor", None)),
   (r"(o|down)/lora_b0?$", PartitionSpec(None, None, "fsdp")),
-  (r"lora_m$", PartitionSpec()),
+  (r"lora_(m|rows)$", PartitionSpec()),
   (r"(bias|scale|sinks)$", PartitionSpec()),
 )
 

@@ -101,7 +101,8 @@ class Embed(nn.Module):
   """A table [V, D] of token vectors.
 
   An id outside the vocabulary gives NaN, which is seen; the clamping of plain
-  indexing would give another token's vector, which is not.
+  indexing would give another token's vector, which is not. Rows that train
+  alone, `lora_rows` [N, D], stand for those of `token_rows`.
   """
 
   vocab_size: int
@@ -109,9 +110,20 @@ class Embed(nn.Module):
   init_std: float = 0.02
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
+  token_rows: tuple[int, ...] = ()
 
   @nn.compact
   def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    x = self._frozen(tokens)
+    if not self.has_variable("params", "lora_rows"):
+      return x
+    rows = self.get_variable("params", "lora_rows")
+    ids = jnp.array(self.token_rows)
+    at = jnp.minimum(jnp.searchsorted(ids, tokens), len(ids) - 1)
+    own = (ids[at] == tokens)[..., None]
+    return jnp.where(own, rows.astype(self.dtype)[at], x)
+
+  def _frozen(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     # jnp.take counts negative ids from the end; send them outside instead.
     tokens = jnp.where(tokens < 0, self.vocab_size, tokens)
     rows = lambda leaf: jnp.take(leaf, tokens, axis=0, mode="fill")
@@ -130,13 +142,18 @@ class Embed(nn.Module):
 
 
 def embedding_table(
-  leaves: dict[str, Any], dtype: Dtype
+  leaves: dict[str, Any], dtype: Dtype, token_rows: tuple[int, ...] = ()
 ) -> Float[Array, "V D"]:
-  """The whole table of an `Embed`, decoded to `dtype` if it is quantised."""
+  """The whole table of an `Embed`, decoded to `dtype` if it is quantized."""
   if "embedding_codes" in leaves:
     codes, scale = leaves["embedding_codes"], leaves["embedding_scale"]
-    return quantize.decode(codes, scale, dtype, axis=-1)
-  return leaves["embedding"]
+    whole = quantize.decode(codes, scale, dtype, axis=-1)
+  else:
+    whole = leaves["embedding"]
+  if "lora_rows" in leaves:
+    rows = leaves["lora_rows"].astype(dtype)
+    whole = whole.astype(dtype).at[jnp.array(token_rows)].set(rows)
+  return whole
 
 
 class Shared(NamedTuple):

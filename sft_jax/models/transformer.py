@@ -106,7 +106,8 @@ def build(
   c = config
   dtypes = {"dtype": dtype, "param_dtype": param_dtype}
   block = Block(c, lora, attention, mesh, **dtypes)
-  embed = Embed(c.vocab_size, c.d_model, c.init_std, **dtypes)
+  rows = lora.token_rows if lora else ()
+  embed = Embed(c.vocab_size, c.d_model, c.init_std, **dtypes, token_rows=rows)
   positions_embed = Embed(c.max_positions, c.d_model, c.init_std, **dtypes)
   final_norm = norm_of(c, **dtypes)()
   kind_of = [c.kinds.index(kind) for kind in c.layers]
@@ -135,7 +136,7 @@ def build(
       key = jax.random.fold_in(embed_key, 1)
       params["positions"] = positions_embed.init(key, token)["params"]
     if lora:
-      params = lora_lib.init(lora_key, params, lora, dtype=param_dtype)
+      params = lora_lib.init(lora_key, params, lora)
     return params
 
   def run(
@@ -219,7 +220,7 @@ def build(
   def head(params: Tree) -> Float[Array, "V D"]:
     """The unembedding: the embedding itself when tied."""
     leaves = params["embed" if c.tie_embeddings else "head"]
-    return embedding_table(parallel.gather_table(leaves, mesh), dtype)
+    return embedding_table(parallel.gather_table(leaves, mesh), dtype, rows)
 
   def logits(
     params: Tree, hidden: Float[Array, "B T D"]

@@ -155,6 +155,20 @@ class LossSums(NamedTuple):
   named: dict[str, Array] | None = None
 
 
+class HeadRows(NamedTuple):
+  """A frozen head [V, D] of which some rows train.
+
+  Attributes:
+    table: with the trained rows in their places.
+    ids: of the trained rows.
+    rows: the same rows, float32; they alone receive the head's gradient.
+  """
+
+  table: Float[AnyArray, "V D"]
+  ids: Int32[AnyArray, " N"]
+  rows: Float[AnyArray, "N D"]
+
+
 # The base's hidden states and head; its width C may be another.
 Base = tuple[Float[AnyArray, "B T C"], Float[AnyArray, "V C"]]
 
@@ -171,7 +185,7 @@ class _Static(NamedTuple):
 
 def linear_cross_entropy(
   hidden: Float[AnyArray, "B T D"],
-  head: Float[AnyArray, "V D"],
+  head: Float[AnyArray, "V D"] | HeadRows,
   targets: Int32[AnyArray, "B T"],
   weights: Float32[AnyArray, "B T"],
   groups: Int32[AnyArray, "B T K"] | None = None,
@@ -203,7 +217,7 @@ def linear_cross_entropy(
 
   Args:
     hidden: the model's last hidden states, any float dtype.
-    head: the unembedding.
+    head: the unembedding, or a frozen one with some rows that train.
     targets: ids in [0, V), also where the weight is 0.
     weights: weight of each prediction; 0 where nothing is trained, and what
       stands there changes nothing, not even NaN.
@@ -262,7 +276,7 @@ def linear_cross_entropy(
 
 def _local_sums(
   hidden: Array,
-  head: Array,
+  head: Array | HeadRows,
   targets: Array,
   weights: Array,
   groups: Array,
@@ -278,6 +292,9 @@ def _local_sums(
   Gradients that are not requested are None.
   """
   shape, n, axes = hidden.shape, targets.size, _axes(static.rows)
+  ids = None
+  if isinstance(head, HeadRows):
+    head, ids, _ = head
   hidden, y, w, groups, extras = jax.tree.map(
     lambda x: jnp.reshape(x, (n, *x.shape[2:])),
     (hidden, targets, weights, groups, extras),
@@ -329,14 +346,16 @@ def _local_sums(
       if to_hidden:
         d_h = jnp.einsum("wv,vd->wd", d_z, head)
       if to_head:
+        of_rows = d_z if ids is None else d_z[:, ids]
         d_e = jnp.einsum(
-          "wv,wd->vd", d_z, h, preferred_element_type=jnp.float32
+          "wv,wd->vd", of_rows, h, preferred_element_type=jnp.float32
         )
     else:
       arguments = (h, head, y_, w_, jax.tree.map(take, extras))
       if to_hidden or to_head:
         gradient = jax.value_and_grad(own, (0, 1), has_aux=True)
         (loss, sums), (d_h, d_e) = gradient(*arguments)
+        d_e = d_e if ids is None else d_e[ids]
       else:
         loss, sums = own(*arguments)
       value, named = value + loss, jax.tree.map(jnp.add, named, sums)
@@ -363,7 +382,9 @@ def _local_sums(
     None if base is None else jnp.zeros(len(BaseSums._fields), jnp.float32),
     {name: jnp.zeros((), jnp.float32) for name in names},
     jnp.zeros((n + width, shape[-1]), hidden.dtype) if to_hidden else None,
-    jnp.zeros(head.shape, jnp.float32) if to_head else None,
+    jnp.zeros((len(head if ids is None else ids), shape[-1]), jnp.float32)
+    if to_head
+    else None,
   )
   *sums, d_hidden, d_head = jax.lax.fori_loop(0, chunks, step, carry)
   if to_hidden:
@@ -413,14 +434,17 @@ def _sums_with_gradients(hidden, head, *arguments):
   values = jax.tree.map(
     lambda x: x.value, (hidden, head, *rest), is_leaf=_given
   )
+  trained = head.rows if isinstance(head, HeadRows) else head
   *sums, d_hidden, d_head = _on_devices(
     *values,
     static=static,
     to_hidden=hidden.perturbed,
-    to_head=head.perturbed,
+    to_head=trained.perturbed,
   )
   if d_head is not None:
-    d_head = d_head.astype(head.value.dtype)
+    d_head = d_head.astype(trained.value.dtype)
+    if isinstance(head, HeadRows):
+      d_head = HeadRows(None, None, d_head)
   return tuple(sums), (d_hidden, d_head)
 
 

@@ -123,9 +123,7 @@ def load_pretrained(
   key = jax.random.key(0) if key is None else key
   shapes = jax.eval_shape(model.init, key)
   base, _ = trees.partition(shapes, lambda path: not lora_lib.is_adapter(path))
-  prepare = lora_lib.prepare(
-    key, base, lora, quantize, dtype=jnp.dtype(param_dtype)
-  )
+  prepare = lora_lib.prepare(key, base, lora, quantize)
   whole = {
     name: shape
     for path, x in trees.flatten(base).items()
@@ -141,7 +139,7 @@ def load_pretrained(
   params = {}
   for path, x in load_leaves(_leaves(tensors, base, config, placed)):
     become = jax.eval_shape(partial(prepare, path), x)
-    if become.keys() == {path}:
+    if become.keys() == {path} and become[path].dtype == x.dtype:
       params[path] = x
     else:
       places = {name: placed.get(name) for name in become}

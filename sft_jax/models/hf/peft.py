@@ -35,6 +35,7 @@ from sft_jax.models.lora import lora as lora_lib
 from sft_jax.models.lora.lora import LoraConfig
 from sft_jax.models.transformer import Model
 
+_ROWS = ".token_adapter.trainable_tokens_delta"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
@@ -103,6 +104,17 @@ def save_adapter(
     elif any(_trains_whole(lora, flat, module) for module in ours):
       tensors |= _whole(flat, ours, config)
       saved.append(within_layer(theirs))
+  rows = {
+    parameter_map.places(f"{at}/embedding", x.shape, config)[0].name: x
+    for at in ("embed", "head")
+    if (x := flat.get(f"{at}/lora_rows")) is not None
+  }
+  for name, x in rows.items():
+    tensors[f"{PREFIX}{name.removesuffix('.weight')}{_ROWS}"] = np.asarray(x)
+  token_rows = {
+    name.removesuffix(".weight").rpartition(".")[2]: list(lora.token_rows)
+    for name in rows
+  }
   tied = config.tie_embeddings and lora.trains("embed/embedding")
   if tied:  # peft ties the two again, but looks for both.
     x = flat["embed/embedding"]
@@ -122,6 +134,7 @@ def save_adapter(
     "use_rslora": lora.rslora,
     "use_dora": lora.dora,
     "modules_to_save": saved or None,
+    "trainable_token_indices": token_rows or None,
     "ensure_weight_tying": tied,
     "bias": "none",
     "fan_in_fan_out": FAMILIES[config.family].conv1d,
@@ -303,7 +316,7 @@ def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
   shapes = trees.flatten(
     jax.eval_shape(transformer.build(config).init, jax.random.key(0))
   )
-  leaves: dict[str, np.ndarray] = {}
+  leaves, token_rows = _token_rows(folder, tensors, theirs, config)
   targets, ranks, alphas, whole = [], [], [], []
   found = [
     *_of_modules(folder, tensors, theirs, shapes, config),
@@ -329,7 +342,8 @@ def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
     for leaf, shape in shapes.items()
     for place in parameter_map.tensor_slices(leaf, shape.shape, config)
   }
-  if config.tie_embeddings:  # Written once more by some versions of peft.
+  if config.tie_embeddings and "embed/embedding" in leaves:
+    _check_tied(folder, tensors, theirs, config)
     known.add(f"{PREFIX}lm_head.weight")
   odd = sorted(tensors.keys() - known)
   if odd or not targets:
@@ -347,8 +361,72 @@ def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
     dora=bool(theirs.get("use_dora")),
     dropout=float(theirs.get("lora_dropout") or 0.0),
     also_train=tuple(whole),
+    token_rows=token_rows,
   )
   return Adapter(lora, leaves)
+
+
+def _check_tied(
+  folder: Path,
+  tensors: dict[str, np.ndarray],
+  theirs: dict[str, Any],
+  config: ModelConfig,
+) -> None:
+  """Refuses an embedding that was trained apart from the head it is tied to.
+
+  peft trains a copy of the embedding; unless it is told to tie the two again,
+  the head stays the base's.
+  """
+  shape = (config.vocab_size, config.d_model)
+  (place,) = parameter_map.places("embed/embedding", shape, config)
+  embedding = tensors[f"{PREFIX}{place.name}"]
+  head = tensors.get(f"{PREFIX}lm_head.weight")
+  apart = head is None and not theirs.get("ensure_weight_tying")
+  if apart or (head is not None and not np.array_equal(head, embedding)):
+    raise ValueError(
+      f"{folder / CONFIG}: modules_to_save={theirs.get('modules_to_save')} "
+      "trained the embedding apart from the head, which the base model ties; "
+      "expected ensure_weight_tying, or a base with tie_word_embeddings false. "
+      "Merge the adapter with peft, untied, and load the merged model."
+    )
+
+
+def _token_rows(
+  folder: Path,
+  tensors: dict[str, np.ndarray],
+  theirs: dict[str, Any],
+  config: ModelConfig,
+) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
+  """Takes out the rows of tokens that were trained alone, and their ids."""
+  declared = theirs.get("trainable_token_indices") or {}
+  leaves: dict[str, np.ndarray] = {}
+  lists = set()
+  for at in ("embed",) if config.tie_embeddings else ("embed", "head"):
+    shape = (config.vocab_size, config.d_model)
+    (place,) = parameter_map.places(f"{at}/embedding", shape, config)
+    module = place.name.removesuffix(".weight")
+    last = module.rpartition(".")[2]
+    if isinstance(declared, list):
+      declared = {last: declared}  # The embedding's, which comes first.
+    rows = tensors.pop(f"{PREFIX}{module}{_ROWS}", None)
+    ids = declared.get(last, declared.get(module))
+    if rows is None and ids is None:
+      continue
+    if rows is None or ids is None or rows.shape != (len(ids), shape[1]):
+      raise ValueError(
+        f"{folder}: trainable_token_indices has {ids and len(ids)} ids of "
+        f"{module} and the tensor {None if rows is None else rows.shape}; "
+        f"expected as many rows of {shape[1]}. Save the adapter again."
+      )
+    leaves[f"{at}/lora_rows"] = rows[np.argsort(ids)]
+    lists.add(tuple(sorted(ids)))
+  if len(lists) > 1 or (declared and not lists):
+    raise ValueError(
+      f"{folder / CONFIG}: trainable_token_indices={declared}; expected the "
+      "same ids for the embedding and the head. Merge the adapter with peft "
+      "and load the merged model."
+    )
+  return leaves, next(iter(lists), ())
 
 
 class _Found(NamedTuple):
@@ -469,13 +547,9 @@ def _take(
 # What we read, or what says nothing of the arithmetic.
 _READ = {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern"}
 _READ |= {"use_rslora", "use_dora", "modules_to_save", "ensure_weight_tying"}
-_READ |= {"target_parameters"}
-_SAY_NOTHING = {
-  "target_modules",
-  "exclude_modules",
-  "task_type",
-  "peft_version",
-}
+_READ |= {"target_parameters", "trainable_token_indices"}
+_SAY_NOTHING = {"target_modules", "exclude_modules", "task_type"}
+_SAY_NOTHING |= {"peft_version", "eva_config"}  # Of a start.
 _SAY_NOTHING |= {"base_model_name_or_path", "revision", "inference_mode"}
 _SAY_NOTHING |= {"auto_mapping", "megatron_core", "qalora_group_size"}
 _SAY_NOTHING |= {"fan_in_fan_out"}  # Conv1D or Linear: the family knows.

@@ -1,10 +1,15 @@
 """LoRA: which kernels are adapted, how strongly, and fresh adapters.
 
-Leaves beside a kernel [..., in, out] (all of them frozen but what `trains`):
+Leaves beside a kernel [..., in, out], float32 whatever the base's dtype (a
+small update of a bfloat16 would be rounded away), frozen but what `trains`:
 
     lora_a [..., in, R]   lora_b [..., R, out]   the update s A B
     lora_m [..., out]     DoRA's magnitudes
     lora_a0, lora_b0      PiSSA's start: what the kernel lacks of the base's
+
+and beside the frozen table of an embedding or a head [V, D]
+
+    lora_rows [N, D]      stand for the table's rows `token_rows`
 
 The adapted product is in `linear`, folding adapters in is in `merge`.
 """
@@ -29,6 +34,7 @@ PRESETS = {
   "attention": (r"^layers/attn/.*/kernel$",),
 }
 INITS = ("zero", "pissa")
+TABLES = ("embed/embedding", "head/embedding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +57,8 @@ class LoraConfig:
     dropout: chance that an input of an adapter is 0 in training; 0 = off.
     also_train: patterns over other parameters that train whole, such as
       ('norm', 'embed/').
+    token_rows: ids, ascending, whose rows of the embedding and of an untied
+      head train, alone: tokens that the base model never learnt.
   """
 
   rank: int
@@ -63,6 +71,7 @@ class LoraConfig:
   init: str = "zero"
   dropout: float = 0.0
   also_train: tuple[str, ...] = ()
+  token_rows: tuple[int, ...] = ()
 
   def __post_init__(self):
     for rank in (self.rank, *(rank for _, rank in self.rank_pattern)):
@@ -73,12 +82,18 @@ class LoraConfig:
         )
     if self.init not in INITS:
       raise ValueError(
-        f"lora: init is {self.init!r}; expected one of {INITS}. Mend lora.init."
+        f"lora: init is {self.init!r}; expected one of {INITS}. Change "
+        "lora.init."
       )
     if not 0 <= self.dropout < 1:
       raise ValueError(
         f"lora: dropout is {self.dropout}; expected a share from 0 to below 1. "
-        "Mend lora.dropout."
+        "Change lora.dropout."
+      )
+    if list(self.token_rows) != sorted({i for i in self.token_rows if i >= 0}):
+      raise ValueError(
+        f"lora: token_rows is {self.token_rows}; expected ids in ascending "
+        "order, each once. Sort them."
       )
 
   def rank_of(self, module: str) -> int:
@@ -102,7 +117,7 @@ class LoraConfig:
     (True, False)
     """
     if is_adapter(path):
-      return path.endswith(("/lora_a", "/lora_b", "/lora_m"))
+      return path.endswith(("/lora_a", "/lora_b", "/lora_m", "/lora_rows"))
     return trees.matches_any(self.also_train, path)
 
 
@@ -182,6 +197,13 @@ def check(params: Tree, lora: LoraConfig) -> list[str]:
           "0. Set them so, or narrow lora.targets."
         )
   parents = {path.rpartition("/")[0] for path in paths}
+  if lora.token_rows:
+    parents |= {"embed", "head"}
+    if (last := lora.token_rows[-1]) >= flat["embed/embedding"].shape[0]:
+      raise ValueError(
+        f"lora: token_rows has {last} for {flat['embed/embedding'].shape[0]} "
+        "rows of the embedding; expected ids below. Change lora.token_rows."
+      )
   for path in filter(lora.trains, flat):
     if path.rpartition("/")[0] in parents:
       raise ValueError(
@@ -196,7 +218,7 @@ def _check_patterns(name, patterns, choices, before: str = "") -> None:
     if not any(re.search(pattern, choice) for choice in choices):
       raise ValueError(
         f"lora: {name} {pattern!r} matches nothing; expected {before}patterns "
-        f"over {list(choices)}. Mend lora.{name}."
+        f"over {list(choices)}. Change lora.{name}."
       )
 
 
@@ -205,7 +227,6 @@ def fresh(
   path: str,
   kernel: Float[Array, "... I O"],
   lora: LoraConfig,
-  dtype: jnp.dtype | type = jnp.float32,
 ) -> dict[str, jax.Array]:
   """The leaves of one adapted module: its kernel and fresh adapters.
 
@@ -218,7 +239,6 @@ def fresh(
     path: of the kernel.
     kernel: the base model's; with PiSSA the residual is returned for it.
     lora: what adapters to make.
-    dtype: of the adapters.
   """
   *stack, fan_in, fan_out = kernel.shape
   module = module_of(path)
@@ -226,23 +246,22 @@ def fresh(
   leaves = {}
   if lora.dora:
     whole = kernel.astype(jnp.float32)
-    leaves["lora_m"] = jnp.linalg.norm(whole, axis=-2).astype(dtype)
+    leaves["lora_m"] = jnp.linalg.norm(whole, axis=-2)
   if lora.init == "pissa":
     split = lambda w: principal(w, rank, lora.scale(module))
     stacked = kernel.reshape(-1, fan_in, fan_out)
     a, b, rest = (
       x.reshape(*stack, *x.shape[1:]) for x in jax.lax.map(split, stacked)
     )
-    a, b = a.astype(dtype), b.astype(dtype)
     leaves |= {"lora_a": a, "lora_b": b, "lora_a0": a, "lora_b0": b}
     kernel = rest.astype(kernel.dtype)
   else:
     bound = 1 / math.sqrt(fan_in)
     own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     leaves["lora_a"] = jax.random.uniform(
-      own_key, (*stack, fan_in, rank), dtype, minval=-bound, maxval=bound
+      own_key, (*stack, fan_in, rank), minval=-bound, maxval=bound
     )
-    leaves["lora_b"] = jnp.zeros((*stack, rank, fan_out), dtype)
+    leaves["lora_b"] = jnp.zeros((*stack, rank, fan_out))
   return {path: kernel} | {f"{parent}/{k}": x for k, x in leaves.items()}
 
 
@@ -260,19 +279,13 @@ def principal(
   return a, b, kernel - scale * product(a, b)
 
 
-def init(
-  key: jax.Array,
-  params: Tree,
-  lora: LoraConfig,
-  *,
-  dtype: jnp.dtype | type = jnp.float32,
-) -> Tree:
+def init(key: jax.Array, params: Tree, lora: LoraConfig) -> Tree:
   """Returns `params` with fresh adapters beside the chosen kernels.
 
   Raises:
     ValueError: see `check`.
   """
-  one, flat = prepare(key, params, lora, dtype=dtype), {}
+  one, flat = prepare(key, params, lora), {}
   for path, x in trees.flatten(params).items():
     flat |= one(path, x)
   return trees.unflatten(dict(sorted(flat.items())))
@@ -283,21 +296,19 @@ def prepare(
   base: Tree,
   lora: LoraConfig | None,
   codec: str = "",
-  *,
-  dtype: jnp.dtype | type = jnp.float32,
 ) -> Callable[[str, jax.Array], dict[str, jax.Array]]:
   """Returns what each leaf of the base model becomes on its way to training.
 
   The function takes (path, array) and gives {path: array}: the kernel and its
-  adapters, codes and scale, all of these, or the leaf itself. Leaf by leaf, so
-  that a model larger than memory is quantised while it is read.
+  adapters, codes and scale, all of these, or the leaf itself, in float32 where
+  it trains. Leaf by leaf, so that a model larger than memory is quantized while
+  it is read.
 
   Args:
     key: see `fresh`.
     base: the base model's parameters, or their shapes.
     lora: the adapters; None = none.
     codec: of what does not train, see `quantize.CODECS`; '' = none.
-    dtype: of the adapters.
 
   Raises:
     ValueError: see `check`; an unknown codec.
@@ -305,9 +316,14 @@ def prepare(
   targets = check(base, lora) if lora else []
 
   def one(path: str, x: jax.Array) -> dict[str, jax.Array]:
+    if lora and lora.trains(path):
+      x = x.astype(jnp.float32)
     leaves = {path: x}
     if lora and path in targets:
-      leaves = fresh(key, path, x, lora, dtype)
+      leaves = fresh(key, path, x, lora)
+    if lora and lora.token_rows and path in TABLES:
+      rows = x[jnp.array(lora.token_rows)].astype(jnp.float32)
+      leaves[path.replace("embedding", "lora_rows")] = rows
     if codec and not (lora and lora.trains(path)):
       leaves |= quantize.pack(path, leaves.pop(path), codec)
     return leaves

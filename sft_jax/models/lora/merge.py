@@ -1,4 +1,4 @@
-"""Adapters folded into their kernels, for export only.
+"""Adapters folded into their kernels and tables, for export only.
 
 The sum is made in float32. What a narrower dtype then loses of the adapters
 is measured, since it may be much: an update is small beside its kernel.
@@ -67,6 +67,10 @@ def merge(
       x, share = _fold(x, leaves, scale, jnp.dtype(dtype or x.dtype))
       if float(share) > lost:
         lost, worst = float(share), path
+    if path.endswith("/embedding") and f"{parent}/lora_rows" in flat:
+      ids = jnp.array(lora.token_rows if lora else ())
+      x = x.astype(dtype or x.dtype)
+      x = x.at[ids].set(flat[f"{parent}/lora_rows"].astype(x.dtype))
     merged[path] = x
   return Merged(trees.unflatten(dict(sorted(merged.items()))), lost, worst)
 

@@ -74,10 +74,8 @@ def build_run(config: Config, log: Log) -> BuiltRun:
   num_steps = config.steps or data.stream.num_steps
   assert num_steps is not None  # Only a stream without epochs has no end.
   model, params = setup_model.load_model(config, mesh, log)
-  if (config.model.param_dtype, config.optim.rounding) == (
-    "bfloat16",
-    "nearest",
-  ):
+  narrow = not model.lora and config.model.param_dtype == "bfloat16"
+  if narrow and config.optim.rounding == "nearest":
     log(
       "model.param_dtype is bfloat16 and optim.rounding 'nearest': updates "
       "below 1/512 of a weight are lost. 'stochastic' keeps them on average."

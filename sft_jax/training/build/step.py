@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -20,6 +21,7 @@ from sft_jax.step import loss_groups, optimizer
 from sft_jax.step.loss import (
   NATS,
   GroupSums,
+  HeadRows,
   Loss,
   LossSums,
   Objective,
@@ -146,7 +148,7 @@ def make_step(
 
   def predict(
     params: trees.Tree, batch: Batch, dropout_key: jax.Array | None = None
-  ) -> tuple[jax.Array, jax.Array]:
+  ) -> tuple[jax.Array, jax.Array | HeadRows]:
     """Hidden states, and the head they meet."""
     hidden = model.hidden(
       params,
@@ -155,7 +157,15 @@ def make_step(
       batch.segment_ids,
       dropout_key=dropout_key,
     )
-    return hidden, model.head(params).astype(hidden.dtype)
+    head = model.head(params).astype(hidden.dtype)
+    of_head = params["embed" if model.config.tie_embeddings else "head"]
+    if model.lora and "lora_rows" in of_head:
+      head = HeadRows(
+        jax.lax.stop_gradient(head),
+        jnp.array(model.lora.token_rows),
+        of_head["lora_rows"],
+      )
+    return hidden, head
 
   def sums(
     params: trees.Tree,

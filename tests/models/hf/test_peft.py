@@ -1,5 +1,6 @@
 """PEFT folders: peft computes what we compute, and we what peft trained."""
 
+import dataclasses
 import functools
 import json
 import warnings
@@ -28,6 +29,7 @@ VARIANTS = {
   "dora": {"dora": True},
   "pissa": {"init": "pissa", "rslora": True},
   "whole": {"targets": "attention", "also_train": ("norm", "embed/", "up/")},
+  "rows": {"targets": "attention", "token_rows": (3, 17, 60)},
 }
 # Of models with experts.
 EXPERTS = {
@@ -263,7 +265,6 @@ def tampered(tmp_path, settings=None, change=None):
     {"init_lora_weights": "pissa"},
     {"layers_to_transform": [0]},
     {"layer_replication": [[0, 2]]},
-    {"trainable_token_indices": [3]},
     {"some_new_switch": True},
   ],
 )
@@ -271,6 +272,86 @@ def test_settings_that_mean_other_arithmetic_are_refused(tmp_path, settings):
   (name,) = settings
   with pytest.raises(ValueError, match=f"adapter_config.json: {name}="):
     tampered(tmp_path, settings)
+
+
+def test_every_field_of_pefts_configuration_is_read_or_refused(tmp_path):
+  """Walks peft's dataclass: what is not understood is named, never ignored."""
+  theirs = pytest.importorskip("peft", reason="live oracle: needs peft")
+  fields = {field.name for field in dataclasses.fields(theirs.LoraConfig)}
+  plain = theirs.LoraConfig(r=3, lora_alpha=5, task_type="CAUSAL_LM").to_dict()
+  known = json.loads(json.dumps(plain, default=list))
+  tampered(tmp_path, {k: x for k, x in known.items() if k != "target_modules"})
+  # What says nothing of the arithmetic, or is compared with the tensors.
+  silent = {
+    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern"),
+    *("use_rslora", "use_dora", "modules_to_save", "ensure_weight_tying"),
+    *("target_parameters", "trainable_token_indices", "target_modules"),
+    *("exclude_modules", "task_type", "peft_version", "eva_config"),
+    *("base_model_name_or_path", "revision", "inference_mode", "auto_mapping"),
+    *("megatron_core", "qalora_group_size", "fan_in_fan_out", "layers_pattern"),
+    *("runtime_config",),
+  }
+  for name in sorted(fields - silent):
+    with pytest.raises(ValueError, match=f"adapter_config.json: {name}="):
+      tampered(tmp_path, {name: "odd"})
+  for settings in (
+    {"trainable_token_indices": [3]},
+    {"target_parameters": ["q_proj.weight"]},
+  ):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+      tampered(tmp_path, settings)
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")
+@pytest.mark.parametrize("tie", [False, True])
+def test_an_embedding_trained_apart_from_its_tied_head_is_refused(
+  tie, tmp_path
+):
+  """peft leaves the head as it was; tied, it computes what we do."""
+  base = base_model()
+  import peft as theirs
+  import torch
+
+  config = theirs.LoraConfig(
+    r=3, target_modules=["q_proj"], modules_to_save=["embed_tokens"],
+    ensure_weight_tying=tie,
+  )  # fmt: skip
+  adapted = theirs.get_peft_model(base, config)
+  torch.manual_seed(0)
+  for name, p in adapted.named_parameters():
+    if "modules_to_save" in name:
+      p.data += 0.1 * torch.randn_like(p)
+  adapted.save_pretrained(tmp_path)
+  config = read_config(GOLDENS / "qwen3")
+  if not tie:
+    with pytest.raises(ValueError, match="apart from the head"):
+      peft.load_adapter(tmp_path, config)
+    return
+  found = peft.load_adapter(tmp_path, config)
+  model, fresh = load_save.load_pretrained(GOLDENS / "qwen3", lora=found.lora)
+  got = logits(model, peft.place(fresh, found.leaves))
+  np.testing.assert_allclose(got, logits_of(adapted), atol=1e-4)
+
+
+def test_rows_that_peft_trained_alone_are_read(tmp_path):
+  base = base_model()
+  import peft as theirs
+  import torch
+
+  config = theirs.LoraConfig(
+    r=3, target_modules=["q_proj"], trainable_token_indices=[17, 5]
+  )
+  adapted = theirs.get_peft_model(base, config)
+  torch.manual_seed(0)
+  for p in adapted.parameters():
+    if p.requires_grad:
+      p.data += 0.1 * torch.randn_like(p)
+  adapted.save_pretrained(tmp_path)
+  found = peft.load_adapter(tmp_path, read_config(GOLDENS / "qwen3"))
+  assert found.lora.token_rows == (5, 17)
+  model, fresh = load_save.load_pretrained(GOLDENS / "qwen3", lora=found.lora)
+  got = logits(model, peft.place(fresh, found.leaves))
+  np.testing.assert_allclose(got, logits_of(adapted), atol=1e-4)
 
 
 QUERY = "base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight"

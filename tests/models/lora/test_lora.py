@@ -1,6 +1,7 @@
 """Adapters: which there are, and a start that changes nothing."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import pytest
 from sft_jax.common import trees
 from sft_jax.models import config as config_lib
 from sft_jax.models import linear, transformer
-from sft_jax.models.lora import lora
+from sft_jax.models.hf import load_save
+from sft_jax.models.lora import lora, merge
 
 TOKENS = np.arange(1, 13, dtype=np.int32).reshape(2, 6)
 
@@ -243,4 +245,33 @@ def test_dropout_differs_by_layer_and_key_and_never_by_remat():
   got = jax.jit(jax.grad(remat))(params, jax.random.key(0))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, want
+  )
+
+
+GOLDEN = Path(__file__).parents[1] / "goldens" / "qwen3"
+
+
+def test_what_trains_under_lora_is_float32_whatever_the_base_is():
+  """Of fresh and of loaded parameters; rows that train alone are merged."""
+  adapters = lora.LoraConfig(
+    2, 4.0, dora=True, also_train=("norm",), token_rows=(1, 7)
+  )
+  low = {"param_dtype": "bfloat16", "lora": adapters}
+  model, params = load_save.load_pretrained(GOLDEN, **low)
+  for tree in (params, jax.eval_shape(model.init, jax.random.key(0))):
+    for path, x in trees.flatten(tree).items():
+      wide = adapters.trains(path)
+      assert x.dtype == ("float32" if wide else "bfloat16"), path
+  moved = dict(trees.flatten(params))
+  moved["embed/lora_rows"] = moved["embed/lora_rows"] + 1
+  moved = trees.unflatten(moved)
+  whole = merge.merge(moved, adapters, dtype="float32").params
+  old = np.asarray(params["embed"]["embedding"], np.float32)
+  new = np.asarray(whole["embed"]["embedding"])
+  assert np.flatnonzero((old != new).any(axis=1)).tolist() == [1, 7]
+  np.testing.assert_array_equal(new[[1, 7]], old[[1, 7]] + 1)
+  plain = transformer.build(model.config)
+  logits = lambda m, p: m.logits(p, m.hidden(p, np.array([[1, 2, 7, 3]])))
+  np.testing.assert_allclose(
+    logits(model, moved), logits(plain, whole), atol=1e-4
   )

@@ -1,6 +1,9 @@
 """What a config says of the step reaches it."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -8,6 +11,7 @@ import tiny
 from configs import base
 from sft_jax.common import sharding, trees
 from sft_jax.models import transformer
+from sft_jax.models.lora import lora
 from sft_jax.models.lora.lora import LoraConfig
 from sft_jax.step.train_step import init_state, split_micro_batches
 from sft_jax.training import selfcheck
@@ -45,3 +49,34 @@ def test_dropout_is_of_training_alone():
   assert evaluated == pytest.approx(plain, rel=1e-5)
   gaps = np.abs(np.array([*steps, steps[0] - steps[1] + plain]) / plain - 1)
   assert gaps.min() > 1e-3
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_that_train_alone_get_the_tables_gradient(tied):
+  """As those rows of the whole tables would, head and lookup added up."""
+  config = base.get_config()
+  spec = dataclasses.replace(tiny.SPECK, tie_embeddings=tied)
+  ids = (2, 5, V - 1)
+  adapters = LoraConfig(rank=2, alpha=4.0, token_rows=ids)
+  batch = jax.tree.map(jnp.asarray, selfcheck.toy_batch(2, 16, V))
+
+  def gradient(lora, params, trained):
+    model = transformer.build(spec, lora=lora)
+    step = setup_step.make_step(config, model, None, 100)
+    chosen, rest = trees.partition(params, trained)
+    loss = lambda p: step.loss_fn(trees.merge(p, rest), batch).objective
+    return trees.flatten(jax.jit(jax.grad(loss))(chosen)), step
+
+  params = transformer.build(spec).init(jax.random.key(0))
+  tables = lambda path: path.endswith("/embedding")
+  want, _ = gradient(None, params, tables)
+  adapted = lora.init(jax.random.key(1), params, adapters)
+  got, step = gradient(adapters, adapted, lambda p: p.endswith("lora_rows"))
+  assert len(got) == (1 if tied else 2)
+  for path, g in got.items():
+    table = want[path.replace("lora_rows", "embedding")]
+    np.testing.assert_allclose(
+      g, table[np.array(ids)], atol=1e-5 * np.abs(table).max()
+    )
+  assert {p for p in trees.flatten(adapted) if step.trained(p)} > got.keys()
+  assert not any(step.trained(path) for path in want)
