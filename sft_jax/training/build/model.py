@@ -113,7 +113,8 @@ def _adapters(
     return dataclasses.replace(found.lora, dropout=dropout), found.leaves
   if not config.lora.rank:
     return None, {}
-  fields = (field.name for field in dataclasses.fields(lora.LoraConfig))
+  fields = {field.name for field in dataclasses.fields(lora.LoraConfig)}
+  fields -= {"token_rows"}
   chosen = {name: _tuples(config.lora[name]) for name in fields}
   return lora.LoraConfig(**chosen), {}
 
