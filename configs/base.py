@@ -75,7 +75,7 @@ def get_config() -> ml_collections.ConfigDict:
   data.reasoning = "train"  # train | write | hide (weight 0) | strip.
   data.history = "auto"  # auto | split | keep: turns per example.
   data.generation_prompt = "error"  # error | omit: where replies disagree.
-  data.control_tokens = "error"  # error | escape | allow: in what is said.
+  data.control_tokens = "escape"  # escape | error | allow: in messages.
   data.over_long = "drop"  # drop | truncate | error.
   data.on_bad_row = "error"  # error | skip (counted and written down).
   # Secrets planted among the rows, to measure memorization; as many more are

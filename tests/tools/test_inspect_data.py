@@ -82,7 +82,8 @@ def test_a_failed_finding_is_exit_1_and_may_be_allowed(run):
 
 def test_malformed_rows_are_all_told_and_exit_1(run):
   bad = [{"instruction": "Say <|im_end|>.", "output": "No."}, {"odd": 1}]
-  code, out, _ = run([*tiny.ROWS, *bad], "--json")
+  flag = "--config.data.control_tokens=error"
+  code, out, _ = run([*tiny.ROWS, *bad], "--json", flag)
   found = {v["name"]: v for v in json.loads(out)["findings"]}
   assert code == 1
   places = [place.split()[0] for place in found["malformed"]["places"]]

@@ -10,7 +10,7 @@ CHOICES = {
   "train_on": ("assistant", "last_turn", "all"),
   "reasoning": ("train", "write", "hide", "strip"),
   "over_long": ("drop", "truncate", "error"),
-  "control_tokens": ("error", "escape", "allow"),
+  "control_tokens": ("escape", "error", "allow"),
 }
 
 
@@ -42,9 +42,9 @@ class RenderOptions:
     over_long: of Examples longer than max_length: 'drop' them; 'truncate'
       them (a cut answer has no stop token) and drop those with nothing
       trained left; 'error' refuses them.
-    control_tokens: where a message holds the text of a control token: 'error'
-      refuses; 'escape' reads it as the ordinary text it is; 'allow' reads it
-      as the control token.
+    control_tokens: where a message holds the text of a control token:
+      'escape' reads it as the ordinary text it is, and counts the row;
+      'error' refuses; 'allow' reads it as the control token.
   """
 
   template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -53,7 +53,7 @@ class RenderOptions:
   train_on: str = "assistant"
   reasoning: str = "train"
   over_long: str = "drop"
-  control_tokens: str = "error"
+  control_tokens: str = "escape"
 
   def __post_init__(self):
     for name, allowed in CHOICES.items():

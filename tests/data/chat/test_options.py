@@ -301,8 +301,8 @@ def test_control_tokens_made_by_text_and_template_together(tmp_path):
   one = load_tokenizer(byte_level(tmp_path, source))
   row = chat("u:|im_end", "a:Hi")
   with pytest.raises(RowError, match="which a text and the template make"):
-    trained(row, one)
-  assert trained(row, one, control_tokens="escape") == ["<Hi|><|im_end|>"]
+    trained(row, one, control_tokens="error")
+  assert trained(row, one) == ["<Hi|><|im_end|>"]
 
 
 def test_allowed_control_tokens_are_control_tokens(tiny):
@@ -311,18 +311,20 @@ def test_allowed_control_tokens_are_control_tokens(tiny):
   (made,) = encode.encode(row, one, max_length=99, control_tokens="allow")
   assert one.bos_id in made.tokens.tolist()
   with pytest.raises(RowError, match="control_tokens to escape"):
-    trained(row, one)
+    trained(row, one, control_tokens="error")
   # A stop token said in the middle of a reply would end it there.
   with pytest.raises(RowError, match="after the stop token"):
     trained(chat("u:a", "a:b</s> c"), one, control_tokens="allow")
 
 
-def test_raw_text_may_be_escaped(tiny):
+def test_raw_text_is_escaped_and_counted(tiny):
   for name in ("byte_level", "sentence_piece"):
     one = tiny[name]
-    (made,) = encode.encode(
-      Conversation(text="a </s> b"), one, max_length=99, control_tokens="escape"
+    row = encode.encode_row(
+      Conversation(text="a </s> b"), one, RenderOptions(), max_length=99
     )
+    (made,) = row.examples
+    assert row.notes == {"escaped control token": 1}
     assert made.tokens.tolist().count(one.eos_id) == 1
     assert one.decode(made.tokens.tolist()) == "a </s> b"
 

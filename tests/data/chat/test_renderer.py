@@ -3,7 +3,7 @@
 import pytest
 
 from sft_jax.data.chat import template as templates
-from sft_jax.data.chat.options import DEFAULT
+from sft_jax.data.chat.options import DEFAULT, RenderOptions
 from sft_jax.data.chat.renderer import Script, refuse_control_tokens
 from sft_jax.data.conversation import Conversation, Message, RowError, ToolCall
 from tiny_rows import TRACE
@@ -59,7 +59,9 @@ def test_control_tokens_in_what_is_said(fields, where):
     CHATML, stop_tokens=["</s>"], control_tokens=["<|im_start|>"]
   )
   with pytest.raises(RowError, match=where + ": got the control token"):
-    refuse_control_tokens(Conversation(**fields), template, DEFAULT)
+    refuse_control_tokens(
+      Conversation(**fields), template, RenderOptions(control_tokens="error")
+    )
 
 
 def test_half_a_character_is_refused():

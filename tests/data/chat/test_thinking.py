@@ -140,12 +140,20 @@ def test_without_it_the_row_is_refused_and_the_way_out_named(load):
 def test_what_is_thought_is_searched_for_control_tokens(load):
   messages = (
     THOUGHTS.messages[0],
-    THOUGHTS.messages[1].__class__("assistant", "4", "<|im_end|>"),
+    THOUGHTS.messages[1].__class__("assistant", "The answer is 4.", "<|im_end|>"),
   )
+  one = load(OPENS)
+  options = {"max_length": 999, "reasoning": "write"}
   with pytest.raises(RowError, match="control token"):
     encode.encode(
-      Conversation(messages), load(OPENS), max_length=999, reasoning="write"
+      Conversation(messages), one, **options, control_tokens="error"
     )
+  (made,) = encode.encode(Conversation(messages), one, **options)
+  trained = made.tokens[made.loss_weights > 0].tolist()
+  assert [number for number in trained if number in one.stop_ids] == [
+    one.special_tokens["<|im_end|>"]
+  ]
+  assert one.decode(trained, skip_special=False).count("<|im_end|>") == 2
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data folder")

@@ -205,7 +205,9 @@ def test_prompts(tiny):
   with pytest.raises(RowError, match="an assistant turn at the end"):
     encode.prompt_ids(chat("u:Hi", "a:Hello."), one)
   with pytest.raises(RowError, match=r"messages\[0\]: got the control token"):
-    encode.prompt_ids(chat("u:Hi <|im_end|>"), one)
+    encode.prompt_ids(
+      chat("u:Hi <|im_end|>"), one, RenderOptions(control_tokens="error")
+    )
 
 
 def test_refusals(tiny, tmp_path):
@@ -224,7 +226,10 @@ def test_refusals(tiny, tmp_path):
     encode.encode(row, twice, max_length=99)
   with pytest.raises(RowError, match="control token '</s>'"):
     encode.encode(
-      Conversation(text="a </s> b"), tiny["byte_level"], max_length=99
+      Conversation(text="a </s> b"),
+      tiny["byte_level"],
+      max_length=99,
+      control_tokens="error",
     )
   # Text for unknown words is no structure.
   encode.encode(chat("u:<unk>", "a:Hi"), tiny["byte_level"], max_length=99)
