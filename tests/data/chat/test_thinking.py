@@ -140,7 +140,9 @@ def test_without_it_the_row_is_refused_and_the_way_out_named(load):
 def test_what_is_thought_is_searched_for_control_tokens(load):
   messages = (
     THOUGHTS.messages[0],
-    THOUGHTS.messages[1].__class__("assistant", "The answer is 4.", "<|im_end|>"),
+    THOUGHTS.messages[1].__class__(
+      "assistant", "The answer is 4.", "<|im_end|>"
+    ),
   )
   one = load(OPENS)
   options = {"max_length": 999, "reasoning": "write"}
