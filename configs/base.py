@@ -84,7 +84,7 @@ def get_config() -> ml_collections.ConfigDict:
   data.canary_copies = 1.0  # Times that each is seen per epoch.
   data.allow = ()  # Findings to train in spite of: ("overlap", ...).
   # What rows must satisfy: (("ifd", "<", 1.0), ("row.language", "==", "en"));
-  # () = none. By scores of tools/score_data.py or columns: docs/selection.md.
+  # () = none. By scores of sft-jax score or columns: docs/selection.md.
   data.filter = ()
   # What their loss is weighted by: a name, or ("ifd", (0.5, 1.0), (1.0, 0.0)):
   # 1 up to 0.5, falling to 0; () = none.

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sft_jax import main
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 # The log tells what was run on its day; it is not kept up to date.
@@ -41,7 +43,7 @@ def commands(page: Path) -> list[str]:
   for line in lines:
     for part in line.removeprefix("$ ").split(" && "):
       words = re.sub(r"^(\w+=\S+ +)*", "", part)
-      if re.match(r"python (tools/|-m sft_jax)", words):
+      if re.match(r"python (tools/|-m sft_jax)|sft-jax \w", words):
         found.append(words.split("  #")[0])
   return found
 
@@ -76,7 +78,12 @@ def test_there_are_commands():
 )
 def test_commands_name_files_flags_and_keys_that_exist(page, line):
   words = shlex.split(line)
-  if words[1] == "-m":
+  if words[0] == "sft-jax":
+    module = main.MODULES.get(words[1], words[1]).partition(":")[0]
+    assert words[1] in main.COMMANDS, line
+    source = _with_imports(ROOT / "sft_jax" / "commands" / f"{module}.py")
+    words = words[2:]
+  elif words[1] == "-m":
     assert words[2] in ("sft_jax.main", "sft_jax"), line
     source = _with_imports(ROOT / "sft_jax" / "commands" / "train.py")
     words = words[3:]

@@ -28,12 +28,12 @@ SHORT = (
 # Command -> what is appended; the longest prefix counts.
 RUN = {
   "python -m sft_jax.main": SHORT,
-  "python tools/chat.py": "--max_new_tokens=8",
-  "python tools/compare.py": "",
-  "python tools/evaluate.py": "--max_new_tokens=4",
-  "python tools/inspect_data.py": "--config.workdir=OUT",
-  "python tools/plan.py --config=configs/base.py": "--quick",
-  "python tools/report.py": "",
+  "sft-jax chat": "--max_new_tokens=8",
+  "sft-jax compare": "",
+  "sft-jax evaluate": "--max_new_tokens=4",
+  "sft-jax inspect": "--config.workdir=OUT",
+  "sft-jax plan --config=configs/base.py": "--quick",
+  "sft-jax report": "",
 }
 # Why not here: what runs them instead.
 ELSEWHERE = {
@@ -44,13 +44,13 @@ ELSEWHERE = {
   "python tools/dev/make_demo.py": "tests/tools/test_demo_data.py",
   "python tools/dev/make_goldens.py": "needs transformers",
   "python tools/dev/parity.py": "tests/models/test_parity.py, of the oracles",
-  "python tools/plan.py --config=configs/models/llama": "needs libtpu; .ci/run",
-  "python tools/replay.py": "needs a run; tests/faults",
-  "python tools/selfcheck.py": "minutes; tests/tools/test_selfcheck_tool.py",
+  "sft-jax plan --config=configs/models/llama": "needs libtpu; .ci/run",
+  "sft-jax replay": "needs a run; tests/faults",
+  "sft-jax selfcheck": "minutes; tests/tools/test_selfcheck_tool.py",
   "python tools/dev/run_lessons.py": "an hour; tests/tools/test_run_lessons.py",
   "python tools/dev/run_traps.py": "minutes; tests/mutations/test_traps.py",
-  "python tools/score_data.py": "tests/tools/test_score_data.py",
-  "python tools/synthesise.py": "tests/tools/test_synthesise.py",
+  "sft-jax score": "tests/tools/test_score_data.py",
+  "sft-jax synthesize": "tests/tools/test_synthesise.py",
 }
 PLACES = {
   "MODEL": "model", "BASE": "model", "FILE.jsonl": "behaviours.jsonl",
@@ -109,7 +109,7 @@ def test_command_runs(line, checkout, tmp_path):
   command = f"{line} {_rule(RUN, line)}"
   words = [_place(word, tmp_path) for word in shlex.split(command)]
   done = subprocess.run(
-    [sys.executable, *words[1:]],
+    [sys.executable, *_program(words)],
     cwd=checkout,
     env=environment(checkout),
     input="What goes with cat?\n",
@@ -120,6 +120,13 @@ def test_command_runs(line, checkout, tmp_path):
   )
   assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
   assert done.stdout.strip()
+
+
+def _program(words: list[str]) -> list[str]:
+  """`sft-jax NAME` as `python -m sft_jax.main NAME`: the same program."""
+  if words[0] == "sft-jax":
+    return ["-m", "sft_jax.main", *words[1:]]
+  return words[1:]
 
 
 def environment(checkout: Path) -> dict[str, str]:

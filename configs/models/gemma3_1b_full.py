@@ -4,7 +4,7 @@
         --config.data.train=my_rows.jsonl
 
 Hardware: one GPU of 40 GB. Predicted, by
-`python tools/plan.py --config=... --topology=gpu-40GB --quick`: 26 of 40 GB
+`sft-jax plan --config=... --topology=gpu-40GB --quick`: 26 of 40 GB
 (parameters and moments in float32 take 12, gradients and their sums 8), at most
 50,600 tokens/s on an A100. Not measured yet. A vocabulary of 262,144 makes the
 head a third of the work.

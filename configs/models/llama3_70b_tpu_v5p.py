@@ -4,7 +4,7 @@
         --config.data.train=my_rows.jsonl
 
 Hardware: 64 chips of TPU v5p. Predicted, by
-`python tools/plan.py --config=... --topology=v5p:4x4x4 --quick`: 39.1 of
+`sft-jax plan --config=... --topology=v5p:4x4x4 --quick`: 39.1 of
 102.8 GB per chip, at most 57,500 tokens/s. Not measured yet.
 """
 

@@ -4,7 +4,7 @@
         --config.data.train=my_rows.jsonl
 
 Hardware: one GPU of 80 GB. Predicted, by
-`python tools/plan.py --config=... --topology=gpu-80GB --quick`: 68 of 80 GB, an
+`sft-jax plan --config=... --topology=gpu-80GB --quick`: 68 of 80 GB, an
 estimate from the CPU's program (16 GB the base, 46 GB temporaries that come out
 up to twice too large), at most 18,700 tokens/s on an H100. Not measured yet.
 With model.quantize="nf4" the base takes 5 GB.

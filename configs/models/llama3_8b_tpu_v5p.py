@@ -4,7 +4,7 @@
         --config.data.train=my_rows.jsonl
 
 Hardware: four chips of TPU v5p, where attention is the splash kernel.
-Predicted, by `python tools/plan.py --config=... --topology=v5p:2x2x1 --quick`:
+Predicted, by `sft-jax plan --config=... --topology=v5p:2x2x1 --quick`:
 54.4 of 102.8 GB per chip, at most 35,100 tokens/s. Not measured yet.
 """
 

@@ -5,7 +5,7 @@
 
 Hardware: 16 chips of TPU v6e; all of its parameters with moments in float32
 do not fit on them. Predicted, by
-`python tools/plan.py --config=... --topology=v6e:4x4 --quick`: 6.6 of 33.6 GB
+`sft-jax plan --config=... --topology=v6e:4x4 --quick`: 6.6 of 33.6 GB
 per chip, at most 112,000 tokens/s. Not measured yet.
 """
 

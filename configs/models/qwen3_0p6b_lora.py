@@ -4,7 +4,7 @@
         --config.data.train=my_rows.jsonl
 
 Hardware: one chip of 16 GB, or more of them. Predicted, by
-`python tools/plan.py --config=... --topology=v5e:2x2 --quick`: 3.0 of 16.9 GB
+`sft-jax plan --config=... --topology=v5e:2x2 --quick`: 3.0 of 16.9 GB
 per chip, at most 227,000 tokens/s. Not measured yet.
 """
 

@@ -4,7 +4,7 @@
         --config.data.train=my_rows.jsonl
 
 Hardware: one GPU of 141 GB. Predicted, by
-`python tools/plan.py --config=... --topology=gpu-141GB --quick`: 100 of 141 GB
+`sft-jax plan --config=... --topology=gpu-141GB --quick`: 100 of 141 GB
 (parameters and moments in float32 take 48, gradients and their sums 32), at
 most 35,600 tokens/s on an H200. Not measured yet.
 """

@@ -20,7 +20,7 @@ Made = tuple[str, Mapping[str, Any]]
 
 
 class Answers(NamedTuple):
-  """How a teacher writes replies, see tools/synthesise.py.
+  """How a teacher writes replies, see sft-jax synthesize.
 
   Attributes:
     by: the arm that is asked; it must be exported.

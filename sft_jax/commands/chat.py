@@ -1,6 +1,6 @@
 """Talks with a model in the terminal; replies appear as they are made.
 
-    python tools/chat.py --model=runs/demo/export [--compare=BASE_FOLDER]
+    sft-jax chat --model=runs/demo/export [--compare=BASE_FOLDER]
 
 A model is a Hugging Face folder, the workdir of a run, or one of its
 checkpoints. With --compare both answer every turn side by side, each going on

@@ -1,6 +1,6 @@
 """Scores a model on behaviour sets, against another model if one is given.
 
-    python tools/evaluate.py --model=runs/demo/export \\
+    sft-jax evaluate --model=runs/demo/export \\
         --data=sft_jax/demo/behaviours.jsonl --baseline=BASE_FOLDER
 
 A model is a Hugging Face folder, the workdir of a run, or one of its

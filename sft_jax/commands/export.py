@@ -1,6 +1,6 @@
 """Writes the newest checkpoint of a run as a verified Hugging Face folder.
 
-python tools/export_hf.py --workdir=runs/demo --out=my_model
+sft-jax export --workdir=runs/demo --out=my_model
 """
 
 import argparse

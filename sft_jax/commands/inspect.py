@@ -1,10 +1,10 @@
 """What a config trains on, and what is wrong with it.
 
-    python tools/inspect_data.py --config=configs/base.py
-    python tools/inspect_data.py --config=... --html=data.html --json
+    sft-jax inspect --config=configs/base.py
+    sft-jax inspect --config=... --html=data.html --json
 
 Shows findings, warnings with examples, the scores that lie beside the rows
-(tools/score_data.py writes them), rows and tokens by source, lengths, and
+(sft-jax score writes them), rows and tokens by source, lengths, and
 samples as the model will see them: prompt dim, trained green (of another
 weight than 1: yellow), special tokens bold. The data is built as training
 builds it, with the same cache. See docs/audit.md for all of it.

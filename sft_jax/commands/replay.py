@@ -1,6 +1,6 @@
 """Shows the exact rows that one step of a run trained on.
 
-    python tools/replay.py --workdir=runs/demo --step=17
+    sft-jax replay --workdir=runs/demo --step=17
 
 Every example of the step's batch: its place in the data, its row of the batch,
 and its text: prompt dim, trained green (of another weight than 1: yellow),

@@ -1,14 +1,14 @@
 """Scores every row of data.train by the model of a config, beside the rows.
 
-    python tools/score_data.py --config=configs/base.py
-    python tools/score_data.py --config=... --config.data.scores=FOLDER
+    sft-jax score --config=configs/base.py
+    sft-jax score --config=... --config.data.scores=FOLDER
 
 Of each row: nats per trained token, the answer's nats without its prompt, and
 their ratio, IFD; see sft_jax/evals/row_scores.py. They are written to
 NAME.scores.jsonl beside each file NAME, or into FOLDER, and data.filter and
 data.weight_by read them there. The summary shows percentiles, the hardest and
 easiest rows, those whose prompt makes the answer harder (IFD above 1), and
-those whose prompt says it (the lowest IFD); tools/inspect_data.py shows it
+those whose prompt says it (the lowest IFD); sft-jax inspect shows it
 again. See docs/selection.md.
 """
 
@@ -63,7 +63,7 @@ def score(config: Config, say: data.Log) -> dict[str, list[RowScore]]:
   if not len(store.index):
     raise ValueError(
       f"{config.data.train}: got no row to train on, expected some to score. "
-      "Read the ledger: python tools/inspect_data.py --config=..."
+      "Read the ledger: sft-jax inspect --config=..."
     )
   model, params = setup_model.load_model(config, mesh, say)
   found = row_scores.score(

@@ -1,6 +1,6 @@
 """Do the laws hold here: with this model, on these devices, in this mesh.
 
-    python tools/selfcheck.py --config=configs/base.py
+    sft-jax selfcheck --config=configs/base.py
 
 Builds the run of a config and measures what must not matter: other documents
 of a row, packing, the cut into micro-batches, the placement of rows, devices,

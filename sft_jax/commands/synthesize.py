@@ -1,6 +1,6 @@
 """Lets a teacher write answers, and keeps those that pass their checks.
 
-    python tools/synthesise.py --teacher=runs/demo/export \\
+    sft-jax synthesize --teacher=runs/demo/export \\
         --prompts=prompts.jsonl --out=synthetic.jsonl --samples=8 \\
         --against=sft_jax/demo/behaviours.jsonl
 

@@ -96,7 +96,7 @@ def _run() -> int:
       raise
     first = str(error).splitlines()[0]
     print(
-      f"error: out of memory: {first}\nThe start page and tools/plan.py say "
+      f"error: out of memory: {first}\nThe start page and sft-jax plan say "
       "what takes it; docs/troubleshooting.md what to change, in order. Then "
       "the same command goes on from the last step saved.",
       file=sys.stderr,

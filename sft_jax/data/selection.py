@@ -40,7 +40,7 @@ from sft_jax.data.store.files import digest
 from sft_jax.data.store.store import Store
 
 _VERSION = 1  # Of the files of scores.
-CURE = "Score the rows: python tools/score_data.py --config=..."
+CURE = "Score the rows: sft-jax score --config=..."
 
 
 def select(

@@ -75,7 +75,7 @@ class DataConfig:
   canary_copies: float = 1.0  # Times that each is seen per epoch.
   allow: tuple = ()  # Findings to train in spite of: ("overlap", ...).
   # What rows must satisfy: (("ifd", "<", 1.0), ("row.language", "==", "en"));
-  # () = none. By scores of tools/score_data.py or columns: docs/selection.md.
+  # () = none. By scores of sft-jax score or columns: docs/selection.md.
   filter: Any = ()
   # What their loss is weighted by: a name, or ("ifd", (0.5, 1.0), (1.0, 0.0)):
   # 1 up to 0.5, falling to 0; () = none.

@@ -372,7 +372,7 @@ class _Loop:
       raise FloatingPointError(
         f"step {bad.step}: {self._note_bad_step('halted', bad)}, expected a "
         "finite loss without a spike. It was not applied; the state after "
-        f"step {step} is saved. Look at the rows (tools/replay.py), lower "
+        f"step {step} is saved. Look at the rows (sft-jax replay), lower "
         "optim.learning_rate, or set faults.on_bad_step=skip and continue "
         "with --force."
       )

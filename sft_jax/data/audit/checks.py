@@ -212,7 +212,7 @@ def refuse(
       "\n".join(refused.values())
       + "\nTo train all the same, set data.allow="
       + repr(tuple(sorted({*allow, *refused}))).replace(" ", "")
-      + "; tools/inspect_data.py shows the rows."
+      + "; sft-jax inspect shows the rows."
     )
 
 

@@ -1,7 +1,7 @@
 """Inspection: all that can be said of data before it trains, as plain values.
 
 `inspect` gathers it for the terminal, the page and other programs alike; its
-keys are those of `tools/inspect_data.py --json`, described in docs/audit.md.
+keys are those of `sft-jax inspect --json`, described in docs/audit.md.
 """
 
 import itertools

@@ -1,6 +1,6 @@
 """A lesson's teacher: prompts for it, and rows of its replies to them.
 
-The asking is that of tools/synthesise.py, and its account of what was kept
+The asking is that of sft-jax synthesize, and its account of what was kept
 and refused lies beside the rows.
 """
 
