@@ -13,13 +13,15 @@ refusals         answers that decline
 cut off          answers that look truncated
 """
 
+import collections
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int64, UInt64
 
-from sft_jax.data.audit import answers, conflicts, languages, near_duplicates
+from sft_jax.data.audit import conflicts, languages, near_duplicates
 from sft_jax.data.audit import text_hashing as words_lib
 from sft_jax.data.audit.row_texts import Texts
 
@@ -31,8 +33,46 @@ _OPENING = 6  # words
 # An opening is over-represented in more rows than both of these.
 _OPENING_ROWS, _OPENING_SHARE = 20, 0.05
 _RARE_LANGUAGE = 0.05
+_LANGUAGE_ROWS = 10_000  # at most, evenly over the rows: 8 s
 # Robust standard deviations of log words from the median; see `_lengths`.
 _FAR = 5.0
+
+# What stands for an answer where there is none.
+_PLACEHOLDER = re.compile(
+  r"\W*(?:nooutput|no (?:output|answer|response)|n/?a|none|null|nan|undefined"
+  r"|todo|tbd|empty)?\W*",
+  re.IGNORECASE,
+)
+# With what a refusal opens, what it cannot, and what an AI says it is not.
+_REFUSAL = re.compile(
+  r"(?:(?:unfortunately|regrettably|(?:my )?apologies|i apologi[sz]e|sorry"
+  r"|(?:i['\u2019]?m|i am) (?:\w+ )?sorry)\b[,.:;]? ?(?:but )?)?"
+  r"(?:(?:i|we)(?: can(?:no|['\u2019])?t| could ?n[o'\u2019]t| won['\u2019]?t"
+  r"|(?: am|['\u2019]m| are|['\u2019]re) (?:not able|unable) to)"
+  r" (?:help(?! but)|assist|provide|answer|comply|fulfil|do that|complete"
+  r"|create|generate|write|give|support|engage|access|browse|share|retrieve"
+  r"|estimate|predict|draw|display)\b"
+  r"|(?:i|we) (?:must|have to) (?:decline|refuse)\b"
+  r"|i (?:do not|don['\u2019]t) have (?:access|the ability)\b"
+  r"|i(?:['\u2019]m| am) (?:just |only )?an ai\b"
+  r"|as an ai\b[^.!?]{0,60}?\bi(?:['\u2019]m| am| do| have| ca| can| must)"
+  r"(?:n['\u2019]t| ?not| no| unable| decline)\b)",
+  re.IGNORECASE,
+)
+_SENTENCE = re.compile(r"(?<=[.!?]) +")
+_LOOKED_AT = 300  # characters of the first line, where a refusal stands
+_PROSE = re.compile(r"[.!?][\"')\u201d]* +[A-Z\u00c0-\u00de]")
+_ENDS = frozenset(".!?:;\"'`)]}>\u2019\u201d\u2026\u3002\uff01\uff1f")
+_CODE = re.compile(r"[;{}]\s*$|^\s*(?:#include|import |def |class |<\w+)", re.M)
+_LOOSE = re.compile(
+  r"^\s*(?:[-*\u2022]|\d+[.)])|#\w|\b(?:yours|sincerely|regards)|\bhttps?:",
+  re.IGNORECASE,
+)
+_DANGLING = re.compile(
+  r"[,;(\[\u2013]$|\b(?:and|or|but|the|an|of|to|with|for|because|which|that"
+  r"|is|are|was|were|in|on|by|from|as)$",
+  re.IGNORECASE,
+)
 
 
 class Example(NamedTuple):
@@ -163,7 +203,7 @@ def _conflicts(texts: Texts) -> DataWarning:
 def _empty(texts: Texts) -> DataWarning:
   kept = []
   for start, some in texts.batches("answer"):
-    kept += [start + i for i, text in enumerate(some) if answers.is_empty(text)]
+    kept += [start + i for i, text in enumerate(some) if is_empty(text)]
   dropped = texts.dropped
   missing = {
     reason: dropped.count[reason]
@@ -214,30 +254,23 @@ def _openings(texts: Texts) -> Iterable[DataWarning]:
 
 
 def _languages(texts: Texts) -> DataWarning:
-  found = [np.empty(0, np.int64)]
-  words = texts.words("answer")
-  for start, some in texts.batches("answer"):
-    here = words_lib.take(words, np.arange(start, start + len(some)))
-    found.append(languages.detect(some, here))
-  language, names = np.concatenate(found), languages.names()
-  language = np.where(texts.watched, language, 0)
-  counts = np.bincount(language, minlength=len(names))
-  named = max(int(counts[1:].sum()), 1)
+  rows = np.flatnonzero(texts.watched)
+  rows = rows[:: -(-len(rows) // _LANGUAGE_ROWS) or 1].tolist()
+  found = languages.detect(texts.row(row).answer for row in rows)
+  counts = collections.Counter(found)
+  named = counts.total() - counts[languages.UNKNOWN]
   rare = [
-    i for i in range(1, len(names)) if 0 < counts[i] < _RARE_LANGUAGE * named
+    (row, name)
+    for row, name in zip(rows, found, strict=True)
+    if name != languages.UNKNOWN and counts[name] < _RARE_LANGUAGE * named
   ]
-  examples = [
-    Example(names[i], (int(np.flatnonzero(language == i)[0]),)) for i in rare
-  ]
-  shares = ", ".join(
-    f"{names[i]} {counts[i]:,}" for i in np.argsort(-counts) if counts[i]
-  )
+  shares = ", ".join(f"{name} {n:,}" for name, n in counts.most_common())
   return DataWarning(
     "languages",
-    int(counts[rare].sum()),
-    f"Answers by language: {shares}. Those below {_RARE_LANGUAGE:.0%} of the "
-    "known ones are listed.",
-    tuple(examples[:_SHOWN]),
+    len(rare),
+    f"Language of {len(rows):,} answers: {shares} (unknown: too short, numbers "
+    f"or code). Those below {_RARE_LANGUAGE:.0%} of the known ones are listed.",
+    tuple(Example(name, (row,)) for row, name in rare[:_SHOWN]),
   )
 
 
@@ -277,9 +310,9 @@ def _by_answer(texts: Texts) -> list[DataWarning]:
     for row, text in enumerate(some, start):
       if texts.text[row] or not texts.watched[row]:
         continue
-      if answers.is_refusal(text):
+      if is_refusal(text):
         refused.append(Example("a refusal", (row,)))
-      if why := answers.cut_off(text):
+      if why := cut_off(text):
         cut.append(Example(why, (row,)))
   total = max(int(texts.watched.sum()), 1)
   return [
@@ -296,3 +329,42 @@ def _by_answer(texts: Texts) -> list[DataWarning]:
       tuple(cut[:_SHOWN]),
     ),
   ]
+
+
+# -- One answer by itself ------------------------------------------------------
+
+
+def is_empty(answer: str) -> bool:
+  """Whether a placeholder stands where an answer should: '<nooutput>'."""
+  return len(answer) < 40 and _PLACEHOLDER.fullmatch(answer) is not None
+
+
+def is_refusal(answer: str) -> bool:
+  """Whether an answer declines with its first words, in English.
+
+  What is said in a dialogue or in quotation marks declines nothing.
+  """
+  first = answer.lstrip()[:_LOOKED_AT].partition("\n")[0]
+  return any(map(_REFUSAL.match, _SENTENCE.split(first)))
+
+
+def cut_off(answer: str) -> str:
+  """How an answer looks cut off: '' where it does not.
+
+  'open code fence', 'dangling word' or 'no end of sentence': the last for
+  prose alone, whose last line is a sentence's without its end.
+  """
+  text = answer.rstrip()
+  if text.count("```") % 2:
+    return "open code fence"
+  if not text or text[-1] in _ENDS:
+    return ""
+  last = text[text.rfind("\n") + 1 :]
+  if len(last.split()) < 8 or _CODE.search(text):
+    return ""
+  if _DANGLING.search(last):
+    return "dangling word"
+  # Lists, tags and letters end without a full stop; other prose does not.
+  if last[-1].isalnum() and _PROSE.search(last) and not _LOOSE.search(last):
+    return "no end of sentence"
+  return ""

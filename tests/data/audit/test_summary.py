@@ -137,7 +137,7 @@ def test_every_warning_on_planted_rows(look):
   assert found["near duplicates"]["count"] == 1
   assert found["conflicts"]["count"] == 2
   assert found["prompts that begin alike"]["count"] == 30
-  assert found["languages"]["examples"][0]["note"] == "German"
+  assert found["languages"]["examples"][0]["note"] == "de"
   assert found["lengths"]["examples"][0]["note"] == "150 words"
   assert found["refusals"]["count"] == found["cut off"]["count"] == 1
 

@@ -1,20 +1,20 @@
-"""Answers that look wrong by themselves are told from those that do not."""
+"""What looks wrong with an answer by itself, and what only seems to."""
 
 import pytest
 
-from sft_jax.data.audit import answers
+from sft_jax.data.audit import warnings
 
 
 @pytest.mark.parametrize(
   "text", ["", " ", "<nooutput>", "No Output", "N/A", "None.", "...", "null"]
 )
 def test_placeholders(text):
-  assert answers.is_empty(text)
+  assert warnings.is_empty(text)
 
 
 @pytest.mark.parametrize("text", ["No", "0", "None of them.", "Empty the bin."])
 def test_short_answers_are_not_placeholders(text):
-  assert not answers.is_empty(text)
+  assert not warnings.is_empty(text)
 
 
 @pytest.mark.parametrize(
@@ -24,10 +24,11 @@ def test_short_answers_are_not_placeholders(text):
     "I cannot provide medical advice.",
     "As an AI language model, I have no taste.",
     "Unfortunately I am unable to assist you.",
+    "Good question. As an AI, I don\u2019t have access to prices.",
   ],
 )
 def test_refusals(text):
-  assert answers.is_refusal(text)
+  assert warnings.is_refusal(text)
 
 
 @pytest.mark.parametrize(
@@ -37,10 +38,14 @@ def test_refusals(text):
     "I couldn't help but laugh.",
     "The word 'cannot' is one word.",
     "x" * 400 + " I cannot help with that.",
+    "Jim: I am sorry, I cannot help with that.\nAnn: Oh.",
+    '"I am sorry, as an AI I cannot," said the robot.',
+    "I'm sorry, but I'm unable to come into work today.",
+    "As an AI assistant, I would help them in five steps.",
   ],
 )
 def test_what_only_sounds_like_a_refusal(text):
-  assert not answers.is_refusal(text)
+  assert not warnings.is_refusal(text)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +58,7 @@ def test_what_only_sounds_like_a_refusal(text):
   ],
 )  # fmt: skip
 def test_cut_off(text, why):
-  assert answers.cut_off(text) == why
+  assert warnings.cut_off(text) == why
 
 
 @pytest.mark.parametrize(
@@ -68,4 +73,4 @@ def test_cut_off(text, why):
   ],
 )
 def test_whole_answers(text):
-  assert answers.cut_off(text) == ""
+  assert warnings.cut_off(text) == ""
