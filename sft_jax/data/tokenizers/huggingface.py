@@ -1,6 +1,9 @@
 """The tokenizer of a tokenizer.json, or of a vocab.json and merges.txt."""
 
+import base64
 import functools
+import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,10 @@ _DEFAULTS = {
   "gpt2": dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>"),
   "qwen2": dict.fromkeys(("eos_token", "pad_token"), "<|endoftext|>"),
 }
+# Characters that a normalizer or decoder may make of one. Unicode's own
+# normal forms make at most 18.
+_MAX_GROWTH = 256
+_GROWTH = {"NFKC": 18, "NFKD": 18, "NFD": 4, "NFC": 3, "Lowercase": 3}
 
 
 class HuggingFaceTokenizer(files.Resolved):
@@ -128,15 +135,54 @@ class HuggingFaceTokenizer(files.Resolved):
 
 
 def _from_json(path: Path) -> tokenizers.Tokenizer:
+  """The library's tokenizer, unless it would exhaust the memory.
+
+  The library aborts the process where it cannot allocate, at loading (a
+  precompiled map that claims more than it holds) or in encoding (replacements
+  of replacements). So both are computed from the file first.
+  """
   try:
+    state = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("normalizer", "decoder"):
+      if (growth := _growth(state[key])) > _MAX_GROWTH:
+        raise ValueError(
+          f"a {key} that makes up to {growth:g} characters of one, more than "
+          f"{_MAX_GROWTH}"
+        )
     return tokenizers.Tokenizer.from_file(str(path))
   except BaseException as error:  # Bare ones, and panics that are no Exception.
     if isinstance(error, KeyboardInterrupt | SystemExit):
       raise
     raise ValueError(
       f"{path}: got {error}; expected a file of the tokenizers library. "
-      "Copy it again."
+      "Copy it again, from a model you trust."
     ) from error
+
+
+def _growth(part: dict[str, Any] | None) -> float:
+  """How many characters a normalizer or decoder may make of one.
+
+  Raises:
+    ValueError: a precompiled map that is shorter than it says.
+  """
+  part = part or {}
+  for key in ("normalizers", "decoders"):
+    if key in part:
+      return math.prod(map(_growth, part[key]))
+  if part.get("type") == "Replace":
+    pattern = part["pattern"].get("String")
+    # A regular expression may match between characters.
+    if not pattern:
+      return 1 + len(part["content"])
+    return max(1.0, len(part["content"]) / len(pattern))
+  if part.get("type") == "Precompiled":
+    # The size of a trie in bytes, the trie, and texts that end in 0.
+    data = base64.b64decode(part["precompiled_charsmap"] or "")
+    end = 4 + int.from_bytes(data[:4], "little")
+    if end > max(4, len(data)):
+      raise ValueError(f"a precompiled map of {len(data)} bytes, not {end}")
+    return max(map(len, data[end:].split(b"\0")))
+  return _GROWTH.get(str(part.get("type")), 1)
 
 
 def _from_vocab_and_merges(

@@ -1,5 +1,6 @@
 """Tokenizers: exact ids, exact offsets, the folder's own special tokens."""
 
+import base64
 import itertools
 import json
 import shutil
@@ -105,6 +106,40 @@ def test_an_evil_regular_expression_ends_in_an_error(tmp_path, capfd):
     with pytest.raises(ValueError, match=r"its tokenizer gave up on .*aaa"):
       encode(text)
   capfd.readouterr()  # The library's own trace of the panic.
+
+
+def _replace(pattern, content):
+  return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+@pytest.mark.parametrize(
+  ("normalizer", "said"),
+  [
+    ([_replace({"String": "a"}, "a" * 20)] * 4, "160000 characters of one"),
+    ([_replace({"Regex": ""}, "a" * 20)] * 2, "441 characters of one"),
+    ([_replace({"String": ""}, "a" * 300)], "301 characters of one"),
+    # The sizes of its trie: 4 GiB, and 4 bytes; then a text of 300.
+    ([(b"\xf0\xff\xff\xff" + b"\0" * 16)], "precompiled map of 20 bytes, not"),
+    ([(b"\4\0\0\0" + b"\0" * 4 + b"a" * 300)], "300 characters of one"),
+    (["none"], "expected a file of the tokenizers library"),
+  ],
+)
+def test_a_tokenizer_that_would_fill_the_memory(tmp_path, normalizer, said):
+  path = byte_level(tmp_path) / "tokenizer.json"
+  state = json.loads(path.read_text())
+  normalizer = [
+    {
+      "type": "Precompiled",
+      "precompiled_charsmap": base64.b64encode(one).decode(),
+    }
+    if isinstance(one, bytes)
+    else one
+    for one in normalizer
+  ]
+  state["normalizer"] = {"type": "Sequence", "normalizers": normalizer}
+  path.write_text(json.dumps(state))
+  with pytest.raises(ValueError, match=said):
+    load_tokenizer(tmp_path)
 
 
 WORDS = ["the cat", " ", "\n", "ü", "😀", "a", "house."]
