@@ -1,7 +1,6 @@
 """Conversation: the one noun every row format becomes, and its grammar."""
 
 import dataclasses
-import math
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -31,6 +30,16 @@ def _printable(text: str) -> str:
   return "".join(
     c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text
   )
+
+
+# What a weight may be, in words: a row's, its turn's and its source's are
+# multiplied, and the product must neither overflow a float32 nor vanish in it.
+WEIGHTS = "0, or a number from 1e-12 to 1e12"
+
+
+def is_weight(value: float) -> bool:
+  """Whether a number can weight a loss in float32."""
+  return value == 0 or 1e-12 <= value <= 1e12
 
 
 class NothingToTrain(ValueError):
@@ -105,6 +114,7 @@ class Conversation:
     ids: the tokens of a row that was tokenised elsewhere; else empty.
     id_weights: the weight of predicting each of `ids`, as many as they.
     source: where it came from, such as 'rows.jsonl:12'; errors name it.
+    notes: what the ledger says of the row, such as 'field not read: summary'.
   """
 
   messages: tuple[Message, ...] = ()
@@ -113,6 +123,7 @@ class Conversation:
   ids: tuple[int, ...] = ()
   id_weights: tuple[float, ...] = ()
   source: str = ""
+  notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
   def __post_init__(self):
     given = [
@@ -155,6 +166,10 @@ def check(conversation: Conversation) -> Conversation:
   """
   if fault := _text_fault(conversation.text or ""):
     raise RowError(conversation.source or "row", *fault)
+  for weight in conversation.id_weights:
+    if not is_weight(weight):
+      where = conversation.source or "row"
+      raise RowError(where, f"weight {weight}", WEIGHTS, "Correct id_weights.")
   before: Message | None = None
   for index, message in enumerate(conversation.messages):
     named = (message.name, message.tool_call_id)
@@ -204,12 +219,8 @@ def _fault(
       "Add the call that this turn answers.",
     )
   weight = message.loss_weight
-  if not math.isfinite(weight) or weight < 0:
-    return (
-      f"weight {weight}",
-      "a finite weight of at least 0",
-      "Correct the message's weight.",
-    )
+  if not is_weight(weight):
+    return (f"weight {weight}", WEIGHTS, "Correct the message's weight.")
   if weight > 0 and role != "assistant":
     return (
       f"weight {weight} on a {role} turn",
@@ -234,7 +245,7 @@ def _text_fault(text: str) -> tuple[str, str, str] | None:
       return (
         f"half a surrogate pair at {error.start}",
         "whole characters",
-        "Mend or drop the row.",
+        "Correct or drop the row.",
       )
   return None
 

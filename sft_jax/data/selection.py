@@ -25,7 +25,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float64, Int64, UInt64
 
-from sft_jax.data.conversation import Conversation, RowError
+from sft_jax.data.conversation import (
+  WEIGHTS,
+  Conversation,
+  RowError,
+  is_weight,
+)
 from sft_jax.data.readers.files import SCORES_ENDING
 from sft_jax.data.sources import (
   ROW,
@@ -34,6 +39,7 @@ from sft_jax.data.sources import (
   Condition,
   Source,
   Weighting,
+  is_number,
 )
 from sft_jax.data.store import shards
 from sft_jax.data.store.files import digest
@@ -93,6 +99,13 @@ def select(
           f"data: rows of {source.label} weigh {spread.min():.3g} to "
           f"{spread.max():.3g} by {weighting.name}"
         )
+    scaled = weights[examples][(reason == "")[of_row]]
+    if not all(map(is_weight, scaled.tolist())):
+      raise ValueError(
+        f"data source {source.label}: got weights so far apart that, with a "
+        f"mean of 1, they are {scaled.min():g} to {scaled.max():g}; expected "
+        f"each to be {WEIGHTS}. Correct data.weight_by."
+      )
     if not (reason == "").any():
       raise ValueError(
         f"data source {source.label}: got no row that data.filter and "
@@ -185,8 +198,8 @@ class _Table:
       if chosen[at] and row.get(name) is None:
         raise ValueError(
           f"{item[0]}: got nothing under {name!r}, which data.filter or "
-          f"data.weight_by names; expected a value in every row. Mend the row, "
-          "or give its source a filter of its own."
+          f"data.weight_by names; expected a value in every row. Correct the "
+          "row, or give its source a filter of its own."
         )
       found.append(row[name] if chosen[at] else None)
     if len(found) < len(self):
@@ -227,13 +240,13 @@ def _judge(
     chosen = np.array([values[i] for i in which], np.float64)
     if weighting.points:
       chosen = np.interp(chosen, *np.transpose(weighting.points))
-    if (chosen < 0).any():
-      worst = int(which[chosen.argmin()])
-      raise ValueError(
-        f"{table.places[worst]}: got a weight of {chosen.min():g} by "
-        f"{weighting.name}, expected 0 or more. Mend the row, or declare "
-        "points: (name, (value, weight), (value, weight))."
-      )
+    for i, value in zip(which.tolist(), chosen.tolist(), strict=True):
+      if not is_weight(value):
+        raise ValueError(
+          f"{table.places[i]}: got a weight of {value:g} by {weighting.name}, "
+          f"expected {WEIGHTS}. Correct the row, or declare points: (name, "
+          "(value, weight), (value, weight))."
+        )
     weight[which] = chosen
     reason[which[chosen == 0]] = f"weight 0 by {weighting.name}"
   return reason, weight
@@ -244,10 +257,10 @@ def _check_numbers(
 ) -> None:
   for i in which.tolist():
     value = values[i]
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value):
       raise ValueError(
-        f"{table.places[i]}: got {value!r} under {name}, expected a number. "
-        "Mend the row, or choose another name."
+        f"{table.places[i]}: got {value!r} under {name}, expected a finite "
+        "number. Correct the row, or choose another name."
       )
 
 

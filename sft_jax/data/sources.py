@@ -18,6 +18,7 @@ is one of `SCORES`, or 'row.NAME' for what a row itself has under NAME.
     "row.quality"                                        the weight itself
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -28,7 +29,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sft_jax.data.conversation import Conversation, RowError
+from sft_jax.data.conversation import (
+  WEIGHTS,
+  Conversation,
+  RowError,
+  is_weight,
+)
+from sft_jax.data.formats import fields
 from sft_jax.data.readers.files import find_files, read_rows
 from sft_jax.data.readers.json import OnBadRow, Rows
 
@@ -69,8 +76,9 @@ class Condition(NamedTuple):
     Raises:
       ValueError: a value that cannot be compared, by its place.
     """
-    alike = _is_number(value) and _is_number(self.value)
-    if not alike and type(value) is not type(self.value):
+    alike = is_number(value) and is_number(self.value)
+    of_a_kind = type(value) is type(self.value) and not isinstance(value, float)
+    if not alike and not of_a_kind:
       raise ValueError(
         f"{place}: got {value!r} under {self.name}, expected something to "
         f"compare with {self.value!r}. Correct the row, or the condition "
@@ -112,7 +120,7 @@ def to_filter(value: Any) -> tuple[Condition, ...]:
     _check_name(condition.name, "data.filter")
     if condition.op in SHARES:
       share = condition.value
-      if not _is_number(share) or not 0 < share <= 1:
+      if not is_number(share) or not 0 < share <= 1:
         raise _no_condition(one)
     elif condition.op not in _COMPARE or not isinstance(
       condition.value, str | int | float | bool
@@ -135,7 +143,7 @@ def to_weighting(value: Any) -> Weighting | None:
   pairs = all(
     isinstance(point, list | tuple)
     and len(point) == 2
-    and all(map(_is_number, point))
+    and all(map(is_number, point))
     for point in points
   )
   if not pairs or len(points) == 1:
@@ -144,12 +152,13 @@ def to_weighting(value: Any) -> Weighting | None:
   weights = [float(w) for _, w in points]
   rising = all(a < b for a, b in itertools.pairwise(at))
   monotone = weights in (sorted(weights), sorted(weights, reverse=True))
-  if not rising or not monotone or any(w < 0 for w in weights):
+  if not rising or not monotone or not all(map(is_weight, weights)):
     raise _no_weighting(value)
   return Weighting(name, tuple(zip(at, weights, strict=True)))
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+  """Whether a value is a finite number, and no boolean."""
   return (
     isinstance(value, int | float)
     and not isinstance(value, bool)
@@ -177,8 +186,8 @@ def _no_condition(got: Any) -> ValueError:
 def _no_weighting(got: Any) -> ValueError:
   return ValueError(
     f"data.weight_by: got {got!r}; expected a name, or (name, (value, weight), "
-    "(value, weight), ...) with rising values, and weights of 0 or more that "
-    "only rise or only fall. Correct it."
+    "(value, weight), ...) with rising values, and weights that only rise or "
+    f"only fall, each {WEIGHTS}. Correct it."
   )
 
 
@@ -201,12 +210,14 @@ class MemoryRows:
       if isinstance(row, Conversation):
         row = {"conversation": dataclasses.asdict(row)}
       try:
-        made.update(json.dumps(row, default=_plain).encode() + b"\n")
+        made.update(
+          json.dumps(row, default=_plain, allow_nan=False).encode() + b"\n"
+        )
       except (TypeError, ValueError, RecursionError) as error:
         raise RowError(
           f"rows[{index}]",
           f"a value that JSON cannot hold ({error})",
-          "strings, numbers, booleans, null, lists and dicts",
+          "strings, finite numbers, booleans, null, lists and dicts",
           "Convert or drop it.",
         ) from None
     self.digest = made.hexdigest()
@@ -276,7 +287,8 @@ class Source:
       object.__setattr__(self, "rows", MemoryRows(self.rows))
     limit = 1 if self.limit is None else self.limit
     positive = (self.repeat, self.loss_weight, limit)
-    if not all(0 < number < math.inf for number in positive):
+    finite = all(0 < number < math.inf for number in positive)
+    if not finite or not is_weight(self.loss_weight):
       raise ValueError(
         f"data source {self.label}: got repeat {self.repeat}, loss_weight "
         f"{self.loss_weight} and limit {self.limit}; expected numbers above "
@@ -372,6 +384,44 @@ def _to_source(one: Any) -> Source:
       )
     return Source(**one)
   return Source(*one)
+
+
+def settle_weights(source: Source) -> Source:
+  """The source, with columns that are called weight and are none renamed.
+
+  A column called weight, train or training weights rows where all its values
+  are in [0, 1]. All rows are read once to see it. A name that `columns`
+  mentions is left as it is.
+  """
+  ends: dict[str, list[Any]] = {}
+  renamed = fields.to_names(source.columns).columns
+  known = {*renamed, *renamed.values(), "loss_weight"}
+  names = [name for name in fields.WEIGHTS if name not in known]
+  with contextlib.suppress(
+    ValueError, OSError
+  ):  # Reported by the real reading.
+    for _, row in source.read(lambda error: None):
+      if isinstance(row, Mapping):
+        for name in names:
+          if (value := row.get(name)) is not None:
+            ends.setdefault(name, []).append(value)
+            if len(ends[name]) > 1000:
+              ends[name] = _ends(ends[name])
+  found = {name: _ends(values) for name, values in ends.items()}
+  columns = {
+    name: f"{fields.NO_WEIGHT}{name}, {' to '.join(map(fields.shown, values))}"
+    for name, values in found.items()
+    if not all(map(fields.in_unit_interval, values))
+  }
+  return dataclasses.replace(source, columns={**source.columns, **columns})
+
+
+def _ends(values: list[Any]) -> list[Any]:
+  """The smallest and the largest value, or one that is no number."""
+  for value in values:
+    if not isinstance(value, bool | int | float):
+      return [value]
+  return [min(values), max(values)]
 
 
 def solve_copies(

@@ -130,6 +130,15 @@ def test_a_column_is_the_weight(load):
   np.testing.assert_allclose(store.weights, want, rtol=1e-6)
 
 
+@pytest.mark.parametrize("value", [1e39, 1e-46, -1.0, float("nan")])
+def test_weights_that_float32_does_not_hold_are_refused(load, value):
+  qualities = [value if i == 2 else 1.0 for i in range(N)]
+  rows = [{**row, "quality": x} for row, x in zip(ROWS, qualities, strict=True)]
+  tiny.rows_file(load.file, rows)
+  with pytest.raises(ValueError, match=r"^rows\.jsonl:3"):
+    load(data__weight_by="row.quality")
+
+
 def test_each_source_has_its_own(load, tmp_path):
   score(load.file)
   other = tiny.rows_file(tmp_path / "other.jsonl", ROWS[:6])

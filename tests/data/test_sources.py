@@ -43,6 +43,8 @@ def test_sources_in_every_form():
     ((("a.jsonl", 0.0),), "repeat 0.0"),
     ({"path": "a.jsonl", "limit": 0}, "limit 0"),
     ({"path": "a.jsonl", "loss_weight": -1}, "loss_weight -1"),
+    ({"path": "a.jsonl", "loss_weight": 1e39}, "loss_weight 1e\\+39"),
+    ({"path": "a.jsonl", "loss_weight": 1e-46}, "loss_weight 1e-46"),
     ({"path": "a.jsonl", "share": 0.5, "repeat": 2}, "share 0.5 and repeat 2"),
     ({"path": "a.jsonl", "share": 1.5}, "share 1.5"),
     ({"path": "a.jsonl", "weight": 2}, "got keys"),
@@ -68,8 +70,9 @@ def test_rows_in_memory_instead_of_a_path():
   assert one.rows.digest != Source(rows=rows[::-1]).rows.digest
   with pytest.raises(ValueError, match="got both path and rows"):
     Source("a.jsonl", rows=rows)
-  with pytest.raises(ValueError, match=r"rows\[1\]: got a value that JSON"):
-    Source(rows=[{"text": "a"}, {"text": object()}])
+  for bad in (object(), float("nan"), {"a": [float("inf")]}):
+    with pytest.raises(ValueError, match=r"rows\[1\]: got a value that JSON"):
+      Source(rows=[{"text": "a"}, {"text": "b", "bad": bad}])
 
 
 def test_the_pictured_mixtures():

@@ -1,15 +1,20 @@
-"""Lists of turns, in the spellings of OpenAI and of ShareGPT, to Messages."""
+"""Lists of turns, in the spellings of many vendors, to Messages.
+
+OpenAI (chat and responses), ShareGPT, Hermes, Anthropic, Gemini, OpenRouter,
+DeepSeek and Qwen: docs/data_formats.md shows a row of each.
+"""
 
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from sft_jax.data.conversation import Message, RowError
+from sft_jax.data.conversation import Message, RowError, ToolCall
 from sft_jax.data.formats import fields
+from sft_jax.data.formats.fields import NOT_READ, Names
 from sft_jax.data.readers.json import loads
 
-# What data sets call the four roles.
+# What data sets call the four roles, in small letters.
 ROLES = {
   "system": "system",
   "developer": "system",
@@ -25,21 +30,57 @@ ROLES = {
 }
 # Turns of the assistant whose whole content is JSON: calls of tools.
 CALLS = ("function_call", "tool_call")
-REASONINGS = ("reasoning_content", "reasoning", "thinking")
+REASONINGS = (
+  *("reasoning_content", "reasoning", "thinking", "thought", "thoughts"),
+  "reasoning_details",
+)
 # What only text can stand for.
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 
+_TEXTS = ("text", "input_text", "output_text", "refusal", None)
+_REASONING_TEXTS = (
+  *("thinking", "reasoning", "reasoning_text", "summary_text"),
+  *("reasoning.text", "reasoning.summary"),
+)
+_ENCRYPTED = ("redacted_thinking", "reasoning.encrypted")
+# The keys of a part that may hold its text.
+_SAYS = ("text", "value", "thinking", "reasoning", "summary", "refusal")
+# Of a part without a type: any other key may be a picture.
+_PLAIN_PART = {"text", "value", "thought", "thoughtSignature"}
+# What Hermes and Qwen write into the text of a turn.
+_CALL_TEXT = re.compile(r"\s*<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+_RESULT_TEXT = re.compile(
+  r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL
+)
 _THINK = re.compile(r"\s*<think>(.*?)</think>\n*(.*)", re.DOTALL)
 
 
-def read(
-  value: Any, key: str, where: str, names: fields.Names
-) -> list[Message]:
+class _Parts(NamedTuple):
+  """What the parts of a turn's content say, by kind."""
+
+  text: str
+  reasoning: str | None = None
+  calls: tuple[ToolCall, ...] = ()
+  results: tuple[Message, ...] = ()
+
+
+def read(value: Any, key: str, where: str, names: Names) -> list[Message]:
   """The turns that a row holds under `key`."""
-  return [
-    _message(item, f"{where} {key}[{index}]", names)
-    for index, item in enumerate(fields.items({key: value}, key, where))
-  ]
+  turns: list[Message] = []
+  loose = False  # Whether the item before was a part of a turn by itself.
+  for index, item in enumerate(fields.items({key: value}, key, where)):
+    place = f"{where} {key}[{index}]"
+    made = _loose_item(item, place, names)
+    was_loose, loose = loose, made is not None
+    made = [made] if made else _messages(item, place, names)
+    both = turns and turns[-1].role == made[0].role == "assistant"
+    if both and (loose or was_loose):
+      turns[-1] = _joined(turns[-1], made.pop(0))
+    turns += made
+  answered = any(one.role == "tool" for one in turns)
+  if answered and not any(one.tool_calls for one in turns):
+    turns = _calls_of_text(turns, where, names)
+  return turns
 
 
 def spoken(role: str, content: str, **parts: Any) -> Message:
@@ -60,12 +101,19 @@ def spoken(role: str, content: str, **parts: Any) -> Message:
   return Message(role, content, **parts)
 
 
-def reasoning(item: Mapping[str, Any], where: str) -> str | None:
-  """The item's thinking under a key of its own; None where it has none."""
-  found = [key for key in REASONINGS if item.get(key) is not None]
-  if not found:
+def reasoning(item: Mapping[str, Any], where: str, names: Names) -> str | None:
+  """The item's thinking under a key of its own; None where it has none.
+
+  The same text under several keys, as OpenRouter writes it, is one.
+  """
+  found = {}
+  for key in REASONINGS:
+    if (value := item.get(key)) is not None:
+      listed = isinstance(value, list)
+      found[key] = _parts(value, where, names).reasoning if listed else value
+  if all(value is None for value in found.values()):
     return None
-  return fields.text(item, fields.only(item, found, where), where)
+  return fields.text(found, fields.only(found, list(found), where), where)
 
 
 def as_prompt(messages: Iterable[Message]) -> list[Message]:
@@ -96,32 +144,188 @@ def refuse_media(item: Mapping[str, Any], where: str) -> None:
       )
 
 
-def _message(item: Any, where: str, names: fields.Names) -> Message:
+def _messages(item: Any, where: str, names: Names) -> list[Message]:
+  """The turns of one item: itself, after the results of tools that it holds."""
   item = fields.present(item, where)
   if names.keys:
-    item = fields.renamed(item, names.keys)
+    item = fields.Fields(fields.renamed(item, names.keys))
   refuse_media(item, where)
   role = fields.text(item, fields.only(item, ("role", "from"), where), where)
   # An unknown role passes through to be refused by the grammar.
   role = names.roles.get(role, role)
-  says = [key for key in ("content", "value") if key in item]
-  content = item[fields.only(item, says, where)] if says else ""
-  content = fields.content(content, where)
+  role = ROLES.get(role.lower(), role)
+  is_call = role.lower() in CALLS
+  found = [key for key in ("content", "value", "parts") if key in item]
+  said = item[fields.only(item, found, where)] if found else ""
+  if role == "tool" and isinstance(said, dict | int | float):
+    said = fields.json_text(said, where)
+  parts = _Parts(said) if isinstance(said, str) else _parts(said, where, names)
   found = [key for key in ("tool_calls", "function_call") if key in item]
   calls = item[fields.only(item, found, where)] if found else []
+  thoughts = {reasoning(item, where, names), parts.reasoning} - {None}
+  if len(thoughts) > 1:
+    raise RowError(
+      where, "different reasoning twice", "it in one place", "Drop one of them."
+    )
   made = spoken(
-    "assistant" if role in CALLS else ROLES.get(role, role),
-    content,
-    reasoning=reasoning(item, where),
-    tool_calls=fields.tool_calls(calls, where),
+    "assistant" if is_call else role,
+    parts.text,
+    reasoning=next(iter(thoughts), None),
+    tool_calls=(*fields.tool_calls(calls, where), *parts.calls),
     name=fields.text(item, "name", where) or None,
     tool_call_id=fields.text(item, "tool_call_id", where) or None,
     weight=fields.weight(item, where),
     spans=fields.spans(item, where),
   )
-  if role in CALLS:
+  if is_call:
     calls = fields.tool_calls(loads(made.content, where), where)
     made = dataclasses.replace(made, content="", tool_calls=calls)
   if made.role != "assistant" and made.spans == ():
     made = dataclasses.replace(made, spans=None)
+  if made.role == "assistant":
+    names.notes.update(map(NOT_READ.format, fields.unread(item)))
+  alone = parts.results and not made.content and made.role != "assistant"
+  return [*parts.results, *([] if alone else [made])]
+
+
+def _parts(value: Any, where: str, names: Names) -> _Parts:
+  """The parts of a content list.
+
+  Raises:
+    RowError: a part that is no text; an order that would change, since a
+      Message has reasoning, text and calls in this order.
+  """
+  if not isinstance(value, list):
+    raise RowError(
+      where, f"content of {fields.kind(value)}", "a string", "Make it a string."
+    )
+  # Of each kind: results, reasoning, text, calls.
+  made: tuple[list, list, list, list] = ([], [], [], [])
+  last = 0
+  for part in value:
+    held = fields.present(part, where) if isinstance(part, Mapping) else {}
+    kind = held.get("type")
+    text = next((held[x] for x in _SAYS if isinstance(held.get(x), str)), None)
+    if isinstance(held.get("summary"), list):  # OpenAI's responses.
+      text = _parts(held["summary"], where, names).reasoning
+    if kind is None and not held.keys() <= _PLAIN_PART:
+      text = None
+    call = held.get("functionCall") or held.get("function_call")
+    result = held.get("functionResponse") or held.get("function_response")
+    if kind in _ENCRYPTED:
+      names.notes.add(NOT_READ.format(kind))
+      continue
+    if kind == "tool_use":
+      rank, one = (
+        3,
+        fields.tool_call({**held, "arguments": held.get("input")}, where),
+      )
+    elif isinstance(call, Mapping):
+      rank, one = (
+        3,
+        fields.tool_call({**call, "arguments": call.get("args")}, where),
+      )
+    elif kind == "tool_result" or isinstance(result, Mapping):
+      rank, one = 0, _result(result or held, where, names)
+    elif kind in _REASONING_TEXTS or held.get("thought") is True:
+      rank, one = 1, text
+    else:
+      rank, one = 2, text if kind in _TEXTS else None
+    if one is None:
+      raise RowError(
+        where,
+        f"a content part {fields.shown(part)}",
+        "parts {'type': 'text', 'text': ...}",
+        "Only text can be trained on: drop the row.",
+      )
+    if rank < last and one:
+      raise RowError(
+        where,
+        f"a content part {fields.shown(part)} after others",
+        "results of tools, reasoning, text and calls in this order",
+        "Split the turn into several.",
+      )
+    made[rank].append(one)
+    last = rank if one else last
+  results, thoughts, texts, calls = made
+  thought = "\n".join(thoughts) if thoughts else None
+  return _Parts("".join(texts), thought, tuple(calls), tuple(results))
+
+
+def text_of(value: Any, where: str) -> str:
+  """A system prompt: a string, parts of text, or Gemini's {'parts': [...]}."""
+  if isinstance(value, Mapping):
+    value = value.get("parts")
+  return (
+    value
+    if isinstance(value, str)
+    else _parts(value, where, fields.to_names({})).text
+  )
+
+
+def _result(part: Mapping[str, Any], where: str, names: Names) -> Message:
+  """What a tool answered, in a part of Anthropic's or of Gemini's."""
+  said = part.get("content", part.get("response", ""))
+  if isinstance(said, list):
+    said = _parts(said, where, names).text
+  elif not isinstance(said, str):
+    said = fields.json_text(said, where)
+  name = fields.text(part, "name", where) or None
+  call_id = fields.text(part, "tool_use_id", where) or None
+  return Message("tool", said, name=name, tool_call_id=call_id)
+
+
+def _loose_item(item: Any, where: str, names: Names) -> Message | None:
+  """A part of a turn that OpenAI's responses have as an item of their own."""
+  if not isinstance(item, Mapping) or "role" in item or "from" in item:
+    return None
+  call_id = item.get("call_id")
+  if (kind := item.get("type")) == "reasoning":
+    listed = item.get("content") or item.get("summary") or []
+    thought = _parts(listed, where, names).reasoning
+    if thought is None:
+      names.notes.add(NOT_READ.format("reasoning.encrypted_content"))
+    return Message("assistant", "", reasoning=thought)
+  if kind == "function_call":
+    call = fields.tool_call({**item, "id": call_id}, where)
+    return Message("assistant", "", tool_calls=(call,))
+  if kind == "function_call_output":
+    said = item.get("output")
+    said = said if isinstance(said, str) else fields.json_text(said, where)
+    return Message("tool", said, tool_call_id=call_id)
+  return None
+
+
+def _joined(a: Message, b: Message) -> Message:
+  """One assistant turn of two parts of it."""
+  thoughts = [one.reasoning for one in (a, b) if one.reasoning is not None]
+  return dataclasses.replace(
+    b,
+    content=a.content + b.content,
+    reasoning="\n".join(thoughts) if thoughts else None,
+    tool_calls=a.tool_calls + b.tool_calls,
+  )
+
+
+def _calls_of_text(
+  turns: list[Message], where: str, names: Names
+) -> list[Message]:
+  """Calls and results of tools that are written as text, as Hermes does.
+
+  '<tool_call>{...}</tool_call>' in an assistant turn becomes a call, and what
+  is in '<tool_response>' the content of a tool turn.
+  """
+  made: list[Message] = []
+  for one in turns:
+    found = _CALL_TEXT.findall(one.content) if one.role == "assistant" else []
+    rest = _CALL_TEXT.sub("", one.content).rstrip()
+    if found and one.spans is None and one.content.startswith(rest):
+      calls = tuple(fields.tool_call(loads(x, where), where) for x in found)
+      one = dataclasses.replace(one, content=rest, tool_calls=calls)
+      names.notes.add("tool calls read from <tool_call> text")
+    results = _RESULT_TEXT.findall(one.content) if one.role == "tool" else []
+    if results and not _RESULT_TEXT.sub("", one.content):
+      made += [dataclasses.replace(one, content=text) for text in results]
+    else:
+      made.append(one)
   return made

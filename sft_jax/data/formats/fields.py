@@ -1,6 +1,7 @@
 """A row's fields, or what is wrong with them; and a data set's own names."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,24 +12,72 @@ Row = Mapping[str, Any]
 
 # A message's own weight, under the names that data sets give it.
 WEIGHTS = ("weight", "loss_weight", "train", "training")
+# The ledger's note of a field that holds text and that no format reads.
+NOT_READ = "field not read: {}"
+# How a column is renamed that is no weight; see `sources.settle_weights`.
+NO_WEIGHT = "not read as a weight: "
+# Text that says what a row or turn is, not what anybody said.
+_ABOUT = re.compile(
+  r"(.*[_-])?(ids?|uuid|hash|md5|sha\d*|url|uri|lang(uage)?|source|origin|dataset"
+  r"|split|categor(y|ies)|topics?|tags?|task|type|kind|model|licen[cs]e|version"
+  r"|date|time|timestamp|created(_at)?|status|name|author|index|idx|domain"
+  r"|difficulty|level|role|(finish|stop)_reason|object|signature|rejected)",
+  re.IGNORECASE,
+)
 
 
-def present(value: Any, where: str) -> dict[str, Any]:
+class Fields(dict[str, Any]):
+  """An object's keys and values, which remembers the keys that were read."""
+
+  def __init__(self, held: Mapping[str, Any]):
+    super().__init__(held)
+    self.read: set[str] = set()
+
+  def __getitem__(self, key: str) -> Any:
+    self.read.add(key)
+    return super().__getitem__(key)
+
+  def get(self, key: str, default: Any = None) -> Any:
+    self.read.add(key)
+    return super().get(key, default)
+
+
+def unread(row: Fields) -> list[str]:
+  """Keys under which a row or turn has text that nothing has read."""
+  return [
+    key
+    for key in row.keys() - row.read
+    if isinstance(key, str)
+    and not _ABOUT.fullmatch(key)
+    and _holds_text(dict.get(row, key))
+  ]
+
+
+def _holds_text(value: Any, levels: int = 10) -> bool:
+  if isinstance(value, Mapping):
+    value = list(value.values())
+  if isinstance(value, list):
+    return levels > 0 and any(_holds_text(one, levels - 1) for one in value)
+  return isinstance(value, str) and any(map(str.isalpha, value))
+
+
+def present(value: Any, where: str) -> Fields:
   """An object's keys; null is a key left out."""
   if not isinstance(value, Mapping):
     raise RowError(where, kind(value), "an object", "Write it as {...}.")
-  return {key: held for key, held in value.items() if held is not None}
+  return Fields({key: held for key, held in value.items() if held is not None})
 
 
 def only(row: Row, keys: Sequence[str], where: str) -> str:
-  """The one of `keys` that the row has."""
+  """The one of `keys` that the row has; equal values under several are one."""
   found = [key for key in keys if key in row]
+  found = found[:1] + [key for key in found[1:] if row[key] != row[found[0]]]
   if len(found) != 1:
     raise RowError(
       where,
       f"{' and '.join(found) or 'none of them'} in {shown(row)}",
       f"exactly one of {', '.join(keys)}" if len(keys) > 1 else f"a {keys[0]}",
-      "Rename or drop keys (columns of the source) until one is left.",
+      "Rename or drop keys (data.columns) until one is left.",
     )
   return found[0]
 
@@ -84,34 +133,6 @@ def shown(value: Any) -> str:
   return kind(value)
 
 
-def content(value: Any, where: str) -> str:
-  """Content as one string; a list of text parts is joined."""
-  if isinstance(value, str):
-    return value
-  if not isinstance(value, list):
-    raise RowError(
-      where,
-      f"content of {kind(value)}",
-      "a string",
-      "Make it a string.",
-    )
-  parts = []
-  for part in value:
-    is_text = isinstance(part, Mapping) and part.get("type") == "text"
-    said = part.get("text") if is_text else None
-    if is_text and said is None:
-      said = part.get("value")
-    if not isinstance(said, str):
-      raise RowError(
-        where,
-        f"a content part {shown(part)}",
-        "parts {'type': 'text', 'text': ...}",
-        "Only text can be trained on: drop the row.",
-      )
-    parts.append(said)
-  return "".join(parts)
-
-
 def tool_calls(value: Any, where: str) -> tuple[ToolCall, ...]:
   """The calls in a list, in one object, or in either as JSON text."""
   if isinstance(value, str):
@@ -164,8 +185,17 @@ def tools(row: Row, where: str) -> tuple[dict[str, Any], ...]:
     value = loads(value, where) if value.strip() else []
   else:
     value = as_json(value, where)
-  listed = isinstance(value, list)
-  if not listed or not all(isinstance(tool, dict) for tool in value):
+  if value is None:
+    return ()
+  value = value if isinstance(value, list) else [value]
+  value = [
+    declared
+    for tool in value
+    for declared in (
+      (isinstance(tool, dict) and tool.get("functionDeclarations")) or [tool]
+    )
+  ]
+  if not all(isinstance(tool, dict) for tool in value):
     raise RowError(
       where,
       f"tools {shown(value)}",
@@ -189,6 +219,11 @@ def as_json(value: Any, where: str) -> Any:
   return value
 
 
+def json_text(value: Any, where: str) -> str:
+  """A value as JSON text, for where only text can stand."""
+  return json.dumps(as_json(value, where), ensure_ascii=False)
+
+
 def weight(item: Row, where: str) -> float | None:
   """The item's own weight, under any of its names; None where it has none."""
   if item.keys().isdisjoint(WEIGHTS):
@@ -205,6 +240,29 @@ def weight(item: Row, where: str) -> float | None:
   raise RowError(
     where, f"weight {shown(value)}", "a number or a boolean", "Correct it."
   )
+
+
+def row_weight(row: Row, where: str, names: "Names") -> float | None:
+  """A row's own weight; None where it has none.
+
+  A column is a weight for sure under the name loss_weight, or where
+  `Source.columns` makes it one. One that happens to be called weight, train or
+  training is read within [0, 1] alone, and noted otherwise.
+  """
+  asked = {"loss_weight", *names.columns.values()}
+  read = {}
+  for key in WEIGHTS:
+    value = row.get(key)
+    if key in asked or value is None or in_unit_interval(value):
+      read[key] = value
+    else:
+      names.notes.add(f"{key} not read: not a weight in [0, 1]")
+  names.notes.update(key for key in row if str(key).startswith(NO_WEIGHT))
+  return weight(read, where)
+
+
+def in_unit_interval(value: Any) -> bool:
+  return isinstance(value, bool | int | float) and 0 <= value <= 1
 
 
 def spans(item: Row, where: str) -> tuple[tuple[int, int], ...] | None:
@@ -252,21 +310,20 @@ class Names(NamedTuple):
     columns: of a row.
     keys: of a turn.
     roles: the values of a turn's role.
+    notes: what the ledger says of the row that is read with them.
   """
 
   columns: Mapping[str, str]
   keys: Mapping[str, str]
   roles: Mapping[str, str]
-
-
-OURS = Names({}, {}, {})
+  notes: set[str]
 
 
 def to_names(columns: Mapping[str, Any]) -> Names:
   """`Source.columns`, sorted by what they rename.
 
-  >>> to_names({"query": "prompt", "role": {"bot": "assistant"}})
-  Names(columns={'query': 'prompt'}, keys={}, roles={'bot': 'assistant'})
+  >>> to_names({"query": "prompt", "role": {"bot": "assistant"}})[:3]
+  ({'query': 'prompt'}, {}, {'bot': 'assistant'})
 
   Args:
     columns: new names by old ones; under 'messages' those of a turn's keys,
@@ -284,8 +341,9 @@ def to_names(columns: Mapping[str, Any]) -> Names:
     {key: new for key, new in columns.items() if key not in inner},
     inner.get("messages", {}),
     inner.get("role", {}),
+    set(),
   )
-  for part in made:
+  for part in made[:3]:
     news = list(part.values())
     shared = part is not made.roles and len(set(map(str, news))) < len(news)
     if shared or not all(isinstance(new, str) for new in news):

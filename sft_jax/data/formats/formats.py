@@ -48,7 +48,7 @@ def to_conversation(
       `conversation.check`.
     NothingToTrain: 'empty answer', in a row of one question and one answer
       (an empty assistant turn among messages is a RowError); 'empty text';
-      'nothing trained', in tokens; 'label false', for a rejected answer.
+      'nothing trained', in tokens; 'kto_tag false', for a rejected answer.
     ValueError: an unknown format or malformed columns.
   """
   where = source or "row"
@@ -58,35 +58,36 @@ def to_conversation(
     return conversation.check(row)
   if not isinstance(row, Mapping):
     row = fields.present(row, where)
-  names = fields.OURS
+  names = fields.to_names(columns or {})
   if columns:
-    names = fields.to_names(columns)
     row = fields.renamed(row, names.columns)
   # A null answer is an empty answer; any other null is a key left out.
-  row = {
-    key: held
-    for key, held in row.items()
-    if held is not None or key in instruction.ANSWERS
-  }
+  row = fields.Fields(
+    {
+      key: held
+      for key, held in row.items()
+      if held is not None or key in instruction.ANSWERS
+    }
+  )
   if format == "auto":
-    fitting = [name for name, made in FORMATS.items() if made.fits(row)]
-    if len(fitting) != 1:
-      raise _unclear(row, fitting, where)
-    format = fitting[0]
+    format = _format_of(row, where)
   elif format not in FORMATS:
     raise ValueError(
       f"format: got {format!r}; expected auto or one of {', '.join(FORMATS)}. "
       "Set data.format to one of these."
     )
+  row.read.clear()
   made = FORMATS[format].convert(row, source, names)
   if made.messages:
-    made = _weighed(made, row, where)
+    made = _weighed(made, row, where, names)
+  names.notes.update(map(fields.NOT_READ.format, fields.unread(row)))
+  made = dataclasses.replace(made, notes=tuple(sorted(names.notes)))
   return conversation.check(made)
 
 
 def from_messages(row: Row, source: str, names: Names) -> Conversation:
   """messages: turns of {role, content}, with tools, thinking and weights."""
-  return _from_turns(row, ("messages",), source, names)
+  return _from_turns(row, ("messages", "contents"), source, names)
 
 
 def from_sharegpt(row: Row, source: str, names: Names) -> Conversation:
@@ -138,7 +139,10 @@ FORMATS = {
   ),
   "messages": Format(
     "messages",
-    lambda row: "messages" in row and not _has_chosen(row),
+    lambda row: (
+      ("messages" in row or isinstance(row.get("contents"), list))
+      and not _has_chosen(row)
+    ),
     from_messages,
   ),
   "sharegpt": Format(
@@ -171,23 +175,36 @@ def _from_turns(
   return instruction.finished(messages, row, source)
 
 
-def _unclear(row: Row, fitting: list[str], where: str) -> RowError:
+def _format_of(row: Row, where: str) -> str:
+  """The one format that a row fits; text beside another is a copy of it."""
+  fitting = [name for name, made in FORMATS.items() if made.fits(row)]
+  if len(fitting) > 1 and "tokens" not in fitting:
+    fitting = [name for name in fitting if name != "text"]
+  if len(fitting) == 1:
+    return fitting[0]
   choices = {name: FORMATS[name] for name in fitting} or FORMATS
-  return RowError(
+  raise RowError(
     where,
     f"{fields.shown(row)}, which fits "
     + (" and ".join(fitting) or "no known format"),
     "; or ".join(f"{made.keys} ({name})" for name, made in choices.items()),
-    "Name the format (data.format), or rename keys (columns of the source).",
+    "Name the format (data.format), or rename keys (data.columns).",
   )
 
 
-def _weighed(made: Conversation, row: Row, where: str) -> Conversation:
+def _weighed(
+  made: Conversation, row: Row, where: str, names: Names
+) -> Conversation:
   """With what the row as a whole says about its worth."""
-  # An unpaired preference of TRL or LLaMA-Factory: is the answer a good one?
-  if row.get("label") is False or row.get("kto_tag") is False:
-    raise NothingToTrain("label false", made.source)
-  weight = fields.weight(row, where)
+  # An unpaired preference of LLaMA-Factory: is the answer a good one?
+  if row.get("kto_tag") is False:
+    raise NothingToTrain("kto_tag false", made.source)
+  if isinstance(row.get("label"), bool):
+    names.notes.add(
+      "label not read; where it marks good answers, rename it to kto_tag "
+      "(data.columns)"
+    )
+  weight = fields.row_weight(row, where, names)
   if weight is None:
     return made
   messages = [

@@ -18,7 +18,10 @@ Row = Mapping[str, Any]
 ANSWERS = ("output", "response", "completion", "answer")
 QUESTIONS = ("prompt", "question", "query")
 INPUTS = ("input", "context")
-SYSTEMS = ("system", "system_prompt")
+SYSTEMS = (
+  *("system", "system_prompt"),
+  *("systemInstruction", "system_instruction"),
+)
 # Where a prompt may stand: as turns or as a question.
 PROMPTS = (
   *("messages", "conversations", "conversation", "instruction"),
@@ -40,8 +43,6 @@ def from_prompt_completion(row: Row, source: str, names: Names) -> Conversation:
   """
   where = source or "row"
   found = [key for key in QUESTIONS if key in row]
-  # The same question told again is no other question.
-  found = found[:1] + [key for key in found if row[key] != row[found[0]]]
   key = fields.only(row, found or QUESTIONS, where)
   asked = prompt(row, key, where, names)
   if isinstance(row[key], list):
@@ -124,7 +125,7 @@ def reply(row: Row, key: str, source: str, names: Names) -> list[Message]:
   if isinstance(value, list):
     return chat.read(value, key, where, names)
   answer = fields.text(row, key, where)
-  thought = chat.reasoning(row, where)
+  thought = chat.reasoning(row, where, names)
   if not answer.strip():
     raise NothingToTrain("empty answer", source)
   return [chat.spoken("assistant", answer, reasoning=thought)]
@@ -134,15 +135,18 @@ def finished(messages: list[Message], row: Row, source: str) -> Conversation:
   """The turns, after the row's own system prompt, with its tools."""
   where = source or "row"
   chat.refuse_media(row, where)
-  if row.get("chat_template_kwargs"):
+  kwargs = row.get("chat_template_kwargs") or {}
+  if not isinstance(kwargs, Mapping) or any(
+    value is not None for value in kwargs.values()
+  ):
     raise RowError(
       where,
-      f"chat_template_kwargs {fields.shown(row['chat_template_kwargs'])}",
+      f"chat_template_kwargs {fields.shown(kwargs)}",
       "template arguments of the whole run",
       "Set data.template_kwargs, and drop the column.",
     )
   if found := [key for key in SYSTEMS if row.get(key)]:
-    system = fields.text(row, fields.only(row, found, where), where)
+    system = chat.text_of(row[fields.only(row, found, where)], where)
     if system.strip():
       messages = [Message("system", system), *messages]
   return Conversation(tuple(messages), fields.tools(row, where), source=source)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
+from pyarrow import compute
 
 from sft_jax.data.conversation import RowError
 from sft_jax.data.readers import json
@@ -137,7 +138,7 @@ def _rows(
     with contextlib.suppress(*_FAULTS):
       # Offsets that lead out of a buffer would be followed.
       batch.validate(full=True)
-      if batch.nbytes <= json.MAX_ROW_BYTES:
+      if batch.nbytes <= json.MAX_ROW_BYTES and _not_finite(batch) is None:
         rows = enumerate(batch.to_pylist(), start=index)
     for at, row in rows or _one_by_one(batch, file, index, on_bad_row):
       for name in structs:
@@ -157,6 +158,8 @@ def _one_by_one(
       one.validate(full=True)
       if one.nbytes > json.MAX_ROW_BYTES:
         raise json.too_long(where)
+      if name := _not_finite(one):
+        raise ValueError(f"NaN or infinity in the column {name}")
       (row,) = one.to_pylist()
     except RowError as error:
       on_bad_row(error)
@@ -165,7 +168,7 @@ def _one_by_one(
         RowError(
           where,
           f"a value that cannot be read ({error})",
-          "UTF-8 text and values that Python has",
+          "UTF-8 text, finite numbers and values that Python has",
           "Correct or drop the row.",
         )
       )
@@ -198,6 +201,23 @@ def _check_names(schema: pyarrow.Schema, file: Path) -> None:
       "each name once",
       "Rename one of them.",
     )
+
+
+def _not_finite(batch: pyarrow.RecordBatch) -> str | None:
+  """The first column with a number that is not finite."""
+
+  def finite(values: pyarrow.Array) -> bool:
+    kind = values.type
+    if pyarrow.types.is_floating(kind):
+      return compute.all(compute.is_finite(values), min_count=0).as_py()
+    if pyarrow.types.is_struct(kind):
+      return all(map(finite, values.flatten()))
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+      return finite(values.flatten())
+    return True
+
+  names = zip(batch.schema.names, batch.columns, strict=True)
+  return next((name for name, column in names if not finite(column)), None)
 
 
 def _has_struct(kind: pyarrow.DataType) -> bool:

@@ -19,7 +19,7 @@ from sft_jax.data.conversation import Conversation, NothingToTrain, RowError
 from sft_jax.data.encoding import encode
 from sft_jax.data.encoding.encode import Example
 from sft_jax.data.formats import formats
-from sft_jax.data.sources import Source
+from sft_jax.data.sources import Source, settle_weights
 from sft_jax.data.store.files import INDEX, RUN
 from sft_jax.data.store.stats import SourceStats
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
@@ -79,7 +79,7 @@ def read(
   pickled: list[bytes] = []
   size = 0
   items = _items(source, seed)
-  source = source.without_rows()
+  source = settle_weights(source).without_rows()
   for item in items:
     one = pickle.dumps(item, pickle.HIGHEST_PROTOCOL)
     pickled.append(one)
@@ -231,7 +231,7 @@ class _Arrays:
       return
     for reason, turns in encoded.dropped.items():
       self.stats.drop_turns(reason, turns, place)
-    for note in encoded.notes:
+    for note in (*encoded.notes, *conversation.notes):
       self.stats.note(note, place)
     self._append(
       encoded.examples, content, place, conversation.text is not None

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sft_jax.data.conversation import Message, RowError, ToolCall
 from sft_jax.data.formats.formats import to_conversation
@@ -80,7 +82,7 @@ def test_a_call_after_thinking():
 @pytest.mark.parametrize(
   ("call", "said"),
   [
-    ({"name": "f", "arguments": {}, "parameters": {}}, "and parameters"),
+    ({"name": "f", "arguments": {"x": 1}, "parameters": {}}, "and parameters"),
     ({"arguments": {}}, "a tool call"),
     ("f()", "expecting value"),
     ({"name": "f", "arguments": {"x": float("nan")}}, "JSON cannot hold"),
@@ -106,8 +108,8 @@ def test_old_and_new_calls_in_one_turn():
 @pytest.mark.parametrize("key", ["tools", "functions"])
 def test_schemas_stay_as_written(key):
   schema = {"name": "f", "parameters": {"b": {"default": None}, "a": {}}}
-  for given in ([schema], json.dumps([schema])):
-    row = {"messages": [USER], key: given}
+  for written in ([schema], json.dumps([schema])):
+    row = {"messages": [USER], key: written}
     assert json.dumps(to_conversation(row).tools) == json.dumps([schema])
 
 
@@ -159,7 +161,7 @@ def test_the_last_character_of_axolotls_details_is_within():
     ({"spans": [[0, True]]}, "spans"),
     ({"spans": "all"}, "spans 'all'"),
     ({"train_detail": [{"begin_offset": 0}]}, "train_detail"),
-    ({"spans": [], "train_detail": []}, "spans and train_detail"),
+    ({"spans": [], "train_detail": [{}]}, "spans and train_detail"),
   ],
 )
 def test_bad_spans(fields, said):
@@ -188,3 +190,176 @@ def test_pictures_are_refused_by_name(item):
 def test_bad_weights(weight):
   with pytest.raises(RowError, match="weight"):
     messages(USER, {"role": "assistant", "content": "x", "weight": weight})
+
+
+THOUGHT = Message("assistant", "4", reasoning="Twos.")
+CALL = {"name": "f", "arguments": {"x": 1}}
+TRACE = [
+  Message("user", "Go"),
+  Message("assistant", "Now.", tool_calls=(ToolCall("f", {"x": 1}, "c"),)),
+  Message("tool", "Done", tool_call_id="c"),
+]
+
+
+@pytest.mark.parametrize(
+  "said",
+  [
+    # OpenRouter, which says it twice.
+    {
+      "content": "4",
+      "reasoning": "Twos.",
+      "reasoning_details": [
+        {"type": "reasoning.text", "text": "Twos.", "signature": "s"}
+      ],
+    },
+    {"content": "4", "reasoning_details": [
+      {"type": "reasoning.summary", "summary": "Twos."},
+      {"type": "reasoning.encrypted", "data": "x"},
+    ]},
+    # DeepSeek, vLLM, Qwen.
+    {"content": "4", "reasoning_content": "Twos.", "reasoning": "Twos."},
+    {"content": "<think>\nTwos.\n</think>\n\n4"},
+    {"content": [{"text": "4"}], "thinking": "Twos."},
+    # Anthropic.
+    {"content": [
+      {"type": "thinking", "thinking": "Twos.", "signature": "s"},
+      {"type": "text", "text": "4"},
+    ]},
+    # Gemini.
+    {"role": "model", "parts": [
+      {"text": "Twos.", "thought": True}, {"text": "4"}]},
+    # OpenAI's responses.
+    {"content": [{"type": "output_text", "text": "4", "annotations": []}],
+     "reasoning": "Twos."},
+  ],
+)  # fmt: skip
+def test_reasoning_of_every_vendor(said):
+  made = to_conversation({"messages": [USER, {"role": "assistant", **said}]})
+  assert made.messages[1] == THOUGHT
+  encrypted = "reasoning.encrypted" in json.dumps(said)
+  expected = ("field not read: reasoning.encrypted",) if encrypted else ()
+  assert made.notes == expected
+
+
+@pytest.mark.parametrize(
+  "items",
+  [
+    # Anthropic.
+    [
+      {"role": "assistant", "content": [
+        {"type": "text", "text": "Now."},
+        {"type": "tool_use", "id": "c", "name": "f", "input": {"x": 1}},
+      ]},
+      {"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": "c", "content": [
+          {"type": "text", "text": "Done"},
+        ]},
+      ]},
+    ],
+    # OpenAI's responses.
+    [
+      {"type": "reasoning", "summary": [], "encrypted_content": "x"},
+      {"type": "message", "role": "assistant", "content": [
+        {"type": "output_text", "text": "Now."}]},
+      {"type": "function_call", "call_id": "c", "name": "f",
+       "arguments": '{"x": 1}'},
+      {"type": "function_call_output", "call_id": "c", "output": "Done"},
+    ],
+  ],
+)  # fmt: skip
+def test_calls_of_every_vendor(items):
+  assert list(messages(USER, *items)) == TRACE
+
+
+def test_calls_of_gemini_and_hermes():
+  contents = [
+    {"role": "user", "parts": [{"text": "Go"}]},
+    {"role": "model", "parts": [
+      {"functionCall": {"name": "f", "args": {"x": 1}}}]},
+    {"role": "user", "parts": [
+      {"functionResponse": {"name": "f", "response": {"ok": True}}}]},
+  ]  # fmt: skip
+  row = {
+    "contents": contents,
+    "systemInstruction": {"parts": [{"text": "Be."}]},
+  }
+  row["tools"] = [{"functionDeclarations": [{"name": "f"}, {"name": "g"}]}]
+  made = to_conversation(row)
+  call = Message("assistant", "", tool_calls=(ToolCall("f", {"x": 1}),))
+  assert list(made.messages) == [
+    *(Message("system", "Be."), Message("user", "Go"), call),
+    Message("tool", '{"ok": true}', name="f"),
+  ]
+  assert made.tools == ({"name": "f"}, {"name": "g"})
+  text = f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>"
+  answer = "<tool_response>\n21\n</tool_response>"
+  said = {"role": "assistant", "content": "Now.\n" + text + "\n"}
+  made = to_conversation(
+    {"messages": [USER, said, {"role": "tool", "content": answer * 2}]}
+  )
+  call = Message("assistant", "Now.", tool_calls=(ToolCall("f", {"x": 1}),))
+  assert made.messages[1:] == (call, *[Message("tool", "21")] * 2)
+  assert made.notes == ("tool calls read from <tool_call> text",)
+  # Without an answer of a tool it is text, as it is written.
+  assert messages(USER, said)[1].content == said["content"]
+
+
+@pytest.mark.parametrize(
+  ("row", "expected"),
+  [
+    ({"role": "User", "content": "Go"}, Message("user", "Go")),
+    ({"from": "HUMAN", "value": "Go"}, Message("user", "Go")),
+    (
+      {"role": "user", "content": [{"type": "input_text", "text": "Go"}]},
+      Message("user", "Go"),
+    ),
+  ],
+)
+def test_harmless_spellings(row, expected):
+  assert messages(row, tools="null", chat_template_kwargs={"a": None}) == (
+    expected,
+  )
+  assert to_conversation({"messages": [row], "tools": CALL}).tools == (CALL,)
+
+
+@pytest.mark.parametrize(
+  ("content", "text"),
+  [({"t": 21, "é": None}, '{"t": 21, "é": null}'), (2, "2")],
+)
+def test_results_of_tools_that_are_no_text(content, text):
+  said = {"role": "assistant", "tool_calls": CALLS}
+  made = messages(USER, said, {"role": "tool", "content": content})
+  assert made[2] == Message("tool", text)
+
+
+@pytest.mark.parametrize(
+  "content",
+  [
+    [{"type": "text", "text": "4"}, {"type": "thinking", "thinking": "T"}],
+    [{"type": "tool_use", "name": "f"}, {"type": "text", "text": "4"}],
+    [{"text": "4", "image": "cat.png"}],
+    [{"type": "text", "text": "4"}, "5"],
+  ],
+)
+def test_parts_whose_order_or_kind_would_be_lost(content):
+  with pytest.raises(RowError, match="a content part"):
+    messages(USER, {"role": "assistant", "content": content})
+
+
+WORD = "quartz"
+held = st.sampled_from([WORD, [WORD], {"a": [{"b": WORD}]}])
+keys = st.text("abcdefgh_", min_size=1, max_size=8) | st.sampled_from(
+  ["reasoning_details", "thoughts", "summary", "output", "parts", "analysis"]
+)
+
+
+@given(key=keys, value=held, of_row=st.booleans())
+def test_no_text_of_the_assistant_is_left_out_unnamed(key, value, of_row):
+  said = {"role": "assistant", "content": "4"}
+  row = {"messages": [USER, said | ({} if of_row else {key: value})]}
+  row |= {key: value} if of_row else {}
+  try:
+    made = to_conversation(row)
+  except RowError:
+    return
+  assert WORD in str(made.messages) or f"field not read: {key}" in made.notes

@@ -94,7 +94,7 @@ def test_an_empty_answer_is_nothing_to_train(keys, answer):
       {"instruction": "A", "output": "4", "history": "a"},
       "history of type str",
     ),
-    ({"instruction": "A", "output": "4", "text": "A 4"}, "alpaca and text"),
+    ({"input_ids": [1], "labels": [1], "text": "A"}, "text and tokens"),
     # Half a question would be asked.
     ({"prompt": "A", "query": "B", "response": "4"}, "prompt and query"),
     ({"foo": 1, "bar": 2}, "{'foo': 1, 'bar': 2}, which fits no known"),
@@ -235,20 +235,20 @@ def test_reasoning(fields, reasoning, content):
 def test_message_weights(fields, weight):
   row = {"messages": [{"role": "assistant", "content": "4", **fields}]}
   assert formats.to_conversation(row).messages[0].loss_weight == weight
-  fields = {"weight": 1, "train": True}
+  fields = {"weight": 0.5, "train": True}
   row = {"messages": [{"role": "assistant", "content": "4", **fields}]}
   with pytest.raises(RowError, match="exactly one of"):
     formats.to_conversation(row)
 
 
 def test_an_error_shows_the_row_and_the_choices():
-  row = {"instruction": "2 + 2?\x1b[2J", "output": "4", "text": "x" * 100_000}
+  row = {"instruction": "2 + 2?\x1b[2J", "output": "4", "prompt": "x" * 10**5}
   with pytest.raises(RowError) as error:
     formats.to_conversation(row, source="rows.jsonl:3")
   said = str(error.value)
   assert said.startswith("rows.jsonl:3: got {'instruction': '2 + 2?\\x1b[2J', ")
-  assert "which fits alpaca and text" in said
-  assert "output | response (alpaca); or text (text)." in said
+  assert "which fits alpaca and prompt_completion" in said
+  assert "output | response (alpaca); or prompt | question" in said
   assert len(said) < 500
 
 
@@ -274,13 +274,51 @@ def test_a_rows_weight_is_that_of_its_answers():
 
 
 def test_a_rejected_answer_is_not_trained():
-  row = {"prompt": "2 + 2?", "completion": "5", "label": False}
-  with pytest.raises(NothingToTrain, match="label false"):
+  row = {"prompt": "2 + 2?", "completion": "5", "kto_tag": False}
+  with pytest.raises(NothingToTrain, match="kto_tag false"):
     formats.to_conversation(row)
-  assert turns({**row, "completion": "4", "label": True}) == QUESTION
-  row = {"instruction": "2 + 2?", "output": "5", "kto_tag": False}
-  with pytest.raises(NothingToTrain, match="label false"):
-    formats.to_conversation(row)
+  assert turns({**row, "completion": "4", "kto_tag": True}) == QUESTION
+  # A label may be of anything: it counts where the source says what it is.
+  row = {"prompt": "2 + 2?", "completion": "4", "label": False}
+  assert turns(row) == QUESTION
+  (note,) = formats.to_conversation(row).notes
+  assert note.startswith("label not read")
+  with pytest.raises(NothingToTrain, match="kto_tag false"):
+    formats.to_conversation(row, columns={"label": "kto_tag"})
+
+
+@pytest.mark.parametrize(
+  ("row", "columns", "weight", "note"),
+  [
+    ({"weight": 0.5}, {}, 0.5, ""),
+    ({"train": False}, {}, 0.0, ""),
+    ({"weight": 70.5}, {}, 1.0, "weight not read"),
+    ({"train": "ICE 1"}, {}, 1.0, "train not read"),
+    ({"loss_weight": 70.5}, {}, 70.5, ""),
+    ({"weight": 70.5}, {"weight": "loss_weight"}, 70.5, ""),
+    ({"importance": 3}, {"importance": "weight"}, 3.0, ""),
+  ],
+)
+def test_a_column_called_weight_is_one_within_0_and_1(
+  row, columns, weight, note
+):
+  row = {"prompt": "2 + 2?", "completion": "4", **row}
+  made = formats.to_conversation(row, columns=columns)
+  assert made.messages[1].loss_weight == weight
+  assert [one.startswith(note) for one in made.notes] == [True] * bool(note)
+
+
+@pytest.mark.parametrize("weight", [1e39, 1e308, 1e-46, -1.0, float("nan")])
+@pytest.mark.parametrize("of_row", [True, False])
+def test_weights_that_float32_does_not_hold(weight, of_row):
+  said = {"role": "assistant", "content": "4"}
+  row = {"messages": [said], "loss_weight": weight}
+  if not of_row:
+    row = {"messages": [{**said, "weight": weight}]}
+  with pytest.raises(
+    RowError, match=rf"a:7 .*weight {weight}".replace("+", ".")
+  ):
+    formats.to_conversation(row, source="a:7")
 
 
 # Every file of the shared folder: rows, and those dropped, by reason.

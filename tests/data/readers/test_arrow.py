@@ -119,6 +119,25 @@ def test_a_value_that_is_not_utf8_is_one_bad_row(tmp_path, name):
   assert str(error).startswith(f"{name}[1]: got a value that cannot be read")
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "stream.arrow"])
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+@pytest.mark.parametrize(
+  "holds", [lambda x: x, lambda x: [x], lambda x: {"a": [{"b": x}]}]
+)
+def test_a_number_that_is_not_finite_is_one_bad_row(
+  tmp_path, name, number, holds
+):
+  made = [{"text": str(i), "n": holds(x)} for i, x in enumerate((1.0, number))]
+  made.append({"text": "2", "n": None})
+  path = write(pyarrow.Table.from_pylist(made), tmp_path / name)
+  skipped = []
+  got = read(path, on_bad_row=skipped.append)
+  assert [row["text"] for row in got] == ["0", "2"]
+  (error,) = skipped
+  assert str(error).startswith(f"{name}[1]: got ")
+  assert "NaN or infinity in the column n" in str(error)
+
+
 def test_a_row_that_is_too_long_is_one_bad_row(tmp_path, monkeypatch):
   monkeypatch.setattr(json_reader, "MAX_ROW_BYTES", 1000)
   made = [{"text": "x" * n} for n in (10, 2000, 20)]
