@@ -481,8 +481,8 @@ def test_a_column_that_is_no_weight_is_not_read_and_said(tmp_path, tokenizer):
   for i in range(len(rows)):
     assert set(np.unique(store.example(i).loss_weights)) == {0, 1}
   said = "not read as a weight: weight, 0.5 to 70.5"
-  assert store.ledger.source(path).notes == {said: 3}
-  assert any(said in line for line in store.ledger.lines())
+  assert store.stats.source(path).notes == {said: 3}
+  assert any(said in line for line in store.stats.lines())
   # All within [0, 1], or asked for, it is one.
   asked = Source(path, columns={"weight": "loss_weight"})
   store, _ = _build(asked, tokenizer, tmp_path / "cache")
@@ -490,13 +490,13 @@ def test_a_column_that_is_no_weight_is_not_read_and_said(tmp_path, tokenizer):
   path = _write(tmp_path / "b.jsonl", [rows[0], rows[2]])
   store, _ = _build(path, tokenizer, tmp_path / "cache")
   assert store.example(0).loss_weights.max() == 0.5
-  assert not store.ledger.source(path).notes
+  assert not store.stats.source(path).notes
 
 
 def test_fields_that_nothing_reads_are_counted(tmp_path, tokenizer):
   rows = [_row(i) | {"explanation": "It is." * (i % 2)} for i in range(6)]
   path = _write(tmp_path / "rows.jsonl", rows)
   store, _ = _build(path, tokenizer, tmp_path / "cache")
-  entry = store.ledger.source(path)
+  entry = store.stats.source(path)
   assert entry.notes == {"field not read: explanation": 3}
   assert entry.places["field not read: explanation"][0] == "rows.jsonl:2"
