@@ -105,10 +105,10 @@ def tell(
     left = forgetting.left(found.base, found.weight)
     line += (
       f"; KL(baseline || model) {left['kl']:.4f} nats per token; the most "
-      f"likely token is the baseline's in {left['kept']:.1%}"
+      f"likely token is the baseline's in {left['top1_agreement']:.1%}"
     )
-    if "still_right" in left:
-      line += f"; of what it had right {left['still_right']:.1%} still is"
+    if "both_correct" in left:
+      line += f"; of what it had right {left['both_correct']:.1%} still is"
   out.print(Text(f"{line}."))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sft_jax.data.conversation import Conversation
+from sft_jax.data.conversation import Conversation, Message
 from sft_jax.data.formats import formats
 from sft_jax.data.readers import files
 from sft_jax.evals.checks import checks, ifeval
@@ -376,16 +376,17 @@ def _record(item: Item, reply: Reply) -> dict[str, Any]:
     "where": item.where,
     "group": item.group,
     "prompt": [
-      {"role": turn.role, "content": turn.content}
+      {
+        "role": turn.role,
+        "content": turn.content,
+        **({"tool_calls": calls} if (calls := _calls(turn)) else {}),
+      }
       for turn in item.prompt.messages
     ]
     or [{"role": "text", "content": item.prompt.text}],
     "reply": reply.text,
     "reasoning": reply.message.reasoning,
-    "tool_calls": [
-      {"name": call.name, "arguments": call.arguments}
-      for call in reply.message.tool_calls
-    ],
+    "tool_calls": _calls(reply.message),
     "stopped": reply.stopped,
     "failed": failed,
     **{kind: all(those) if those else None for kind, those in by_kind.items()},
@@ -393,6 +394,12 @@ def _record(item: Item, reply: Reply) -> dict[str, Any]:
     "passed": (reply.stopped or not item.prompt.messages) and not failed,
     **({"instructions": instructions} if of_ifeval else {}),
   }
+
+
+def _calls(turn: Message) -> list[dict[str, Any]]:
+  return [
+    {"name": call.name, "arguments": call.arguments} for call in turn.tool_calls
+  ]
 
 
 def _score(replies: list[dict[str, Any]]) -> Score:

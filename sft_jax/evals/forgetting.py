@@ -13,6 +13,9 @@ from sft_jax.data import packing
 from sft_jax.data.encoding.encode import Example
 from sft_jax.step.loss import BaseSums, LossSums, linear_cross_entropy
 
+# Of a text, beside its loss; see `left`.
+FIGURES = ("kl", "top1_agreement", "base_correct", "both_correct")
+
 
 class Perplexity(NamedTuple):
   """How well a text is predicted.
@@ -47,7 +50,7 @@ def perplexity(evaluate: Callable[[], tuple[float, float]]) -> Perplexity:
 
 
 def left(base: BaseSums, weight: Any) -> dict[str, float]:
-  """What is left of the base's predictions on a text, as shares of it.
+  """How far the predictions of a text are from the base's, as shares of it.
 
   Args:
     base: sums over the text.
@@ -55,18 +58,18 @@ def left(base: BaseSums, weight: Any) -> dict[str, float]:
 
   Returns:
     kl: mean KL(base || tuned) of a prediction, nats per token;
-    kept: share of the tokens where the most likely one is still the base's;
-    base_right: share that the base, given what is before, has right;
-    still_right: of these, the share that the tuned model has right, too; not
+    top1_agreement: share of the tokens whose most likely one is the base's;
+    base_correct: share that the base, given what is before, predicts;
+    both_correct: of these, the share that the tuned model predicts, too; not
     there if the base has none.
   """
   found = {
     "kl": float(base.kl / weight),
-    "kept": float(base.top1_agreement / weight),
-    "base_right": float(base.base_correct / weight),
+    "top1_agreement": float(base.top1_agreement / weight),
+    "base_correct": float(base.base_correct / weight),
   }
   if base.base_correct:
-    found["still_right"] = float(base.both_correct / base.base_correct)
+    found["both_correct"] = float(base.both_correct / base.base_correct)
   return found
 
 

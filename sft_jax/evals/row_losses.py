@@ -1,6 +1,6 @@
-"""Losses of single examples: which held-out rows a model finds hardest."""
+"""Losses of single examples: which held-out rows training made harder."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,11 +13,11 @@ from sft_jax.data.pipeline import Stream
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
 from sft_jax.step.loss import GroupSums
 
-# Rows whose text is kept with their loss.
-_SHOWN = 5
+# Rows whose text is kept with their loss: of each source, and in all.
+_SHOWN, _MOST = 3, 12
 
 
-def hardest_first(
+def by_change(
   params: Tree,
   stream: Stream,
   tokenizer: Tokenizer,
@@ -25,8 +25,12 @@ def hardest_first(
   loss: Callable[..., GroupSums],
   batches: Callable[[Stream], Iterable[Batch]],
   most_batches: int | None = None,
+  before: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-  """Every example of a stream by its loss, the highest first.
+  """Examples of a stream, those whose loss rose most over the base's first.
+
+  A long answer is hard for every model, so the loss alone says little of the
+  training. Without `before`, the highest loss is first.
 
   Args:
     params: of the model.
@@ -36,11 +40,12 @@ def hardest_first(
       rows, numbered row * documents + place in the row.
     batches: the batches of a stream, on the mesh.
     most_batches: that are measured; None: all.
+    before: nats per token of the examples before training, by their number.
 
   Returns:
-    {'place', 'nats', 'trained_tokens', 'nats_per_token'} of each; the first
-    few are also `inspection.sample`s. What weighs nothing has no loss and is
-    left out.
+    {'row', 'source', 'place', 'nats', 'trained_tokens', 'nats_per_token',
+    'change'} of each; the first few of each source are also
+    `summary.sample`s. What weighs nothing has no loss and is left out.
   """
   steps = range(stream.num_steps or 0)[:most_batches]
   plan = [stream.rows_of(step) for step in steps]
@@ -58,14 +63,28 @@ def hardest_first(
       for j, row in enumerate(ids)
       if weight[i, j]
     ]
-  found.sort(key=lambda one: -one[0] / one[1])
-  return [
+  if not before or not all(str(row) in before for *_, row in found):
+    before = None  # A run that was forced on may have other rows.
+  names = stream.store.ledger.short_names()
+  labels = [names[source.label] for source in stream.store.sources]
+  rows = [
     {
+      "row": row,
+      "source": labels[int(stream.store.source[row])],
       "place": stream.store.place(row),
       "nats": nats,
       "trained_tokens": weight,
       "nats_per_token": nats / weight,
-      **(summary.sample(stream.store, row, tokenizer) if i < _SHOWN else {}),
+      "change": nats / weight - before[str(row)] if before else None,
     }
-    for i, (nats, weight, row) in enumerate(found)
+    for nats, weight, row in found
   ]
+  by = "change" if before else "nats_per_token"
+  rows.sort(key=lambda one: -one[by])
+  shown: dict[str, int] = {}
+  for row in rows:
+    seen = shown.get(row["source"], 0)
+    if seen < _SHOWN and sum(shown.values()) < _MOST:
+      shown[row["source"]] = seen + 1
+      row |= summary.sample(stream.store, row["row"], tokenizer)
+  return rows

@@ -276,7 +276,7 @@ def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
     gap: {train_rows, held_out, gap, before}, nats per token, or None;
     knowledge: {n, before, after, retained, gained, lost, p}, retained the
     share of what the base answered right that still is, or None;
-    memorisation: {repeats, canaries}: {before, after} of each, or None.
+    memorization: {repeats, canaries}: {before, after} of each, or None.
     What was not measured before is None there.
   """
   result: dict[str, Any] = {
@@ -295,11 +295,11 @@ def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
     "forgetting": [
       {"name": name, "before": before.get(name), "after": value}
       for name, value in after.items()
-      if name.endswith(("/kl", "/kept", "/base_right", "/still_right"))
+      if name.rpartition("/")[2] in forgetting.FIGURES
     ],
     "gap": _gap(before, after),
     "knowledge": _knowledge(before, after),
-    "memorisation": {
+    "memorization": {
       name: {"before": before.get(name), "after": after[name]}
       if name in after
       else None

@@ -1,6 +1,7 @@
-"""What a run shows of itself at its end: the result, and the report."""
+"""What a run shows at its end: the result, where things are, the report."""
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,16 @@ from sft_jax.checkpointing import export
 from sft_jax.reporting import run_files, terminal
 from sft_jax.reporting.html import run_page
 
-# The figures shown of the texts that were not trained on.
-_LOSSES = {
-  "held_out/nats_per_token": "held-out rows, nats per trained token",
-  "general_text/perplexity": "general text, perplexity (forgetting)",
-}
+# Of result.json, what the terminal has its own place for.
+_ELSEWHERE = ("Where the time went",)
 
 
 def time_line(account: dict[str, float]) -> str:
-  """What the seconds of `pace.Clock.account` went into, the largest first."""
-  run = account["run_s"]
-  parts = {name: s for name, s in account.items() if name != "run_s"}
-  shares = [
-    f"{name.removesuffix('_s').replace('_', ' ')} {seconds / run:.0%}"
-    for name, seconds in sorted(parts.items(), key=lambda part: -part[1])
-    if seconds >= 0.005 * run
-  ]
-  return f"Took {terminal.duration(run)}: {', '.join(shares)}."
+  """What the seconds of `throughput.Clock.account` went into, in a line."""
+  shares = ", ".join(
+    f"{name} {share}" for name, _, share in run_page.time_rows(account)
+  )
+  return f"Took {terminal.duration(account['run_s'])}: {shares}."
 
 
 def show_result(out: Console, result: dict[str, Any], samples: int) -> None:
@@ -40,8 +34,8 @@ def show_result(out: Console, result: dict[str, Any], samples: int) -> None:
   if result["behaviours"]:
     terminal.table(
       out,
-      "Behaviour, share passed with 95 % interval",
-      ("behaviour", "n", "before", "after", "stops by itself"),
+      "Behavior, share passed with 95 % interval",
+      ("behavior", "n", "before", "after", "stops by itself"),
       [
         (
           row["group"],
@@ -53,110 +47,58 @@ def show_result(out: Console, result: dict[str, Any], samples: int) -> None:
         for row in result["behaviours"]
       ],
     )
-  if result["losses"]:
-    terminal.table(
-      out,
-      "Text the model did not train on",
-      ("", "before", "after", "change"),
-      [
-        (
-          _LOSSES[row["name"]],
-          f"{row['before']:.3f}",
-          f"{row['after']:.3f}",
-          f"{row['change']:+.1%}",
-        )
-        for row in result["losses"]
-        if row["name"] in _LOSSES
-      ],
-    )
-  if rows := forgetting_rows(result):
-    terminal.table(
-      out,
-      "What is left of the base, what is known by heart",
-      ("", "before", "after"),
-      rows,
-    )
+  for one in run_page.figures(result):
+    if one.title not in _ELSEWHERE:
+      terminal.table(out, one.title, [*map(str, one.head)], one.rows)
   if "export" in result:
     evidence = export.Evidence(**result["export"])
-    out.print(Text(f"{evidence.path}: {evidence}"))
+    out.print(Text(f"{terminal.visible(evidence.path)}: {evidence}"))
   for sample in result["samples"][:samples]:
     terminal.facts(
       out,
       sample["group"],
       {
         "prompt": _line(sample["prompt"]),
-        "before": _line(sample["before"]["text"]),
-        "after": _line(sample["after"]["text"]),
+        **{side: _reply(sample[side]) for side in ("before", "after")},
       },
     )
 
 
-_LEFT = {
-  "kl": "KL(base || tuned), nats/token",
-  "kept": "likeliest token still the base's",
-  "still_right": "right where the base was",
-}
-_TEXTS = {"general_text": "general text", "held_out": "held-out rows"}
-
-
-def forgetting_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-  """(figure, before, after) of what was lost and what was learnt by heart."""
-  percent = lambda x: "-" if x is None else f"{x:.1%}"
-  nats = lambda x: "-" if x is None else f"{x:.4f}"
-  rows = []
-  for one in result.get("forgetting", ()):
-    text, _, figure = one["name"].partition("/")
-    if figure in _LEFT:
-      shown = nats if figure == "kl" else percent
-      name = f"{_TEXTS[text]}, {_LEFT[figure]}"
-      rows.append((name, shown(one["before"]), shown(one["after"])))
-  if known := result.get("knowledge"):
-    name = f"what the base knows, answered ({known['n']} texts)"
-    rows.append((name, percent(known["before"][0]), percent(known["after"][0])))
-    rows.append(
-      ("of what it answered, still answered", "", percent(known["retained"]))
-    )
-  if gap := result.get("gap"):
-    name = "held-out loss above trained rows', nats/token"
-    rows.append((name, nats(gap["before"]), nats(gap["gap"])))
-  return rows + _by_heart(result.get("memorisation", {}))
-
-
-def _by_heart(found: dict[str, Any]) -> list[tuple[str, str, str]]:
-  """(figure, before, after) of replies and of canaries."""
-  percent = lambda x: "-" if x is None else f"{x:.1%}"
-  rows = []
-  if repeats := found.get("repeats"):
-    sides = [repeats["before"], repeats["after"]]
-    held_out = sides[1]["held_out_answers"]
-    gram = sides[1]["gram"]
-    for key, name in (
-      ("whole", "replies that stand in an answer"),
-      ("overlap", "longest run shared with one"),
-      ("novelty", f"runs of {gram} words in none"),
-    ):
-      shown = [
-        percent(one and one["replies"] and one["replies"][key]) for one in sides
-      ]
-      if held_out:
-        name += f" (of held-out rows: {percent(held_out[key])})"
-      rows.append((name, *shown))
-  if canaries := found.get("canaries"):
-    for kind in ("planted", "kept_back"):
-      means = []
-      for one in (canaries["before"], canaries["after"]):
-        bits = [c["exposure"] for c in (one or {}).get(kind, ())]
-        means.append(f"{sum(bits) / len(bits):.2f}" if bits else "-")
-      most = canaries["after"]["most"]
-      name = f"canaries {kind.replace('_', ' ')}, exposure of {most:g} bits"
-      rows.append((name, *means))
-  return rows
+def _reply(reply: Mapping[str, Any]) -> str:
+  """A reply on one line, with its verdict, if it was checked."""
+  marks = []
+  if reply.get("passed") is not None:
+    marks.append("passed" if reply["passed"] else "FAILED")
+  if not reply["stopped"]:
+    marks.append("did not stop")
+  return "".join(f"[{mark}] " for mark in marks) + _line(reply["text"])
 
 
 def _line(text: str) -> str:
   """A text on one line, cut where it would fill more than two."""
   line = " / ".join(part for part in text.splitlines() if part)
   return line if len(line) <= 150 else line[:150] + " ..."
+
+
+def show_places(out: Console, workdir: Path, config: Any) -> None:
+  """Prints where a finished run's things are, and what to type next."""
+  found = {
+    name: str(workdir / file)
+    for name, file in (
+      ("report", "report.html"),
+      ("model", "export"),
+      ("adapter", "adapter"),
+      ("records", "metrics.jsonl"),
+    )
+    if (workdir / file).exists()
+  }
+  model = workdir / "export" if "model" in found else workdir
+  command = lambda *words: shlex.join(["sft-jax", *map(str, words)])
+  found["chat"] = command(
+    "chat", f"--model={model}", f"--compare={config.model.path}"
+  )
+  found["compare"] = command("compare", workdir, "ANOTHER_RUN")
+  terminal.facts(out, "Where things are", found)
 
 
 def write_report(workdir: Path, result: dict[str, Any] | None = None) -> None:

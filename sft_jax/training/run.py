@@ -110,7 +110,7 @@ def _run(session: Session, force: bool, command: str) -> Result:
     state, early_stop = _choose(session, built, checkpoints, state)
   params = _params(state)
   del state  # The moments make room: for the base, for what is exported.
-  after, params = _measure_after(session, built, suite, params)
+  after, params = _measure_after(session, built, suite, params, before)
   result = _compare(session, before, after, early_stop)
   if session.config.export:
     result["export"] = _export(session, built, params)._asdict()
@@ -118,6 +118,7 @@ def _run(session: Session, force: bool, command: str) -> Result:
   session.log(final_summary.time_line(result["time"]))
   final_summary.write_report(session.workdir, result)
   write_json(_result_path(session), result)
+  final_summary.show_places(session.out, session.workdir, session.config)
   return Result(result, params, session.workdir)
 
 
@@ -208,6 +209,7 @@ def _report_finished(
   )
   result = json.loads(_result_path(session).read_text())
   final_summary.show_result(session.out, result, session.config.eval.samples)
+  final_summary.show_places(session.out, session.workdir, session.config)
   if session.config.eval.patience:
     state = restore_best(checkpoints, state, session.reject)
   return Result(result, own_params(state), session.workdir)
@@ -233,6 +235,8 @@ def _measure_before(
   with session.clock.on("evaluation"):
     before = suite(params, is_base=is_base and config.eval.kl)
     before |= evals.sample_replies(config, built, params)
+    rows = evals.held_out_losses(built, params, suite.measured.get("held_out"))
+    before["rows"] = {str(row["row"]): row["nats_per_token"] for row in rows}
   for line in suite.left_out():
     session.log(
       f"eval.max_seconds: measured here and from now on are {line}, what "
@@ -296,6 +300,7 @@ def _measure_after(
   built: BuiltRun,
   suite: measure.Suite,
   params: trees.Tree,
+  before: dict[str, Any],
 ) -> tuple[dict[str, Any], trees.Tree]:
   """(the measurement after training, the parameters without the base's)."""
   session.log("Measuring the model after training ...")
@@ -303,7 +308,9 @@ def _measure_after(
     after = suite(_beside_base(session, built, params))
     params = base_model.own(params)
     after |= evals.sample_replies(session.config, built, params)
-    rows = evals.held_out_losses(built, params, suite.measured.get("held_out"))
+    rows = evals.held_out_losses(
+      *(built, params, suite.measured.get("held_out"), before.get("rows"))
+    )
   folder = session.workdir / "evals"
   write_json(folder / "after.json", after)
   write_jsonl(folder / "held_out_rows.jsonl", rows)

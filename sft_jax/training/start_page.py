@@ -23,7 +23,7 @@ from sft_jax.training.build.build import BuiltRun
 from sft_jax.training.build.data import Config
 from sft_jax.training.planning import plan
 
-# Training examples that a report shows.
+# Training examples that a report shows, unless there are more sources.
 _SAMPLES = 6
 _SKETCH = 40  # Characters of the sketch of the learning rate.
 _WHOLE = "each has it all"
@@ -83,10 +83,13 @@ def write(
   }
   write_json(workdir / "start.json", start)
   store = built.stream.store
-  # The first example of each source, so that each is seen.
-  _, firsts = np.unique(store.source, return_index=True)
+  # The first examples of each source, so that each is seen.
+  sources = np.unique(store.source)
+  each = max(_SAMPLES // max(len(sources), 1), 1)
   rows = [
-    summary.sample(store, int(i), built.tokenizer) for i in firsts[:_SAMPLES]
+    summary.sample(store, int(i), built.tokenizer)
+    for source in sources
+    for i in np.flatnonzero(store.source == source)[:each]
   ]
   write_json(workdir / "samples.json", rows)
 

@@ -80,7 +80,7 @@ def test_two_models_against_float64_by_hand(batch_size):
   )
   left = forgetting.left(found.base, found.weight)
   assert left["kl"] == pytest.approx(kl / weight, rel=1e-5)
-  assert left["kept"] == pytest.approx(kept / weight)
+  assert left["top1_agreement"] == pytest.approx(kept / weight)
   alone = forgetting.compare_models(
     model, ours, None, examples(), batch_size=batch_size
   )

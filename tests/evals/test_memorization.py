@@ -159,7 +159,7 @@ def trained(tmp_path_factory):
 
 
 def test_what_is_planted_is_found_and_what_is_not_is_chance(trained):
-  found = trained.metrics["memorisation"]["canaries"]
+  found = trained.metrics["memorization"]["canaries"]
   before, after = found["before"], found["after"]
   planted, kept_back = (
     [one["exposure"] for one in after[kind]]
@@ -181,7 +181,7 @@ def test_what_is_planted_is_found_and_what_is_not_is_chance(trained):
 
 
 def test_replies_learnt_by_heart_are_found_and_a_fresh_models_are_not(trained):
-  found = trained.metrics["memorisation"]["repeats"]
+  found = trained.metrics["memorization"]["repeats"]
   before, after = (found[side]["replies"] for side in ("before", "after"))
   # The answers are of three words: none has a run of four.
   assert after == {"replies": 8, "overlap": 1.0, "whole": 1.0, "novelty": None}

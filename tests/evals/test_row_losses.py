@@ -10,17 +10,17 @@ from sft_jax.training.build.build import batches_on
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> build.BuiltRun:
+def run(tmp_path_factory) -> build.Setup:
   folder = tmp_path_factory.mktemp("row_losses")
   model = tiny.model_folder(folder / "model")
   rows = tiny.rows_file(folder / "rows.jsonl")
   config = tiny.config(
     folder, model, rows, data__holdout=0.5, data__seq_len=128
   )
-  return build.build_run(config, lambda line: None)
+  return build.setup(config, lambda line: None)
 
 
-def _alone(run: build.BuiltRun, i: int) -> tuple[float, float]:
+def _alone(run: build.Setup, i: int) -> tuple[float, float]:
   """Nats and weight of a held-out example, unpacked."""
   assert run.held_out
   example = run.held_out.store.example(i)
@@ -37,7 +37,7 @@ def _alone(run: build.BuiltRun, i: int) -> tuple[float, float]:
 
 def test_each_row_has_the_loss_it_has_alone(run):
   stream = run.held_out
-  found = row_losses.hardest_first(
+  found = row_losses.by_change(
     {**run.state.params, **run.state.frozen},
     *(stream, run.tokenizer),
     loss=run.document_loss,
@@ -59,6 +59,33 @@ def test_each_row_has_the_loss_it_has_alone(run):
   # Packed, or each document would have a row to itself and prove nothing.
   assert max(len(ids) for ids in stream.rows_of(0)) > 1
   shown = [row for row in found if "spans" in row]
-  assert shown == found[:5]
+  assert shown == found[:3]
+  assert {row["change"] for row in found} == {None}
   text = "".join(span["text"] for span in shown[0]["spans"])
   assert "What goes with" in text
+
+
+def test_what_rose_most_over_the_base_is_first(run):
+  """Not what was hard before: a row's own loss in the base is subtracted."""
+  look = lambda before: row_losses.by_change(
+    {**run.state.params, **run.state.frozen},
+    *(run.held_out, run.tokenizer),
+    loss=run.document_loss,
+    batches=lambda stream: batches_on(run.mesh, stream),
+    before=before,
+  )
+  after = look(None)
+  rise = {row["row"]: float(i % 5) for i, row in enumerate(after)}
+  before = {
+    str(row["row"]): row["nats_per_token"] - rise[row["row"]] for row in after
+  }
+  found = look(before)
+  assert [row["change"] for row in found] == pytest.approx(
+    sorted(rise.values(), reverse=True)
+  )
+  assert [row["row"] for row in found] != [row["row"] for row in after]
+  assert len([row for row in found if "spans" in row]) == 3
+  # Of other rows nothing is known.
+  assert [row["row"] for row in look({"999": 1.0})] == [
+    row["row"] for row in after
+  ]

@@ -66,11 +66,11 @@ def test_what_is_left_of_the_base_is_a_ratio_of_sums():
   suite = suite_of(loss_fn, {"held_out": (9, 7, 5), "general_text": (4, 7)})
   found = suite.losses(jnp.float32(1.0))
   assert found["held_out/kl"] == pytest.approx(0.5 * (64 + 36 + 16) / 18)
-  assert found["held_out/kept"] == 0.25
-  assert found["held_out/base_right"] == pytest.approx(8 / 18)
-  assert found["held_out/still_right"] == 0.5
-  assert found["general_text/base_right"] == 0
-  assert "general_text/still_right" not in found  # Of nothing no share.
+  assert found["held_out/top1_agreement"] == 0.25
+  assert found["held_out/base_correct"] == pytest.approx(8 / 18)
+  assert found["held_out/both_correct"] == 0.5
+  assert found["general_text/base_correct"] == 0
+  assert "general_text/both_correct" not in found  # Of nothing no share.
 
 
 def knowledge(passed):
@@ -105,7 +105,7 @@ def test_two_measurements_side_by_side():
   assert (known["gained"], known["lost"], known["retained"]) == (1, 1, 3 / 4)
   assert known["n"] == 6
   assert known["before"][0] == known["after"][0] == pytest.approx(4 / 6)
-  assert found["memorisation"] == {
+  assert found["memorization"] == {
     "repeats": {"before": None, "after": {"answers": 3}},
     "canaries": None,
   }
@@ -155,9 +155,9 @@ def test_a_model_that_is_its_base_is_measured_once():
   found = suite.losses(jnp.float32(1.0), is_base=True)
   for name in ("held_out", "general_text"):
     assert found[f"{name}/kl"] == 0
-    assert found[f"{name}/kept"] == 1
+    assert found[f"{name}/top1_agreement"] == 1
     # `by_length` says that nothing is predicted rightly.
-    assert found[f"{name}/base_right"] == 0
+    assert found[f"{name}/base_correct"] == 0
   with pytest.raises(AssertionError, match="the base was asked"):
     suite.losses(jnp.float32(1.0))
 

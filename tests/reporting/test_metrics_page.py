@@ -102,7 +102,7 @@ def test_evaluation_records_are_on_the_page(records):
   measured = [r for r in records if "loss/nats_per_token" not in r]
   written = {general(name) for r in measured for name in r} - {"step"}
   # It is of what the base has right, which may be nothing.
-  written |= {f"{text}/still_right" for text in ("held_out", "general_text")}
+  written |= {f"{text}/both_correct" for text in ("held_out", "general_text")}
   assert written == names_of("Evaluation records")
 
 

@@ -190,7 +190,7 @@ def test_the_gap_is_measured_after_each_epoch(tmp_path, model, rows):
   left = {one["name"]: one for one in result.metrics["forgetting"]}
   assert left["held_out/kl"]["before"] == 0
   assert left["held_out/kl"]["after"] > 1e-3
-  assert left["held_out/kept"]["before"] == 1
+  assert left["held_out/top1_agreement"]["before"] == 1
   # The base is read again, and is the folder's.
   assert not (tmp_path / "run" / "export").exists()
   assert set(result.params) == {"embed", "layers", "final_norm"}

@@ -62,7 +62,13 @@ WAYS: dict[str, tuple[Any, Callable[[Any], None]]] = {
 }
 HEAD = (
   *("way", "behaviour", "held-out", "gap"),
-  *("general text, perplexity", "KL", "kept", "still right", "known"),
+  *(
+    "general text, perplexity",
+    "KL",
+    "top-1 agreement",
+    "both correct",
+    "known",
+  ),
 )
 
 
@@ -95,8 +101,8 @@ def row(name: str, result: dict[str, Any]) -> tuple[str, ...]:
     f"{result['gap']['gap']:+.3f}",
     f"{perplexity['after']:.3f} ({perplexity['change']:+.1%})",
     f"{left['general_text/kl']:.4f}",
-    share("general_text/kept"),
-    share("general_text/still_right"),
+    share("general_text/top1_agreement"),
+    share("general_text/both_correct"),
     f"{known['before'][0]:.0%} -> {known['after'][0]:.0%}",
   )
 

@@ -1,31 +1,64 @@
-"""Charts as inline SVG: curves over steps, intervals, bars."""
+"""Charts as inline SVG: curves over steps, intervals, bars, histograms.
+
+Whatever is in the records of a run is drawn: a name that no chart of `CHARTS`
+wants stands in a chart of its own family, so that no new metric is lost.
+"""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
-from sft_jax.reporting.html.elements import Element, tag
+from markupsafe import Markup
+
+from sft_jax.reporting.html.elements import tag
+
+Records = Sequence[Mapping[str, Any]]
 
 Points = Sequence[tuple[float | int, float | int | None]]
 # A share and the ends of its interval.
 Share = Sequence[float]
 
 # Drawn small, so that it can be read on a phone: the letters shrink with it.
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 220, 52, 10, 10, 26
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 250, 52, 10, 26, 44
 _MAX_POINTS = 300  # Of one curve; as many as can be told apart.
-COLOURS = 6  # s0 to s5 of page.html.
+COLORS = 6  # s0 to s5 of page.html.jinja.
+
+# (title, unit, regex of names), the first that fits; what is open at once.
+CHARTS = (
+  ("Loss", "nats per token", r"(loss|held_out)/nats_per_token"),
+  ("Accuracy", "share", r"acc/(token|stop_token)|held_out/acc/token"),
+  ("Learning rate", "", r"optim/learning_rate"),
+  ("Gradient norm", "", r"optim/grad_norm"),
+  ("Behavior", "share passed", r"behaviour/all/(pass_rate|stopped)"),
+  ("Speed", "tokens per second", r"speed/(trained_)?tokens_per_s"),
+  ("Time of a step", "seconds", r"time/(step|data_wait|compute)_s"),
+  ("Memory", "bytes", r"memory/.+_bytes"),
+)
+# Units of all other names, by how they begin or end.
+_UNITS = (
+  ("nats", r".*(nats|nats_per_token)|(.*/)?loss/.*|.*/(kl|gap)"),
+  ("share", r"(.*/)?acc/.*|behaviour/.*|.*/(fill|mfu|goodput|.*fraction)"),
+  ("per second", r".*_per_s"),
+  ("seconds", r".*_s"),
+  ("bytes", r".*_bytes"),
+  ("tokens", r".*tokens|.*trained_weight"),
+)
 
 
 def chart(
   label: str,
   series: Mapping[str, Points],
   marks: Iterable[tuple[int, str]] = (),
-) -> Element:
+  unit: str = "",
+) -> Markup:
   """Curves over steps; points that are not finite are counted, not drawn.
 
   Args:
     label: what it shows, its heading.
     series: (step, value) of each curve.
     marks: (step, what happened there), dotted lines.
+    unit: of the values, named at their axis.
   """
   drawn, legend = {}, []
   for i, (name, points) in enumerate(series.items()):
@@ -36,7 +69,7 @@ def chart(
       said += f", means of {k}"
     if lost := len(points) - len(fine):
       said += f", {lost} not finite"
-    legend.append(tag("span", said, class_=f"c{i % COLOURS}"))
+    legend.append(tag("span", said, class_=f"c{i % COLORS}"))
   heading = tag("h3", label)
   caption = tag("figcaption", *legend, class_="legend")
   xs = [x for points in drawn.values() for x, _ in points]
@@ -54,19 +87,20 @@ def chart(
   def py(y: float) -> str:
     return f"{_TOP + (y1 - y) / (y1 - y0) * (_HEIGHT - _BOTTOM - _TOP):.1f}"
 
-  parts = []
+  parts = _axes("step", unit)
+  tick = _tick_of(max(abs(y0), abs(y1)))
   for y in _ticks(y0, y1):
     ends = {"x1": _LEFT, "x2": _WIDTH - _RIGHT, "y1": py(y), "y2": py(y)}
     parts += [
       tag("line", **ends, class_="grid"),
-      tag("text", _tick(y), x=_LEFT - 6, y=py(y), class_="y"),
+      tag("text", tick(y), x=_LEFT - 6, y=py(y), class_="y"),
     ]
   for x in _ticks(x0, x1):
     if x != round(x):  # There is no half step.
       continue
     # Half a number would stand beyond the edge.
     end = " last" if float(px(x)) > _WIDTH - 30 else ""
-    place = {"x": px(x), "y": _HEIGHT - 8}
+    place = {"x": px(x), "y": _HEIGHT - 26}
     parts.append(tag("text", f"{x:,g}", **place, class_=f"x{end}"))
   for x, what in marks:
     if x0 <= x <= x1:
@@ -74,7 +108,7 @@ def chart(
       note = tag("title", f"{what}, step {x}")
       parts.append(tag("line", note, **ends, class_="mark"))
   for i, (name, points) in enumerate(drawn.items()):
-    kind = f"s{i % COLOURS}"
+    kind = f"s{i % COLORS}"
     if len(points) == 1:  # A line of one point would not show.
       x, y = points[0]
       parts.append(tag("circle", cx=px(x), cy=py(y), r=3, class_=kind))
@@ -86,7 +120,7 @@ def chart(
 
 def intervals(
   shares: Sequence[Share | None], label: str, kinds: Sequence[str] = ()
-) -> Element:
+) -> Markup:
   """Shares on lines from 0 to 1, one beneath the other, with intervals.
 
   Args:
@@ -100,7 +134,7 @@ def intervals(
   for i, share in enumerate(shares):
     if share is not None:
       x, low, high = (f"{4 + 160 * float(s):.1f}" for s in share)
-      kind, y = kinds[i] if kinds else f"s{i % COLOURS}", 8 + 8 * i
+      kind, y = kinds[i] if kinds else f"s{i % COLORS}", 8 + 8 * i
       parts += [
         tag("line", x1=low, x2=high, y1=y, y2=y, class_=kind),
         tag("circle", cx=x, cy=y, r=3.5, class_=kind),
@@ -108,7 +142,7 @@ def intervals(
   return _svg(parts, 168, height, label, "interval")
 
 
-def bars(label: str, values: Mapping[str, float]) -> Element:
+def bars(label: str, values: Mapping[str, float]) -> Markup:
   """Horizontal bars of shares from 0 to 1, each with its name and figure."""
   rows = []
   for name, share in values.items():
@@ -118,37 +152,64 @@ def bars(label: str, values: Mapping[str, float]) -> Element:
   return tag("div", *rows, class_="bars", role="group", aria_label=label)
 
 
-def histogram(label: str, bins: Sequence[tuple[str, str, int]]) -> Element:
-  """Bars of equal width over (where it begins, what it is, how many)."""
+def histogram(
+  label: str, bins: Sequence[tuple[float, float, int]], unit: str
+) -> Markup:
+  """Bars over bins of one width, with one scale beneath.
+
+  Args:
+    label: what is counted, its heading.
+    bins: (from, to, how many), from left to right without gaps.
+    unit: of the bins' ends.
+  """
   tallest = max(number for *_, number in bins)
-  step = _WIDTH / len(bins)
-  parts = []
-  for i, (start, what, number) in enumerate(bins):
-    tall = number / tallest * (_HEIGHT - 80)
-    if number:
-      tall = max(tall, 1)  # One example among thousands is still there.
+  low, high = bins[0][0], bins[-1][1]
+  floor, wide = _HEIGHT - _BOTTOM, _WIDTH - _LEFT - _RIGHT
+  px = lambda x: _LEFT + (x - low) / (high - low) * wide
+  py = lambda n: floor - n / tallest * (floor - _TOP)
+  parts = _axes(unit, "examples")
+  for n in _ticks(0, tallest):
+    if n == round(n):
+      ends = {"x1": _LEFT, "x2": _WIDTH - _RIGHT, "y1": py(n), "y2": py(n)}
+      parts += [
+        tag("line", **ends, class_="grid"),
+        tag("text", f"{n:,.0f}", x=_LEFT - 6, y=py(n), class_="y"),
+      ]
+  for start, end, number in bins:
+    # One example among thousands is still there.
+    tall = max(floor - py(number), 1) if number else 0
     place = {
-      "x": f"{i * step + 1:.1f}",
-      "y": f"{_HEIGHT - 70 - tall:.1f}",
-      "width": f"{step - 2:.1f}",
+      "x": f"{px(start) + 0.5:.1f}",
+      "y": f"{floor - tall:.1f}",
+      "width": f"{max(px(end) - px(start) - 1, 1):.1f}",
       "height": f"{tall:.1f}",
     }
-    note = tag("title", f"{what}: {number:,}")
+    note = tag("title", f"{start:,.4g} to {end:,.4g} {unit}: {number:,}")
     parts.append(tag("rect", note, **place))
-    if i % max(len(bins) // 6, 1) == 0:
-      at = {"x": f"{(i + 0.5) * step:.1f}", "y": _HEIGHT - 54}
-      parts.append(tag("text", start, **at, class_="x"))
-  return _svg(parts, _WIDTH, _HEIGHT - 50, label)
+  tick = _tick_of(high)
+  for x in _ticks(low, high):
+    last = " last" if px(x) > _WIDTH - 30 else ""
+    place = {"x": f"{px(x):.1f}", "y": _HEIGHT - 26}
+    parts.append(tag("text", tick(x), **place, class_=f"x{last}"))
+  svg = _svg(parts, _WIDTH, _HEIGHT, label)
+  return tag("figure", tag("h3", label), svg)
 
 
 def _svg(
-  parts: Iterable[Element], width: float, height: float, label: str, kind=""
-) -> Element:
+  parts: Iterable[Markup], width: float, height: float, label: str, kind=""
+) -> Markup:
   box = f"0 0 {width:g} {height:g}"
   more = {"class_": kind} if kind else {}
   if kind == "bar":
     more["preserveAspectRatio"] = "none"
   return tag("svg", *parts, viewBox=box, role="img", aria_label=label, **more)
+
+
+def _axes(x: str, y: str) -> list[Markup]:
+  """What the axes are, in words."""
+  middle = (_LEFT + _WIDTH) // 2
+  below = tag("text", x, x=middle, y=_HEIGHT - 6, class_="axis")
+  return [below, tag("text", y, x=4, y=14)] if y else [below]
 
 
 def _ticks(low: float, high: float, n: int = 5) -> list[float]:
@@ -160,12 +221,13 @@ def _ticks(low: float, high: float, n: int = 5) -> list[float]:
   return [i * size for i in range(first, last + 1)]
 
 
-def _tick(y: float) -> str:
-  """Short enough for the margin: '2 M', '15 k', '0.25'."""
+def _tick_of(largest: float) -> Callable[[float], str]:
+  """How the ticks of one axis are written: all in the unit of the largest."""
   for size, unit in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
-    if abs(y) >= size:
-      return f"{y / (1e3 if unit == ' k' else size):.4g}{unit}"
-  return f"{y:.4g}"
+    if largest >= size:
+      scale = 1e3 if unit == " k" else size
+      return lambda y: f"{y / scale:.4g}{unit}" if y else "0"
+  return lambda y: f"{y:.4g}"
 
 
 def _thin(points: list) -> tuple[list, int]:
@@ -173,3 +235,106 @@ def _thin(points: list) -> tuple[list, int]:
   k = -(-len(points) // _MAX_POINTS) or 1
   groups = [points[i : i + k] for i in range(0, len(points), k)]
   return [[sum(c) / len(g) for c in zip(*g, strict=True)] for g in groups], k
+
+
+Curves = tuple[list[Markup], list[Markup]]
+
+
+def of_run(
+  records: Records,
+  marks: Sequence[tuple[int, str]] = (),
+  before: Mapping[str, Any] | None = None,
+) -> Curves:
+  """The main curves of one run, and all others, to be folded away.
+
+  Args:
+    records: of metrics.jsonl.
+    marks: (step, what happened there).
+    before: what was measured before training: it stands at step 0.
+  """
+  values = [(name, (before or {}).get(name)) for name in number_names(records)]
+  first = {name: x for name, x in values if isinstance(x, int | float)}
+  if first:
+    records = [{"step": 0, **first}, *records]
+  names = number_names(records)
+  main, rest = [], list(names)
+  for title, unit, pattern in CHARTS:
+    mine = [name for name in rest if re.fullmatch(pattern, name)]
+    rest = [name for name in rest if name not in mine]
+    if mine:
+      main.append(_of(title, records, mine, marks, unit))
+  families: dict[str, list[str]] = {}
+  for name in rest:
+    families.setdefault(_family(name), []).append(name)
+  others = []
+  for family, mine in families.items():
+    for i in range(0, len(mine), COLORS):
+      some = mine[i : i + COLORS]
+      others.append(_of(family, records, some, marks, _unit(some[0])))
+  return main, others
+
+
+def _family(name: str) -> str:
+  """What shares a chart: 'loss/part/answer' is of 'loss/part'.
+
+  Of behaviours, the same figure of all groups; two parts make no family: what
+  is in 'data/...' is of different units.
+  """
+  parts = name.split("/")
+  if len(parts) < 3:
+    return name
+  if parts[0] == "behaviour":
+    return f"behaviour/.../{parts[-1]}"
+  return name.rpartition("/")[0]
+
+
+def of_runs(runs: Mapping[str, Records]) -> Curves:
+  """A chart per metric, a curve per run; those of `CHARTS` are open."""
+  names = dict.fromkeys(
+    n for records in runs.values() for n in number_names(records)
+  )
+  main = [
+    name
+    for *_, pattern in CHARTS
+    for name in names
+    if re.fullmatch(pattern, name)
+  ]
+
+  def draw(name: str) -> Markup:
+    series = {run: points(records, name) for run, records in runs.items()}
+    return chart(name, series, unit=_unit(name))
+
+  others = [name for name in names if name not in main]
+  return [*map(draw, main)], [*map(draw, others)]
+
+
+def number_names(records: Records) -> list[str]:
+  """Names of the figures in the records, in their order."""
+  found: dict[str, None] = {}
+  for record in records:
+    for name, value in record.items():
+      if name != "step" and isinstance(value, int | float | None):
+        found[name] = None
+  return list(found)
+
+
+def points(records: Records, name: str) -> list[tuple[int, float | None]]:
+  """(step, value) of one figure, wherever it was recorded."""
+  return [(r["step"], r[name]) for r in records if name in r]
+
+
+def _of(
+  title: str,
+  records: Records,
+  names: Sequence[str],
+  marks: Sequence[tuple[int, str]],
+  unit: str,
+) -> Markup:
+  series = {name: points(records, name) for name in names}
+  return chart(title, series, marks, unit)
+
+
+def _unit(name: str) -> str:
+  """The unit of a metric, by its name; '' if it has none that is known."""
+  fits = (unit for unit, pattern in _UNITS if re.fullmatch(pattern, name))
+  return next(fits, "")

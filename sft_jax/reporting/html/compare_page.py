@@ -8,18 +8,12 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from sft_jax.data.store import fingerprint
 from sft_jax.evals import behaviours
-from sft_jax.reporting.html import behaviour, charts, curves, ledger, run_page
-from sft_jax.reporting.html.elements import (
-  Element,
-  flat,
-  join,
-  sections,
-  table,
-  tag,
-  write_page,
-)
+from sft_jax.reporting.html import charts, run_page
+from sft_jax.reporting.html.elements import Table, flat, tag, write_page
 
 Runs = Mapping[str, run_page.Run]
 
@@ -34,41 +28,48 @@ def write(path: str | os.PathLike, runs: Runs) -> None:
   Raises:
     ValueError: fewer than two runs, or more than there are colours.
   """
-  if not 2 <= len(runs) <= charts.COLOURS:
+  if not 2 <= len(runs) <= charts.COLORS:
     raise ValueError(
-      f"compare: got {len(runs)} runs, expected 2 to {charts.COLOURS}. "
+      f"compare: got {len(runs)} runs, expected 2 to {charts.COLORS}. "
       "More could not be told apart: leave some out."
     )
-  colours = [tag("span", name, class_=f"c{i}") for i, name in enumerate(runs)]
-  parts = {
-    "Behaviour": _behaviours(runs),
-    "Losses and forgetting": _losses(runs),
-    "Curves": curves.of_runs(
-      {n: r.get("metrics", ()) for n, r in runs.items()}
+  starts = {name: run.get("start", {}) for name, run in runs.items()}
+  write_page(
+    path,
+    "compare.html.jinja",
+    title=f"{len(runs)} runs: {', '.join(runs)}",
+    runs=list(runs),
+    headline=_headline(runs),
+    behaviours=_behaviours(runs),
+    losses=_losses(runs),
+    curves=charts.of_runs({n: r.get("metrics", ()) for n, r in runs.items()}),
+    config=_differing(
+      runs, "key", [run.get("config", {}) for run in runs.values()]
     ),
-    "Config": _config(runs),
-    "Data": _data(runs),
-    "Speed": _speed(runs),
-    "Replies that differ": _replies(runs),
-    "Incidents, versions, commands": _versions(runs),
-  }
-  title = f"{len(runs)} runs: {', '.join(runs)}"
-  body = [
-    *(tag("h1", title), tag("p", *colours, class_="legend")),
-    *(_headline(runs), sections(parts)),
-  ]
-  write_page(path, title, body)
+    data=_data(runs),
+    speed=_speed(runs),
+    replies=_replies(runs),
+    incidents=_by_run(
+      runs,
+      "",
+      [("incidents", [len(r.get("incidents", ())) for r in runs.values()])],
+    ),
+    versions=_differing(
+      runs, "version", [s.get("versions", {}) for s in starts.values()]
+    ),
+    commands={n: s["command"] for n, s in starts.items() if s.get("command")},
+  )
 
 
 def _by_run(
   runs: Runs, head: str, rows: Iterable[tuple[str, Sequence[object]]]
-) -> Element:
-  """A row per figure, a column per run; '' without rows."""
+) -> list[Table]:
+  """A row per figure, a column per run; no table without rows."""
   made = [[name, *cells] for name, cells in rows]
-  return table([head, *runs], made) if made else Element("")
+  return [Table("", [head, *runs], made)] if made else []
 
 
-def _headline(runs: Runs) -> Element:
+def _headline(runs: Runs) -> list[Table]:
   found = [run_page.headline(run) for run in runs.values()]
   names = dict.fromkeys(name for one in found for name in one)
   return _by_run(
@@ -81,13 +82,13 @@ def _after(run: run_page.Run) -> behaviours.Scores | None:
   return behaviours.Scores.from_json(scores) if scores else None
 
 
-def _behaviours(runs: Runs) -> Element:
+def _behaviours(runs: Runs) -> list[Table]:
   """After training: a row per group; runs are paired with the first."""
   scores = {name: _after(run) for name, run in runs.items()}
   found = {name: one.groups for name, one in scores.items() if one}
   groups = dict.fromkeys(group for one in found.values() for group in one)
   if not groups:
-    return Element("")
+    return []
   against = {name: _paired(scores, name) for name in list(runs)[1:]}
   rows = []
   for group in groups:
@@ -101,7 +102,7 @@ def _behaviours(runs: Runs) -> Element:
     rows.append(
       [
         group,
-        *map(behaviour.share, shares),
+        *map(run_page.share, shares),
         drawn,
         *(pairs.get(group, "") for pairs in against.values()),
       ]
@@ -114,12 +115,12 @@ def _behaviours(runs: Runs) -> Element:
     "test of these; nothing where the prompts are not the same."
   )
   head = ["group", *runs, "0 to 100 %", *versus]
-  return join([table(head, rows), tag("p", note, class_="dim")])
+  return [Table("", head, rows, note)]
 
 
 def _paired(
   scores: Mapping[str, behaviours.Scores | None], name: str
-) -> dict[str, Element]:
+) -> dict[str, Markup]:
   """'+3 / -1, p 0.62' by group, on the prompts that both runs answered."""
   first, other = next(iter(scores.values())), scores[name]
   if not first or not other:
@@ -152,7 +153,7 @@ def _common(
   ]
 
 
-def _losses(runs: Runs) -> Element:
+def _losses(runs: Runs) -> list[Table]:
   """Before and after of every loss; before is the same of the same base."""
   found = [
     {row["name"]: row for row in run.get("result", {}).get("losses", ())}
@@ -165,13 +166,16 @@ def _losses(runs: Runs) -> Element:
       return ""
     return f"{row['before']:.3f} → {row['after']:.3f} ({row['change']:+.1%})"
 
-  rows = ((name, [cell(one.get(name)) for one in found]) for name in names)
+  rows = (
+    (run_page.label(name), [cell(one.get(name)) for one in found])
+    for name in names
+  )
   return _by_run(runs, "before → after", rows)
 
 
 def _differing(
   runs: Runs, head: str, trees: Sequence[Mapping[str, Any]]
-) -> Element:
+) -> list[Table]:
   """The keys whose values are not the same in all runs."""
   found = [
     {name: str(value) for name, value in flat(tree).items()} for tree in trees
@@ -188,51 +192,47 @@ def _differing(
   )
 
 
-def _config(runs: Runs) -> Element:
-  trees = [run.get("config", {}) for run in runs.values()]
-  different = _differing(runs, "key", trees)
-  return different or tag("p", "The same in every key.")
-
-
-def _data(runs: Runs) -> Element:
+def _data(runs: Runs) -> dict[str, Any]:
   """Rows and tokens, and what of the data or its treatment differs."""
   counts = ("rows_in", "rows_trained", "tokens_prompt", "tokens_trained")
   ledgers = [run.get("ledger", {"sources": {}}) for run in runs.values()]
-  parts = [
-    _by_run(
-      runs,
-      "all sources",
-      (
-        (name.replace("_", " "), [ledger.total(one, name) for one in ledgers])
-        for name in counts
-      ),
-    )
-  ]
+  total = run_page.total
   trained = [
     {name: source["rows_trained"] for name, source in one["sources"].items()}
     for one in ledgers
   ]
-  parts.append(_differing(runs, "rows trained, by source", trained))
   first, *others = [
     run.get("data", {}).get("fingerprint_inputs", {}) for run in runs.values()
   ]
-  for name, other in zip(list(runs)[1:], others, strict=True):
-    lines = fingerprint.differences(first, other)
-    said = [tag("p", line) for line in lines] or [
-      tag("p", "The same rows in the same order.")
-    ]
-    parts += [tag("h3", f"{name} against {next(iter(runs))}"), *said]
-  return join(parts)
+  return {
+    "tables": [
+      *_by_run(
+        runs,
+        "all sources",
+        (
+          (name.replace("_", " "), [total(one, name) for one in ledgers])
+          for name in counts
+        ),
+      ),
+      *_differing(runs, "rows trained, by source", trained),
+    ],
+    "differences": {
+      f"{name} against {next(iter(runs))}": fingerprint.differences(
+        first, other
+      )
+      for name, other in zip(list(runs)[1:], others, strict=True)
+    },
+  }
 
 
-def _speed(runs: Runs) -> Element:
+def _speed(runs: Runs) -> list[Table]:
   """Medians over the records of a run: one slow record does not move them."""
   found = [
     {
       name: statistics.median(values)
-      for name in curves.number_names(run.get("metrics", ()))
+      for name in charts.number_names(run.get("metrics", ()))
       if name.startswith(("speed/", "time/", "memory/"))
-      if (values := [y for _, y in curves.points(run["metrics"], name) if y])
+      if (values := [y for _, y in charts.points(run["metrics"], name) if y])
     }
     for run in runs.values()
   ]
@@ -244,36 +244,18 @@ def _speed(runs: Runs) -> Element:
   )
 
 
-def _replies(runs: Runs) -> Element:
+def _replies(runs: Runs) -> list[dict[str, Any]] | None:
+  """Cards of prompts that only some passed; None without two that answered."""
   scores = {name: _after(run) for name, run in runs.items()}
   answered = {name: one.replies for name, one in scores.items() if one}
   if len(answered) < 2:
-    return Element("")
+    return None
   sides = dict(zip(answered, _common(list(answered.values())), strict=True))
   rows = [
     i
     for i, answers in enumerate(zip(*sides.values(), strict=True))
     if len({a["passed"] for a in answers}) > 1
   ]
-  if not rows:
-    return tag("p", "Of the same prompts all runs passed the same ones.")
-  return behaviour.replies(
+  return run_page.cards(
     {name: [side[i] for i in rows] for name, side in sides.items()}
   )
-
-
-def _versions(runs: Runs) -> Element:
-  starts = [run.get("start", {}) for run in runs.values()]
-  parts = [
-    _by_run(
-      runs,
-      "",
-      [("incidents", [len(r.get("incidents", ())) for r in runs.values()])],
-    ),
-    _differing(runs, "version", [s.get("versions", {}) for s in starts])
-    or tag("p", "The versions of everything are the same."),
-  ]
-  for name, start in zip(runs, starts, strict=True):
-    if command := start.get("command"):
-      parts += [tag("h3", name), tag("pre", command, class_="command")]
-  return join(parts)

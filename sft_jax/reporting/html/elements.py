@@ -1,52 +1,37 @@
-"""Elements of a page: text is escaped until it is an element, tables, files.
+"""Pages: templates filled with values, all text escaped, written whole.
 
-Text comes from data and models, so it is hostile until escaped: every element
-is made by `tag`, which escapes whatever is not already an element. A page
-loads nothing and runs nothing.
+Text comes from data and models, so it is hostile until escaped. The templates
+beside this file (`*.html.jinja`) escape every value that is not `Markup`, and
+`tag`, which the charts are made with, does the same. A page loads nothing and
+runs nothing.
 """
 
-import html
+import difflib
 import os
-import string
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import jinja2
+from markupsafe import Markup, escape
 
 from sft_jax.reporting.terminal import visible
 
 _LINE = 40  # Letters of a cell that are not broken into lines.
-_PAGE = Path(__file__).with_name("page.html")
-
-
-class Element(str):
-  """Finished HTML, which must not be escaped again."""
-
-
-def tag(name: str, *children: object, **attributes: object) -> Element:
-  """Makes an element; children that are no Element are escaped as text.
-
-  >>> tag('p', 'a < b', tag('b', '&'), class_='x')
-  '<p class="x">a &lt; b<b>&amp;</b></p>'
-  """
-  opening = name
-  for key, value in attributes.items():
-    key = key.rstrip("_").replace("_", "-")
-    opening += f' {key}="{html.escape(visible(value))}"'
-  return Element(f"<{opening}>{join(children)}</{name}>")
-
-
-def join(children: Iterable[object]) -> Element:
-  """Elements as they are and all else as text, one after the other."""
-  return Element(
-    "".join(
-      child if isinstance(child, Element) else html.escape(text(child))
-      for child in children
-    )
-  )
+# Below this share of the shorter one's words two texts have nothing to do with
+# each other: marks on every word would say less than one line.
+_ALIKE = 0.3
+# Comparing takes the product of the numbers of words.
+_MAX_WORDS = 2000
 
 
 def text(value: object) -> str:
   """A value as people read it: numbers short, control characters visible."""
+  if isinstance(value, Markup):
+    return value
+  if value is None:
+    return ""
   if isinstance(value, float):
     return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
   if isinstance(value, int) and not isinstance(value, bool):
@@ -54,22 +39,59 @@ def text(value: object) -> str:
   return visible(value)
 
 
-def write_page(
-  path: str | os.PathLike, title: str, body: Iterable[object]
-) -> None:
+def tag(name: str, *children: object, **attributes: object) -> Markup:
+  """Makes an element; children that are no Markup are escaped as text.
+
+  >>> tag('p', 'a < b', tag('b', '&'), class_='x')
+  Markup('<p class="x">a &lt; b<b>&amp;</b></p>')
+  """
+  opening = name
+  for key, value in attributes.items():
+    key = key.rstrip("_").replace("_", "-")
+    opening += f' {key}="{escape(visible(value))}"'
+  return Markup(f"<{opening}>{join(children)}</{name}>")
+
+
+def join(children: Iterable[object]) -> Markup:
+  """Markup as it is and all else as text, one after the other."""
+  return Markup("").join(escape(text(child)) for child in children)
+
+
+def render(template: str, **values: Any) -> Markup:
+  """A template of this folder, filled."""
+  return Markup(_ENVIRONMENT.get_template(template).render(**values))
+
+
+def write_page(path: str | os.PathLike, template: str, **values: Any) -> None:
   """Writes a page, whole or not at all."""
-  page = string.Template(_PAGE.read_text(encoding="utf-8"))
-  page = page.substitute(title=join([title]), body=join(body))
   partial = Path(f"{os.fspath(path)}.partial")
-  partial.write_text(page, encoding="utf-8")
+  partial.write_text(render(template, **values), encoding="utf-8")
   os.replace(partial, path)
 
 
-def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Element:
-  """Columns in which all are numbers stand on the right, others on the left.
+class Table(NamedTuple):
+  """A table of a page or of the terminal.
 
-  It may be wider than a phone: it scrolls in a frame of its own. Only long
-  texts are broken into lines.
+  Attributes:
+    title: above it; '' is none.
+    head: names of the columns.
+    rows: their cells: numbers, texts or Markup; None is empty.
+    note: below it, in small letters.
+  """
+
+  title: str
+  head: Sequence[object]
+  rows: Sequence[Sequence[object]]
+  note: str = ""
+
+
+def with_classes(
+  head: Sequence[object], rows: Iterable[Sequence[object]]
+) -> list[list[tuple[str, object]]]:
+  """(class, cell) of the head's line and all others.
+
+  Columns of numbers stand on the right ('n'); only long texts are broken into
+  lines ('long').
   """
   body = [list(row) for row in rows]
   columns = list(zip(*body, strict=True)) or [()] * len(head)
@@ -77,64 +99,22 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Element:
     bool(column) and all(map(_is_number, column)) for column in columns
   ]
 
-  def line(name: str, cells: Sequence[object]) -> Element:
-    made = []
-    for cell, number in zip(cells, numbers, strict=True):
-      long = not isinstance(cell, Element) and len(str(cell)) > _LINE
-      kind = "n" if number else "long" if long else ""
-      shown = "" if cell is None else cell
-      made.append(tag(name, shown, **({"class_": kind} if kind else {})))
-    return tag("tr", *made)
+  def kind(cell: object, number: bool) -> str:
+    long = not isinstance(cell, Markup) and len(str(cell)) > _LINE
+    return "n" if number else "long" if long else ""
 
-  return tag(
-    "div",
-    tag(
-      "table",
-      tag("thead", line("th", head)),
-      tag("tbody", *(line("td", row) for row in body)),
-    ),
-    class_="scroll",
-  )
+  return [
+    [
+      (kind(cell, number), cell)
+      for cell, number in zip(line, numbers, strict=True)
+    ]
+    for line in ([*head], *body)
+  ]
 
 
 def _is_number(value: object) -> bool:
   number = isinstance(value, int | float) and not isinstance(value, bool)
   return number or value is None
-
-
-def tiles(facts: Mapping[str, object]) -> Element:
-  """Headline figures, each with its name beneath."""
-  cards = (
-    tag("div", tag("b", value), tag("span", name))
-    for name, value in facts.items()
-  )
-  return tag("div", *cards, class_="tiles")
-
-
-def sections(parts: Mapping[str, object]) -> Element:
-  """Titled parts, and a line of links to them; empty ones are left out."""
-  shown = {title: part for title, part in parts.items() if part}
-  links = [
-    tag("a", title, href=f"#{_anchor(i)}") for i, title in enumerate(shown)
-  ]
-  return join(
-    [
-      tag("nav", *links),
-      *(
-        tag("section", tag("h2", title), part, id=_anchor(i))
-        for i, (title, part) in enumerate(shown.items())
-      ),
-    ]
-  )
-
-
-def _anchor(number: int) -> str:
-  return f"part-{number}"
-
-
-def details(summary: object, *children: object) -> Element:
-  """What is folded away until it is asked for."""
-  return tag("details", tag("summary", summary), *children)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -148,7 +128,59 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return found
 
 
-def pairs(tree: Mapping[str, Any]) -> Element:
-  """A table of names and values."""
-  rows = ([name, str(value)] for name, value in flat(tree).items())
-  return table(["name", "value"], rows)
+class Marked(NamedTuple):
+  """Two texts with their differences marked.
+
+  Attributes:
+    old, new: the texts; words only in one are <del> there, <ins> here.
+    note: what is to be known of them as a whole, '' where marks say it.
+  """
+
+  old: Markup
+  new: Markup
+  note: str
+
+
+def mark(old: str, new: str) -> Marked:
+  """Marks the words that only one of two texts has, in their order."""
+  if old == new:
+    return Marked(join([old]), join([new]), "the same")
+  a, b = _words(old), _words(new)
+  if max(len(a), len(b)) > _MAX_WORDS:
+    return Marked(join([old]), join([new]), "too long to be compared")
+  found = difflib.SequenceMatcher(None, a, b, autojunk=False)
+  # Spaces and full stops are in both of any two texts.
+  same = sum(
+    word[0].isalnum()
+    for start, _, size in found.get_matching_blocks()
+    for word in a[start : start + size]
+  )
+  shorter = min(sum(w[0].isalnum() for w in words) for words in (a, b))
+  if same < _ALIKE * shorter:
+    return Marked(join([old]), join([new]), "hardly a word in common")
+  before, after = [], []
+  for kind, a0, a1, b0, b1 in found.get_opcodes():
+    left, right = "".join(a[a0:a1]), "".join(b[b0:b1])
+    if kind == "equal":
+      before.append(left)
+      after.append(right)
+    else:
+      before += [tag("del", left)] if left else []
+      after += [tag("ins", right)] if right else []
+  return Marked(join(before), join(after), "")
+
+
+def _words(text: str) -> list[str]:
+  """Words, spaces and signs, which together are the text."""
+  return re.findall(r"\w+|\s+|[^\w\s]", text)
+
+
+_ENVIRONMENT = jinja2.Environment(
+  loader=jinja2.FileSystemLoader(Path(__file__).parent),
+  autoescape=True,
+  finalize=text,
+  undefined=jinja2.StrictUndefined,
+  trim_blocks=True,
+  lstrip_blocks=True,
+)
+_ENVIRONMENT.globals |= {"with_classes": with_classes, "flat": flat}

@@ -1,6 +1,6 @@
 """What a config says of evaluation: the suite that a run is measured by."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -215,18 +215,24 @@ def held_out_losses(
   built: BuiltRun,
   params: trees.Tree,
   measured: tuple[int, int] | None = None,
+  before: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-  """Held-out examples by loss, the worst first; see `row_losses`.
+  """Held-out examples, those whose loss rose most first; see `row_losses`.
 
-  `measured` tells how many batches of how many; None is all.
+  Args:
+    built: the run.
+    params: of the model.
+    measured: how many batches, and of how many; None is all.
+    before: what each example's loss was.
   """
   if built.held_out is None:
     return []
-  return row_losses.hardest_first(
+  return row_losses.by_change(
     *(params, built.held_out, built.tokenizer),
     loss=built.document_loss,
     batches=lambda stream: build.batches_on(built.mesh, stream),
     most_batches=measured[0] if measured else None,
+    before=before,
   )
 
 

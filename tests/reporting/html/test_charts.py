@@ -1,5 +1,6 @@
 """Charts: a linear map, and what is left out is said."""
 
+import itertools
 import re
 
 import pytest
@@ -86,7 +87,75 @@ def test_bars_are_as_long_as_their_share():
 
 
 def test_a_histogram_shows_one_among_thousands():
-  svg = charts.histogram("h", [("0", "0 to 1", 5000), ("1", "1 to 2", 1)])
+  svg = charts.histogram("h", [(0, 1, 5000), (1, 2, 1)], "nats")
   heights = re.findall(r'height="([\d.]+)">', svg)
   assert float(heights[0]) > 100
   assert float(heights[1]) == 1
+
+
+def test_a_histogram_has_one_scale():
+  """Ticks are round, stand where their value is, and share a unit."""
+  bins = [(1000 * i, 1000 * (i + 1), i % 3) for i in range(24)]
+  svg = charts.histogram("h", bins, "tokens")
+  found = re.findall(r'<text x="([\d.]+)" y="\d+" class="x[^"]*">([^<]*)<', svg)
+  assert [text for _, text in found] == ["0", "5 k", "10 k", "15 k", "20 k"]
+  places = [float(x) for x, _ in found]
+  steps = [b - a for a, b in itertools.pairwise(places)]
+  assert max(steps) - min(steps) < 0.3
+  (left,) = re.findall(r'<rect x="([\d.]+)"[^>]*><title>5,000 to', svg)
+  assert float(left) == pytest.approx(places[1], abs=1)
+
+
+NAMES = (
+  *("loss/nats_per_token", "held_out/nats_per_token", "optim/grad_norm"),
+  *("loss/part/answer", "loss/part/tool_call", "data/fill", "plain"),
+  *("behaviour/all/pass_rate", "behaviour/a/pass_rate", "new/metric"),
+  *(f"loss/source/{i}.jsonl" for i in range(9)),
+)
+RECORDS = [{"step": 1, **dict.fromkeys(NAMES, 1.0), "data/chain": "0f3a"}]
+
+
+def _page(found) -> str:
+  """The charts that are open and those that are folded."""
+  return "".join(found[0] + found[1])
+
+
+def _curves(page: str) -> list[str]:
+  """Names in the legends."""
+  return [t.split(":")[0] for t in Page(page).text if ": last " in t]
+
+
+def test_every_name_is_drawn_once():
+  drawn = _curves(_page(charts.of_run(RECORDS)))
+  assert sorted(drawn) == sorted(NAMES)
+
+
+def test_what_belongs_together_shares_a_chart():
+  page = _page(charts.of_run(RECORDS))
+  figures = re.findall(r"<figure>.*?</figure>", page, re.DOTALL)
+  together = [set(_curves(figure)) for figure in figures]
+  assert {"loss/nats_per_token", "held_out/nats_per_token"} in together
+  assert {"loss/part/answer", "loss/part/tool_call"} in together
+  assert {"behaviour/a/pass_rate"} in together
+  # More than there are colours for are spread over charts.
+  sources = [c for c in together if "loss/source/0.jsonl" in c]
+  assert len(sources[0]) == 6
+
+
+def test_a_curve_per_run():
+  runs = {"one": RECORDS, "two": [{"step": 5, "loss/nats_per_token": 2.0}]}
+  page = _page(charts.of_runs(runs))
+  assert _curves(page).count("one") == len(NAMES)
+  assert "two: last 2" in page
+  assert "two: no points" in page
+
+
+def test_the_value_before_training_stands_at_step_0():
+  records = [{"step": 4, "held_out/nats_per_token": 1.0, "data/fill": 0.5}]
+  before = {"held_out/nats_per_token": 3.0, "behaviours": {}, "other": 2.0}
+  page = _page(charts.of_run(records, before=before))
+  (held_out,) = [line for line in lines(page) if len(line) == 2]
+  assert held_out[0][1] < held_out[1][1]  # Higher, and so of smaller y.
+  assert "other" not in page
+  for axis in ("step", "nats per token", "share"):
+    assert f">{axis}</text>" in page

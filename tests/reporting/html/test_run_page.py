@@ -1,6 +1,7 @@
 """The report: everything given is on the page, as text and nothing else."""
 
 import json
+import re
 
 import pytest
 
@@ -54,7 +55,7 @@ def test_everything_is_on_the_page(tmp_path):
     "1,234,567",  # tokens trained, in the ledger
     "2 rows dropped, too long",
     "weight 0.5",
-    "7.77 nats/token",
+    "7.77 nats per token",
     "1 resumed, 1 skipped",
     "left out",
     "optim.learning_rate",
@@ -92,7 +93,7 @@ def test_figures_of_a_kind_that_is_not_known_are_shown(tmp_path):
   """Whatever an evaluation adds to result.json is a table of its own."""
   run = fake_runs.finished("plain")
   run["result"]["retained_answers"] = {"kept": 41, "of": 43}
-  run["result"]["memorisation"] = [{"row": "a.jsonl:3", "overlap": 0.875}]
+  run["result"]["overlaps"] = [{"row": "a.jsonl:3", "overlap": 0.875}]
   run["result"]["kl"] = {"code": {"nats": 0.0625}, "maths": {"nats": 0.125}}
   run["result"]["canary"] = "no exposure"
   text = " ".join(Page(render(tmp_path, run)).text)
@@ -159,3 +160,52 @@ def test_a_workdir_is_read_as_far_as_it_goes(tmp_path):
   assert json.loads(json.dumps(read)) == json.loads(json.dumps(want))
   (tmp_path / "run" / "result.json").unlink()
   assert "result" not in run_files.read(tmp_path / "run")
+
+
+def test_known_figures_are_no_dumps(tmp_path):
+  """Gap, knowledge, memorization and time in words and rounded."""
+  run = fake_runs.finished("plain")
+  run["result"] |= {
+    "forgetting": [
+      {"name": "general_text/top1_agreement", "before": 1.0, "after": 0.7831234}
+    ],
+    "gap": {"train_rows": 1.0, "held_out": 1.25, "gap": 0.251234567890123,
+            "before": 0.0123456789},
+    "knowledge": {"n": 88, "before": (0.5, 0.4, 0.6), "after": (0.25, 0.2, 0.3),
+                  "retained": 0.4567890123, "gained": 1, "lost": 23, "p": 1e-9},
+    "memorization": {"repeats": None, "canaries": {
+      "before": None, "after": {"most": 8.0, "kept_back": [],
+        "planted": [{"box": 1, "code": "1", "exposure": 7.123456789}]}}},
+    "time": {"run_s": 100.0, "compute_s": 61.23456789, "save_s": 38.7654321},
+  }  # fmt: skip
+  text = " ".join(Page(render(tmp_path, run)).text)
+  for shown in (
+    "general text, most likely token is the base's", "78.3%", "0.2512",
+    "0.0123", "25 % (20 to 30)", "45.7%", "1 / 23, < 0.001", "7.12",
+    "1 min 01 s", "61%",
+  ):  # fmt: skip
+    assert shown in text, shown
+  assert not re.findall(r"\d\.\d{6,}", text)
+  assert "{'" not in text
+
+
+def test_calls_in_prompts_are_seen(tmp_path):
+  run = fake_runs.finished("plain")
+  call = {"name": "weather", "arguments": {"city": "Oslo"}}
+  for when in ("before", "after"):
+    for reply in run[when]["behaviours"]["replies"]:
+      turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+      reply["prompt"].append(turn)
+  text = " ".join(Page(render(tmp_path, run)).text)
+  assert '(calls) weather {"city": "Oslo"}' in text
+
+
+def test_held_out_rows_are_shown_by_source(tmp_path):
+  run = fake_runs.finished("plain")
+  first, other = run["held_out"]
+  rows = [first | {"source": "a.jsonl", "change": 0.5}]
+  rows += [first | {"source": "b.jsonl", "change": -1.25, "place": "b:2"}]
+  run["held_out"] = [*rows, other]
+  text = " ".join(Page(render(tmp_path, run)).text)
+  a, b = text.index("7.77 nats per token (+0.50)"), text.index("(-1.25)")
+  assert text.index("a.jsonl") < a < text.index("b.jsonl") < b
