@@ -64,7 +64,8 @@ def chart(
   for i, (name, points) in enumerate(series.items()):
     fine = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
     drawn[name], k = _thin(fine)
-    said = f"{name}: " + (f"last {fine[-1][1]:.4g}" if fine else "no points")
+    last = _tick_of(abs(fine[-1][1]))(fine[-1][1]) if fine else ""
+    said = f"{name}: " + (f"last {last}" if fine else "no points")
     if k > 1:
       said += f", means of {k}"
     if lost := len(points) - len(fine):
