@@ -65,8 +65,8 @@ def test_templates_escape_as_elements_do():
   """In text and in attributes; a control character is shown, not obeyed."""
   row = {
     "place": "<i>", "tokens": [1], "loss_weights": [0.5],
-    "pieces": [{"text": "a\x1b<b>", "special": True, "weight": 0.5,
-                "part": '"><script>'}],
+    "spans": [{"text": "a\x1b<b>", "special": True, "weight": 0.5,
+                "role": '"><script>'}],
   }  # fmt: skip
   made = macro("sample(row)", row=row)
   assert "a␛&lt;b&gt;" in made
