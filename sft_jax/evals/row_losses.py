@@ -65,7 +65,7 @@ def by_change(
     ]
   if not before or not all(str(row) in before for *_, row in found):
     before = None  # A run that was forced on may have other rows.
-  names = stream.store.ledger.short_names()
+  names = stream.store.stats.short_names()
   labels = [names[source.label] for source in stream.store.sources]
   rows = [
     {

@@ -10,17 +10,17 @@ from sft_jax.training.build.build import batches_on
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> build.Setup:
+def run(tmp_path_factory) -> build.BuiltRun:
   folder = tmp_path_factory.mktemp("row_losses")
   model = tiny.model_folder(folder / "model")
   rows = tiny.rows_file(folder / "rows.jsonl")
   config = tiny.config(
     folder, model, rows, data__holdout=0.5, data__seq_len=128
   )
-  return build.setup(config, lambda line: None)
+  return build.build_run(config, lambda line: None)
 
 
-def _alone(run: build.Setup, i: int) -> tuple[float, float]:
+def _alone(run: build.BuiltRun, i: int) -> tuple[float, float]:
   """Nats and weight of a held-out example, unpacked."""
   assert run.held_out
   example = run.held_out.store.example(i)
