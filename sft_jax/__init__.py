@@ -15,10 +15,10 @@ if TYPE_CHECKING:
   from sft_jax.data.tokenizers.tokenizer import load_tokenizer
   from sft_jax.inference.generate import Reply, generate
   from sft_jax.models.transformer import Model
+  from sft_jax.reporting.run_files import read as read_run
   from sft_jax.training.build.model import load_pretrained
   from sft_jax.training.config import default as default_config
-  from sft_jax.training.run import Result
-  from sft_jax.training.run import run as train
+  from sft_jax.training.run import Result, train
 
 __all__ = [
   "Conversation",
@@ -33,6 +33,7 @@ __all__ = [
   "generate",
   "load_pretrained",
   "load_tokenizer",
+  "read_run",
   "save_pretrained",
   "to_conversation",
   "train",
@@ -52,9 +53,10 @@ _HOME = {
   "generate": "inference.generate",
   "load_pretrained": "training.build.model",
   "load_tokenizer": "data.tokenizers.tokenizer",
+  "read_run": "reporting.run_files:read",
   "save_pretrained": "checkpointing.export",
   "to_conversation": "data.formats.formats",
-  "train": "training.run:run",
+  "train": "training.run",
 }
 
 

@@ -1,8 +1,10 @@
 """Trains: `python -m sft_jax.main --config=configs/base.py`."""
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -10,13 +12,13 @@ from absl import app, flags, logging
 from sft_jax.commands import command
 from sft_jax.common import distributed
 from sft_jax.training.interrupts import Stopped
-from sft_jax.training.run import run
+from sft_jax.training.run import train
 
 CONFIG = command.config_flag()
 FORCE = flags.DEFINE_bool(
   "force",
   False,
-  "Go on with another config or other data; incidents.jsonl says so.",
+  "Continue with another config or other data; incidents.jsonl says so.",
 )
 COORDINATOR = flags.DEFINE_string(
   "coordinator",
@@ -46,17 +48,23 @@ def _parse(argv: Sequence[str]) -> list[str]:
     *(OSError, RuntimeError),
   ) as error:
     got = " ".join(str(error.args[0] if error.args else error).split())
-    sys.exit(
-      f"error: command line: {got}\nexpected flags like "
-      "--config=configs/base.py --config.optim.learning_rate=1e-4; every key "
-      "is listed in configs/base.py"
+    _refuse(
+      f"{got}; expected flags like --config=configs/base.py "
+      "--config.optim.learning_rate=1e-4; every key is in configs/base.py"
     )
+
+
+def _refuse(what: str) -> NoReturn:
+  print(f"error: command line: {what}", file=sys.stderr)
+  sys.exit(USER_EXIT)
 
 
 def main(argv: Sequence[str]) -> None:
   """Trains as the config says."""
+  if sys.stdout is None:  # Closed by whoever started us.
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
   if len(argv) > 1:
-    sys.exit(f"error: command line: unexpected argument {argv[1]!r}")
+    _refuse(f"unexpected argument {argv[1]!r}")
   logging.set_verbosity(logging.WARNING)  # Orbax and JAX narrate at INFO.
 
   try:
@@ -82,10 +90,18 @@ def _command(arguments: Sequence[str]) -> str:
 def _run() -> int:
   """The run, and its exit code."""
   try:
-    run(CONFIG.value, force=FORCE.value, command=_command(sys.argv[1:]))
+    train(CONFIG.value, force=FORCE.value, command=_command(sys.argv[1:]))
   except Stopped as stopped:
     print(stopped, file=sys.stderr)
     return STOPPED_EXIT
+  except BrokenPipeError:  # As of "| head"; nobody reads what follows.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    print(
+      "error: stdout was closed while the run printed to it, expected a "
+      "reader. Run the same command again to continue.",
+      file=sys.stderr,
+    )
+    return USER_EXIT
   except USER_ERRORS as error:
     if DEBUG.value:
       raise
@@ -98,7 +114,7 @@ def _run() -> int:
     print(
       f"error: out of memory: {first}\nThe start page and sft-jax plan say "
       "what takes it; docs/troubleshooting.md what to change, in order. Then "
-      "the same command goes on from the last step saved.",
+      "the same command continues from the last step saved.",
       file=sys.stderr,
     )
     return USER_EXIT

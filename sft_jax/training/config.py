@@ -267,7 +267,7 @@ def default() -> ml_collections.ConfigDict:
     demo = isinstance(x, str) and x.startswith("sft_jax/demo/")
     return str(package.parent / x) if demo and elsewhere else x
 
-  def build(kind: type, loose: bool = False) -> ml_collections.ConfigDict:
+  def build(kind: Any, loose: bool = False) -> ml_collections.ConfigDict:
     built = ml_collections.ConfigDict(type_safe=not loose)
     for field in dataclasses.fields(kind):
       if dataclasses.is_dataclass(field.type):

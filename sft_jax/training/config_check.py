@@ -108,7 +108,7 @@ def check(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
   return _typed(config, RunConfig)
 
 
-def _typed(values: Mapping[str, Any], kind: type) -> Any:
+def _typed(values: Mapping[str, Any], kind: Any) -> Any:
   return kind(
     **{
       field.name: _typed(values[field.name], field.type)
@@ -119,7 +119,7 @@ def _typed(values: Mapping[str, Any], kind: type) -> Any:
   )
 
 
-def _all_keys(kind: type = RunConfig, prefix: str = "") -> Iterator[str]:
+def _all_keys(kind: Any = RunConfig, prefix: str = "") -> Iterator[str]:
   for field in dataclasses.fields(kind):
     if dataclasses.is_dataclass(field.type):
       yield from _all_keys(field.type, f"{prefix}{field.name}.")
@@ -127,7 +127,7 @@ def _all_keys(kind: type = RunConfig, prefix: str = "") -> Iterator[str]:
       yield prefix + field.name
 
 
-def _wrong_keys(values: Any, kind: type, prefix: str) -> Iterator[str]:
+def _wrong_keys(values: Any, kind: Any, prefix: str) -> Iterator[str]:
   """A line for each key that is unknown, missing, or has a wrong value."""
   if not isinstance(values, Mapping):
     yield f"{prefix[:-1]}: got {values!r}, expected keys of its own"

@@ -11,19 +11,23 @@ import contextlib
 import faulthandler
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 
-class Stopped(BaseException):
+class Stopped(KeyboardInterrupt):
   """The run was asked to stop, and lost nothing.
 
-  As KeyboardInterrupt, it is not for `except Exception`.
+  A notebook shows it as it shows Ctrl-C; `except Exception` lets it through.
   """
 
 
 class StopRequest:
-  """Turns SIGTERM and Ctrl-C into an orderly end.
+  """Turns SIGTERM, SIGHUP and Ctrl-C into an orderly end.
+
+  In a thread there are no signals: such a run ends with its process, and
+  resumes from the last step saved.
 
   Attributes:
     requested: a signal has come.
@@ -35,10 +39,18 @@ class StopRequest:
 
   def __enter__(self) -> "StopRequest":
     self._before = {
-      number: signal.signal(number, self._request)
-      for number in (signal.SIGTERM, signal.SIGINT)
+      number: signal.signal(number, self._request) for number in self._signals()
     }
     return self
+
+  @staticmethod
+  def _signals() -> list[signal.Signals]:
+    if threading.current_thread() is not threading.main_thread():
+      return []
+    names = ("SIGTERM", "SIGINT", "SIGHUP")  # Windows has no SIGHUP.
+    found = (getattr(signal, name, None) for name in names)
+    # A process under nohup ignores SIGHUP, and continues to.
+    return [x for x in found if x and signal.getsignal(x) != signal.SIG_IGN]
 
   def _request(self, number: int, frame: Any) -> None:
     del frame

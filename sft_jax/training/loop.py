@@ -330,6 +330,7 @@ class _Loop:
     if not self.runner.halted and (self._due.save or self._stopping):
       self._save()
       self._watchdog.reset()
+    self._records.flush()
 
   def _save(self) -> None:
     own, beside = split_stored(self.runner.state)

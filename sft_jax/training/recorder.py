@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+
 from sft_jax.reporting import metrics, throughput, trackers
 from sft_jax.training.build.build import BuiltRun
 from sft_jax.training.session import Session
@@ -20,6 +22,7 @@ class Records:
     """Opens the record, forgetting the steps that are about to be repeated."""
     config, workdir = session.config, session.workdir
     self._built, self._clock, self.last = built, session.clock, resume_step
+    self._on_record, self._record = session.own.on_record, {}
     self._file = metrics.JsonlWriter(
       workdir / "metrics.jsonl", resume_step=resume_step
     )
@@ -59,9 +62,19 @@ class Records:
     with self._clock.on("log"):
       self._file.write(step, values)
       self._copies.write(step, values)
+      if step != self._record.get("step"):
+        self.flush()
+      self._record |= {"step": step, **values}
+
+  def flush(self) -> None:
+    """Hands the caller all that was recorded of a step, once."""
+    if self._record and self._on_record and jax.process_index() == 0:
+      self._on_record(self._record)
+    self._record = {}
 
   def close(self, done: bool = False) -> None:
     """Closes all; `done` says that the run has taken all its steps."""
+    self.flush()
     self.pace.close()
     self._file.close()
     with self._clock.on("log"):

@@ -1,13 +1,17 @@
 """A whole run: measure, train, measure again, export, report.
 
-`run(config)` is what `main` calls; `build/build.py` builds what it works with,
-`loop.py` takes the steps, `checkpointing/resume.py` finds where a run stopped.
+`train` takes what a caller gives; `run` is the page of phases.
+`build/build.py` builds what they work with, `loop.py` takes the steps,
+`checkpointing/resume.py` finds where a run stopped.
 """
 
 import json
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import optax
 
 from sft_jax.checkpointing import export
 from sft_jax.checkpointing.manager import Checkpoints
@@ -20,15 +24,17 @@ from sft_jax.checkpointing.resume import (
 )
 from sft_jax.common import compile_cache, sharding, trees
 from sft_jax.common.workdir import Incidents, locked, write_json, write_jsonl
+from sft_jax.data.sources import MemoryRows
 from sft_jax.evals import suite as measure
 from sft_jax.models.hf import peft
 from sft_jax.models.lora import base_model, merge
 from sft_jax.reporting import final_summary, terminal, throughput, trackers
+from sft_jax.step.loss import Loss
 from sft_jax.step.train_step import TrainState
 from sft_jax.training import config_check, selfcheck, start_page
 from sft_jax.training.build import evals, host_consistency, model
 from sft_jax.training.build.build import BuiltRun, build_run
-from sft_jax.training.build.data import Config, make_render_options
+from sft_jax.training.build.data import Config, Own, make_render_options
 from sft_jax.training.interrupts import StopRequest
 from sft_jax.training.loop import followed_metric, is_finished, train_steps
 from sft_jax.training.session import Session
@@ -48,14 +54,32 @@ class Result(NamedTuple):
   workdir: Path
 
 
-def run(config: Config, *, force: bool = False, command: str = "") -> Result:
+def train(
+  config: Config,
+  *,
+  rows: Iterable[Any] | None = None,
+  eval_rows: Iterable[Any] | None = None,
+  loss: Loss | None = None,
+  optimizer: optax.GradientTransformation | None = None,
+  on_record: Callable[[dict[str, Any]], Any] | None = None,
+  force: bool = False,
+  command: str = "",
+) -> Result:
   """Trains as the config says, in `config.workdir`; resumes what is there.
 
   Before and after training the model is measured (behaviours, held-out loss,
   perplexity on general text). A finished workdir is reported, not rerun.
 
   Args:
-    config: see configs/base.py.
+    config: see configs/base.py and `sft_jax.default_config`.
+    rows: dicts or Conversations to train on, in place of data.train; a run
+      knows them by their content.
+    eval_rows: held-out ones, in place of data.eval.
+    loss: minimized in place of config.loss; see `step.loss.Loss`.
+    optimizer: any optax transformation, in place of config.optim; it contains
+      its own learning rate.
+    on_record: called once for each step that is recorded (log.every), with
+      its metrics and 'step' as a plain dict.
     force: continues in a workdir of another config or other data, and records
       the change in incidents.jsonl.
     command: what was typed to get here, for the report.
@@ -66,6 +90,14 @@ def run(config: Config, *, force: bool = False, command: str = "") -> Result:
     OSError: what cannot be read or written; no step that was saved is lost.
     interrupts.Stopped: SIGTERM or Ctrl-C; the same call continues.
   """
+  own = Own(
+    rows=None if rows is None else MemoryRows(rows),
+    eval_rows=None if eval_rows is None else MemoryRows(eval_rows),
+    loss=loss,
+    optimizer=optimizer,
+    on_record=on_record,
+  )
+  config = _with_own(config, own)
   config_check.check(config)
   workdir = Path(config.workdir)
   session = Session(
@@ -76,16 +108,17 @@ def run(config: Config, *, force: bool = False, command: str = "") -> Result:
     clock=throughput.Clock(),
     incidents=Incidents(workdir),
     stop=StopRequest(),
+    own=own,
   )
   with (
     session.stop,
     locked(workdir),
     compile_cache.opened(config.compile_cache, session.log),
   ):
-    return _run(session, force, command)
+    return run(session, force, command)
 
 
-def _run(session: Session, force: bool, command: str) -> Result:
+def run(session: Session, force: bool, command: str) -> Result:
   """The phases of a run, one after the other."""
   config_breaks = _check(session, force)
   built = _build(session)
@@ -122,6 +155,17 @@ def _run(session: Session, force: bool, command: str) -> Result:
   return Result(result, params, session.workdir)
 
 
+def _with_own(config: Config, own: Own) -> Config:
+  """The config without the files that rows in memory replace."""
+  config = config.copy_and_resolve_references()
+  if own.rows is not None:
+    config.data.train = "rows in memory"
+    for name in ("behaviours", "knowledge", "general_text"):
+      if config.eval[name] == "auto":  # Beside files of rows; there are none.
+        config.eval[name] = ""
+  return config
+
+
 def _check(session: Session, force: bool) -> list[str]:
   """Refuses what can be refused before anything is loaded.
 
@@ -145,7 +189,7 @@ def _check(session: Session, force: bool) -> list[str]:
 def _build(session: Session) -> BuiltRun:
   """Data, model, state and step."""
   with session.clock.on("start"):
-    built = build_run(session.config, session.log)
+    built = build_run(session.config, session.log, session.own)
     host_consistency.check_data(built)
   return built
 

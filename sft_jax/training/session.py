@@ -8,7 +8,7 @@ from rich.text import Text
 
 from sft_jax.common.workdir import Incidents
 from sft_jax.reporting import throughput
-from sft_jax.training.build.data import Config
+from sft_jax.training.build.data import Config, Own
 from sft_jax.training.interrupts import StopRequest
 
 
@@ -23,6 +23,7 @@ class Session(NamedTuple):
     clock: what the seconds went into.
     incidents: what happened that was not planned.
     stop: whether a signal asked to stop.
+    own: what the caller gave in place of config keys.
   """
 
   config: Config
@@ -32,6 +33,7 @@ class Session(NamedTuple):
   clock: throughput.Clock
   incidents: Incidents
   stop: StopRequest
+  own: Own = Own()
 
   def log(self, message: str) -> None:
     """Prints a line, and keeps it for the report."""

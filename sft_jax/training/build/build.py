@@ -25,7 +25,7 @@ from sft_jax.step.train_step import TrainState, init_state
 from sft_jax.training.build import data as setup_data
 from sft_jax.training.build import model as setup_model
 from sft_jax.training.build import step as setup_step
-from sft_jax.training.build.data import Config, Log
+from sft_jax.training.build.data import NOTHING, Config, Log, Own
 
 
 class BuiltRun(NamedTuple):
@@ -54,8 +54,8 @@ class BuiltRun(NamedTuple):
   row_nats: Callable[[trees.Tree, Batch], jax.Array]
 
 
-def build_run(config: Config, log: Log) -> BuiltRun:
-  """Builds mesh, data, model, state and step; announces what takes time."""
+def build_run(config: Config, log: Log, own: Own = NOTHING) -> BuiltRun:
+  """Builds mesh, data, model, state and step; logs what takes time."""
   mesh = sharding.make_mesh(**config.mesh)
   check_batch_size(config, mesh)
   source = setup_model.find_model(config)
@@ -69,8 +69,8 @@ def build_run(config: Config, log: Log) -> BuiltRun:
       template, setup_data.make_render_options(config)
     ):
       log(line)
-  log(f"Reading {config.data.train} ...")
-  data = setup_data.load_data(config, tokenizer, log)
+  log(f"Reading {own.rows or config.data.train} ...")
+  data = setup_data.load_data(config, tokenizer, log, own)
   num_steps = config.steps or data.stream.num_steps
   assert num_steps is not None  # Only a stream without epochs has no end.
   model, params = setup_model.load_model(config, mesh, log)
@@ -100,7 +100,11 @@ def build_run(config: Config, log: Log) -> BuiltRun:
     )
 
   streams = (data.stream, data.held_out, data.general_text)
-  step = setup_step.make_step(config, model, mesh, num_steps, streams)
+  step = setup_step.make_step(
+    *(config, model, mesh, num_steps, streams),
+    loss=own.loss,
+    tx=own.optimizer,
+  )
   params = setup_step.hold_base(config, step, params, jnp.copy)
   if copies := params.get(base_model.COPIES):
     log(

@@ -15,7 +15,7 @@ from sft_jax.data import selection
 from sft_jax.data.audit import checks, token_checks
 from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.pipeline import Stream
-from sft_jax.data.sources import Source, to_sources
+from sft_jax.data.sources import MemoryRows, Source, to_sources
 from sft_jax.data.store import build
 from sft_jax.data.store.store import Store
 from sft_jax.data.tokenizers import tokenizer as tokenizers
@@ -26,6 +26,37 @@ from sft_jax.evals import behaviours, memorization
 Config = Any
 Log = Callable[[str], None]
 CANARIES = "canaries.jsonl"  # In the workdir.
+
+
+class Own(NamedTuple):
+  """What a caller of `train` gives in place of config keys.
+
+  Attributes:
+    rows: trained on, in place of data.train.
+    eval_rows: held out, in place of data.eval.
+    loss: minimized in place of config.loss; see `step.loss.Loss`.
+    optimizer: an optax transformation in place of config.optim.
+    on_record: called with each step's record, a plain dict.
+  """
+
+  rows: MemoryRows | None = None
+  eval_rows: MemoryRows | None = None
+  loss: Any = None
+  optimizer: Any = None
+  on_record: Callable[[dict[str, Any]], Any] | None = None
+
+  @property
+  def names(self) -> dict[str, str]:
+    """What of the config is replaced, for the record of a run."""
+    parts = {"loss": self.loss, "optimizer": self.optimizer}
+    return {
+      name: getattr(part, "__qualname__", type(part).__qualname__)
+      for name, part in parts.items()
+      if part is not None
+    }
+
+
+NOTHING = Own()
 
 
 class Stores(NamedTuple):
@@ -52,8 +83,9 @@ def load_stores(
   config: Config,
   tokenizer: tokenizers.Tokenizer,
   log: Log,
+  own: Own = NOTHING,
 ) -> Stores:
-  """Encodes (or re-uses) every source and judges what came of it."""
+  """Encodes (or reuses) every source, and checks what came out."""
   options = make_render_options(config)
   known, findings = (
     token_checks.facts(tokenizer, options),
@@ -67,13 +99,14 @@ def load_stores(
     findings.extend(checks.check_store(found, known, of=of))
     return found
 
-  train = _train_sources(config)
+  train = _train_sources(config, own.rows)
   if config.data.canaries:
     train += (_canaries(config),)
   examples = store(train, "train")
   held_out = None
-  if config.data.eval:
-    held_out = store(make_sources(config.data.eval, columns), "held out")
+  if config.data.eval or own.eval_rows:
+    sources = make_sources(own.eval_rows or config.data.eval, columns)
+    held_out = store(sources, "held out")
   elif config.data.holdout and len(examples.index):
     examples, held_out = examples.split(config.data.holdout, seed=config.seed)
   # Rows held out measure all there is: they are neither dropped nor weighted.
@@ -81,7 +114,7 @@ def load_stores(
     examples, folder=config.data.scores, seed=config.seed, announce=log
   )
   if held_out:
-    own_files = bool(config.data.eval)
+    own_files = bool(config.data.eval or own.eval_rows)
     findings.append(checks.overlap(examples, held_out, own_files=own_files))
   general_text = beside(config, "general_text", log)
   general = (
@@ -116,9 +149,10 @@ def load_data(
   config: Config,
   tokenizer: tokenizers.Tokenizer,
   log: Log,
+  own: Own = NOTHING,
 ) -> Data:
   """The batches of every source, or a refusal of what the audit found."""
-  stores = load_stores(config, tokenizer, log)
+  stores = load_stores(config, tokenizer, log, own)
   allow = set(config.data.allow)
   if config.data.control_tokens == "allow":
     allow.add("control")
@@ -207,6 +241,9 @@ def make_sources(
     columns: of sources that have none of their own.
   """
 
+  if isinstance(value, MemoryRows):
+    value = Source(rows=value)
+
   def plain(one: Any) -> Any:
     return one.to_dict() if isinstance(one, ml_collections.ConfigDict) else one
 
@@ -218,19 +255,22 @@ def make_sources(
   )
 
 
-def _train_sources(config: Config) -> tuple[Source, ...]:
+def _train_sources(
+  config: Config, rows: MemoryRows | None
+) -> tuple[Source, ...]:
   """Those of data.train, with the filters that the config has for all."""
+  value, columns = rows or config.data.train, config.data.columns.to_dict()
 
-  def own(value: Any, common: Any) -> Any:
+  def first(value: Any, common: Any) -> Any:
     return common if value is None else value
 
   return tuple(
     dataclasses.replace(
       one,
-      filter=own(one.filter, config.data.filter),
-      weight_by=own(one.weight_by, config.data.weight_by),
+      filter=first(one.filter, config.data.filter),
+      weight_by=first(one.weight_by, config.data.weight_by),
     )
-    for one in make_sources(config.data.train, config.data.columns.to_dict())
+    for one in make_sources(value, columns)
   )
 
 
