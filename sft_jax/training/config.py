@@ -66,7 +66,7 @@ class DataConfig:
   reasoning: str = "train"  # train | write | hide (weight 0) | strip.
   history: str = "auto"  # auto | split | keep: turns per example.
   generation_prompt: str = "error"  # error | omit: where replies disagree.
-  control_tokens: str = "error"  # error | escape | allow: in what is said.
+  control_tokens: str = "escape"  # escape | error | allow: in messages.
   over_long: str = "drop"  # drop | truncate | error.
   on_bad_row: str = "error"  # error | skip (counted and written down).
   # Secrets planted among the rows, to measure memorization; as many more are

@@ -31,7 +31,7 @@ _CHOICES = {
   "data.reasoning": "train write hide strip",
   "data.history": "auto split keep",
   "data.generation_prompt": "error omit",
-  "data.control_tokens": "error escape allow",
+  "data.control_tokens": "escape error allow",
   "data.over_long": "drop truncate error",
   "data.on_bad_row": "error skip",
   "loss.normalize": "token example",
