@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.seed = 0  # Data order, new parameters, sampling.
   config.steps = 0  # Optimizer steps; 0 = as many as `epochs` make.
   config.epochs = 2  # Passes over the data; read when steps = 0.
-  config.batch_size = 16  # Rows of data.seq_len tokens per optimizer step.
+  config.batch_size = 16  # Packs of data.seq_len tokens per step.
   config.accum_steps = 1  # Micro-batches per step; 1 = none.
   # auto | on | off: before the first step; auto where there are several
   # devices. See docs/reliability.md.
@@ -69,7 +69,7 @@ def get_config() -> ml_collections.ConfigDict:
   # {name in the rows: name here}, of sources that have no columns of their own;
   # see docs/data_formats.md.
   data.columns = ml_collections.ConfigDict()
-  data.seq_len = 256  # Tokens per packed row, and the longest example.
+  data.seq_len = 256  # Tokens per pack, and the longest example.
   data.packing = True  # False: one example per row.
   data.train_on = "assistant"  # assistant | last_turn | all.
   data.reasoning = "train"  # train | write | hide (weight 0) | strip.

@@ -30,7 +30,10 @@ def run(main: Callable[[], None]) -> None:
   except USER_ERRORS as error:
     if debug:
       raise
-    print(f"error: {error}", file=sys.stderr)
+    # Only here, as it imports JAX.
+    from sft_jax.reporting import terminal
+
+    print(f"error: {terminal.visible(error)}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -79,7 +79,7 @@ def show(out: Console, found: dict[str, Any]) -> None:
   terminal.lines(out, "\nData", [*ledger.lines(), *ledger.details()])
   if epoch := found["epoch"]:
     facts = {
-      "steps per epoch": f"{epoch['steps']:g} of {epoch['batch_size']} rows x "
+      "steps per epoch": f"{epoch['steps']:g} of {epoch['batch_size']} packs x "
       f"{epoch['seq_len']} tokens, {epoch['fill']:.1%} full",
     }
     for kind, spread in found["lengths"].items():

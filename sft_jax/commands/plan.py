@@ -67,7 +67,7 @@ def main() -> None:
     f"{config.model.param_dtype}; computes in {config.model.dtype}",
     "machine": f"{first.mesh.size} x {machine.chip.name}, mesh "
     + " x ".join(f"{a}={n}" for a, n in first.mesh.shape.items()),
-    "batch": f"{config.batch_size} rows x {config.data.seq_len} slots in "
+    "batch": f"{config.batch_size} packs x {config.data.seq_len} slots in "
     f"{config.accum_steps} parts, remat {config.model.remat}",
     "documents": whence,
   }

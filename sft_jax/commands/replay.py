@@ -2,7 +2,7 @@
 
     sft-jax replay --workdir=runs/demo --step=17
 
-Every example of the step's batch: its place in the data, its row of the batch,
+Every example of the step's batch: its place in the data, its pack,
 and its text: prompt dim, trained green (of another weight than 1: yellow),
 special tokens bold. Without colours (a pipe, NO_COLOR) what is trained stands
 in [[double brackets]]. The data are rebuilt, or taken from the run's cache, and
@@ -30,7 +30,7 @@ def show(out: Console, row: dict[str, Any]) -> None:
   """Prints one example."""
   trained = sum(weight > 0 for weight in row["loss_weights"])
   title = (
-    f"\nrow {row['row']}  {row['place']}  {len(row['tokens'])} tokens, "
+    f"\npack {row['pack']}  {row['place']}  {len(row['tokens'])} tokens, "
     f"{trained} trained"
   )
   out.print(Text(terminal.visible(title), style="underline"))

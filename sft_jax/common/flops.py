@@ -183,7 +183,7 @@ def mean_context(
   """Average number of tokens a token attends to, itself included.
 
   Attention is causal and stays within a document, so a document of n tokens
-  holds n (n + 1) / 2 pairs, and not the T^2 of a packed row of T. With a
+  holds n (n + 1) / 2 pairs, and not the T^2 of a pack of T. With a
   sliding window of w, a token attends to at most w.
 
   >>> mean_context([3, 1])  # (1 + 2 + 3) + 1 pairs of 4 tokens

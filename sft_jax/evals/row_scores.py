@@ -107,8 +107,8 @@ def score(
     model: with `hidden`, `head` and `config`, as `models.transformer.Model`.
     params: on the mesh.
     bos_id: of the tokenizer; None where it has none.
-    seq_len: slots of a packed row.
-    batch_size: packed rows at once.
+    seq_len: slots of a pack.
+    batch_size: packs at once.
     mesh: what rows are divided over.
     chunk_tokens: whose logits exist at once; see `losses`.
     announce: told now and then how far it is.

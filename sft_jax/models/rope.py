@@ -2,7 +2,7 @@
 
 Two types look at the length of a sequence: 'dynamic' stretches its base and
 'longrope' picks its factors by it. The length that counts here is that of the
-*document*, so that a packed row is rotated as its documents would be alone.
+*document*, so that a pack is rotated as its documents would be alone.
 """
 
 import dataclasses

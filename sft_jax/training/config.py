@@ -60,7 +60,7 @@ class DataConfig:
   # {name in the rows: name here}, of sources that have no columns of their own;
   # see docs/data_formats.md.
   columns: dict = dataclasses.field(default_factory=dict)
-  seq_len: int = 256  # Tokens per packed row, and the longest example.
+  seq_len: int = 256  # Tokens per pack, and the longest example.
   packing: bool = True  # False: one example per row.
   train_on: str = "assistant"  # assistant | last_turn | all.
   reasoning: str = "train"  # train | write | hide (weight 0) | strip.
@@ -231,7 +231,7 @@ class RunConfig:
   seed: int = 0  # Data order, new parameters, sampling.
   steps: int = 0  # Optimizer steps; 0 = as many as `epochs` make.
   epochs: int = 2  # Passes over the data; read when steps = 0.
-  batch_size: int = 16  # Rows of data.seq_len tokens per optimizer step.
+  batch_size: int = 16  # Packs of data.seq_len tokens per step.
   accum_steps: int = 1  # Micro-batches per step; 1 = none.
   # auto | on | off: before the first step; auto where there are several
   # devices. See docs/reliability.md.

@@ -126,12 +126,12 @@ def _plan(config: Config, built: BuiltRun, start_step: int) -> dict[str, str]:
     config, built, max(built.num_steps - start_step, 0)
   )
   return {
-    "steps": f"{built.num_steps} of {config.batch_size} rows x "
+    "steps": f"{built.num_steps} of {config.batch_size} packs x "
     f"{config.data.seq_len} tokens"
     + (f" in {config.accum_steps} parts" if config.accum_steps > 1 else "")
     + (f", from step {start_step}" if start_step else ""),
     "epochs": f"{built.stream.consumed(built.num_steps).epochs:.2f} of "
-    f"{epoch.packs} packed rows",
+    f"{epoch.packs} packs",
     "fill": f"{epoch.fill:.1%} of the slots hold a token",
     "learning rate": _schedule(config, built.num_steps),
     "held out": _describe(built.held_out),

@@ -161,7 +161,7 @@ def test_held_out_rows_are_not_filtered(load):
   plain, _, _ = load(data__holdout=0.25)
   store, _, _ = load(data__holdout=0.25, data__filter=("ifd", "<", 0.85))
   assert set(places(store)) == {i for i in places(plain) if IFD[i - 1] < 0.85}
-  assert store.stats.dropped("held out") == N - len(plain.index)
+  assert store.stats.total("rows_held_out") == N - len(plain.index)
 
 
 def test_scores_conditions_and_weights_are_in_the_fingerprint(load):

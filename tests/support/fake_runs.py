@@ -41,7 +41,7 @@ def finished(x: str) -> dict[str, Any]:
     "place": x, "tokens": [1, 2], "loss_weights": [0, 0.5], "spans": [piece],
   }  # fmt: skip
   source = {
-    "rows_in": 5, "rows_trained": 3, "rows_text": 0,
+    "rows_in": 5, "rows_trained": 3, "rows_held_out": 0, "rows_text": 0,
     "dropped": {"too long": 2}, "dropped_turns": {}, "notes": {x: 1},
     "places": {"too long": [x]}, "examples": 3, "tokens_prompt": 7,
     "tokens_trained": 1234567, "roles": {"answer": [7, 5]}, "lengths": {},

@@ -165,7 +165,7 @@ def step_rows(
     step: 1 for the first.
 
   Returns:
-    [{'step', 'row' of the batch, 'place', 'tokens', 'loss_weights', 'spans'}],
+    [{'step', 'pack' of the batch, 'place', 'tokens', 'loss_weights', 'spans'}],
     see `sample`.
 
   Raises:
@@ -178,8 +178,8 @@ def step_rows(
       "of this run."
     )
   return [
-    {"step": step, "row": row, **sample(stream.store, i, tokenizer)}
-    for row, ids in enumerate(stream.rows_of(step - 1))
+    {"step": step, "pack": pack, **sample(stream.store, i, tokenizer)}
+    for pack, ids in enumerate(stream.rows_of(step - 1))
     for i in ids
   ]
 

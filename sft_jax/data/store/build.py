@@ -189,8 +189,8 @@ def _open_or_build(
     if error.errno in _FULL:
       raise OSError(
         f"cache {directory}: {error.strerror} while rows were encoded; "
-        "expected room for 3 to 5 bytes per token. Nothing was kept: make "
-        "room, or name a folder on another disk in data.cache_dir."
+        "expected room for 5 bytes per token and 150 per row. Nothing was "
+        "kept: make room, or name a folder elsewhere in data.cache_dir."
       ) from error
     where = Path(error.filename or ".")
     ours = where in (directory, *directory.parents) or (

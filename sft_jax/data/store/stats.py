@@ -1,8 +1,8 @@
-"""DatasetStats: every row and every token is counted, from the first row read.
+"""Dataset stats: every row and every token is counted, from the first row read.
 
-Law 2 is arithmetic: rows in = trained + dropped (by reason), and tokens =
-prompt + trained + padding. Both sums are kept per source, checked, printed at
-the start of a run and kept with it.
+Law 2 is arithmetic: rows in = trained + held out + dropped (by reason), and
+tokens = prompt + trained + padding. Both sums are kept per source, checked,
+printed at the start of a run and kept with it, in ledger.json.
 """
 
 import collections
@@ -11,7 +11,6 @@ import glob
 from pathlib import Path
 from typing import Any
 
-HELD_OUT = "held out"  # Why a row is dropped that measures the others.
 _EXAMPLES_KEPT = 5
 QUANTILES = {"shortest": 0.0, "median": 0.5, "95 %": 0.95, "longest": 1.0}
 
@@ -23,6 +22,7 @@ class SourceStats:
   Attributes:
     rows_in: rows read.
     rows_trained: rows with at least one example to train on.
+    rows_held_out: rows that measure the others, and are not trained on.
     rows_text: those of `rows_trained` that are raw text, trained on whole.
     dropped: rows not trained on, by reason.
     dropped_turns: turns not trained on, by reason, in rows that are.
@@ -38,6 +38,7 @@ class SourceStats:
 
   rows_in: int = 0
   rows_trained: int = 0
+  rows_held_out: int = 0
   rows_text: int = 0
   dropped: dict[str, int] = dataclasses.field(default_factory=dict)
   dropped_turns: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -77,7 +78,7 @@ class SourceStats:
 
   def read_as(self, whole: "SourceStats") -> None:
     """Enters what was read and dropped when all of the rows were here."""
-    self.rows_in = whole.rows_in
+    self.rows_in, self.rows_held_out = whole.rows_in, whole.rows_held_out
     for name in ("dropped", "dropped_turns", "notes"):
       setattr(self, name, dict(getattr(whole, name)))
     self.places = {why: list(where) for why, where in whole.places.items()}
@@ -94,9 +95,8 @@ class SourceStats:
     for note, number in self.notes.items():
       lines.append(f"{number:,} rows: {note}{self._where(note, number)}")
     for reason, number in self.dropped.items():
-      if reason != HELD_OUT:  # Said of all sources at once.
-        where = self._where(reason, number)
-        lines.append(f"{number:,} rows dropped, {reason}{where}")
+      where = self._where(reason, number)
+      lines.append(f"{number:,} rows dropped, {reason}{where}")
     for reason, number in self.dropped_turns.items():
       where = self._where(f"{reason} (turns)", number)
       lines.append(f"{number:,} turns dropped, {reason}{where}")
@@ -120,7 +120,7 @@ class SourceStats:
     """': a.jsonl:1, a.jsonl:2'; may be ''."""
     places = self.places.get(reason, [])
     more = ", ..." if number > len(places) == _EXAMPLES_KEPT else ""
-    return f": {', '.join(places)}{more}" if places else ""
+    return f": {_one_line(', '.join(places))}{more}" if places else ""
 
 
 @dataclasses.dataclass
@@ -188,7 +188,11 @@ class DatasetStats:
       ValueError: a sum does not add up, with its source and both sides.
     """
     sums = [
-      (f"{name}: rows", s.rows_in, s.rows_trained + sum(s.dropped.values()))
+      (
+        f"{name}: rows",
+        s.rows_in,
+        s.rows_trained + s.rows_held_out + sum(s.dropped.values()),
+      )
       for name, s in self.sources.items()
     ]
     for name, s in self.sources.items():
@@ -232,13 +236,14 @@ class DatasetStats:
   def lines(self) -> list[str]:
     """A plain table for the start of a run, and why rows are dropped."""
     names = self.short_names()
-    rows = [("source", "rows", "trained", "dropped", "prompt tok",
+    rows = [("source", "rows", "trained", "held out", "dropped", "prompt tok",
              "trained tok", "of tokens", "of trained")]  # fmt: skip
     rows += [
       (
         names[name],
         f"{s.rows_in:,}",
         f"{s.rows_trained:,}",
+        f"{s.rows_held_out:,}",
         f"{sum(s.dropped.values()):,}",
         f"{s.tokens_prompt:,}",
         f"{s.tokens_trained:,}",
@@ -256,8 +261,6 @@ class DatasetStats:
     ]
     for name, s in self.sources.items():
       lines += [f"{names[name]}: {line}" for line in s.lines()]
-    if held := self.dropped(HELD_OUT):
-      lines.append(f"{held:,} rows dropped, {HELD_OUT}")
     if e := self.epoch:
       for name, mixed in e.mixture.items():
         if mixed.copies != 1 or mixed.loss_weight != 1:
@@ -292,7 +295,7 @@ class DatasetStats:
     return tokens / max(both, 1), s.tokens_trained / max(trained, 1)
 
   def short_names(self) -> dict[str, str]:
-    """Of a path the file's name, where no other source has it."""
+    """Of a path the file's name, where no other source has it; one line."""
     short = {
       name: Path(name).name
       if Path(name).suffix and not glob.has_magic(name)
@@ -301,5 +304,11 @@ class DatasetStats:
     }
     number = collections.Counter(short.values())
     return {
-      name: one if number[one] == 1 else name for name, one in short.items()
+      name: _one_line(one if number[one] == 1 else name)
+      for name, one in short.items()
     }
+
+
+def _one_line(name: str) -> str:
+  """A name of a file cannot look like a line of our own."""
+  return name.replace("\n", "\u240a").replace("\r", "\u240d")

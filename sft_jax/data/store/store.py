@@ -17,7 +17,7 @@ from sft_jax.data.chat.token_roles import TOKEN_ROLES
 from sft_jax.data.encoding.encode import Example
 from sft_jax.data.sources import Source, solve_copies
 from sft_jax.data.store.files import INDEX, RUN, digest, map_file, read_meta
-from sft_jax.data.store.stats import HELD_OUT, QUANTILES, DatasetStats
+from sft_jax.data.store.stats import QUANTILES, DatasetStats
 
 _MANY = 1 << 18  # examples counted together
 
@@ -121,8 +121,7 @@ class Store:
       away = held_out.stats.source(name)
       away.rows_in = away.rows_trained
       rest.read_as(self.stats.source(name))
-      if away.rows_in:
-        rest.dropped[HELD_OUT] = away.rows_in
+      rest.rows_held_out = away.rows_in
     return train, held_out
 
   def select(

@@ -1,4 +1,4 @@
-"""Attention over packed rows: one function and its backends.
+"""Attention over packs: one function and its backends.
 
 In: queries, keys, values, positions and segment ids; out: what each query
 reads of its own document. Reading order: `attention` (the mask, the choice of

@@ -32,7 +32,7 @@ BACKENDS = ("auto", "xla", "blocks", "splash", "tokamax")
 # Backends that others have and that stay out, and why.
 _LEAKS = {
   "cudnn": "jax.nn.dot_product_attention has no segment ids on cuDNN, so the "
-  "documents of a packed row would see one another",
+  "documents of a pack would see one another",
 }
 
 # The shortest rows that `auto` gives to another backend than the reference:

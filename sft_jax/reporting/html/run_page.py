@@ -12,7 +12,6 @@ from typing import Any
 from markupsafe import Markup
 
 from sft_jax.checkpointing import export
-from sft_jax.data.store.stats import HELD_OUT
 from sft_jax.reporting.html import charts
 from sft_jax.reporting.html.elements import Table, join, mark, tag, write_page
 from sft_jax.reporting.terminal import duration
@@ -475,7 +474,8 @@ def reply_text(turn: Mapping[str, Any], content: str) -> str:
 
 # -- Data --------------------------------------------------------------------
 
-_COUNTS = ("rows_in", "rows_trained", "tokens_prompt", "tokens_trained")
+_COUNTS = ("rows_in", "rows_trained", "rows_held_out", "tokens_prompt",
+           "tokens_trained")  # fmt: skip
 
 
 def total(found: Mapping[str, Any], name: str) -> int:
@@ -514,7 +514,6 @@ def ledger(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _dropped(sources: Mapping[str, Any]) -> Iterator[str]:
   """Why rows were dropped or noted, and the first of them."""
-  held_out = 0
   for name, source in sources.items():
     for what, unit in (
       ("dropped", "rows dropped, "),
@@ -522,14 +521,9 @@ def _dropped(sources: Mapping[str, Any]) -> Iterator[str]:
       ("notes", "rows: "),
     ):
       for reason, number in source[what].items():
-        if reason == HELD_OUT:  # Once, for all sources.
-          held_out += number
-          continue
         places = ", ".join(source["places"].get(reason, ()))
         note = f"{name}: {number:,} {unit}{reason}"
         yield f"{note}: {places}" if places else note
-  if held_out:
-    yield f"{held_out:,} rows {HELD_OUT}"
 
 
 def _epoch(epoch: Mapping[str, Any]) -> dict[str, Any]:

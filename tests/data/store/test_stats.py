@@ -10,7 +10,8 @@ from sft_jax.data.store.stats import DatasetStats, EpochStats, SourceStats
 def _stats():
   stats = DatasetStats()
   entry = stats.source("rows.jsonl")
-  entry.rows_in, entry.rows_trained, entry.rows_text = 10, 3, 1
+  entry.rows_in, entry.rows_trained, entry.rows_text = 12, 3, 1
+  entry.rows_held_out = 2
   entry.examples, entry.tokens_prompt, entry.tokens_trained = 4, 1200, 300
   entry.roles = {"user": (1190, 0), "answer": (310, 300)}
   entry.lengths = {"shortest": 9, "median": 300, "95 %": 410, "longest": 420}
@@ -36,7 +37,7 @@ def test_sums():
   assert stats.total("tokens_trained") == 300
 
 
-@pytest.mark.parametrize("field", ["rows_in", "rows_trained"])
+@pytest.mark.parametrize("field", ["rows_in", "rows_trained", "rows_held_out"])
 def test_a_lost_row_is_noticed(field):
   stats = _stats()
   entry = stats.source("rows.jsonl")
@@ -89,10 +90,10 @@ def test_json_round_trip():
 
 def test_table_names_what_was_dropped_and_where():
   assert _stats().lines() == [
-    "source      rows  trained  dropped  prompt tok  trained tok  of tokens  "
-    "of trained",
-    "rows.jsonl    10        3        7       1,200          300     100.0%  "
-    "    100.0%",
+    "source      rows  trained  held out  dropped  prompt tok  trained tok  "
+    "of tokens  of trained",
+    "rows.jsonl    12        3         2        7       1,200          300  "
+    "   100.0%      100.0%",
     "rows.jsonl: 1 rows are raw text",
     "rows.jsonl: 1 rows: split history: rows.jsonl:9",
     "rows.jsonl: 7 rows dropped, empty answer: rows.jsonl:0, rows.jsonl:1, "
@@ -137,8 +138,8 @@ def test_shares_of_sources_that_are_seen_once():
   assert shares == [["40.0%", "75.0%"], ["60.0%", "25.0%"]]
 
 
-def test_rows_held_out_of_all_sources_are_one_line():
+def test_names_of_files_are_one_line():
   stats = DatasetStats()
-  for name, number in (("a", 2), ("b", 3)):
-    stats.source(name).dropped["held out"] = number
-  assert stats.lines()[3:] == ["5 rows dropped, held out"]
+  stats.source("a\nall rows trained\r.jsonl").drop("bad", "a\nb:1")
+  assert not any(set(line) & {"\n", "\r"} for line in stats.lines())
+  assert "a\u240aall rows" in stats.lines()[1]

@@ -28,7 +28,7 @@ def test_split_keeps_equal_rows_together_and_counts_all():
   for part in (train, held):
     part.stats.check()
   assert train.stats.total("rows_in") == 99
-  assert train.stats.dropped("held out") == held.stats.total("rows_in")
+  assert train.stats.total("rows_held_out") == held.stats.total("rows_in")
   tokens = sum(
     part.stats.total(kind)
     for part in (train, held)

@@ -11,7 +11,8 @@ HOSTILE = "\x1b[31m</script><script>alert(1)</script>&\u202eevil\x00\x9b[bold]"
 def _found(text: str) -> dict:
   """An inspection with `text` wherever the data has a say."""
   counts = {"rows_in": 3, "rows_trained": 2, "tokens_prompt": 7,
-            "tokens_trained": 5, "dropped": {text: 1}, "dropped_turns": {},
+            "rows_held_out": 0, "tokens_trained": 5,
+            "dropped": {text: 1}, "dropped_turns": {},
             "notes": {}, "places": {text: [text]},
             "roles": {"user": [7, 0], "answer": [5, 5]}}  # fmt: skip
   mixed = {"copies": 1.0, "loss_weight": 1.0, "tokens": 12, "share": 1.0,
