@@ -77,6 +77,7 @@ class ModelConfig:
     init_std: standard deviation of fresh weights.
     raw: the config.json it came from, for a faithful export; of a multimodal
       checkpoint that of its text part.
+    part_of: `model_type` of the multimodal checkpoint that it is in; '': none.
     notes: what a person should know of how it was read, one line each.
     activation: of the MLP, 'silu' or 'gelu_tanh'.
     glu_alpha: that of `moe.clipped_swiglu`, which takes its place; None: none.
@@ -121,6 +122,7 @@ class ModelConfig:
   layers: tuple[LayerKind, ...]
   init_std: float
   raw: Json = dataclasses.field(compare=False, repr=False)
+  part_of: str = dataclasses.field(default="", compare=False)
   notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
   activation: str = "silu"
   glu_alpha: float | None = None
@@ -190,14 +192,16 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
     ValueError: an architecture, a field or a value that is not implemented,
       or no sensible value; the message names it.
   """
-  raw, notes = _text_part(raw, where)
+  whole, raw = raw.get("model_type"), _text_part(raw, where)
   name = raw.get("model_type")
   if not isinstance(name, str) or name not in FAMILIES:
     known = sorted(FAMILIES.keys() | MULTIMODAL.keys())
     raise refuse(where, "model_type", name, f"one of {known}")
   family = FAMILIES[name]
-  ignored = _check_fields(raw, name, family, where)
-  if ignored:
+  notes: tuple[str, ...] = ()
+  if whole != name:
+    notes += (f"the text model of a {whole}; its other parts are left out",)
+  if ignored := _check_fields(raw, name, family, where):
     notes += (f"config.json: not read: {', '.join(map(ascii, ignored))}",)
   theirs = FIELDS[name] | raw
   names = family.aliases
@@ -265,13 +269,14 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
     ),
     init_std=positive("initializer_range", theirs.get("initializer_range")),
     raw=dict(raw),
+    part_of="" if whole == name else str(whole),
     notes=notes,
     **fields,
   )
 
 
-def _text_part(raw: Json, where: str) -> tuple[Json, tuple[str, ...]]:
-  """The config of the text model in a multimodal one, and what is left out.
+def _text_part(raw: Json, where: str) -> Json:
+  """The config of the text model in a multimodal one.
 
       {"model_type": "gemma3", "text_config": {"hidden_size": 2560, ..}, ..}
         -> {"model_type": "gemma3_text", "hidden_size": 2560, ..}
@@ -280,7 +285,7 @@ def _text_part(raw: Json, where: str) -> tuple[Json, tuple[str, ...]]:
   """
   whole = raw.get("model_type")
   if not isinstance(whole, str) or whole not in MULTIMODAL:
-    return raw, ()
+    return raw
   types, text = MULTIMODAL[whole], raw.get("text_config", raw)
   if not isinstance(text, Mapping):
     raise refuse(where, "text_config", text, "an object")
@@ -295,10 +300,9 @@ def _text_part(raw: Json, where: str) -> tuple[Json, tuple[str, ...]]:
   shared += ("dtype", "tie_word_embeddings", "quantization_config")
   top = {key: raw[key] for key in shared if raw.get(key) is not None}
   text = {k: v for k, v in text.items() if not str(k).startswith(other)}
-  note = f"the text model of a {whole}; every other part of it is left out"
   architecture = FAMILIES[types[inner]].architecture
   made = {"model_type": types[inner], "architectures": [architecture]}
-  return top | text | made, (note,)
+  return top | text | made
 
 
 def _positive(where: str, field: str, value: Any) -> float:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sft_jax.models.hf.dequantize import Decoded
 from sft_jax.models.hf.safetensors_files import Tensor
 
 _GROUP_BYTES = 128 << 20
@@ -42,7 +43,7 @@ class Source(NamedTuple):
     transpose: [out, in] in the file, [in, out] in the parameter.
   """
 
-  tensor: Tensor
+  tensor: Tensor | Decoded
   cut: tuple[slice, ...]
   transpose: bool
 
@@ -59,13 +60,32 @@ class Source(NamedTuple):
     # Some at a time: no second copy of a large tensor lies beside the first.
     row_bytes = self.tensor.num_bytes // max(self.tensor.shape[0], 1)
     step = max(1, _CHUNK_BYTES // max(row_bytes * rows.step, 1))
+    if isinstance(self.tensor, Decoded):
+      step = max(len(rows), 1)  # It is decoded as a whole.
     for first in range(0, max(len(rows), 1), step):
       some = rows[first : first + step]
       x = self.tensor.read(some.start, some.stop)
+      _check_finite(x, self.tensor)
       x = x[(slice(None, None, some.step), *map(_to_slice, columns))]
       at = slice(first, first + len(some))
       part = out[:, at] if self.transpose else out[at]
       copy_into(part, x, transpose=self.transpose)
+
+
+def _check_finite(x: np.ndarray, tensor: Tensor | Decoded) -> None:
+  """Raises ValueError where a number has the exponent of NaN and infinity.
+
+  By its bits, which is one pass over what is in the cache: of bfloat16 NumPy
+  would call a function per number.
+  """
+  kind = jnp.finfo(x.dtype)
+  bits = x.view({16: np.uint16, 32: np.uint32}[kind.bits])
+  exponent = ((1 << kind.nexp) - 1) << kind.nmant
+  if x.size and int(np.max(bits & bits.dtype.type(exponent))) >= exponent:
+    raise ValueError(
+      f"{tensor.path}: {tensor.name} holds NaN or infinite numbers; expected "
+      "finite weights. Download it again, or train from another checkpoint."
+    )
 
 
 def _to_slice(one: range) -> slice:

@@ -7,6 +7,7 @@
 on devices.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -23,7 +24,9 @@ from sft_jax.common import hub, trees
 from sft_jax.common.trees import Tree
 from sft_jax.models import transformer
 from sft_jax.models.config import ModelConfig, read_config
+from sft_jax.models.families import FAMILIES
 from sft_jax.models.hf import parameter_map
+from sft_jax.models.hf.dequantize import Decoded, check_method, dequantized
 from sft_jax.models.hf.device_loading import (
   Leaf,
   Source,
@@ -110,6 +113,8 @@ def load_pretrained(
   inside(folder, "config.json")
   check_checksums(folder)
   config = read_config(folder)
+  tensors, notes = _open(folder, config)
+  config = dataclasses.replace(config, notes=config.notes + notes)
   model = transformer.build(
     config,
     dtype=dtype,
@@ -134,7 +139,6 @@ def load_pretrained(
     placed |= trees.flatten(shardings(trees.unflatten(whole)))
   else:
     placed = trees.flatten(shardings or {})
-  tensors = parameter_map.official_names(open_tensors(folder), config)
   _check_tensors(folder, tensors, base, model)
   params = {}
   for path, x in load_leaves(_leaves(tensors, base, config, placed)):
@@ -209,6 +213,9 @@ def write_folder(
   dtype = export_dtype(model, dtype)
   params = merged(model, params, dtype)
   raw = dict(model.config.raw)
+  # Neither few bits nor code of its own are in the folder that is written.
+  for gone in ("quantization_config", "auto_map"):
+    raw.pop(gone, None)
   raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = dtype.name
   tensors = _pending(model, params, dtype)
   if jax.process_index():
@@ -241,8 +248,45 @@ def export_dtype(model: Model, dtype: Any = None) -> np.dtype:
 # -- Reading ----------------------------------------------------------------
 
 
+def _open(
+  folder: Path, config: ModelConfig
+) -> tuple[dict[str, Tensor | Decoded], tuple[str, ...]]:
+  """The model's tensors by their official names, and what to tell of them.
+
+  Raises:
+    ValueError: see `load_pretrained`; fewer tensors than config.json has
+      layers, before anything is made in that size.
+  """
+  method = check_method(config.raw, folder / "config.json")
+  tensors: dict[str, Any] = open_tensors(folder)
+  notes: tuple[str, ...] = ()
+  if config.part_of:
+    text = parameter_map.text_tensors(tensors)
+    left = {t.name for t in tensors.values()} - {t.name for t in text.values()}
+    parts = {name.removeprefix("model.").split(".")[0] for name in left}
+    if left:
+      notes += (f"{len(left)} tensors not loaded: {', '.join(sorted(parts))}",)
+    tensors = text
+  if method:
+    tensors = dequantized(tensors, config.raw["quantization_config"])
+    notes += (f"weights dequantized from {method} while loading",)
+  stacked = FAMILIES[config.family].stacked_experts
+  least = config.num_layers * (1 if stacked else max(1, config.num_experts))
+  if len(tensors) < least:
+    experts = f" of {config.num_experts} experts" if config.num_experts else ""
+    raise ValueError(
+      f"{folder}: {len(tensors)} tensors; expected {least} or more for "
+      f"num_hidden_layers={config.num_layers}{experts}. Check config.json "
+      "against the weights."
+    )
+  return parameter_map.official_names(tensors, config), notes
+
+
 def _check_tensors(
-  folder: Path, tensors: Mapping[str, Tensor], base: Tree, model: Model
+  folder: Path,
+  tensors: Mapping[str, Tensor | Decoded],
+  base: Tree,
+  model: Model,
 ) -> None:
   """Refuses a checkpoint that is not exactly this model's."""
   expected = {
@@ -283,11 +327,11 @@ def _check_tensors(
     if found.dtype not in _FLOATS:
       raise ValueError(
         f"{folder}: {name} is {found.dtype}; expected float32, bfloat16 or "
-        "float16. Use the checkpoint before quantisation."
+        "float16, or a quantization_config that explains it."
       )
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
+def _equal(one: Tensor | Decoded, other: Tensor | Decoded) -> bool:
   """Whether two tensors hold the same numbers."""
   if one.shape != other.shape:
     return False
@@ -299,7 +343,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _leaves(
-  tensors: Mapping[str, Tensor],
+  tensors: Mapping[str, Tensor | Decoded],
   base: Tree,
   config: ModelConfig,
   shardings: Mapping[str, Any],
@@ -311,15 +355,6 @@ def _leaves(
       for place in parameter_map.tensor_slices(path, leaf.shape, config)
     }
     yield Leaf(path, leaf.shape, leaf.dtype, shardings.get(path), sources)
-
-
-def _put(array: np.ndarray, sharding: Any) -> jax.Array:
-  """Places an array that every process has whole."""
-  if sharding is None:
-    return jnp.asarray(array)
-  return jax.make_array_from_callback(
-    array.shape, sharding, lambda index: array[index]
-  )
 
 
 # -- Writing ----------------------------------------------------------------

@@ -94,6 +94,26 @@ def tensor_slices(
   ]
 
 
+# Where multimodal checkpoints have their text model: since transformers 4.52,
+# and before.
+_TEXT = {
+  "model.language_model.": "model.",
+  "language_model.model.": "model.",
+  "language_model.lm_head.": "lm_head.",
+}
+_PLAIN = ("lm_head.", "model.embed_tokens.", "model.layers.", "model.norm.")
+
+
+def text_tensors(tensors: Mapping[str, _T]) -> dict[str, _T]:
+  """Those of the text model, by the names that it has alone."""
+  found = {name: x for name, x in tensors.items() if name.startswith(_PLAIN)}
+  for name, x in tensors.items():
+    for theirs, ours in _TEXT.items():
+      if name.startswith(theirs):
+        found[ours + name.removeprefix(theirs)] = x
+  return found
+
+
 def official_names(
   tensors: Mapping[str, _T], config: ModelConfig
 ) -> dict[str, _T]:

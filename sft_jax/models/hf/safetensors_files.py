@@ -223,13 +223,12 @@ def _weight_file(folder: Path, name: str) -> Path:
       f"{folder}: the index names {name!r}; expected a plain *.safetensors "
       "name in this folder. Do not trust this checkpoint."
     )
-  real = inside(folder, name)
-  if not real.is_file():
+  if not inside(folder, name).is_file():
     raise ValueError(
       f"{folder / name}: no such file; expected the weights that the index "
       "names. Download it."
     )
-  return real
+  return folder / name
 
 
 # -- Writing -------------------------------------------------------------
