@@ -52,11 +52,11 @@ class Evidence(NamedTuple):
   Attributes:
     path: the folder.
     dtype: of its weights.
-    logit_difference: the largest |difference| between the logits of the folder
-      and of the model in memory, both computed in float32.
-    tolerance: what the difference may be. Weights rounded to fewer bits than
-      they were trained in give other logits; the weights themselves are
-      compared exactly.
+    logit_difference: the largest |difference| between the logits of the merged
+      weights and of the model in memory, both computed in float32.
+    tolerance: what the difference may be, whatever the dtype: the folder's
+      weights are exactly the merged ones, rounded.
+    rounding: the largest |difference| that this rounding makes to the logits.
     stop_ids: at which the folder's model stops; None without a tokenizer.
     prompts: conversations that both tokenizers rendered to the same ids.
   """
@@ -65,6 +65,7 @@ class Evidence(NamedTuple):
   dtype: str
   logit_difference: float
   tolerance: float
+  rounding: float
   stop_ids: list[int] | None
   prompts: int
 
@@ -74,6 +75,8 @@ class Evidence(NamedTuple):
       f"read back: {self.dtype} weights equal, logits within "
       f"{self.logit_difference:.1e} (tolerance {self.tolerance:.1e})"
     )
+    if self.rounding > self.tolerance:
+      line += f", rounding moves logits by {self.rounding:.2g}"
     if self.stop_ids is not None:
       line += f", stops at {self.stop_ids}, {self.prompts} prompts the same"
     return line
@@ -89,6 +92,7 @@ def save_pretrained(
   max_shard_bytes: int = 5_000_000_000,
   options: RenderOptions = DEFAULT,
   shardings: load_save.Shardings | None = None,
+  export_into: str | Path | None = None,
 ) -> Evidence:
   """Writes a Hugging Face folder, adapters merged, and verifies it.
 
@@ -99,11 +103,14 @@ def save_pretrained(
     model: the model.
     params: its parameters.
     tokenizer: whose files to copy and whose stop ids to write.
-    dtype: of the written tensors, see `models.hf.save_pretrained`.
+    dtype: of the written tensors; by default that of the parameters.
     max_shard_bytes: size above which the tensors are split over files.
     options: that prompts were trained with.
     shardings: where the folder's parameters shall lie while they are compared,
       see `models.hf.load_pretrained`.
+    export_into: the folder that the model came from, perhaps a multimodal one:
+      what is written is a copy in which this model's weights alone are others,
+      of the dtype that they have there; `tokenizer` and `dtype` have no say.
 
   Raises:
     ValueError: parameters that are not this model's, a path that holds
@@ -111,23 +118,29 @@ def save_pretrained(
       it is then kept beside `path` as `<name>.rejected`.
   """
   path = Path(path)
+  written = load_save.export_dtype(params, dtype)
+  if export_into is not None:
+    tokenizer, written = None, None
 
   def fill(folder: Path) -> None:
-    load_save.write_folder(
-      folder,
-      model,
-      params,
-      tokenizer,
-      dtype=dtype,
-      max_shard_bytes=max_shard_bytes,
-    )
+    if export_into is None:
+      load_save.write_folder(
+        folder,
+        model,
+        params,
+        tokenizer,
+        dtype=written,
+        max_shard_bytes=max_shard_bytes,
+      )
+    else:
+      load_save.write_into(folder, Path(export_into), model, params)
     if tokenizer:
       _write_template(folder, tokenizer, options)
     wait_for_all()
     try:
       found.append(
         _verify(
-          path, folder, model, params, tokenizer, dtype, options, shardings
+          path, folder, model, params, tokenizer, written, options, shardings
         )
       )
     except ValueError as error:
@@ -162,12 +175,15 @@ def _verify(
   model: Model,
   params: trees.Tree,
   tokenizer: Tokenizer | None,
-  dtype: Any,
+  written: np.dtype | None,
   options: RenderOptions,
   shardings: load_save.Shardings | None,
 ) -> Evidence:
   """Raises ValueError where the folder is not the model."""
-  written = load_save.export_dtype(model, dtype)
+  held = {tensor.dtype for tensor in load_save.model_tensors(folder).values()}
+  if held != {written or min(held, key=lambda dtype: dtype.itemsize)}:
+    raise ValueError(f"its tensors are {sorted(map(str, held))}, not {written}")
+  written = held.pop()
   stops, prompts = None, []
   if tokenizer:
     stops, prompts = _same_words(folder, tokenizer, options)
@@ -178,23 +194,29 @@ def _verify(
   )
   if stranger.config != model.config:
     raise ValueError(f"config.json says {stranger.config}, not {model.config}")
-  _same_weights(load_save.merged(model, params, written), loaded, written)
+  exact = load_save.merged(model, params, jnp.float32)
+  _same_weights(exact, loaded, written)
   # In float32, and without adapters the same program for both.
   plain = transformer.build(model.config, lora=model.lora)
   compute = jax.jit(lambda p, t: plain.logits(p, plain.hidden(p, t)))
   tokens = _tokens(model, prompts)
   with jax.default_matmul_precision("highest"):
-    expected, got = compute(params, tokens), compute(loaded, tokens)
+    expected, got = compute(params, tokens), compute(exact, tokens)
+    rounding = float(_largest(compute(loaded, tokens), expected))
   difference = float(_largest(got, expected))
-  # Rounding weights by e each moves the logits by a multiple of e.
-  precision = max(1e-4, 25 * float(jnp.finfo(written).eps))
-  tolerance = precision * max(1.0, float(jnp.max(jnp.abs(expected))))
+  tolerance = 1e-4 * max(1.0, float(jnp.max(jnp.abs(expected))))
   if not difference <= tolerance:
     raise ValueError(
       f"logits differ by {difference:.3g}, more than {tolerance:.3g}"
     )
   return Evidence(
-    str(path), written.name, difference, tolerance, stops, len(prompts)
+    path=str(path),
+    dtype=written.name,
+    logit_difference=difference,
+    tolerance=tolerance,
+    rounding=rounding,
+    stop_ids=stops,
+    prompts=len(prompts),
   )
 
 

@@ -45,7 +45,8 @@ def test_it_reports_what_it_found(loaded, dtype, tmp_path):
   assert found.prompts == 3
   assert 0 <= found.logit_difference < found.tolerance
   # Rounding shows, and is the only thing that does.
-  assert (found.logit_difference == 0) == (dtype == "float32")
+  assert found.logit_difference == 0
+  assert (found.rounding == 0) == (dtype == "float32")
   assert "logits within" in str(found)
   assert [p.name for p in tmp_path.iterdir()] == ["out"]
   tensors = load_file(tmp_path / "out" / "model.safetensors")
@@ -201,6 +202,52 @@ def test_what_is_not_the_model_is_set_aside(
   }
   # The good one is as it was.
   assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_by_default_the_dtype_is_that_of_the_parameters(folder, tmp_path):
+  """Whatever config.json of the base says, which is float32 here."""
+  model, params = load_save.load_pretrained(folder, param_dtype="bfloat16")
+  assert export.save_pretrained(tmp_path / "out", model, params).dtype == (
+    "bfloat16"
+  )
+  raw = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert raw["torch_dtype"] == "bfloat16"
+
+
+def test_a_folder_in_another_dtype_is_set_aside(folder, tmp_path, monkeypatch):
+  """Even of numbers that it can hold."""
+  model, params = load_save.load_pretrained(folder)
+  params = jax.tree.map(
+    lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params
+  )
+  write = load_save.write_folder
+
+  def narrow(folder, *arguments, **more):
+    write(folder, *arguments, **more | {"dtype": "bfloat16"})
+
+  monkeypatch.setattr(load_save, "write_folder", narrow)
+  with pytest.raises(ValueError, match=r"tensors are \['bfloat16'\]"):
+    export.save_pretrained(tmp_path / "out", model, params)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_merge_that_is_a_little_off_is_set_aside(
+  dtype, folder, tmp_path, monkeypatch
+):
+  """Two signs of one kernel: what rounding to bfloat16 would hide."""
+  adapters = lora.LoraConfig(rank=3, alpha=5.0)
+  model, params = load_save.load_pretrained(folder, lora=adapters)
+  merged = load_save.merged
+
+  def off(model, params, dtype):
+    tree = trees.flatten(merged(model, params, dtype))
+    path = "layers/mlp/up/kernel"
+    tree[path] = tree[path].at[1, 3, :2].multiply(-1)
+    return trees.unflatten(tree)
+
+  monkeypatch.setattr(load_save, "merged", off)
+  with pytest.raises(ValueError, match=r"out\.rejected.*logits differ by"):
+    export.save_pretrained(tmp_path / "out", model, params, dtype=dtype)
 
 
 def test_logits_that_differ_are_set_aside(loaded, tmp_path, monkeypatch):

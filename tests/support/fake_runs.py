@@ -102,6 +102,7 @@ def finished(x: str) -> dict[str, Any]:
       "samples": [],
       "export": {
         "path": x, "dtype": x, "logit_difference": 0.0, "tolerance": 0.1,
+        "rounding": 0.0,
         "stop_ids": [2], "prompts": 3,
       },
     },

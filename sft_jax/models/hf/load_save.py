@@ -9,6 +9,7 @@ on devices.
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from sft_jax.models.hf.device_loading import (
   load_leaves,
 )
 from sft_jax.models.hf.safetensors_files import (
+  CHECKSUMS,
   Pending,
   Tensor,
   check_checksums,
@@ -173,8 +175,7 @@ def save_pretrained(
     model: the model.
     params: its parameters.
     tokenizer: whose files to copy and whose stop ids to write.
-    dtype: of the written tensors; by default the dtype that config.json
-      names (so that load and save give back the same bytes), else float32.
+    dtype: of the written tensors; by default that of the parameters.
     max_shard_bytes: size above which the tensors are split over files.
 
   Raises:
@@ -210,7 +211,7 @@ def write_folder(
   max_shard_bytes: int = 5_000_000_000,
 ) -> None:
   """Fills a folder that is there; see `save_pretrained`."""
-  dtype = export_dtype(model, dtype)
+  dtype = export_dtype(params, dtype)
   params = merged(model, params, dtype)
   raw = dict(model.config.raw)
   # Neither few bits nor code of its own are in the folder that is written.
@@ -238,11 +239,60 @@ def write_folder(
   write_tensors(folder, tensors, max_shard_bytes=max_shard_bytes)
 
 
-def export_dtype(model: Model, dtype: Any = None) -> np.dtype:
-  """What `save_pretrained` writes: `dtype`, else the one of config.json."""
-  raw = model.config.raw
-  named = raw.get("torch_dtype", raw.get("dtype"))
-  return jnp.dtype(dtype or named or jnp.float32)
+def write_into(folder: Path, source: Path, model: Model, params: Tree) -> None:
+  """Fills a folder with a copy of `source`, these weights in place of its own.
+
+  Those keep the dtype that they have there. Every other byte is as it was,
+  vision towers and tokenizer files among them.
+
+  Raises:
+    ValueError: weights in few bits there, or another model's.
+  """
+  there = model_tensors(source)
+  params = merged(model, params, jnp.float32)
+  tensors = list(_pending(model, params, np.dtype(np.float32)))
+  head, embed = "lm_head.weight", "model.embed_tokens.weight"
+  for new in tensors:
+    old = there.get(new.name)
+    if old is None or old.shape != new.shape or old.dtype not in _FLOATS:
+      found = "nothing" if old is None else f"{old.dtype} {old.shape}"
+      raise ValueError(
+        f"{source}: {new.name} is {found}; expected {new.shape} in float32, "
+        "bfloat16 or float16. Export a folder of its own instead."
+      )
+  if jax.process_index() == 0:
+    for file in source.iterdir():
+      if file.is_file() and file.name != CHECKSUMS:
+        shutil.copyfile(file, folder / file.name)
+  for new in tensors:
+    array = new.make()
+    if jax.process_index():
+      continue
+    same = [new.name]
+    if new.name == embed and model.config.tie_embeddings and head in there:
+      same.append(head)
+    for name in same:
+      old = there[name]
+      with (folder / old.path.name).open("r+b") as file:
+        file.seek(old.offset)
+        flat = np.ascontiguousarray(array.astype(old.dtype)).reshape(-1)
+        file.write(flat.view(np.uint8).data)
+
+
+def model_tensors(folder: Path) -> dict[str, Tensor]:
+  """The model's tensors of a folder by their official names, in its dtypes."""
+  config, tensors = read_config(folder), open_tensors(folder)
+  if config.part_of:
+    tensors = parameter_map.text_tensors(tensors)
+  return parameter_map.official_names(tensors, config)
+
+
+def export_dtype(params: Tree, dtype: Any = None) -> np.dtype:
+  """What `save_pretrained` writes: `dtype`, else that of the parameters.
+
+  Of parameters in several, as adapters may be, that of the final norm.
+  """
+  return jnp.dtype(dtype or params["final_norm"]["scale"].dtype)
 
 
 # -- Reading ----------------------------------------------------------------

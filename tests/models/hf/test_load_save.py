@@ -133,7 +133,7 @@ def test_a_real_model_tells_its_story():
 def test_round_trip_gives_back_every_byte(case, tmp_path):
   """Fused, transposed, stacked: what was read is written, byte for byte."""
   model, params = load(case)
-  load_save.save_pretrained(tmp_path / "out", model, params)
+  load_save.save_pretrained(tmp_path / "out", model, params, dtype="bfloat16")
   assert read_tensors(tmp_path / "out") == read_tensors(GOLDENS / case)
   wrote = json.loads((tmp_path / "out" / "config.json").read_text())
   assert wrote == json.loads((GOLDENS / case / "config.json").read_text())
@@ -141,7 +141,9 @@ def test_round_trip_gives_back_every_byte(case, tmp_path):
 
 def test_shards_hold_each_tensor_once_and_load_back(tmp_path):
   model, params = load("qwen3")
-  load_save.save_pretrained(tmp_path, model, params, max_shard_bytes=9_000)
+  load_save.save_pretrained(
+    tmp_path, model, params, dtype="bfloat16", max_shard_bytes=9_000
+  )
   shards = sorted(tmp_path.glob("*.safetensors"))
   assert len(shards) > 2
   assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
