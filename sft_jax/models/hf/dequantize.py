@@ -208,7 +208,7 @@ def _gptq(
   order: Tensor | None,
   bits: int,
   offset: int,
-) -> Float32[np.ndarray, "out in"]:
+) -> Float32[np.ndarray, "O I"]:
   """(q - z - offset) * s of the group of each input. arXiv:2210.17323.
 
   Codes are packed along the input, zeros along the output; the first version
@@ -230,7 +230,7 @@ _AWQ = (0, 4, 1, 5, 2, 6, 3, 7)
 
 def _awq(
   codes: Tensor, zeros: Tensor, scales: Tensor
-) -> Float32[np.ndarray, "out in"]:
+) -> Float32[np.ndarray, "O I"]:
   """(q - z) * s; all packed along the output. arXiv:2306.00978."""
 
   def fields(x: np.ndarray) -> np.ndarray:
@@ -250,7 +250,7 @@ def _packed(
   order: Tensor | None,
   bits: int,
   shape: tuple[int, ...],
-) -> Float32[np.ndarray, "out in"]:
+) -> Float32[np.ndarray, "O I"]:
   """(q - z) * s of compressed-tensors; q and z are stored plus 2^(bits-1)."""
   rows, columns = shape
   half = 1 << (bits - 1)
@@ -274,7 +274,7 @@ def _scaled(
   zeros: Tensor | None,
   block: list[int] | None,
   by: float,
-) -> Float32[np.ndarray, "out in"]:
+) -> Float32[np.ndarray, "O I"]:
   """Codes times their scale: one, one per row, per group or per block."""
   w = codes.read().astype(np.float32)
   s = np.atleast_1d(scales.read().astype(np.float32)) * np.float32(by)
@@ -326,7 +326,7 @@ _E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
 _E2M1 = np.concatenate((_E2M1, -_E2M1))
 
 
-def _mxfp4(blocks: Tensor, scales: Tensor) -> Float32[np.ndarray, "E in out"]:
+def _mxfp4(blocks: Tensor, scales: Tensor) -> Float32[np.ndarray, "E I O"]:
   """e2m1 * 2^(scale - 127), 32 to a scale; the low half of a byte is first.
 
   Stored [E, out, in / 32, 16]; the weight is [E, in, out]. OCP Microscaling
