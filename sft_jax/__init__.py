@@ -14,6 +14,7 @@ if TYPE_CHECKING:
   from sft_jax.data.formats.formats import to_conversation
   from sft_jax.data.tokenizers.tokenizer import load_tokenizer
   from sft_jax.inference.generate import Reply, generate
+  from sft_jax.inference.logprobs import logprobs
   from sft_jax.models.transformer import Model
   from sft_jax.reporting.run_files import read as read_run
   from sft_jax.training.build.model import load_pretrained
@@ -33,6 +34,7 @@ __all__ = [
   "generate",
   "load_pretrained",
   "load_tokenizer",
+  "logprobs",
   "read_run",
   "save_pretrained",
   "to_conversation",
@@ -53,6 +55,7 @@ _HOME = {
   "generate": "inference.generate",
   "load_pretrained": "training.build.model",
   "load_tokenizer": "data.tokenizers.tokenizer",
+  "logprobs": "inference.logprobs",
   "read_run": "reporting.run_files:read",
   "save_pretrained": "checkpointing.export",
   "to_conversation": "data.formats.formats",

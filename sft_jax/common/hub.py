@@ -20,10 +20,13 @@ MODEL_FILES = (
   "generation_config.json",
   "tokenizer.json",
   "tokenizer.model",
+  "vocab.json",
+  "merges.txt",
   "tokenizer_config.json",
   "special_tokens_map.json",
   "added_tokens.json",
   "chat_template.jinja",
+  "chat_template.json",
   "adapter_config.json",
 )
 # Formats whose reading runs code, and code.
