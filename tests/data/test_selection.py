@@ -185,7 +185,7 @@ def test_scores_conditions_and_weights_are_in_the_fingerprint(load):
 
 def test_rows_without_scores_or_with_old_ones_are_errors(load):
   choice = {"data__filter": ("ifd", "<", 1.0)}
-  with pytest.raises(ValueError, match=r"no such file.*score_data"):
+  with pytest.raises(ValueError, match=r"no such file.*sft-jax score"):
     load(**choice)
   score(load.file, ROWS[:3], IFD[:3])
   with pytest.raises(
@@ -322,7 +322,7 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
 def test_what_is_no_file_of_scores_is_refused_with_the_cure(tmp_path, text):
   path = tmp_path / "a.jsonl.scores.jsonl"
   path.write_text(text)
-  with pytest.raises(ValueError, match=r"scores\.jsonl:\d.*score_data"):
+  with pytest.raises(ValueError, match=r"scores\.jsonl:\d.*sft-jax score"):
     selection.read_scores(path)
 
 

@@ -27,11 +27,15 @@ from jaxtyping import Int64
 
 from sft_jax.data.audit import overlap as overlaps
 from sft_jax.data.audit import token_checks
+from sft_jax.data.store.stats import SourceStats
 from sft_jax.data.store.store import Store
 
 NAMES = ("malformed", "vocabulary", "nothing", "bos", "stop", "pad",
          "control", "overlap", "think")  # fmt: skip
 _SHOWN = 5  # places
+# Where the rows of a store are named in the config.
+_KEYS = {"train": "data.train", "held out": "data.eval",
+         "general text": "eval.general_text"}  # fmt: skip
 
 
 class Finding(NamedTuple):
@@ -56,7 +60,7 @@ def check_store(
   store: Store, known: token_checks.Facts, *, of: str = "train"
 ) -> list[Finding]:
   """Findings on the examples of a store, as `cache.build` returns it."""
-  findings = [_nothing(store)]
+  findings = [_nothing(store, of)]
   if len(store.index):
     findings += _of_tokens(store, known)
   return [finding._replace(of=of) for finding in findings]
@@ -253,21 +257,25 @@ class _Noted:
     )
 
 
-def _nothing(store: Store) -> Finding:
-  empty = [
-    name
+def _nothing(store: Store, of: str) -> Finding:
+  empty = {
+    name: source
     for name, source in store.stats.sources.items()
     if not source.rows_trained
-  ]
+  }
   if not empty and len(store.index):
     return Finding("nothing")
-  where = "data" if not len(store.index) else empty[0]
+  name, source = next(iter(empty.items()), ("", SourceStats()))
+  why = ", ".join(f"{n:,} {reason}" for reason, n in source.dropped.items())
   return Finding(
     "nothing",
     max(1, len(empty)),
-    f"{where}: got no row with anything to train on, expected at least one. "
-    "Read the reasons in the ledger; data.format may be the wrong one.",
-    tuple(empty[:_SHOWN]),
+    f"{_KEYS[of]}: got {source.rows_in:,} rows in {name or 'no file'} and "
+    f"nothing to {'train on' if of == 'train' else 'measure'} in them"
+    f"{f' (dropped: {why})' if why else ''}, expected at least one. Correct "
+    f"the file, or {'data.format' if of == 'train' else 'leave the key empty'}"
+    ".",
+    tuple(empty)[:_SHOWN],
   )
 
 

@@ -27,13 +27,23 @@ def test_sound_data_passes():
   assert not judge(SOUND)
 
 
-def test_nothing_to_train():
-  assert "no row with anything" in judge([])["nothing"].message
+@pytest.mark.parametrize(
+  ("of", "key"),
+  [
+    ("train", "data.train: got 0 rows in 0.jsonl"),
+    ("held out", "data.eval: got 0 rows in 0.jsonl and nothing to measure"),
+    ("general text", "eval.general_text: got 0 rows in 0.jsonl"),
+  ],
+)
+def test_nothing_to_train_or_to_measure(of, key):
+  (found,) = checks.check_store(fake_store([]), KNOWN, of=of)
+  assert key in found.message
 
 
 def test_a_source_of_which_nothing_is_trained():
   found = judge(SOUND, source=[0, 0], weights=(1.0, 1.0))
   assert found["nothing"].places == ("1.jsonl",)
+  assert "in 1.jsonl" in found["nothing"].message
 
 
 @pytest.mark.parametrize("token", [10, -1])
