@@ -189,7 +189,7 @@ def test_rows_without_scores_or_with_old_ones_are_errors(load):
     load(**choice)
   score(load.file, ROWS[:3], IFD[:3])
   with pytest.raises(
-    ValueError, match=r"rows\.jsonl:4: got no score.*score_da"
+    ValueError, match=r"rows\.jsonl:4: got no score.*sft-jax score"
   ):
     load(**choice)
   score(load.file)

@@ -25,6 +25,7 @@ from sft_jax.evals import behaviours, memorization
 # types.
 Config = Any
 Log = Callable[[str], None]
+_MOST_FILES = 100  # Told apart in the ledger.
 CANARIES = "canaries.jsonl"  # In the workdir.
 
 
@@ -277,12 +278,15 @@ def _train_sources(
 def _by_file(source: Source) -> list[Source]:
   """A glob as one source per file, so that the ledger tells them apart.
 
-  Not where it is wanted as one: under a name, or to a share or limit.
+  Not where it is wanted as one (under a name, or to a share or limit), or
+  where nobody could read so many.
   """
   one = source.name or source.share is not None or source.limit is not None
   if one or source.rows is not None:
     return [source]
   files = source.files()
+  if len(files) > _MOST_FILES:
+    return [source]
   return [dataclasses.replace(source, path=str(file)) for file in files]
 
 
