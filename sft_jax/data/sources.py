@@ -18,6 +18,7 @@ is one of `SCORES`, or 'row.NAME' for what a row itself has under NAME.
     "row.quality"                                        the weight itself
 """
 
+import ast
 import contextlib
 import dataclasses
 import hashlib
@@ -347,13 +348,15 @@ def to_sources(sources: Sources) -> tuple[Source, ...]:
   0.5
   >>> to_sources({"path": "a.jsonl", "share": 1.0, "name": "mine"})[0].label
   'mine'
+  >>> [one.path for one in to_sources("a.jsonl, b/*.csv")]  # A command line's.
+  ['a.jsonl', 'b/*.csv']
 
   Raises:
     ValueError: no source, two of one name, a key that is not known, or a
       value out of range.
   """
   # Beside sequences, single sources have a length too: told apart by type.
-  many: Any = sources
+  many: Any = _split(sources) if isinstance(sources, str) else sources
   if isinstance(many, str | Source | Mapping) or (
     len(many) == 2
     and isinstance(many[1], int | float)
@@ -369,6 +372,17 @@ def to_sources(sources: Sources) -> tuple[Source, ...]:
       "ways give each a name."
     )
   return made
+
+
+def _split(text: str) -> Any:
+  """A command line's 'a, b', "('a', 'b')" or "{'path': 'a'}", as meant."""
+  if Path(text).exists():
+    return text
+  if text[:1] + text[-1:] in ("()", "[]", "{}"):
+    with contextlib.suppress(ValueError, SyntaxError):
+      return ast.literal_eval(text)
+  parts = [part.strip() for part in text.split(",")]
+  return parts if len(parts) > 1 else text
 
 
 def _to_source(one: Any) -> Source:

@@ -95,8 +95,10 @@ def text(row: Row, key: str, where: str) -> str:
 
 
 def items(row: Row, key: str, where: str) -> list[Any]:
-  """row[key] as a list, which must not be empty."""
+  """row[key] as a list, or as JSON text of one; it must not be empty."""
   value = row.get(key)
+  if isinstance(value, str) and value.lstrip().startswith("["):
+    value = loads(value, f"{where} {key}")
   if not isinstance(value, list) or not value:
     raise RowError(
       where,

@@ -62,6 +62,7 @@ def to_conversation(
   if columns:
     row = fields.renamed(row, names.columns)
   # A null answer is an empty answer; any other null is a key left out.
+  nulls = [str(key) for key, held in row.items() if held is None]
   row = fields.Fields(
     {
       key: held
@@ -70,7 +71,7 @@ def to_conversation(
     }
   )
   if format == "auto":
-    format = _format_of(row, where)
+    format = _format_of(row, where, nulls)
   elif format not in FORMATS:
     raise ValueError(
       f"format: got {format!r}; expected auto or one of {', '.join(FORMATS)}. "
@@ -175,7 +176,7 @@ def _from_turns(
   return instruction.finished(messages, row, source)
 
 
-def _format_of(row: Row, where: str) -> str:
+def _format_of(row: Row, where: str, nulls: list[str]) -> str:
   """The one format that a row fits; text beside another is a copy of it."""
   fitting = [name for name, made in FORMATS.items() if made.fits(row)]
   if len(fitting) > 1 and "tokens" not in fitting:
@@ -186,7 +187,8 @@ def _format_of(row: Row, where: str) -> str:
   raise RowError(
     where,
     f"{fields.shown(row)}, which fits "
-    + (" and ".join(fitting) or "no known format"),
+    + (" and ".join(fitting) or "no known format")
+    + (f"; null under {', '.join(nulls)}" if nulls else ""),
     "; or ".join(f"{made.keys} ({name})" for name, made in choices.items()),
     "Name the format (data.format), or rename keys (data.columns).",
   )

@@ -26,6 +26,7 @@ _BATCH = 256
 # time beyond the calendar.
 _FAULTS = (ValueError, OverflowError, pyarrow.ArrowException)
 # What an Arrow stream ends with (IPC format, "end-of-stream").
+LISTINGS = ("dataset_dict.json", "state.json")  # In folders of `datasets`.
 _END = b"\xff\xff\xff\xff\0\0\0\0"
 
 

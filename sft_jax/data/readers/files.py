@@ -1,8 +1,9 @@
 """Rows from files: which files a path names, and which reader reads each."""
 
 import glob as glob_lib
+import itertools
+import os
 import re
-from collections.abc import Collection
 from pathlib import Path
 
 from sft_jax.common import hub
@@ -14,7 +15,10 @@ from sft_jax.data.readers.json import OnBadRow, Rows
 SCORES_ENDING = ".scores.jsonl"
 _TEXT = {
   ".jsonl": json.read_jsonl,
+  ".ndjson": json.read_jsonl,
   ".json": json.read_json,
+  ".csv": json.read_csv,
+  ".tsv": json.read_tsv,
   ".txt": json.read_txt,
 }
 # By the end of a file's name.
@@ -27,9 +31,10 @@ READERS = {
   ".parquet": arrow.read_parquet,
   ".arrow": arrow.read_arrow,
 }
-# On the hub: tables about the data, and the numbers of shards.
+# In folders: tables about the data, and the numbers of shards.
 _NO_ROWS = re.compile(r"(dataset_infos?|dataset_dict|state)\.json")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
+_SLICE = re.compile(r"(.+)\[(-?\d+%?)?:(-?\d+%?)?\]")
 
 
 def stop(error: RowError) -> None:
@@ -40,10 +45,11 @@ def stop(error: RowError) -> None:
 def read_rows(path: str | Path, *, on_bad_row: OnBadRow = stop) -> Rows:
   """Yields (place, row) of every row of the files that `path` names.
 
-  Formats, by suffix: .jsonl (an object on each line), .json (an array of
-  objects, or JSON lines), .txt (the whole file is one row of raw text), each
-  also as .gz, .bz2, .xz or .zst; .parquet; .arrow. A place is 'rows.jsonl:12'
-  (a line, from 1) or 'rows.json[3]' (an index, from 0).
+  Formats, by suffix in any case: .jsonl or .ndjson (an object on each line),
+  .json (an array of objects, or JSON lines), .csv and .tsv, .txt (the whole
+  file is one row of raw text), each also as .gz, .bz2, .xz or .zst; .parquet;
+  .arrow. A place is 'rows.jsonl:12' (a line, from 1) or 'rows.json[3]' (an
+  index, from 0).
 
   Args:
     path: see `find_files`.
@@ -58,41 +64,82 @@ def read_rows(path: str | Path, *, on_bad_row: OnBadRow = stop) -> Rows:
       pair; more than 100 levels; a row that is not an object, or is longer
       than 16 MiB.
   """
-  for file in find_files(path):
-    yield from READERS[_ending(file)](file, on_bad_row)
+  files = find_files(path)
+
+  def rows(bad: OnBadRow) -> Rows:
+    for file in files:
+      yield from READERS[_ending(file)](file, bad)
+
+  if not (cut := slice_of(path)):
+    yield from rows(on_bad_row)
+    return
+  total = 0
+  if "%" in cut or "-" in cut:
+    total = sum(1 for _ in rows(lambda error: None))
+  ends = [
+    None if not end else round(float(end[:-1]) * total / 100)
+    if end.endswith("%") else int(end)
+    for end in cut[1:-1].split(":")
+  ]  # fmt: skip
+  first, last = (x and max(x + total * (x < 0), 0) for x in ends)
+  yield from itertools.islice(rows(on_bad_row), first, last)
+
+
+def slice_of(path: str | Path) -> str:
+  """The rows that a path asks for, '[:10%]'; '' = all.
+
+  >>> [slice_of(p) for p in ("a.jsonl[:10%]", "org/name#train[100:]", "b[v2]")]
+  ['[:10%]', '[100:]', '']
+  """
+  match = _SLICE.fullmatch(str(path))
+  if match is None or Path(path).exists():
+    return ""
+  return str(path)[len(match[1]) :]
 
 
 def find_files(path: str | Path) -> list[Path]:
   """The files that a path names, sorted, each of which can be read alone.
 
-  'rows.jsonl' is a file, 'rows/*.parquet' a glob ('**' for any folders), and
-  'saved' a folder of `datasets.save_to_disk`, of which 'saved#train' is one
-  split. What is none of these and reads 'org/name' (or 'hf://org/name') is a
-  data set of the Hugging Face hub. A glob leaves out the scores of other
-  files: they are no rows.
+      rows.jsonl, ~/rows.csv.gz        a file
+      rows/*.parquet, rows/**/*.json   a glob; a file that it finds twice, by
+                                       links, is one
+      saved, saved#train               a folder of `datasets.save_to_disk`, or
+                                       of the files of one split
+      org/name, hf://org/name@v1#test  a data set of the Hugging Face hub
+      ...[:10%]                        of any of them, the first tenth
+
+  Of a folder or a hub id, '#main/train' is the files whose path has the part
+  main/train between slashes, dots and dashes. All files found must be shards
+  of one split; where no part is named and there are several, that is train.
+  The scores of other files are no rows.
 
   Raises:
-    ValueError: no such file or split, or a suffix that is not known.
+    ValueError: no such file or split, several and none chosen, or a suffix
+      that is not known; see `hub.fetch`.
   """
-  path = str(path)
-  name, _, split = path.partition("#")
-  if Path(path).is_file():
-    found = [Path(path)]
-  elif Path(path).is_dir():
-    found = arrow.saved_files(Path(path))
-  elif split and Path(name).is_dir():
-    found = arrow.saved_files(Path(name), split)
-  else:
-    matches = sorted(glob_lib.glob(path, recursive=True))
-    files = [Path(match) for match in matches if Path(match).is_file()]
-    found = [file for file in files if not _is_scores(file)]
-    local = _ending(Path(path)) or glob_lib.has_magic(path)
-    if not found and not local and _is_hub_path(path):
-      found = _find_on_hub(path, [one for one in READERS if one != ".txt"])
+  named = os.path.expanduser(path)
+  named = named.removesuffix(slice_of(named))
+  name, _, part = (
+    (named, "", "") if Path(named).exists() else named.partition("#")
+  )
+  if Path(name).is_file():
+    found = [Path(name)]
+  elif Path(name).is_dir():
+    saved = any((Path(name) / x).is_file() for x in arrow.LISTINGS)
+    found = arrow.saved_files(Path(name), part) if saved else []
+    found = found or _one_split(Path(name), part, named)
+  elif found := _glob(named):
+    pass
+  elif _is_hub_path(named) and not _ending(Path(named)):
+    name = name.removeprefix("hf://").removeprefix("datasets/")
+    endings = [one for one in READERS if one != ".txt"]
+    patterns = [f"*{part}*{ending}" for ending in endings]
+    folder = hub.fetch(name, kind="dataset", patterns=patterns).folder
+    found = _one_split(folder, part, named)
   if not found:
     raise ValueError(
-      f"{path}: got no such file; expected a file, a folder that datasets "
-      "saved, or a glob that matches a file. Check the path."
+      f"{path}: got no such file; expected a file, a folder, or a glob that "
+      "matches a file. Check the path."
     )
   for file in found:
     if not _ending(file):
@@ -103,9 +150,27 @@ def find_files(path: str | Path) -> list[Path]:
   return found
 
 
+def _glob(pattern: str) -> list[Path]:
+  """The files of a glob; folders that exist are named, whatever they hold."""
+  fixed = Path()
+  for part in Path(pattern).parts:
+    if not (fixed / part).exists():
+      break
+    fixed /= part
+  rest = Path(pattern).relative_to(fixed)
+  matches = glob_lib.glob(
+    f"{glob_lib.escape(str(fixed))}/{rest}", recursive=True
+  )
+  # A link that leads to its own folder gives every file again.
+  files = {os.path.realpath(x): Path(x) for x in sorted(matches, reverse=True)}
+  found = sorted(file for file in files.values() if file.is_file())
+  return [file for file in found if not _is_scores(file)]
+
+
 def _ending(file: Path) -> str:
   """The key of `READERS` that a file's name ends with; '' if none."""
-  return next((one for one in READERS if file.name.endswith(one)), "")
+  name = file.name.lower()
+  return next((one for one in READERS if name.endswith(one)), "")
 
 
 def _is_scores(file: Path) -> bool:
@@ -123,36 +188,30 @@ def _is_hub_path(path: str) -> bool:
   return path.startswith("hf://") or hub.is_id(path.partition("#")[0])
 
 
-def _find_on_hub(path: str, endings: Collection[str]) -> list[Path]:
-  """Fetches 'org/name', 'org/name@revision' or 'hf://org/name', as files.
-
-  'org/name#main/train' is the files whose path has the part main/train between
-  slashes, dots and dashes. All files found must be shards of one split.
-
-  Args:
-    path: see above.
-    endings: of the names of files that can be read.
-
-  Raises:
-    ValueError: see `hub.fetch`; no such part, or several and none chosen.
-  """
-  name, _, part = path.removeprefix("hf://").partition("#")
-  name = name.removeprefix("datasets/")
-  patterns = [f"*{part}*{ending}" for ending in endings]
-  folder = hub.fetch(name, kind="dataset", patterns=patterns).folder
-  wanted = re.compile(rf"(^|[/.-]){re.escape(part)}([/.-]|$)")
+def _one_split(folder: Path, part: str, path: str) -> list[Path]:
+  """The files of a folder whose path has a part; see `find_files`."""
   found = {
     file: str(file.relative_to(folder))
     for file in sorted(folder.rglob("*"))
-    if file.name.endswith(tuple(endings)) and not _NO_ROWS.fullmatch(file.name)
+    if _ending(file) and not _NO_ROWS.fullmatch(file.name)
+    if not _is_scores(file)
   }
-  chosen = [file for file, inner in found.items() if wanted.search(inner)]
-  choices = {_SHARD.sub("", found[file]) for file in chosen}
-  if len(choices) != 1:
-    listed = sorted(choices or {_SHARD.sub("", one) for one in found.values()})
+
+  def with_part(part: str) -> tuple[list[Path], list[str]]:
+    wanted = re.compile(rf"(^|[/.-]){re.escape(part)}([/.-]|$)" if part else "")
+    chosen = [file for file, inner in found.items() if wanted.search(inner)]
+    return chosen, sorted({_SHARD.sub("", found[file]) for file in chosen})
+
+  chosen, sets = with_part(part)
+  if len(sets) > 1 and not part:
+    train, its_sets = with_part("train")
+    chosen, sets = (train, its_sets) if len(its_sets) == 1 else (chosen, sets)
+  if len(sets) != 1:
+    listed = (sets or with_part("")[1])[:20]
     raise ValueError(
-      f"{path}: got {len(choices)} sets of files, of "
-      f"{', '.join(listed[:20]) or 'none'}; expected one, of one split. Append "
-      f"a part of its name, as in {name}#train."
+      f"{path}: got {len(sets)} sets of files, of "
+      f"{', '.join(listed) or 'none'}; expected one, of one split. Append "
+      f"a part of its name, as in {path.partition('#')[0]}#train, or write a "
+      "glob."
     )
   return chosen

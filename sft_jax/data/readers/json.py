@@ -1,4 +1,4 @@
-"""Rows of JSON lines, JSON arrays and plain text, read strictly.
+"""Rows of JSON lines, JSON arrays, CSV and plain text, read strictly.
 
 A key given twice, NaN, a number beyond every float, half a surrogate pair and
 very deep nesting all pass `json.loads`, and end as a row that is not the one
@@ -13,6 +13,8 @@ are missing.
 
 import bz2
 import codecs
+import csv
+import functools
 import gzip
 import io
 import itertools
@@ -131,6 +133,52 @@ def read_array(text: str, name: str, on_bad_row: OnBadRow) -> Rows:
   except json.JSONDecodeError as error:
     where = f"{name} line {error.lineno} column {error.colno}"
     raise _syntax_error(error, where) from None
+
+
+def read_csv(file: Path, on_bad_row: OnBadRow, delimiter: str = ",") -> Rows:
+  """Records below a line of names, all text; 'rows.csv:12' is a first line.
+
+  Raises:
+    RowError: two columns of one name, text that is not UTF-8, a quotation that
+      does not end: where the next record begins cannot be known then.
+  """
+
+  def text_lines(stream: io.BufferedReader) -> Iterator[str]:
+    for number, line in _lines(stream, file):
+      where = f"{file.name}:{number}"
+      if len(line) > MAX_ROW_BYTES:
+        raise too_long(where)
+      yield _decoded(line, where)
+
+  csv.field_size_limit(MAX_ROW_BYTES)
+  at, names = 1, None
+  with open_bytes(file) as stream:
+    records = csv.reader(text_lines(stream), delimiter=delimiter, strict=True)
+    while True:
+      where = f"{file.name}:{at}"
+      try:
+        cells = next(records, None)
+      except csv.Error as error:
+        raise RowError(
+          where, str(error), "quoted text that ends", "Correct the file."
+        ) from None
+      at = records.line_num + 1
+      if cells is None:
+        return
+      if names is None:
+        names = cells
+        if len(set(names)) < len(names):
+          raise RowError(
+            where, f"columns {names}", "each name once", "Rename one of them."
+          )
+      elif len(cells) == len(names):
+        yield where, dict(zip(names, cells, strict=True))
+      elif cells:  # An empty line is none.
+        got = f"{len(cells)} cells under {len(names)} names"
+        on_bad_row(RowError(where, got, "as many", "Correct or drop the row."))
+
+
+read_tsv = functools.partial(read_csv, delimiter="\t")
 
 
 def read_txt(file: Path, on_bad_row: OnBadRow) -> Rows:

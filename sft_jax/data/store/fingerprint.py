@@ -4,6 +4,7 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
+from sft_jax.data.readers.files import slice_of
 from sft_jax.data.sources import Source
 from sft_jax.data.store.files import Digests, digest, hash_text
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
@@ -31,6 +32,8 @@ def of_source(
   }
   if source.rows is not None:
     inputs["rows in memory"] = source.rows.digest
+  if rows := slice_of(source.path):
+    inputs["rows"] = rows
   inputs["format"] = source.format or format
   inputs["columns"] = dict(source.columns)
   if source.limit is not None:

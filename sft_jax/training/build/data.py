@@ -15,6 +15,7 @@ from sft_jax.data import selection
 from sft_jax.data.audit import checks, token_checks
 from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.pipeline import Stream
+from sft_jax.data.readers.files import slice_of
 from sft_jax.data.sources import MemoryRows, Source, to_sources
 from sft_jax.data.store import build
 from sft_jax.data.store.store import Store
@@ -282,7 +283,7 @@ def _by_file(source: Source) -> list[Source]:
   where nobody could read so many.
   """
   one = source.name or source.share is not None or source.limit is not None
-  if one or source.rows is not None:
+  if one or source.rows is not None or slice_of(source.path):
     return [source]
   files = source.files()
   if len(files) > _MOST_FILES:

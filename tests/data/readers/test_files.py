@@ -1,14 +1,21 @@
 """Rows from files: every fault is found and placed."""
 
+import csv
+import gzip
+import io
 import json
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from sft_jax.common import hub
 from sft_jax.data.conversation import RowError
+from sft_jax.data.formats import formats
 from sft_jax.data.readers import files
+from tiny_tokenizers import SHARED
 
 
 def test_every_kind_of_file(tmp_path):
@@ -79,9 +86,9 @@ def test_missing_files_and_unknown_suffixes(tmp_path):
     list(files.read_rows(tmp_path / "none.jsonl"))
   with pytest.raises(ValueError, match="no such file"):
     list(files.read_rows(tmp_path / "*.jsonl"))
-  (tmp_path / "a.csv").write_text("a,b")
-  with pytest.raises(ValueError, match=r"suffix '\.csv'"):
-    list(files.read_rows(tmp_path / "a.csv"))
+  (tmp_path / "a.xlsx").write_text("a,b")
+  with pytest.raises(ValueError, match=r"suffix '\.xlsx'"):
+    list(files.read_rows(tmp_path / "a.xlsx"))
 
 
 def test_a_saved_folder_and_its_splits(tmp_path):
@@ -105,8 +112,9 @@ def test_a_saved_folder_and_its_splits(tmp_path):
     files.find_files(path)
   with pytest.raises(ValueError, match="the split 'dev'"):
     files.find_files(f"{path}#dev")
-  with pytest.raises(ValueError, match="got a folder; expected"):
-    files.find_files(tmp_path)
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(ValueError, match="got 0 sets of files, of none"):
+    files.find_files(tmp_path / "empty")
   # A file of this very name is that file.
   (tmp_path / "a#b.jsonl").write_text('{"text": "x"}')
   assert len(files.find_files(tmp_path / "a#b.jsonl")) == 1
@@ -174,7 +182,13 @@ def test_a_part_of_the_name_chooses(fetched, path, count):
   assert fetched == ["org/name@v1" if "@" in path else "org/name"]
 
 
-@pytest.mark.parametrize("path", ["org/name", "org/name#main", "org/name#dev"])
+def test_of_several_splits_train_is_taken(fetched):
+  assert [file.name[:5] for file in files.find_files("org/name")] == [
+    "train"
+  ] * 2
+
+
+@pytest.mark.parametrize("path", ["org/name#main", "org/name#dev"])
 def test_several_splits_or_none(fetched, path):
   with pytest.raises(ValueError, match=r"main/train\.parquet.*as in org/name#"):
     files.find_files(path)
@@ -185,3 +199,117 @@ def test_a_mistyped_local_path_asks_no_hub(fetched, path):
   with pytest.raises(ValueError, match="no such file"):
     files.find_files(path)
   assert not fetched
+
+
+# -- Paths as people write them -----------------------------------------------
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+  """Folders with files of ten rows each."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("HOME", str(tmp_path))
+  lines = "".join(f'{{"text": "{i}"}}\n' for i in range(10))
+  for name in (
+    *("UPPER.JSONL", "a.ndjson", "set[v2]/a.jsonl", "set[v2]/b.jsonl"),
+    *("shards/data/train-00000-of-00002.jsonl", "shards/README.jsonl.md"),
+    *("shards/data/train-00001-of-00002.jsonl", "shards/data/test.jsonl"),
+    *("one/data.jsonl", "one/dataset_infos.json", "x[:3]"),
+  ):
+    (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+    (tmp_path / name).write_text(lines)
+  return tmp_path
+
+
+def texts(path):
+  return [row["text"] for _, row in files.read_rows(path)]
+
+
+@pytest.mark.parametrize(
+  ("path", "count"),
+  [
+    *[("UPPER.JSONL", 10), ("a.ndjson", 10), ("~/a.ndjson", 10)],
+    *[("set[v2]/a.jsonl", 10), ("set[v2]/*.jsonl", 20), ("one", 10)],
+    *[("shards", 20), ("shards#train", 20), ("shards#test", 10)],
+    *[("set[[]v2]/*.jsonl", 20), ("~/one[:20%]", 2)],
+  ],
+)
+def test_paths_as_people_write_them(tree, path, count):
+  assert len(texts(path)) == count
+
+
+@given(
+  first=st.none() | st.integers(-12, 12),
+  last=st.none() | st.integers(-12, 12),
+  percent=st.booleans(),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_slices_are_those_of_a_list(tree, first, last, percent):
+  every = [str(i) for i in range(10)]
+  expected = every[first:last]
+  if percent:
+    first, last = (None if x is None else f"{x * 10}%" for x in (first, last))
+  said = f"[{'' if first is None else first}:{'' if last is None else last}]"
+  assert texts(f"one/data.jsonl{said}") == expected
+
+
+def test_a_file_found_twice_by_links_is_read_once(tree):
+  (tree / "one" / "loop").symlink_to(tree / "one")
+  (tree / "one" / "copy.jsonl").symlink_to(tree / "one" / "data.jsonl")
+  assert len(texts("one/**/*.jsonl")) == 10
+
+
+@pytest.mark.parametrize(("suffix", "mark"), [(".csv", ","), (".tsv.gz", "\t")])
+@given(
+  rows=st.lists(
+    st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0")),
+             min_size=2, max_size=2),
+    max_size=5,
+  ),
+)  # fmt: skip
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_tables_hold_any_text(tmp_path, suffix, mark, rows):
+  path = tmp_path / f"a{suffix}"
+  text = io.StringIO(newline="")
+  writer = csv.writer(text, delimiter=mark, quoting=csv.QUOTE_ALL)
+  writer.writerows([["prompt", "completion"], *rows])
+  data = text.getvalue().encode()
+  path.write_bytes(gzip.compress(data) if "gz" in suffix else data)
+  got = [list(row.values()) for _, row in files.read_rows(path)]
+  assert got == rows
+
+
+def test_faults_of_a_table_are_placed(tmp_path):
+  path = tmp_path / "a.csv"
+  path.write_text('p,c\n"1\n1",2\n3\n\n4,5\n')
+  bad = []
+  got = list(files.read_rows(path, on_bad_row=bad.append))
+  assert got == [
+    ("a.csv:2", {"p": "1\n1", "c": "2"}),
+    ("a.csv:6", {"p": "4", "c": "5"}),
+  ]
+  assert [one.where for one in bad] == ["a.csv:4"]
+  for text, said in (
+    ('p,c\n"1,2\n', "a.csv:2: got unexpected end"),
+    ("p,p\n", r"a.csv:1: got columns"),
+  ):
+    path.write_text(text)
+    with pytest.raises(RowError, match=said):
+      list(files.read_rows(path, on_bad_row=print))
+  path.write_bytes("p,c\n1,ü\n".encode("latin-1"))
+  with pytest.raises(RowError, match=r"a\.csv:2 byte 2"):
+    list(files.read_rows(path))
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
+@pytest.mark.parametrize(
+  "name",
+  [
+    *("UPPER.JSONL", "dataset[v2]/rows.jsonl", "hub_clone", "rows.csv"),
+    *("rows.jsonl.bz2", "rows.ndjson", "rows.tsv", "dataset[v2]"),
+  ],
+)
+def test_files_of_the_wild(name):
+  path = SHARED.parent / "cases" / "files" / name
+  for where, row in files.read_rows(path):
+    assert formats.to_conversation(row, source=where).messages

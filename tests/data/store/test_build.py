@@ -500,3 +500,10 @@ def test_fields_that_nothing_reads_are_counted(tmp_path, tokenizer):
   entry = store.stats.source(path)
   assert entry.notes == {"field not read: explanation": 3}
   assert entry.places["field not read: explanation"][0] == "rows.jsonl:2"
+
+
+def test_a_slice_of_the_rows_is_in_the_key(tmp_path, tokenizer):
+  path = _write(tmp_path / "rows.jsonl", [_row(i) for i in range(10)])
+  for cut, count in (("[:20%]", 2), ("[7:]", 3), ("", 10)):
+    store, _ = _build(path + cut, tokenizer, tmp_path / "cache")
+    assert len(store.index) == count
