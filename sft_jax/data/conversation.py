@@ -85,6 +85,8 @@ class Message:
     spans: characters [start, end) of `content` that are trained, in order
       and apart; None trains the whole turn, () none of its content. In
       'The sum is 4.' the spans ((11, 12),) train '4' alone.
+    think_block: what the row has around the reasoning where it wrote both as
+      one content: ('<think>', '</think>\\n') of '<think>Hm.</think>\\nYes.'
   """
 
   role: str
@@ -95,6 +97,9 @@ class Message:
   tool_call_id: str | None = None
   weight: float | None = None
   spans: tuple[tuple[int, int], ...] | None = None
+  think_block: tuple[str, str] | None = dataclasses.field(
+    default=None, compare=False
+  )
 
   @property
   def loss_weight(self) -> float:

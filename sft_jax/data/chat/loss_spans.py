@@ -1,14 +1,19 @@
 """Text with trained spans: what inference will see, and must emit (Law 1)."""
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from sft_jax.data.chat import token_roles, trained_turn, unsaid
+from sft_jax.data.chat import template_messages, token_roles
 from sft_jax.data.chat.options import RenderOptions
-from sft_jax.data.chat.renderer import Script
+from sft_jax.data.chat.renderer import ConversationRenderer
 from sft_jax.data.chat.template import ChatTemplate
+from sft_jax.data.chat.trained_turn import TrainedTurn, divergence
 from sft_jax.data.conversation import Conversation, NothingToTrain, RowError
+
+# (index of a message, token role, text without white space around it).
+_Text = tuple[int, str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,19 +25,19 @@ class Rendered:
     spans: (start, end, weight) in characters, in order: each from the end of
       a generation prompt to the end of the stop token of that turn. With
       train_on='all' there are none, and all of the text is trained.
-    pieces: (start, end, part) in order and apart: who says what; the rest is
-      the template's.
-    muted: (start, end) of what in a span is not trained all the same: hidden
-      thinking, and what a message's own spans leave out.
-    literal: (start, end) of control tokens that are ordinary text.
+    role_spans: (start, end, token role) in order and apart; the rest is the
+      template's.
+    masked: (start, end) within spans that is not trained: hidden reasoning,
+      and what a message's own spans leave out.
+    special_as_text: (start, end) of control tokens that are ordinary text.
     notes: what happened in the rendering, for the ledger.
   """
 
   text: str
   spans: tuple[tuple[int, int, float], ...]
-  pieces: tuple[tuple[int, int, str], ...] = ()
-  muted: tuple[tuple[int, int], ...] = ()
-  literal: tuple[tuple[int, int], ...] = ()
+  role_spans: tuple[tuple[int, int, str], ...] = ()
+  masked: tuple[tuple[int, int], ...] = ()
+  special_as_text: tuple[tuple[int, int], ...] = ()
   notes: frozenset[str] = frozenset()
 
 
@@ -45,7 +50,7 @@ def render_spans(
 
   Trained turn i is rendered twice: `prompt`, the turns before it with the
   generation prompt, as inference sees them; and `full`, the turns up to and
-  including it. `full` must go on from `prompt`; the trained span is what it
+  including it. `full` must begin with `prompt`; the trained span is what it
   adds, up to and including the stop token. With a ChatML template
 
       [user 'Hi', assistant 'Hello.', user 'Bye', assistant 'Goodbye.']
@@ -58,116 +63,217 @@ def render_spans(
 
   Turns after the last trained one are left out: they teach nothing. Where the
   template rewrites earlier turns, there is one rendering per trained turn
-  (`turns.Turn` tells how it is cut).
+  (`TrainedTurn`).
 
   Args:
     conversation: at least one assistant turn with a weight above 0.
     template: the model's own.
-    options: see `RenderOptions`; templates that drop earlier thinking need
+    options: see `RenderOptions`; templates that drop earlier reasoning need
       history='auto' or 'split'.
 
   Raises:
     RowError: the template refuses the row, leaves out or changes what a turn
-      says, or does not go on from its own generation prompt; a message holds
+      says, or does not begin with its own generation prompt; a message holds
       a control token; a reply has no stop token; 'keep' would be wrong; what
       the options need to know of the rendering is not certain.
     NothingToTrain: no assistant turn, or none with a weight above 0.
   """
-  script = Script(conversation, template, options)
+  renderer = ConversationRenderer(conversation, template, options)
   if options.train_on == "all":
-    return [_whole(script)]
-  trained = _trained_turns(script, options)
-  cut = [trained_turn.Turn(script, index) for index in trained]
+    return [_whole(renderer)]
+  trained = _trained_turns(renderer, options)
+  renderer.plan(trained)
+  cut = [TrainedTurn(renderer, index) for index in trained]
   last = cut[-1]
   if options.history != "split":
     rewritten = [
       one for one in cut if not last.text.startswith(one.text[: one.end])
     ]
     if not rewritten:
-      return [_rendered(script, last, cut)]
+      return [_rendered(renderer, last, cut)]
     if options.history == "keep":
       one = rewritten[0]
       raise RowError(
         conversation.where(one.index),
         "a turn that later turns make the template rewrite: "
-        + trained_turn.divergence(one.text, last.text),
+        + divergence(one.text, last.text),
         "a template that leaves earlier turns as they are (history='keep')",
         "Set data.history to auto or split.",
       )
-  return [_rendered(script, one, [one]) for one in cut]
+  return [_rendered(renderer, one, [one]) for one in cut]
 
 
 def prompt(
   conversation: Conversation, template: ChatTemplate, options: RenderOptions
 ) -> Rendered:
   """The conversation so far and the generation prompt: what inference sees."""
-  script = Script(conversation, template, options)
-  count = len(script.conversation.messages)
-  text = script.prompt(count)
+  renderer = ConversationRenderer(conversation, template, options)
+  count = len(renderer.conversation.messages)
+  text = renderer.prompt(count)
   if options.control_tokens == "allow":
     return Rendered(text, ())
-  literal = token_roles.literal(script, text, script.prompt_pieces(count, text))
-  return Rendered(text, (), literal=literal)
+  escaped = token_roles.special_as_text(
+    renderer, text, renderer.prompt_spans(count, text)
+  )
+  return Rendered(text, (), special_as_text=escaped)
 
 
-def _trained_turns(script: Script, options: RenderOptions) -> list[int]:
-  messages = script.conversation.messages
+def _trained_turns(
+  renderer: ConversationRenderer, options: RenderOptions
+) -> list[int]:
+  messages = renderer.conversation.messages
   found = [i for i, message in enumerate(messages) if message.loss_weight > 0]
   if not found:
     roles = {message.role for message in messages}
     raise NothingToTrain(
       "no trained turn" if "assistant" in roles else "no assistant turn",
-      script.conversation.source,
+      renderer.conversation.source,
     )
   if options.train_on == "last_turn":
     found = found[-1:]
-  # Without its thinking a turn may have nothing left to say.
+  # Without its reasoning a turn may have nothing left to say.
   says = lambda index: (
     messages[index].content
     or messages[index].reasoning
     or messages[index].tool_calls
-    or script.thoughts[index]
+    or renderer.reasoning[index]
   )
   found = [index for index in found if says(index)]
   if not found:
-    raise NothingToTrain("only thinking", script.conversation.source)
+    raise NothingToTrain("only reasoning", renderer.conversation.source)
   return found
 
 
 def _rendered(
-  script: Script, last: trained_turn.Turn, cut: Sequence[trained_turn.Turn]
+  renderer: ConversationRenderer, last: TrainedTurn, cut: Sequence[TrainedTurn]
 ) -> Rendered:
   """The text of `last`, with `cut` as its spans."""
-  messages = script.conversation.messages
-  unsaid.refuse_unsaid(script, last, cut)
-  muted = [token_roles.muted(script, one, last.pieces) for one in cut]
+  messages = renderer.conversation.messages
+  _refuse_dropped_content(renderer, last, cut)
+  masked = [token_roles.masked_spans(renderer, one, last.spans) for one in cut]
   return Rendered(
     last.text,
     tuple((one.start, one.end, messages[one.index].loss_weight) for one in cut),
-    token_roles.parts(messages[: last.index + 1], last.text, last.pieces, cut),
-    tuple(itertools.chain.from_iterable(muted)),
-    token_roles.literal(script, last.text, last.pieces),
-    token_roles.notes(script, last, cut),
+    token_roles.role_spans(
+      messages[: last.index + 1], last.text, last.spans, cut
+    ),
+    tuple(itertools.chain.from_iterable(masked)),
+    token_roles.special_as_text(renderer, last.text, last.spans),
+    token_roles.notes(renderer, last, cut),
   )
 
 
-def _whole(script: Script) -> Rendered:
+def _whole(renderer: ConversationRenderer) -> Rendered:
   """All of the conversation as plain text, for train_on='all'."""
-  messages = script.conversation.messages
+  messages = renderer.conversation.messages
   for index, message in enumerate(messages):
     default = 1.0 if message.role == "assistant" else 0.0
     if message.spans is not None or message.loss_weight != default:
       raise RowError(
-        script.conversation.where(index),
+        renderer.conversation.where(index),
         "a weight or spans of its own",
         "none, as train_on='all' trains all of the text alike",
         "Set data.train_on to assistant, or drop the weight.",
       )
-  text = script.turns(len(messages))
-  pieces = script.pieces(len(messages), text)
+  text = renderer.turns(len(messages))
+  spans = renderer.spans(len(messages), text)
   return Rendered(
     text,
     (),
-    token_roles.parts(messages, text, pieces),
-    literal=token_roles.literal(script, text, pieces),
+    token_roles.role_spans(messages, text, spans),
+    special_as_text=token_roles.special_as_text(renderer, text, spans),
+  )
+
+
+def _refuse_dropped_content(
+  renderer: ConversationRenderer, last: TrainedTurn, cut: Sequence[TrainedTurn]
+) -> None:
+  """Raises where the template drops or changes what a turn holds.
+
+  A trained turn must be there as it is, but for white space around it and
+  the escapes of JSON. Of what was asked, a template may make what it likes,
+  for inference sees the same; but it must be there. Earlier replies and the
+  answers of tools may be gone.
+
+  Args:
+    renderer: of the row.
+    last: the rendering.
+    cut: the trained turns in it.
+
+  Raises:
+    RowError: with the first text that is missing.
+  """
+  asked = [
+    text
+    for index, message in enumerate(
+      renderer.conversation.messages[: last.index]
+    )
+    if message.role in ("system", "user")
+    for text in _texts(renderer, index)
+  ]
+  missing = _missing(asked, last, 0, last.start, changed=True)
+  for one in cut:
+    missing = missing or _missing(
+      _texts(renderer, one.index), last, one.start, one.stop, changed=False
+    )
+  if missing is not None:
+    index, role, text = missing
+    cure = "Use a template that renders it, or drop it from the row."
+    if role == "reasoning":
+      ways = (
+        "strip" if renderer.options.reasoning == "write" else "strip or write"
+      )
+      cure = f"Set data.reasoning to {ways}, or use a template that renders it."
+    raise RowError(
+      renderer.conversation.where(index),
+      f"a template that leaves out or changes {text[:60]!r}",
+      "all that a turn says in the rendered text",
+      cure,
+    )
+
+
+def _texts(renderer: ConversationRenderer, index: int) -> list[_Text]:
+  """The texts of a message."""
+  message = renderer.conversation.messages[index]
+  pairs = (
+    (role, text.strip()) for role, text in template_messages.texts(message)
+  )
+  return [(index, role, text) for role, text in pairs if text]
+
+
+def _missing(
+  texts: Sequence[_Text],
+  last: TrainedTurn,
+  start: int,
+  end: int,
+  *,
+  changed: bool,
+) -> _Text | None:
+  """The first text that [start, end) of a rendering does not hold, or holds
+  less often; where `changed`, it may be there in other words."""
+  if last.spans is None:
+    shown = last.text[start:end]
+    return next((one for one in texts if not _stands_in(one[2], shown)), None)
+  there = collections.Counter(
+    (span.role, span.written)
+    for span in last.spans
+    if start <= span.start and span.end <= end
+    if changed
+    or template_messages.as_written(
+      span.written, last.text[span.start : span.end]
+    )
+  )
+  for one in texts:
+    there[one[1:]] -= 1
+    if there[one[1:]] < 0:
+      return one
+  return None
+
+
+def _stands_in(text: str, shown: str) -> bool:
+  """Whether a text stands in another, as it is or as in JSON."""
+  return (
+    text in shown
+    or template_messages.in_json(text) in shown
+    or template_messages.in_json(text, ascii_only=True) in shown
   )

@@ -1,32 +1,37 @@
-"""A conversation before its chat template: prompts and turns as text."""
+"""A conversation through its chat template: prompts and turns as text."""
 
 import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
 
-from sft_jax.data.chat import jinja, marks, template_messages, template_probes
+from sft_jax.data.chat import sandbox, template_messages, template_probes
 from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.chat.template import ChatTemplate
+from sft_jax.data.chat.template_messages import RoleSpan, Sentinels
 from sft_jax.data.conversation import Conversation, RowError
 
+# Renderings that are asked for at once, since each request has a price.
+_TOGETHER = 16
 
-class Script:
-  """Renders the turns of one conversation, plain and marked.
+
+class ConversationRenderer:
+  """Renders the turns of one conversation, as they are and with sentinels.
 
   Args:
-    conversation: with reasoning='strip', its thinking is left out, and with
+    conversation: with reasoning='strip', its reasoning is left out, and with
       'write' where the template leaves it out.
     template: the model's own.
     options: see `RenderOptions`.
 
   Attributes:
-    thoughts: by turn, the thinking that is to be written into its reply
-      (`thinking.fill`); '' where there is none.
+    reasoning: by turn, the reasoning that is to be written into its reply
+      (`trained_turn.fill`); '' where there is none.
+    escapes: whether some text must be read as ordinary characters.
 
   Raises:
-    RowError: a control token in what is said (see
-      `RenderOptions.control_tokens`); tools, and a template that reads none.
+    RowError: a control token in a text (see `RenderOptions.control_tokens`);
+      tools, and a template that reads none.
   """
 
   def __init__(
@@ -36,19 +41,18 @@ class Script:
     options: RenderOptions,
   ):
     if options.reasoning == "strip":
-      conversation = _without_thinking(conversation)
-    # Whether some text must be read as ordinary characters.
+      conversation = _without_reasoning(conversation)
     self.escapes = refuse_control_tokens(conversation, template, options)
-    self.thoughts = [""] * len(conversation.messages)
+    self.reasoning = [""] * len(conversation.messages)
     if (
       options.reasoning == "write"
       and not template.reads_reasoning  # Its tags may be others.
-      and not template_probes.shows_thinking(template, options.template_kwargs)
+      and not template_probes.shows_reasoning(template, options.template_kwargs)
     ):
-      self.thoughts = [
+      self.reasoning = [
         (message.reasoning or "").strip() for message in conversation.messages
       ]
-      conversation = _without_thinking(conversation)
+      conversation = _without_reasoning(conversation)
     if conversation.tools and not template.reads_tools:
       raise RowError(
         f"{conversation.source or 'row'} tools",
@@ -58,48 +62,70 @@ class Script:
       )
     self.conversation, self.template = conversation, template
     self.options = options
+    self._planned: list[tuple[int, bool]] = []
+    self._rendered: dict[tuple[int, bool], str | Exception] = {}
 
   @functools.cached_property
-  def _form(self) -> template_messages.Form:
+  def form(self) -> template_messages.Form:
     if any(message.tool_calls for message in self.conversation.messages):
       return template_probes.form(self.template, self.options.template_kwargs)
     return template_messages.Form(reasoning_field=self.template.reads_reasoning)
 
   @functools.cached_property
-  def _plain(self) -> list[dict[str, Any]]:
-    return template_messages.to_template_messages(self.conversation, self._form)
+  def _messages(self) -> list[dict[str, Any]]:
+    return template_messages.to_template_messages(self.conversation, self.form)
 
   @functools.cached_property
-  def _marked(self) -> tuple[marks.Marks, list[dict[str, Any]]]:
-    ink = marks.Marks()
+  def _wrapped(self) -> tuple[Sentinels, list[dict[str, Any]]]:
+    sentinels = Sentinels()
     made = template_messages.to_template_messages(
-      self.conversation, self._form, ink.mark
+      self.conversation, self.form, sentinels.wrap
     )
-    return ink, made
+    return sentinels, made
+
+  def plan(self, trained: Sequence[int]) -> None:
+    """Announces the trained turns, whose renderings then travel together."""
+    self._planned = [
+      cut for index in trained for cut in ((index, True), (index + 1, False))
+    ]
+
+  def job(self, cuts: Sequence[tuple[int, bool]]) -> sandbox.Job:
+    """The renderings of first turns; see `take`."""
+    tools, kwargs = self.conversation.tools, self.options.template_kwargs
+    return self.template.job(self._messages, cuts, tools, kwargs)
+
+  def take(
+    self, cuts: Sequence[tuple[int, bool]], texts: Sequence[str | Exception]
+  ) -> None:
+    """Accepts what `sandbox.render` made of `job(cuts)`."""
+    self._rendered.update(zip(cuts, texts, strict=True))
 
   def turns(self, count: int, then: Sequence[dict[str, Any]] = ()) -> str:
-    """The text of the first `count` turns, and of plain ones after them."""
-    return self._render([*self._plain[:count], *then], count)
+    """The text of the first `count` turns, and of the messages after them."""
+    if then:
+      return self._render([*self._messages[:count], *then], count)
+    return self._text(count, False)
 
   def prompt(self, count: int) -> str:
     """The text of the first `count` turns and what opens the assistant's.
 
-    With generation_prompt='omit', without the end that replies do not go on
-    from (`probes.omitted`).
+    With generation_prompt='omit', without the end that no reply begins after
+    (`template_probes.omitted`).
     """
-    return self._cut(self._render(self._plain[:count], count, True))
+    return self._cut(self._text(count, True))
 
-  def pieces(
+  def spans(
     self, count: int, text: str, then: Sequence[dict[str, Any]] = ()
-  ) -> list[marks.Piece] | None:
-    """Where what the turns say stands in `turns(count, then)`, if certain."""
-    ink, made = self._marked
-    return ink.find(self._render([*made[:count], *then], count), text)
+  ) -> list[RoleSpan] | None:
+    """The role spans of `turns(count, then)`, if they are certain."""
+    sentinels, made = self._wrapped
+    return sentinels.find(self._render([*made[:count], *then], count), text)
 
-  def prompt_pieces(self, count: int, text: str) -> list[marks.Piece] | None:
-    """Where what the turns say stands in `prompt(count)`, if certain."""
-    ink, made = self._marked
-    return ink.find(self._cut(self._render(made[:count], count, True)), text)
+  def prompt_spans(self, count: int, text: str) -> list[RoleSpan] | None:
+    """The role spans of `prompt(count)`, if they are certain."""
+    sentinels, made = self._wrapped
+    wrapped = self._cut(self._render(made[:count], count, True))
+    return sentinels.find(wrapped, text)
 
   def _cut(self, prompt: str) -> str:
     if self.options.generation_prompt == "omit":
@@ -107,29 +133,43 @@ class Script:
       return prompt.removesuffix(template_probes.omitted(self.template, kwargs))
     return prompt
 
+  def _text(self, count: int, prompt: bool) -> str:
+    """messages[:count], rendered with what is planned to come next."""
+    cut = (count, prompt)
+    if cut not in self._rendered:
+      at = self._planned.index(cut) if cut in self._planned else 0
+      cuts = self._planned[at : at + _TOGETHER] if self._planned else []
+      cuts = cuts if cut in cuts else [cut]
+      (texts,) = sandbox.render(self.template.source, [self.job(cuts)])
+      self.take(cuts, texts)
+    return self._checked(self._rendered[cut], count)
+
   def _render(
-    self, turns: list[dict[str, Any]], count: int, prompt: bool = False
+    self, messages: list[dict[str, Any]], count: int, prompt: bool = False
   ) -> str:
+    tools, kwargs = self.conversation.tools, self.options.template_kwargs
+    cuts = [(len(messages), prompt)]
+    job = self.template.job(messages, cuts, tools, kwargs)
+    return self._checked(
+      sandbox.render(self.template.source, [job])[0][0], count
+    )
+
+  def _checked(self, text: str | Exception, count: int) -> str:
     """A refusal of the template is a RowError."""
-    try:
-      text = self.template.render(
-        turns,
-        tools=self.conversation.tools,
-        add_generation_prompt=prompt,
-        **self.options.template_kwargs,
-      )
-    except jinja.TemplateFailed as error:
+    if isinstance(text, sandbox.TemplateFailed):
       raise RowError(
         self.conversation.where(max(count - 1, 0)),
-        f"refused by the chat template: {error}",
+        f"refused by {self.template.name}: {text}",
         "turns that the template accepts",
         "Change or drop the row, or use another template.",
-      ) from error
+      ) from text
+    if isinstance(text, Exception):
+      raise text
     refuse_surrogates(text, self.conversation)
     return text
 
 
-def _without_thinking(conversation: Conversation) -> Conversation:
+def _without_reasoning(conversation: Conversation) -> Conversation:
   messages = tuple(
     dataclasses.replace(message, reasoning=None)
     for message in conversation.messages
@@ -148,7 +188,7 @@ def refuse_surrogates(text: str, conversation: Conversation) -> None:
       conversation.source or "row",
       f"the lone surrogate {text[error.start]!r}",
       "text of whole characters",
-      "Mend the row's encoding, or drop it.",
+      "Correct the row's encoding, or drop it.",
     ) from error
 
 
@@ -158,13 +198,13 @@ def refuse_control_tokens(
   """Raises a RowError where a text holds a control token it must not hold.
 
   Returns:
-    Whether a turn says the text of a control token that is to be escaped.
+    Whether a text holds a control token that is to be escaped.
   """
   if options.control_tokens == "allow":
     return False
   escapes = False
 
-  def look(text: str, where: str, escapable: bool = False) -> None:
+  def check(text: str, where: str, escapable: bool = False) -> None:
     nonlocal escapes
     if found := template.control.search(text):
       if escapable and options.control_tokens == "escape":
@@ -182,17 +222,19 @@ def refuse_control_tokens(
 
   for index, message in enumerate(conversation.messages):
     where = conversation.where(index)
-    look(f"{message.content}\n{message.reasoning or ''}", where, True)
+    check(f"{message.content}\n{message.reasoning or ''}", where, True)
     if message.name or message.tool_call_id:
-      look(f"{message.name or ''}\n{message.tool_call_id or ''}", where)
+      check(f"{message.name or ''}\n{message.tool_call_id or ''}", where)
     for call in message.tool_calls:
-      # What is marked can be escaped: names and texts, but not keys.
-      keys = template_messages.leaves(call.arguments, lambda part, text: "")
-      look(f"{call.id or ''}\n{jinja.tojson(keys)}", where)
-      look(jinja.tojson([call.name, call.arguments]), where, True)
+      # What has a role span can be escaped: names and texts, but not keys.
+      keys = template_messages.map_strings(
+        call.arguments, lambda role, text: ""
+      )
+      check(f"{call.id or ''}\n{sandbox.tojson(keys)}", where)
+      check(sandbox.tojson([call.name, call.arguments]), where, True)
   place = conversation.source or "row"
   if conversation.tools:
-    look(jinja.tojson(conversation.tools), f"{place} tools")
+    check(sandbox.tojson(conversation.tools), f"{place} tools")
   if conversation.text is not None:
-    look(conversation.text, f"{place} text", True)
+    check(conversation.text, f"{place} text", True)
   return escapes

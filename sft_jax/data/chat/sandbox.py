@@ -1,142 +1,338 @@
-"""Limits on chat templates: no code that reaches out, no work without end.
+"""Renders chat templates in a child process with limits of time and memory.
 
-Jinja's sandbox stops code that reaches out, not code that never ends or fills
-the memory. So every loop turn, macro call and call spends from a `budget`, and
-whatever could make a long text or a large list out of a short one is weighed
-before it does (`guards`).
+Templates come with models of strangers. Jinja's immutable sandbox, configured
+as transformers configures its own, stops code that reaches out. It stops
+neither a template that never ends nor one that fills the memory: to sort or
+compare long texts is one call in C, which nothing in Python interrupts. So a
+process renders in a child of its own, which the operating system ends:
+
+    parent                          child
+    render(source, jobs)  --pipe->  compile, render   CPU time: SIGPROF
+    texts or failures     <-pipe--                    memory: RLIMIT_AS
+
+The parent only waits. A child that dies is replaced, and what it rendered is
+refused. Many renderings travel together, so that a pipe costs nearly nothing.
+The child is a limit, not a wall: Jinja's sandbox alone keeps code out.
 """
 
-import types
-from typing import Any
+import atexit
+import contextlib
+import datetime
+import functools
+import json
+import marshal
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jinja2
+import jinja2.ext
 import jinja2.sandbox
 from jinja2 import nodes
 
-from sft_jax.data.chat import budget, guards
-
+CPU_SECONDS = 1.0  # Of one rendering; a thousand turns take 0.02.
+MEMORY = 400 << 20  # Bytes of address space of the child.
+MAX_CHARACTERS = 1 << 24  # Of one text, and of all that travel together.
 _MAX_SOURCE = 1 << 20
-# Filters without which chat templates do: random by nature, or without bound.
-_NO_FILTERS = ("random", "urlize", "pprint", "xmlattr", "wordwrap")
+# So often may a template exceed a limit before nothing is rendered by it.
+_STRIKES = 3
+_HEADER = struct.Struct("<q")
+_WALL_SECONDS = 10.0  # Where a platform cannot limit CPU time.
 
 
-class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-  """Stops code, writes to what it is given, and work or text without end."""
+class TemplateFailed(ValueError):
+  """A template refused, or failed on, what it was given; in its own words."""
 
-  intercepted_binops = frozenset(["*", "**", "%"])
 
-  def __init__(self, **options: Any):
-    # Constants are not worked out while compiling, but where steps count.
-    super().__init__(optimized=False, finalize=budget.written, **options)
-    for name in _NO_FILTERS:
-      del self.filters[name]
-    self.globals = {
-      name: value for name, value in self.globals.items() if name != "lipsum"
-    }
-    for name, filter in list(self.filters.items()):
-      self.filters[name] = guards.counted(name, filter)
-    # Filters of our own, which `_with_ticks` puts into every template.
-    self.filters |= {
-      "_tick": budget.tick,
-      "_made": budget.made,
-      "_added": lambda one, other: budget.made(one + other),
-      "_joined": guards.joined_up,
-    }
+class Job(NamedTuple):
+  """Renderings of the first turns of one conversation.
 
-  def call_binop(self, context, operator, left, right):
-    if operator == "**":
-      raise jinja2.TemplateError("powers are not allowed in chat templates")
-    if operator == "%":
-      if isinstance(left, str):
-        guards.refuse_format(left, right)
-      return budget.made(left % right)
-    for text, times in ((left, right), (right, left)):
-      if isinstance(text, str | list | tuple) and isinstance(times, int):
-        budget.refuse_longer(budget.weigh(text) * times)
-    return budget.made(left * right)
+  Attributes:
+    messages: template messages (dicts).
+    variables: of the template, but for `messages` and `add_generation_prompt`.
+    cuts: (count, prompt): render messages[:count], with the generation prompt
+      or without it.
+  """
 
-  def call(self, context, method, *args, **kwargs):
-    if isinstance(method, types.BuiltinMethodType):
-      args = guards.weighed_arguments(method, args, kwargs)
-    budget.spend(8)
-    return budget.made(super().call(context, method, *args, **kwargs))
+  messages: Sequence[Mapping[str, Any]]
+  variables: Mapping[str, Any]
+  cuts: Sequence[tuple[int, bool]]
 
-  def wrap_str_format(self, value):
-    wrapped = super().wrap_str_format(value)
-    if wrapped is None:
-      return None
 
-    def guarded(*args: Any, **kwargs: Any) -> str:
-      guards.weighed_arguments(value, args, kwargs)
-      return wrapped(*args, **kwargs)
+def render(source: str, jobs: Sequence[Job]) -> list[list[str | Exception]]:
+  """The text of each cut of each job, or the exception that it raises.
 
-    return guarded
+  Exceptions are TemplateFailed (the template's own refusal, or a limit that
+  it exceeds), or a ValueError where a template asks for today's date and
+  variables have no `date` ('2026-01-31').
 
-  def _parse(self, source, name, filename):
-    if len(source) > _MAX_SOURCE:
-      raise jinja2.TemplateSyntaxError(f"more than {_MAX_SOURCE} characters", 1)
+  Raises:
+    ValueError: the template does not compile, or has exceeded its limits
+      again and again.
+  """
+  if _strikes.get(source, 0) >= _STRIKES:
+    raise ValueError(
+      f"chat template {source[:40]!r}...: got {_STRIKES} renderings that "
+      f"exceeded {_limits()}; expected a template that ends. Use another one."
+    )
+  made: list[list[Any]] = [[None] * len(job.cuts) for job in jobs]
+  open_cuts = [list(range(len(job.cuts))) for job in jobs]
+  while some := [(i, cuts) for i, cuts in enumerate(open_cuts) if cuts]:
+    asked = [
+      (*jobs[i][:2], [jobs[i].cuts[number] for number in cuts])
+      for i, cuts in some
+    ]
+    reply = _ask((source, asked))
+    if isinstance(reply, str):
+      raise ValueError(reply)
+    if reply is None and (len(some) > 1 or len(some[0][1]) > 1):
+      # One of them: each by itself, so that only that one is refused.
+      for i, cuts in some:
+        for number in cuts:
+          job = jobs[i]._replace(cuts=[jobs[i].cuts[number]])
+          made[i][number] = render(source, [job])[0][0]
+      break
+    if reply is None:
+      _strikes[source] = _strikes.get(source, 0) + 1
+      reply = [[("failed", f"a rendering that exceeds {_limits()}")]]
+    for (i, cuts), texts in zip(some, reply, strict=True):
+      for number, (kind, text) in zip(cuts, texts, strict=False):
+        made[i][number] = text if kind == "text" else _KINDS[kind](text)
+      open_cuts[i] = cuts[len(texts) :]
+  return made
+
+
+def check(source: str) -> None:
+  """Raises a ValueError, with its line, where a template does not compile."""
+  reply = _ask((source, []))
+  if reply is None:
+    reply = f"chat template: got a source that exceeds {_limits()}; expected "
+    reply += "less nesting. Correct chat_template.jinja in the model folder."
+  if isinstance(reply, str):
+    raise ValueError(reply)
+
+
+def _limits() -> str:
+  return f"{CPU_SECONDS:g} s or {MEMORY >> 20} MiB"
+
+
+_KINDS = {"failed": TemplateFailed, "date": ValueError}
+_strikes: dict[str, int] = {}
+_lock = threading.Lock()
+_child: subprocess.Popen[bytes] | None = None
+_owner = 0
+
+
+def _ask(request: Any) -> Any:
+  """The child's reply; None where it has died of the request."""
+  global _child, _owner
+  data = pickle.dumps(request, protocol=5)
+  with _lock:
+    if _child is None or _owner != os.getpid() or _child.poll() is not None:
+      _child, _owner = _start(), os.getpid()
+    child, timer = _child, None
+    assert child.stdin is not None
+    assert child.stdout is not None
+    if not hasattr(signal, "setitimer"):
+      timer = threading.Timer(_WALL_SECONDS, child.kill)
+      timer.start()
     try:
-      return _with_ticks(super()._parse(source, name, filename))
-    except RecursionError:
-      raise jinja2.TemplateSyntaxError("too deep a nesting", 1) from None
+      child.stdin.write(_HEADER.pack(len(data)) + data)
+      child.stdin.flush()
+      header = child.stdout.read(_HEADER.size)
+      reply = header and child.stdout.read(*_HEADER.unpack(header))
+    except (BrokenPipeError, struct.error):
+      reply = b""
+    except BaseException:  # An interrupt: the reply must not meet a question.
+      child.kill()
+      raise
+    finally:
+      if timer is not None:
+        timer.cancel()
+    if not reply:
+      _stop()
+      _child = None
+      return None
+  return marshal.loads(reply)
 
 
-def _with_ticks(tree: nodes.Template) -> nodes.Template:
-  """The template with a tick in every loop and macro, and with what it makes
-  weighed: lists, `~`, blocks of text that are set."""
-  bodies = list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)))
-  written = [
-    sum(len(data.data) for data in body.find_all(nodes.TemplateData))
-    + sum(budget.SHORT for _ in body.find_all(nodes.Output))
-    + sum(len(str(const.value)) for const in body.find_all(nodes.Const))
-    for body in bodies
-  ]
-  for node in tree.find_all(nodes.AssignBlock):
-    node.filter = _filter("string", node.filter, node.lineno)
-  _weigh_makings(tree)
-  for body, characters in zip(bodies, written, strict=True):
-    tick = _filter("_tick", nodes.Const(characters), body.lineno)
-    body.body.insert(0, nodes.ExprStmt(tick, lineno=body.lineno))
-  return tree
-
-
-def _weigh_makings(node: nodes.Node) -> None:
-  """Puts a filter on each list, dict and `~` in the expressions below."""
-  for field in node.fields:
-    value = getattr(node, field)
-    if isinstance(value, list):
-      for child in value:
-        if isinstance(child, nodes.Node):
-          _weigh_makings(child)
-      value[:] = [_weighed(one) for one in value]
-    elif isinstance(value, nodes.Node):
-      _weigh_makings(value)
-      setattr(node, field, _weighed(value))
-
-
-def _weighed(node: Any) -> Any:
-  if isinstance(node, nodes.Concat):
-    values = nodes.List(node.nodes, lineno=node.lineno)
-    return _filter("_joined", values, node.lineno)
-  if isinstance(node, nodes.Add) and not (
-    _is_text(node.left) or _is_text(node.right)
-  ):
-    return _filter("_added", node.left, node.lineno, node.right)
-  makes = isinstance(node, nodes.List | nodes.Dict) or (
-    isinstance(node, nodes.Tuple) and node.ctx == "load"
+def _start() -> subprocess.Popen[bytes]:
+  code = (
+    "import sys; sys.path[:] = sys.argv[1:]; "
+    f"from {__name__} import serve; serve()"
   )
-  # Literals of a template are no longer than the template.
-  if makes and any(True for _ in node.find_all(nodes.Name)):
-    return _filter("_made", node, node.lineno)
-  return node
+  return subprocess.Popen(
+    [sys.executable, "-I", "-c", code, *filter(None, sys.path), os.getcwd()],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.DEVNULL,
+  )
 
 
-def _is_text(node: nodes.Node) -> bool:
-  """Whether a node is a text of the template: `budget.tick` counts those."""
-  return isinstance(node, nodes.Const) and isinstance(node.value, str)
+@atexit.register
+def _stop() -> None:
+  if _child is not None and _owner == os.getpid():
+    _child.kill()
+    with contextlib.suppress(BrokenPipeError):  # What was not yet written.
+      _child.communicate()
 
 
-def _filter(
-  name: str, value: Any, line: int, *args: nodes.Expr
-) -> nodes.Filter:
-  return nodes.Filter(value, name, [*args], [], None, None, lineno=line)
+def serve() -> None:
+  """The child: answers requests on its standard streams until they end."""
+  for name in ("SIGINT", "SIGTERM"):  # The parent decides when it ends.
+    signal.signal(getattr(signal, name), signal.SIG_IGN)
+  with contextlib.suppress(ImportError, ValueError, OSError):
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+  stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
+  while header := stdin.read(_HEADER.size):
+    source, jobs = pickle.loads(stdin.read(*_HEADER.unpack(header)))
+    reply = marshal.dumps(_reply(source, jobs))
+    stdout.write(_HEADER.pack(len(reply)) + reply)
+    stdout.flush()
+
+
+def _reply(source: str, jobs: list[tuple]) -> Any:
+  """(kind, text) by job and cut, as many as fit; else what is wrong with it."""
+  _limit_time()
+  try:
+    template = compile(source)
+  except ValueError as error:
+    return str(error)
+  made, length = [], 0
+  for messages, variables, cuts in jobs:
+    made.append([])
+    for count, prompt in cuts:
+      if length > MAX_CHARACTERS:  # The rest travels by itself.
+        break
+      _limit_time()
+      made[-1].append(_rendered(template, messages[:count], variables, prompt))
+      length += len(made[-1][-1][1])
+  return made
+
+
+def _limit_time() -> None:
+  if hasattr(signal, "setitimer"):
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+
+
+def _rendered(
+  template: jinja2.Template, messages: Any, variables: Any, prompt: bool
+) -> tuple[str, str]:
+  variables = {**variables, "add_generation_prompt": prompt}
+  try:
+    return "text", render_here(template, {**variables, "messages": messages})
+  except _Unpinned as error:
+    return "date", str(error)
+  except TemplateFailed as error:
+    return "failed", str(error)
+
+
+class _Generation(jinja2.ext.Extension):
+  """Reads `{% generation %}` blocks as plain text: spans do not need them."""
+
+  tags = {"generation"}  # noqa: RUF012, Jinja's own protocol
+
+  def parse(self, parser: Any) -> nodes.Node:
+    line = next(parser.stream).lineno
+    body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    return nodes.Scope(body).set_lineno(line)
+
+
+def tojson(
+  value: Any,
+  ensure_ascii: bool = False,
+  indent: int | None = None,
+  separators: tuple[str, str] | None = None,
+  sort_keys: bool = False,
+) -> str:
+  """JSON as transformers prints it in templates: no HTML escapes."""
+  return json.dumps(
+    value,
+    ensure_ascii=ensure_ascii,
+    indent=indent,
+    separators=separators,
+    sort_keys=sort_keys,
+  )
+
+
+@functools.lru_cache(maxsize=16)
+def compile(source: str) -> jinja2.Template:
+  """The compiled template; a fault in it is a ValueError with its line."""
+  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True,
+    lstrip_blocks=True,
+    extensions=[_Generation, jinja2.ext.loopcontrols],
+  )
+  environment.filters["tojson"] = tojson
+  del environment.filters["random"], environment.globals["lipsum"]
+  environment.globals["raise_exception"] = _raise_exception
+  try:
+    if len(source) > _MAX_SOURCE:
+      raise MemoryError(f"more than {_MAX_SOURCE} characters")
+    return environment.from_string(source)
+  except jinja2.TemplateSyntaxError as error:
+    raise ValueError(
+      f"chat template line {error.lineno}: got {error.message}; expected a "
+      "Jinja template. Correct chat_template.jinja in the model folder."
+    ) from error
+  # What Jinja makes of a template, Python may still refuse to compile.
+  except (SyntaxError, RecursionError, MemoryError) as error:
+    raise ValueError(
+      f"chat template: got {error}; expected less nesting. Correct "
+      "chat_template.jinja in the model folder."
+    ) from error
+
+
+def render_here(template: jinja2.Template, variables: dict[str, Any]) -> str:
+  """The template's text, without limits: for the child, and for tests."""
+  date = variables.pop("date", None)
+  variables["strftime_now"] = functools.partial(_strftime, date)
+  pieces, length = [], 0
+  # As template.generate does, which copies the globals through slow layers.
+  context = template.new_context(_globals(template) | variables, shared=True)
+  try:
+    for piece in template.root_render_func(context):
+      length += len(piece)
+      if length > MAX_CHARACTERS:
+        raise TemplateFailed(f"a text of more than {MAX_CHARACTERS} characters")
+      pieces.append(piece)
+  except (_Unpinned, TemplateFailed):
+    raise
+  except MemoryError:
+    raise TemplateFailed(f"a rendering that exceeds {_limits()}") from None
+  # A template is code by others: whatever it raises is its refusal.
+  except Exception as error:
+    raise TemplateFailed(f"{type(error).__name__}: {error}"[:4000]) from error
+  return "".join(pieces)
+
+
+@functools.lru_cache(maxsize=16)
+def _globals(template: jinja2.Template) -> dict[str, Any]:
+  return dict(template.globals)
+
+
+class _Unpinned(ValueError):
+  pass
+
+
+def _strftime(date: str | None, format: str) -> str:
+  if date is None:
+    raise _Unpinned(
+      "chat template: got a call for today's date; expected a pinned one, "
+      "since text that changes by the day cannot be cached or repeated. Set "
+      "template_kwargs to {'date': 'YYYY-MM-DD'}."
+    )
+  return datetime.date.fromisoformat(date).strftime(format)
+
+
+def _raise_exception(message: str) -> None:
+  raise jinja2.TemplateError(message)

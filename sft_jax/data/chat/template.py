@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sft_jax.data.chat import jinja
+from sft_jax.data.chat import sandbox
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
 
 # Names under which templates read the thinking of a turn. `reasoning_content`
@@ -25,6 +25,10 @@ class ChatTemplate:
     stop_tokens: texts at which generation stops.
     control_tokens: texts that no message may contain, since the tokenizer
       would read them as structure; stop tokens are always among them.
+    name: for errors.
+
+  Raises:
+    ValueError: the source is no template; its line.
   """
 
   def __init__(
@@ -34,6 +38,7 @@ class ChatTemplate:
     *,
     stop_tokens: Sequence[str] = (),
     control_tokens: Sequence[str] = (),
+    name: str = "the chat template",
   ):
     self.source = source
     self.special_tokens = dict(special_tokens or {})
@@ -41,7 +46,8 @@ class ChatTemplate:
     self.control_tokens = tuple(control_tokens)
     self.reads_reasoning = bool(_READS_REASONING.search(source))
     self.reads_tools = bool(re.search(r"\btools\b", source))
-    self._template = jinja.compile(source)
+    self.name = name
+    sandbox.check(source)
 
   @functools.cached_property
   def stop(self) -> re.Pattern[str]:
@@ -64,25 +70,39 @@ class ChatTemplate:
     """The text of `messages`, as transformers'.
 
     Args:
-      messages: plain dicts; see `plain.to_template_messages`.
+      messages: plain dicts; see `template_messages.to_template_messages`.
       tools: JSON schemas; none is passed to the template as None.
       add_generation_prompt: end with what opens an assistant turn.
       **kwargs: more variables, such as enable_thinking. `date`
         ('2026-01-31') is what strftime_now reads.
 
     Raises:
-      jinja.TemplateFailed: the template refuses these messages; its own words.
+      sandbox.TemplateFailed: the template's refusal, in its own words.
       ValueError: the template asks for today's date and none is pinned.
     """
+    job = self.job(
+      messages, [(len(messages), add_generation_prompt)], tools, kwargs
+    )
+    text = sandbox.render(self.source, [job])[0][0]
+    if isinstance(text, Exception):
+      raise text
+    return text
+
+  def job(
+    self,
+    messages: Sequence[Mapping[str, Any]],
+    cuts: Sequence[tuple[int, bool]],
+    tools: Sequence[Mapping[str, Any]],
+    kwargs: Mapping[str, Any],
+  ) -> sandbox.Job:
+    """Renderings of first turns, for `sandbox.render`."""
     variables = {
       **self.special_tokens,
-      "messages": messages,
       "tools": list(tools) or None,
       "documents": None,
-      "add_generation_prompt": add_generation_prompt,
       **kwargs,
     }
-    return jinja.render(self._template, variables)
+    return sandbox.Job(messages, variables, cuts)
 
 
 def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
@@ -121,6 +141,7 @@ def with_tokens(tokenizer: Tokenizer, source: str) -> ChatTemplate:
     control_tokens=[
       text for text in tokenizer.special_tokens if text != unknown
     ],
+    name=f"the chat template of {tokenizer.folder}",
   )
 
 

@@ -48,7 +48,7 @@ def exported(template: ChatTemplate, options: RenderOptions) -> str | None:
 
 
 def described(template: ChatTemplate, options: RenderOptions) -> list[str]:
-  """What is said of the prompts of a run, and of its export."""
+  """Lines for the start page on the prompts of a run, and of its export."""
   lines = []
   kwargs = dict(options.template_kwargs)
   if kwargs:
@@ -59,7 +59,7 @@ def described(template: ChatTemplate, options: RenderOptions) -> list[str]:
       f"generation prompt: without its end {omitted!r}, in training, "
       "sampling and the export"
       if omitted
-      else "generation prompt: nothing to omit, replies go on from it"
+      else "generation prompt: nothing to omit, replies begin after it"
     )
   return lines
 

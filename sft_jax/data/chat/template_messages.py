@@ -1,19 +1,37 @@
-"""Messages as the plain dicts that chat templates read."""
+"""Messages as chat templates read them, and sentinels that find them again.
+
+Where in a rendering does each message stand? Words may occur twice, so nothing
+is searched for: the messages are rendered a second time with an invisible
+sentinel character on either side of each text. If taking the sentinels out
+gives the first rendering, they changed nothing, and they show to the character
+what the template put where.
+"""
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from sft_jax.data.conversation import Conversation, Message
 
-# What a turn's content is, as a part (`token_roles.TOKEN_ROLES`).
-CONTENT = {
+# The token role (`token_roles.TOKEN_ROLES`) of a message's content.
+CONTENT_ROLE = {
   "system": "system",
   "user": "user",
   "assistant": "answer",
   "tool": "tool",
 }
-Mark = Callable[[str, str], str]
+# Around reasoning in a content, where the row does not write its own.
+THINK_BLOCK = ("<think>\n", "\n</think>\n\n")
+# Sentinels are characters of Unicode's last private plane, which no text uses;
+# in JSON that is pure ASCII they are pairs of escaped surrogates.
+_FIRST, _LAST = 0x100000, 0x10FFFD
+_SENTINEL = re.compile(
+  f"[{chr(_FIRST)}-{chr(_LAST)}]"
+  r"|\\udb[cdef][0-9a-f]\\ud[cdef][0-9a-f]{2}"
+)
+_MOST = (_LAST - _FIRST) // 2
+Wrap = Callable[[str, str], str]
 
 
 class Form(NamedTuple):
@@ -21,8 +39,7 @@ class Form(NamedTuple):
 
   Attributes:
     reasoning_field: it reads reasoning_content (or thinking). Otherwise the
-      thinking goes back into the content it came from:
-      '<think>\\n...\\n</think>\\n\\n' before it.
+      reasoning goes back into the content, exactly as the row wrote it.
     arguments: of tool calls: an 'object', or its 'json' text.
     empty_content: the content of a turn that only calls tools.
   """
@@ -38,7 +55,7 @@ DEFAULT_FORM = Form()
 def to_template_messages(
   conversation: Conversation,
   form: Form = DEFAULT_FORM,
-  mark: Mark = lambda part, text: text,
+  wrap: Wrap = lambda role, text: text,
 ) -> list[dict[str, Any]]:
   """Messages as dicts. Keys that a message has no value for are left out,
   since templates ask whether they are defined.
@@ -46,67 +63,171 @@ def to_template_messages(
   Args:
     conversation: whose messages.
     form: what the template wants.
-    mark: (part, text) -> the text to show for it; see `marks.Marks`.
+    wrap: (token role, text) -> the text to render; see `Sentinels.wrap`.
   """
-  return [_plain(message, form, mark) for message in conversation.messages]
+  return [_to_dict(message, form, wrap) for message in conversation.messages]
 
 
-def said(message: Message) -> list[tuple[str, str]]:
-  """(part, text) of all that `to_template_messages` marks, in order."""
+def texts(message: Message) -> list[tuple[str, str]]:
+  """(token role, text) of all that `to_template_messages` wraps, in order."""
   found: list[tuple[str, str]] = []
 
-  def note(part: str, text: str) -> str:
-    found.append((part, text))
+  def note(role: str, text: str) -> str:
+    found.append((role, text))
     return text
 
-  _plain(message, DEFAULT_FORM, note)
+  _to_dict(message, DEFAULT_FORM, note)
   return found
 
 
-def _plain(message: Message, form: Form, mark: Mark) -> dict[str, Any]:
-  plain: dict[str, Any] = {"role": message.role, "content": ""}
+def _to_dict(message: Message, form: Form, wrap: Wrap) -> dict[str, Any]:
+  made: dict[str, Any] = {"role": message.role, "content": ""}
   thought = message.reasoning
-  reasoning = "" if thought is None else mark("reasoning", thought)
-  content = mark(CONTENT[message.role], message.content)
+  reasoning = "" if thought is None else wrap("reasoning", thought)
+  content = wrap(CONTENT_ROLE[message.role], message.content)
   if thought is not None:
     if form.reasoning_field:
-      plain["reasoning_content"] = plain["thinking"] = reasoning
+      made["reasoning_content"] = made["thinking"] = reasoning
     else:
-      content = f"<think>\n{reasoning}\n</think>\n\n{content}"
-  plain["content"] = content
+      before, after = message.think_block or THINK_BLOCK
+      content = before + reasoning + after + content
+  made["content"] = content
   if message.tool_calls:
-    plain["content"] = content or form.empty_content
-    plain["tool_calls"] = [
+    made["content"] = content or form.empty_content
+    made["tool_calls"] = [
       {
         "type": "function",
         **({} if call.id is None else {"id": call.id}),
         "function": {
-          "name": mark("tool_call", call.name),
-          "arguments": _arguments(call.arguments, form, mark),
+          "name": wrap("tool_call", call.name),
+          "arguments": _arguments(call.arguments, form, wrap),
         },
       }
       for call in message.tool_calls
     ]
   for key in ("name", "tool_call_id"):
     if (value := getattr(message, key)) is not None:
-      plain[key] = value
-  return plain
+      made[key] = value
+  return made
 
 
-def _arguments(arguments: dict[str, Any], form: Form, mark: Mark) -> Any:
-  marked = leaves(arguments, mark)
+def _arguments(arguments: dict[str, Any], form: Form, wrap: Wrap) -> Any:
+  wrapped = map_strings(arguments, wrap)
   if form.arguments == "json":
-    return json.dumps(marked, ensure_ascii=False)
-  return marked
+    return json.dumps(wrapped, ensure_ascii=False)
+  return wrapped
 
 
-def leaves(value: Any, mark: Mark) -> Any:
-  """A copy of JSON with every string in it marked; keys stay, for templates
-  sort by them."""
+def map_strings(value: Any, wrap: Wrap) -> Any:
+  """A copy of JSON with every string wrapped; keys stay, for templates sort
+  by them."""
   if isinstance(value, str):
-    return mark("tool_call", value)
+    return wrap("tool_call", value)
   if isinstance(value, dict):
-    return {key: leaves(one, mark) for key, one in value.items()}
+    return {key: map_strings(one, wrap) for key, one in value.items()}
   if isinstance(value, list | tuple):
-    return [leaves(one, mark) for one in value]
+    return [map_strings(one, wrap) for one in value]
   return value
+
+
+class RoleSpan(NamedTuple):
+  """A text of the row, in a rendering.
+
+  Attributes:
+    start, end: its characters, without white space around it.
+    role: its token role.
+    written: the text as the row has it; the rendering may have escaped it.
+  """
+
+  start: int
+  end: int
+  role: str
+  written: str
+
+  def moved(self, by: int) -> "RoleSpan":
+    return self._replace(start=self.start + by, end=self.end + by)
+
+
+class Sentinels:
+  """Wraps texts, and finds them again in a rendering.
+
+  Equal texts of one role get equal sentinels, since templates compare
+  messages. White space around a text stays outside, since templates strip it.
+  """
+
+  def __init__(self) -> None:
+    self._numbers: dict[tuple[str, str], int] = {}
+    self._keys: list[tuple[str, str]] = []
+
+  def wrap(self, role: str, text: str) -> str:
+    """The text between two sentinels; blank text as it is."""
+    core = text.strip()
+    if not core or len(self._keys) == _MOST:
+      return text
+    number = self._numbers.setdefault((role, core), len(self._keys))
+    if number == len(self._keys):
+      self._keys.append((role, core))
+    at = text.index(core)
+    opening, closing = chr(_FIRST + 2 * number), chr(_FIRST + 2 * number + 1)
+    return text[:at] + opening + core + closing + text[at + len(core) :]
+
+  def find(self, wrapped: str, text: str) -> list[RoleSpan] | None:
+    """The role spans of `text`, in order, from the sentinels in `wrapped`.
+
+    None where that is not certain: the sentinels have changed the rendering,
+    or the text has such characters of its own.
+    """
+    spans, opened, removed = [], {}, 0
+    for sentinel in _SENTINEL.finditer(wrapped):
+      number = ord(_character(sentinel[0])) - _FIRST
+      at = sentinel.start() - removed
+      removed += len(sentinel[0])
+      if number % 2 == 0:
+        opened[number // 2] = at
+      elif number // 2 < len(self._keys) and number // 2 in opened:
+        start = opened.pop(number // 2)
+        spans.append(RoleSpan(start, at, *self._keys[number // 2]))
+      else:  # Cut off by the template.
+        return None
+    if opened or _SENTINEL.search(text) or _SENTINEL.sub("", wrapped) != text:
+      return None
+    spans.sort()
+    return spans
+
+
+def search(texts: list[tuple[str, str]], rendering: str) -> list[RoleSpan]:
+  """Spans of (role, text) pairs that stand in a rendering exactly once.
+
+  The fallback where sentinels change a rendering. Good enough to count by, not
+  to train by.
+  """
+  spans = []
+  for role, text in dict.fromkeys(texts):
+    core = text.strip()
+    if core and rendering.count(core) == 1:
+      at = rendering.index(core)
+      spans.append(RoleSpan(at, at + len(core), role, core))
+  spans.sort()
+  apart = []
+  for span in spans:
+    if not apart or span.start >= apart[-1].end:
+      apart.append(span)
+  return apart
+
+
+def as_written(written: str, shown: str) -> bool:
+  """Whether `shown` is the text, as it is or as the inside of a JSON string."""
+  return (
+    shown == written
+    or shown == in_json(written)
+    or shown == in_json(written, ascii_only=True)
+  )
+
+
+def in_json(text: str, *, ascii_only: bool = False) -> str:
+  """A text as it stands between the quotes of a JSON string."""
+  return json.dumps(text, ensure_ascii=ascii_only)[1:-1]
+
+
+def _character(sentinel: str) -> str:
+  return sentinel if len(sentinel) == 1 else json.loads(f'"{sentinel}"')

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from sft_jax.data.chat import jinja, marks, template_messages
+from sft_jax.data.chat import template_messages
+from sft_jax.data.chat.sandbox import TemplateFailed
 from sft_jax.data.chat.template import ChatTemplate
 from sft_jax.data.conversation import Conversation, Message, ToolCall
 
@@ -56,7 +57,7 @@ def form(
 
 
 def omitted(template: ChatTemplate, kwargs: Mapping[str, Any]) -> str:
-  """The end of the generation prompt that replies do not go on from.
+  """The end of the generation prompt that replies do not begin after.
 
       prompt    <|User|>Hi<|Assistant|><think>\\n
       rendered  <|User|>Hi<|Assistant|>Hello.<|end|>
@@ -75,9 +76,9 @@ def injected(template: ChatTemplate, kwargs: Mapping[str, Any]) -> str:
   return _injected(template, _key(kwargs))
 
 
-def shows_thinking(template: ChatTemplate, kwargs: Mapping[str, Any]) -> bool:
-  """Whether the thinking of a conversation's last turn is rendered."""
-  return _shows_thinking(template, _key(kwargs))
+def shows_reasoning(template: ChatTemplate, kwargs: Mapping[str, Any]) -> bool:
+  """Whether the reasoning of a conversation's last turn is rendered."""
+  return _shows_reasoning(template, _key(kwargs))
 
 
 def shared(one: str, other: str) -> int:
@@ -94,18 +95,20 @@ def _form(template: ChatTemplate, key: str) -> template_messages.Form:
   for arguments in ("object", "json"):
     for empty in ("", None):
       made = first._replace(arguments=arguments, empty_content=empty)
-      ink = marks.Marks()
+      sentinels = template_messages.Sentinels()
       shown = template_messages.to_template_messages(_CALL, made)
-      marked = template_messages.to_template_messages(_CALL, made, ink.mark)
+      wrapped = template_messages.to_template_messages(
+        _CALL, made, sentinels.wrap
+      )
       try:
-        found = ink.find(
-          template.render(marked, tools=tools, **json.loads(key)),
+        found = sentinels.find(
+          template.render(wrapped, tools=tools, **json.loads(key)),
           template.render(shown, tools=tools, **json.loads(key)),
         )
-      except jinja.TemplateFailed:
+      except TemplateFailed:
         continue
-      said = {piece.said for piece in found or () if piece.part == "tool_call"}
-      if said == {"look_up", 'the "rain"'}:
+      texts = {span.written for span in found or () if span.role == "tool_call"}
+      if texts == {"look_up", 'the "rain"'}:
         return made
   return first
 
@@ -122,7 +125,7 @@ def _omitted(template: ChatTemplate, key: str) -> str:
         shared(prompt, template.render(turns, **kwargs))
         for turns in ([*asked, _ANSWERED], [*asked, other])
       )
-    except jinja.TemplateFailed:
+    except TemplateFailed:
       continue
     for tag in (*_TAG.finditer(prompt), *template.control.finditer(prompt)):
       if tag.start() < kept < tag.end():
@@ -136,7 +139,7 @@ def _injected(template: ChatTemplate, key: str) -> str:
   turns = [_ASKED, _ANSWERED, _ASKED_AGAIN]
   try:
     text = template.render(turns, **json.loads(key))
-  except jinja.TemplateFailed:
+  except TemplateFailed:
     return ""
   asked, answered, again = (text.find(turn["content"]) for turn in turns)
   if not 0 <= asked < answered < again:
@@ -149,7 +152,7 @@ def _injected(template: ChatTemplate, key: str) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _shows_thinking(template: ChatTemplate, key: str) -> bool:
+def _shows_reasoning(template: ChatTemplate, key: str) -> bool:
   form = template_messages.Form(reasoning_field=template.reads_reasoning)
   thought = "It was not snow."
   turns = (
@@ -159,7 +162,7 @@ def _shows_thinking(template: ChatTemplate, key: str) -> bool:
   shown = template_messages.to_template_messages(Conversation(turns), form)
   try:
     return thought in template.render(shown, **json.loads(key))
-  except jinja.TemplateFailed:
+  except TemplateFailed:
     return False
 
 

@@ -1,12 +1,13 @@
-"""What the parts of a rendering are: muted, someone's words, or literal."""
+"""The token roles of a rendering, and what in it is masked or escaped."""
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 
-from sft_jax.data.chat import marks, template_messages, template_probes
-from sft_jax.data.chat.marks import Piece
-from sft_jax.data.chat.renderer import Script
-from sft_jax.data.chat.trained_turn import Turn
+from sft_jax.data.chat import template_messages, template_probes
+from sft_jax.data.chat.renderer import ConversationRenderer
+from sft_jax.data.chat.template_messages import RoleSpan
+from sft_jax.data.chat.trained_turn import TrainedTurn
 from sft_jax.data.conversation import Message, RowError
 
 # Whose text a token is; an Example holds the indices.
@@ -21,53 +22,56 @@ TOKEN_ROLES = (
   "stop",
   "text",  # Raw text, or ids made elsewhere.
 )
-_EMPTY_THOUGHT = re.compile(r"<think>\s*</think>")
+_EMPTY_THINK_BLOCK = re.compile(r"<think>\s*</think>")
+WHITE_SPACE_CUT = "white space cut by the template"
 _TAG = re.compile(r"\s*<[^<>\s]+>\s*")
 
 
-def muted(
-  script: Script, one: Turn, pieces: Sequence[Piece] | None
+def masked_spans(
+  renderer: ConversationRenderer,
+  one: TrainedTurn,
+  spans: Sequence[RoleSpan] | None,
 ) -> list[tuple[int, int]]:
-  """What of a trained turn is not trained: hidden thinking, and all that its
-  own spans leave out."""
-  message = script.conversation.messages[one.index]
+  """(start, end) in a trained turn that are not trained: hidden reasoning, and
+  all that its own spans leave out."""
+  message = renderer.conversation.messages[one.index]
   hides = (
-    script.options.reasoning == "hide" and (message.reasoning or "").strip()
+    renderer.options.reasoning == "hide" and (message.reasoning or "").strip()
   )
   if not hides and message.spans is None:
     return []
 
   def uncertain(what: str) -> RowError:
     return RowError(
-      script.conversation.where(one.index),
-      f"a rendering in which {what} cannot be told from the rest",
+      renderer.conversation.where(one.index),
+      f"a rendering in which {what} cannot be separated from the rest",
       "a template that renders it as it is",
       "Train the whole turn, or drop the row.",
     )
 
   own = [
-    piece
-    for piece in pieces or ()
-    if one.start <= piece.start and piece.end <= one.stop
+    span
+    for span in spans or ()
+    if one.start <= span.start and span.end <= one.stop
   ]
   if message.spans is not None:
-    answer = [piece for piece in own if piece.part == "answer"]
+    answer = [span for span in own if span.role == "answer"]
     core = message.content.strip()
-    shown = [one.text[piece.start : piece.end] for piece in answer]
+    shown = [one.text[span.start : span.end] for span in answer]
     if message.spans and shown != [core]:
       raise uncertain("the content")
     kept: list[tuple[int, int]] = []
     if message.spans:
-      (piece,) = answer
-      moved = piece.start - message.content.index(core)
+      (span,) = answer
+      moved = span.start - message.content.index(core)
       kept = [(a + moved, b + moved) for a, b in message.spans]
       # Whoever trains the last word trains to stop after it.
-      if kept[-1][1] >= piece.end:
+      if kept[-1][1] >= span.end:
         kept[-1] = (kept[-1][0], one.end)
     return _between(kept, one.start, one.end)
-  thought = [piece for piece in own if piece.part == "reasoning"]
+  thought = [span for span in own if span.role == "reasoning"]
   if len(thought) != 1:
-    raise uncertain("the thinking")
+    raise uncertain("the reasoning")
   return [_think_block(one, own, thought[0])]
 
 
@@ -84,61 +88,61 @@ def _between(
 
 
 def _think_block(
-  turn: Turn, own: list[Piece], thought: Piece
+  turn: TrainedTurn, own: list[RoleSpan], thought: RoleSpan
 ) -> tuple[int, int]:
-  """A turn's thinking with the tags around it.
+  """A turn's reasoning with the tags around it.
 
       <think>\\nTwos.\\n</think>\\n\\n4<|im_end|>
       ------------------------------
 
-  It starts where the turn or what is said before it ends, and ends where the
+  It starts where the turn or the text before it ends, and ends where the
   answer starts; or, where a tool call follows, with the next tag.
   """
   at = own.index(thought)
   start = own[at - 1].end if at else turn.start
-  if at + 1 < len(own) and own[at + 1].part == "answer":
+  if at + 1 < len(own) and own[at + 1].role == "answer":
     return start, own[at + 1].start
   until = own[at + 1].start if at + 1 < len(own) else turn.stop
   return start, _after_tag(turn.text, thought.end, until)
 
 
-def parts(
+def role_spans(
   messages: Sequence[Message],
   text: str,
-  pieces: Sequence[Piece] | None,
-  cut: Sequence[Turn] = (),
+  spans: Sequence[RoleSpan] | None,
+  cut: Sequence[TrainedTurn] = (),
 ) -> tuple[tuple[int, int, str], ...]:
-  """Who says what, with the stop tokens of the trained turns and the syntax
-  around tool calls in them.
+  """(start, end, token role) of the texts, of the stop tokens of the trained
+  turns, and of the syntax around tool calls in them.
 
   Args:
     messages: those that are rendered.
     text: the rendering.
-    pieces: what they say in it; where that is not certain, it is searched for.
+    spans: of the messages' texts; where None, these are searched for.
     cut: the trained turns.
   """
-  if pieces is None:
-    said = [
-      pair for message in messages for pair in template_messages.said(message)
+  if spans is None:
+    texts = [
+      pair for message in messages for pair in template_messages.texts(message)
     ]
-    pieces = marks.search(said, text)
+    spans = template_messages.search(texts, text)
   found: list[tuple[int, int, str]] = []
   syntax: list[tuple[int, int, str]] = []
   for one in cut:
     syntax.append((one.stop, one.end, "stop"))
-    own = [p for p in pieces if one.start <= p.start and p.end <= one.stop]
+    own = [p for p in spans if one.start <= p.start and p.end <= one.stop]
     at, before = one.start, ""
-    for piece in (*own, Piece(one.stop, one.stop, "", "")):
-      if at < piece.start and "tool_call" in (before, piece.part):
-        if before == "reasoning":  # First, what closes the thinking.
-          at = _after_tag(text, at, piece.start)
-        syntax.append((at, piece.start, "tool_call"))
-      at, before = max(at, piece.end), piece.part
+    for span in (*own, RoleSpan(one.stop, one.stop, "", "")):
+      if at < span.start and "tool_call" in (before, span.role):
+        if before == "reasoning":  # First, what closes the reasoning.
+          at = _after_tag(text, at, span.start)
+        syntax.append((at, span.start, "tool_call"))
+      at, before = max(at, span.end), span.role
   at = 0
-  plainly = [(piece.start, piece.end, piece.part) for piece in pieces]
-  for start, end, part in sorted((*plainly, *syntax)):
+  plainly = [(span.start, span.end, span.role) for span in spans]
+  for start, end, role in sorted((*plainly, *syntax)):
     if start >= at and end > start:
-      found.append((start, end, part))
+      found.append((start, end, role))
       at = end
   return tuple(found)
 
@@ -149,19 +153,19 @@ def _after_tag(text: str, start: int, end: int) -> int:
   return tag.end() if tag else start
 
 
-def literal(
-  script: Script, text: str, pieces: Sequence[Piece] | None
+def special_as_text(
+  renderer: ConversationRenderer, text: str, spans: Sequence[RoleSpan] | None
 ) -> tuple[tuple[int, int], ...]:
-  """Control tokens that what is said makes up, wholly or in part."""
-  options, template = script.options, script.template
+  """(start, end) of control tokens that texts make up, wholly or in part."""
+  options, template = renderer.options, renderer.template
   if options.control_tokens == "allow":
     return ()
-  if pieces is None:
-    if script.escapes:
+  if spans is None:
+    if renderer.escapes:
       raise RowError(
-        script.conversation.source or "row",
-        "control tokens in a rendering whose texts cannot be told from its "
-        "structure",
+        renderer.conversation.source or "row",
+        "control tokens in a rendering whose texts and structure cannot be "
+        "separated",
         "a template that renders texts as they are",
         "Drop the row, or set data.control_tokens to allow.",
       )
@@ -169,14 +173,14 @@ def literal(
   found = []
   at = 0
   for token in template.control.finditer(text):
-    while at < len(pieces) and pieces[at].end <= token.start():
+    while at < len(spans) and spans[at].end <= token.start():
       at += 1
-    if at < len(pieces) and pieces[at].start < token.end():
+    if at < len(spans) and spans[at].start < token.end():
       found.append(token.span())
   if found and options.control_tokens == "error":
     a, b = found[0]
     raise RowError(
-      script.conversation.source or "row",
+      renderer.conversation.source or "row",
       f"the control token {text[a:b]!r}, which a text and the template make "
       "up together",
       "text without control tokens",
@@ -185,25 +189,65 @@ def literal(
   return tuple(found)
 
 
-def notes(script: Script, last: Turn, cut: Sequence[Turn]) -> frozenset[str]:
+def notes(
+  renderer: ConversationRenderer, last: TrainedTurn, cut: Sequence[TrainedTurn]
+) -> frozenset[str]:
   """What happened in a rendering, for the ledger."""
   happened = set()
-  messages = script.conversation.messages
+  messages = renderer.conversation.messages
   if messages[0].role != "system":
     put = template_probes.injected(
-      script.template, script.options.template_kwargs
+      renderer.template, renderer.options.template_kwargs
     )
     if put and put in last.text:
       happened.add("injected system prompt")
-  for piece in last.pieces or ():
-    shown = last.text[piece.start : piece.end]
-    if piece.end <= last.start and not marks.as_written(piece.said, shown):
+  for span in last.spans or ():
+    shown = last.text[span.start : span.end]
+    if span.end <= last.start and not template_messages.as_written(
+      span.written, shown
+    ):
       happened.add("text changed by the template")
+  happened |= _rewritten(renderer, last, cut)
   for one in cut:
-    ends = [p.end for p in last.pieces or () if p.end <= one.start]
+    ends = [p.end for p in last.spans or () if p.end <= one.start]
     opens = max(ends, default=one.start)
-    if not messages[one.index].reasoning and _EMPTY_THOUGHT.search(
+    if not messages[one.index].reasoning and _EMPTY_THINK_BLOCK.search(
       last.text, opens, one.stop
     ):
       happened.add("empty think block")
   return frozenset(happened)
+
+
+def _rewritten(
+  renderer: ConversationRenderer,
+  last: TrainedTurn,
+  cut: Sequence[TrainedTurn],
+) -> set[str]:
+  """Notes on white space of the row that the rendering does not have."""
+  found = set()
+  texts: dict[tuple[str, str], list[str]] = {}
+  for message in renderer.conversation.messages[: last.index + 1]:
+    for role, text in template_messages.texts(message):
+      texts.setdefault((role, text.strip()), []).append(text)
+  for span in last.spans or ():
+    mine = texts.get((span.role, span.written))
+    text = mine.pop(0) if mine else span.written
+    if not keeps_white_space(last.text, span.start, span.end, text):
+      found.add(WHITE_SPACE_CUT)
+  for one in cut:
+    block = renderer.conversation.messages[one.index].think_block
+    own = [s for s in last.spans or () if one.start <= s.start < one.stop]
+    for span, answer in itertools.pairwise(own):
+      if block and (span.role, answer.role) == ("reasoning", "answer"):
+        before = last.text[: span.start]
+        between = last.text[span.end : answer.start]
+        if not before.endswith(block[0].lstrip()) or between != block[1]:
+          found.add("text changed by the template")
+  return found
+
+
+def keeps_white_space(rendering: str, start: int, end: int, text: str) -> bool:
+  """Whether the white space around a text stands around [start, end) too."""
+  trail = text[len(text.rstrip()) :]
+  lead = text[: len(text) - len(text.lstrip())]
+  return rendering.endswith(lead, 0, start) and rendering.startswith(trail, end)

@@ -1,18 +1,21 @@
 """One trained turn: where it starts after its prompt, and where it stops."""
 
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
-from sft_jax.data.chat import template_probes, thinking
-from sft_jax.data.chat.marks import Piece
-from sft_jax.data.chat.renderer import Script
+from sft_jax.data.chat import template_probes
+from sft_jax.data.chat.renderer import ConversationRenderer
+from sft_jax.data.chat.template_messages import RoleSpan
 from sft_jax.data.conversation import RowError
 
 # A turn that might come next, by whether a tool is called.
 _NEXT = {"role": "user", "content": "Go on."}
 _REPLIES = ("answer", "reasoning", "tool_call")
+_OPENED = re.compile(r"<think>\s*\Z")
+_EMPTY = re.compile(r"<think>(\s*)</think>\s*")
 
 
-class Turn:
+class TrainedTurn:
   """A rendering that ends with a trained turn.
 
   Attributes:
@@ -22,26 +25,26 @@ class Turn:
     stop, end: start and end of its stop token.
 
   The reply is what the rendering of the turns so far adds to the prompt. Two
-  detours, where marks make them certain:
+  detours, where sentinels make them certain:
 
   - The template rewrites earlier turns once there is a reply. Then the reply
     is cut out behind the generation prompt and set after what inference sees.
   - The template ends a turn by opening the next (GLM: <|user|>). Then the
     stop token is that of a rendering in which a turn follows.
 
-  Thinking that the template leaves out and the options ask for is put in first
-  (`thinking.fill`).
+  Reasoning that the template leaves out and the options ask for is put in
+  first (`fill`).
 
   Raises:
     RowError: a reply whose start or end is not certain.
   """
 
-  def __init__(self, script: Script, index: int):
+  def __init__(self, renderer: ConversationRenderer, index: int):
     self.index = index
-    self._script = script
-    self._pieces: list[Piece] | None = None
+    self._renderer = renderer
+    self._spans: list[RoleSpan] | None = None
     self._located = False
-    prompt, full = script.prompt(index), script.turns(index + 1)
+    prompt, full = renderer.prompt(index), renderer.turns(index + 1)
     if not prompt:
       raise RowError(
         self.where,
@@ -51,96 +54,88 @@ class Turn:
       )
     self.text, self.start = full, len(prompt)
     self._full = full
-    if script.thoughts[index]:
-      self._think(prompt, script.thoughts[index])
+    if renderer.reasoning[index]:
+      self._write_reasoning(prompt, renderer.reasoning[index])
     elif not full.startswith(prompt):
       self._transplant(prompt)
     self._find_stop()
 
   @property
   def where(self) -> str:
-    return self._script.conversation.where(self.index)
+    return self._renderer.conversation.where(self.index)
 
   @property
-  def pieces(self) -> list[Piece] | None:
-    """What the turns say in `text`; None where that is not certain."""
+  def spans(self) -> list[RoleSpan] | None:
+    """The role spans of `text`; None where they are not certain."""
     if not self._located:
-      self._pieces = self._script.pieces(self.index + 1, self._full)
+      self._spans = self._renderer.spans(self.index + 1, self._full)
       self._located = True
-    return self._pieces
+    return self._spans
 
-  def _think(self, prompt: str, thought: str) -> None:
-    """Puts the thinking into a rendering without it."""
-    filled = thinking.fill(prompt, self._full, thought)
-    pieces = self.pieces
-    if filled is None or pieces is None:
+  def _write_reasoning(self, prompt: str, thought: str) -> None:
+    """Puts the reasoning into a rendering without it."""
+    filled = fill(prompt, self._full, thought)
+    spans = self.spans
+    if filled is None or spans is None:
       raise RowError(
         self.where,
-        "a turn whose thinking cannot be put before its answer: "
+        "a turn whose reasoning cannot be put before its answer: "
         + divergence(prompt, self._full),
-        "a generation prompt that thinking can follow",
+        "a generation prompt that reasoning can follow",
         "Set data.template_kwargs (such as enable_thinking), or data.reasoning "
         "to strip.",
       )
     self.text = filled.text
-    before = [piece for piece in pieces if piece.end <= filled.start]
-    self._pieces = [
+    before = [span for span in spans if span.end <= filled.start]
+    self._spans = [
       *before,
-      Piece(filled.start, filled.end, "reasoning", thought),
-      *(
-        piece._replace(
-          start=piece.start + filled.moved, end=piece.end + filled.moved
-        )
-        for piece in pieces[len(before) :]
-      ),
+      RoleSpan(filled.start, filled.end, "reasoning", thought),
+      *(span.moved(filled.moved) for span in spans[len(before) :]),
     ]
 
   def _transplant(self, prompt: str) -> None:
     """Sets the reply of a rewritten conversation after its prompt."""
-    script, full = self._script, self._full
+    renderer, full = self._renderer, self._full
     refusal = RowError(
       self.where,
-      "a turn that does not go on from its generation prompt: "
+      "a turn that does not begin with its generation prompt: "
       + divergence(prompt, full),
       "a template whose assistant turn begins with its generation prompt",
       "Inference would see other text than training: set data.template_kwargs "
-      "(such as enable_thinking), or data.generation_prompt to omit, or mend "
-      "the template."
+      "(such as enable_thinking), or data.generation_prompt to omit, or "
+      "correct the template."
       + (
-        " Or set data.reasoning to write, if it opens the thinking."
-        if script.conversation.messages[self.index].reasoning
+        " Or set data.reasoning to write, if it opens the reasoning."
+        if renderer.conversation.messages[self.index].reasoning
         else ""
       ),
     )
-    before = script.prompt_pieces(self.index, prompt)
-    pieces = self.pieces
-    if script.options.history == "keep" or not before or not pieces:
+    before = renderer.prompt_spans(self.index, prompt)
+    spans = self.spans
+    if renderer.options.history == "keep" or not before or not spans:
       raise refusal
-    first = len(pieces)
-    while first and pieces[first - 1].part in _REPLIES:
+    first = len(spans)
+    while first and spans[first - 1].role in _REPLIES:
       first -= 1
-    if first in (0, len(pieces)):
+    if first in (0, len(spans)):
       raise refusal
-    earlier, gap_start = pieces[first - 1], pieces[first - 1].end
-    gap = full[gap_start : pieces[first].start]
+    earlier, gap_start = spans[first - 1], spans[first - 1].end
+    gap = full[gap_start : spans[first].start]
     # What follows the last text of the prompt, or at least its very end.
     tail = prompt[before[-1].end :]
-    if (before[-1].part, before[-1].said) != (earlier.part, earlier.said):
+    if (before[-1].role, before[-1].written) != (earlier.role, earlier.written):
       raise refusal
     if not (tail.strip() and gap.startswith(tail)):
-      history = script.turns(self.index)
+      history = renderer.turns(self.index)
       tail = prompt.removeprefix(history)
       if tail == prompt or not tail.strip() or gap.count(tail) != 1:
         raise refusal
     start = gap_start + gap.index(tail) + len(tail)
     moved = len(prompt) - start
     self.text = prompt + full[start:]
-    self._pieces = [
+    self._spans = [
       *before,
-      *(
-        piece._replace(start=piece.start + moved, end=piece.end + moved)
-        for piece in pieces[first:]
-      ),
+      *(span.moved(moved) for span in spans[first:]),
     ]
 
   def _find_stop(self) -> None:
@@ -150,9 +145,9 @@ class Turn:
       found = self._stop_of_next_turn()
     self.stop, self.end = found
     token = self.text[self.stop : self.end]
-    rest = self._script.template.stop.sub("", self.text[self.end :]).strip()
+    rest = self._renderer.template.stop.sub("", self.text[self.end :]).strip()
     if rest and (
-      self.pieces is None or any(p.end > self.stop for p in self.pieces)
+      self.spans is None or any(p.end > self.stop for p in self.spans)
     ):
       raise RowError(
         self.where,
@@ -162,15 +157,15 @@ class Turn:
       )
 
   def _stops(self, start: int) -> tuple[int, int] | None:
-    said = (self.pieces or ()) if self._script.escapes else ()
-    for stop in self._script.template.stop.finditer(self.text, start):
+    said = (self.spans or ()) if self._renderer.escapes else ()
+    for stop in self._renderer.template.stop.finditer(self.text, start):
       if not any(p.start < stop.end() and stop.start() < p.end for p in said):
         return stop.span()
     return None
 
   def _stop_of_next_turn(self) -> tuple[int, int]:
     """Where the template writes the stop token only as the next turn opens."""
-    script, template = self._script, self._script.template
+    renderer, template = self._renderer, self._renderer.template
     near = template.control.findall(self.text, self.start)
     refusal = RowError(
       self.where,
@@ -180,19 +175,19 @@ class Turn:
       + (f" ({near[-1]!r}?)" if near else "")
       + " to eos_token_id in the model folder's generation_config.json.",
     )
-    own = [piece for piece in self.pieces or () if piece.start >= self.start]
+    own = [span for span in self.spans or () if span.start >= self.start]
     if not own:
       raise refusal
     try:
       then = [self._next()]
-      text = script.turns(self.index + 1, then)
-      after = script.pieces(self.index + 1, text, then)
+      text = renderer.turns(self.index + 1, then)
+      after = renderer.spans(self.index + 1, text, then)
     except RowError:
       raise refusal from None
     same = [
-      piece
-      for piece in after or ()
-      if (piece.part, piece.said) == (own[-1].part, own[-1].said)
+      span
+      for span in after or ()
+      if (span.role, span.written) == (own[-1].role, own[-1].written)
     ]
     if not same:
       raise refusal
@@ -207,7 +202,7 @@ class Turn:
     raise refusal
 
   def _next(self) -> dict[str, Any]:
-    calls = self._script.conversation.messages[self.index].tool_calls
+    calls = self._renderer.conversation.messages[self.index].tool_calls
     if not calls:
       return _NEXT
     return {
@@ -223,3 +218,67 @@ def divergence(one: str, other: str) -> str:
   at = template_probes.shared(one, other)
   start = max(0, at - 20)
   return f"{one[start : at + 30]!r} against {other[start : at + 30]!r}"
+
+
+class Filled(NamedTuple):
+  """A rendering with the reasoning in it.
+
+  Attributes:
+    text: the rendering.
+    start, end: the reasoning, its tags not included.
+    moved: how far what comes after the block has moved.
+  """
+
+  text: str
+  start: int
+  end: int
+  moved: int
+
+
+def fill(prompt: str, full: str, thought: str) -> Filled | None:
+  """Writes the reasoning into a turn that a template renders without it.
+
+  Some templates (DeepSeek's R1 and V3, Nemotron) cut the think block out of
+  every turn, the last included, since they were written for inference alone:
+  there the model writes the block itself, so what it must emit is known.
+
+      prompt   <|User|>2 + 2?<|Assistant|><think>⏎
+      full     <|User|>2 + 2?<|Assistant|>4<|end|>
+      text     <|User|>2 + 2?<|Assistant|><think>⏎Twos.⏎</think>⏎⏎4<|end|>
+
+  The block begins as the prompt opens it. Where the rendering has an empty
+  block, that one is filled.
+
+  Args:
+    prompt: what inference sees.
+    full: the turns up to and including this one, without its reasoning.
+    thought: the reasoning, without white space around it.
+
+  Returns:
+    None where `full` does not begin with the prompt, or the prompt has closed
+    the reasoning already.
+  """
+  opened = _OPENED.search(prompt)
+  at = opened.start() if opened else len(prompt)
+  if not full.startswith(prompt[:at]):
+    return None
+  empty = _EMPTY.match(full, at)
+  if not opened and not empty and prompt.rstrip().endswith("</think>"):
+    return None
+  if opened:
+    opening = opened[0]
+  else:
+    opening = "<think>" if empty and not empty[1] else "<think>\n"
+  line = "\n" if opening.endswith("\n") else ""
+  closing, until = f"{line}</think>{line}{line}", at
+  if empty:
+    closing = line + full[empty.end(1) : empty.end()]
+    until = empty.end()
+  block = opening + thought + closing
+  start = at + len(opening)
+  return Filled(
+    full[:at] + block + full[until:],
+    start,
+    start + len(thought),
+    len(block) - (until - at),
+  )

@@ -46,7 +46,7 @@ def encode_rendered(
   conversation: Conversation,
 ) -> list[Tokens]:
   """One sequence, or one per span where spans cannot share their ids."""
-  text, spans, literal = rendered.text, rendered.spans, rendered.literal
+  text, spans, literal = rendered.text, rendered.spans, rendered.special_as_text
   ids, offsets = tokenizer.encode_with_offsets(text, literal)
   if not spans:
     weights = np.ones(len(ids), np.float32)
@@ -97,7 +97,7 @@ def _prompt_length(
       break
   literal = tuple(
     (a - begin, b - begin)
-    for a, b in rendered.literal
+    for a, b in rendered.special_as_text
     if begin <= a and b <= start
   )
   tail = tail_ids(tokenizer, rendered.text[begin:start], literal)
@@ -132,7 +132,7 @@ def _encode_apart(
   """The ids of a prompt, and after them those of its reply."""
   start, end, weight = span
   text = rendered.text
-  before = tuple(one for one in rendered.literal if one[1] <= start)
+  before = tuple(one for one in rendered.special_as_text if one[1] <= start)
   prompt, prompt_offsets = tokenizer.encode_with_offsets(text[:start], before)
   reply, offsets = _continuation(
     prompt, rendered, start, end, tokenizer, conversation
@@ -161,7 +161,7 @@ def _continuation(
   """
   text = rendered.text
   reply = text[start:end]
-  up_to = tuple(one for one in rendered.literal if one[1] <= end)
+  up_to = tuple(one for one in rendered.special_as_text if one[1] <= end)
   whole, _ = tokenizer.encode_with_offsets(text[:end], up_to)
   wanted = tokenizer.decode(whole, skip_special=False)
   for anchor in _ANCHORS:
@@ -233,7 +233,7 @@ def _mask(weights: np.ndarray, rendered: Rendered, offsets: Offsets) -> None:
   A token is trained only where all of it may be, but for white space at its
   edges: in 'is Paris.', the span 'Paris' trains ' Paris'.
   """
-  for start, end in rendered.muted:
+  for start, end in rendered.masked:
     muted = _tokens_in(rendered.text, offsets, start, end, whole=False)
     last = muted.stop
     # One that begins here with white space alone is of what comes after.
@@ -247,7 +247,7 @@ def _mask(weights: np.ndarray, rendered: Rendered, offsets: Offsets) -> None:
 def _roles(rendered: Rendered, offsets: Offsets) -> UInt8[np.ndarray, " n"]:
   """The role of each token: that of its first character but white space."""
   roles = np.full(len(offsets), TOKEN_ROLES.index("template"), np.uint8)
-  for start, end, role in rendered.pieces:
+  for start, end, role in rendered.role_spans:
     tokens = _tokens_in(rendered.text, offsets, start, end, whole=True)
     roles[tokens] = TOKEN_ROLES.index(role)
   return roles

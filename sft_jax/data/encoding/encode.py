@@ -197,7 +197,7 @@ def _tokenize(
   ]
   notes = set().union(*(text.notes for text in rendered))
   notes |= {"split history"} if len(made) > 1 else set()
-  escaped = any(text.literal for text in rendered)
+  escaped = any(text.special_as_text for text in rendered)
   notes |= {"escaped control token"} if escaped else set()
   return TokenizedRow(made, frozenset(notes))
 
@@ -229,7 +229,7 @@ def prompt_ids(
       "Drop the turn to generate it.",
     )
   prompt = loss_spans.prompt(conversation, chat_template(tokenizer), options)
-  ids, _ = tokenizer.encode_with_offsets(prompt.text, prompt.literal)
+  ids, _ = tokenizer.encode_with_offsets(prompt.text, prompt.special_as_text)
   _check_bos(ids, tokenizer, conversation)
   return ids
 

@@ -15,6 +15,7 @@ themselves. In any doubt a row is left to the full path, and the results equal
 its results (`tests/data/encoding/test_fast_path.py`).
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -24,9 +25,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
+from sft_jax.data.chat import sandbox, token_roles
 from sft_jax.data.chat.loss_spans import Rendered, render_spans
 from sft_jax.data.chat.options import RenderOptions
-from sft_jax.data.chat.renderer import Script
+from sft_jax.data.chat.renderer import ConversationRenderer
 from sft_jax.data.chat.template import ChatTemplate, chat_template
 from sft_jax.data.chat.token_roles import TOKEN_ROLES
 from sft_jax.data.conversation import Conversation, NothingToTrain, RowError
@@ -77,6 +79,12 @@ class RenderTemplate(NamedTuple):
   in_ids: bool
   notes: frozenset[str]
 
+  @property
+  def cuts(self) -> list[tuple[int, bool]]:
+    """(count, prompt) of all renderings that are compared."""
+    prompts = [(turn, True) for turn in self.trained]
+    return prompts + [(turn + 1, False) for turn in self.trained]
+
   def filled(self, texts: Sequence[str]) -> str:
     """The rendering in which the turns have these texts."""
     pairs = zip(self.static, texts, strict=False)
@@ -100,24 +108,34 @@ def tokenize_rows(
     return made
   template = chat_template(tokenizer)
   known = _known_forms(template, repr(options))
+  ready: list[tuple[int, RenderTemplate, ConversationRenderer]] = []
   for number, conversation in plain:
+    with contextlib.suppress(RowError, NothingToTrain):
+      if form := _form(conversation, template, options, known):
+        renderer = ConversationRenderer(conversation, template, options)
+        ready.append((number, form, renderer))
+  # Renderings of many rows at once, since each request has a price.
+  jobs = [renderer.job(form.cuts) for _, form, renderer in ready]
+  rendered = sandbox.render(template.source, jobs) if jobs else []
+  for (number, form, renderer), texts in zip(ready, rendered, strict=True):
+    renderer.take(form.cuts, texts)
     try:
-      if (filled := _fill(conversation, template, options, known)) is None:
+      if (filled := _fill(form, renderer)) is None:
         continue
       if filled.form.in_ids:
         found.append((number, filled))
         continue
       tokens = boundaries.encode_rendered(
-        _rendered(filled), tokenizer, options, conversation
+        _rendered(filled), tokenizer, options, renderer.conversation
       )
       if len(tokens) == 1:
-        made[number] = TokenizedRow(tokens, filled.form.notes)
+        made[number] = TokenizedRow(tokens, filled.notes)
     except (RowError, NothingToTrain):
       continue  # The full path raises it in the row's turn.
   encoded = tokenizer.encode_batch([filled.text for _, filled in found])
   for (number, filled), ids in zip(found, encoded, strict=True):
     if tokens := _tokens(ids, filled, tokenizer):
-      made[number] = TokenizedRow([tokens], filled.form.notes)
+      made[number] = TokenizedRow([tokens], filled.notes)
   return made
 
 
@@ -129,12 +147,14 @@ class _Filled(NamedTuple):
     text: the rendering.
     texts: contents of the turns, as rendered.
     before: characters of contents before each turn, and in all.
+    notes: of the rendering.
   """
 
   form: RenderTemplate
   text: str
   texts: list[str]
   before: list[int]
+  notes: frozenset[str]
 
   def at(self, position: Position) -> int:
     return position.static + self.before[position.texts]
@@ -160,40 +180,52 @@ def _is_plain(conversation: Conversation, options: RenderOptions) -> bool:
   )
 
 
-def _fill(
+def _form(
   conversation: Conversation,
   template: ChatTemplate,
   options: RenderOptions,
   known: dict[tuple[str, ...], RenderTemplate | None],
-) -> _Filled | None:
-  """The rendering, if it is a known render template, filled in."""
-  texts = [message.content for message in conversation.messages]
-  stripped = [text.strip() for text in texts]
+) -> RenderTemplate | None:
+  """The render template of the turns' roles; of a new one, by its texts."""
   roles = tuple(message.role for message in conversation.messages)
   if roles not in known:
+    stripped = [message.content.strip() for message in conversation.messages]
     known[roles] = _render_template(conversation, stripped, template, options)
-  form = known[roles]
-  if form is None:
-    return None
-  script = Script(conversation, template, options)
+  return known[roles]
+
+
+def _fill(
+  form: RenderTemplate, renderer: ConversationRenderer
+) -> _Filled | None:
+  """The rendering, if it is the render template, filled in."""
+  texts = [message.content for message in renderer.conversation.messages]
+  stripped = [text.strip() for text in texts]
   last = form.trained[-1]
-  text, texts = script.turns(last + 1), texts[: last + 1]
+  text, texts = renderer.turns(last + 1), texts[: last + 1]
+  written, notes = texts, form.notes
   if text != form.filled(texts):
     texts = stripped[: last + 1]  # As some templates have it.
     if text != form.filled(texts):
       return None
   before = [0, *itertools.accumulate(map(len, texts))]
-  filled = _Filled(form, text, texts, before)
+  if texts is not written:
+    at = 0
+    for static, shown, one in zip(form.static, texts, written, strict=False):
+      start = at + len(static)
+      at = start + len(shown)
+      if not token_roles.keeps_white_space(text, start, at, one):
+        notes |= {token_roles.WHITE_SPACE_CUT}
+  filled = _Filled(form, text, texts, before, notes)
   pairs = zip(form.trained, form.spans, strict=True)
   for turn, (start, end, _) in pairs:
-    if script.prompt(turn) != text[: filled.at(start)]:
+    if renderer.prompt(turn) != text[: filled.at(start)]:
       return None
     if turn != last:
       until = filled.at(end)
-      if script.turns(turn + 1)[:until] != text[:until]:
+      if renderer.turns(turn + 1)[:until] != text[:until]:
         return None
   # A text and the template may make up a special token together.
-  if len(template.control.findall(text)) != form.num_special:
+  if len(renderer.template.control.findall(text)) != form.num_special:
     return None
   return filled
 
@@ -212,7 +244,7 @@ def _rendered(filled: _Filled) -> Rendered:
     (filled.at(start), filled.at(end), weight)
     for start, end, weight in filled.form.spans
   )
-  return Rendered(filled.text, spans, tuple(roles), notes=filled.form.notes)
+  return Rendered(filled.text, spans, tuple(roles), notes=filled.notes)
 
 
 def _render_template(
@@ -232,10 +264,10 @@ def _render_template(
   )
   conversation = dataclasses.replace(conversation, messages=messages)
   rendered = render_spans(conversation, template, options)
-  if len(rendered) != 1 or rendered[0].literal or rendered[0].muted:
+  if len(rendered) != 1 or rendered[0].special_as_text or rendered[0].masked:
     return None
   (one,) = rendered
-  said = [piece for piece in one.pieces if piece[2] != "stop"]
+  said = [piece for piece in one.role_spans if piece[2] != "stop"]
   texts = texts[: len(said)]
   trained = [
     index
@@ -264,7 +296,7 @@ def _render_template(
   edges = tuple(
     (position(a), position(b), weight) for a, b, weight in one.spans
   )
-  roles = tuple((position(a), position(b), role) for a, b, role in one.pieces)
+  roles = tuple((position(a), position(b), role) for a, b, role in one.role_spans)
   positions = itertools.chain(*(two for *two, _ in (*edges, *roles)))
   return RenderTemplate(
     static=tuple(

@@ -90,7 +90,10 @@ def spoken(role: str, content: str, **parts: Any) -> Message:
   """
   thinks = role == "assistant" and parts.get("reasoning") is None
   if thinks and (thought := _THINK.fullmatch(content)):
-    parts["reasoning"] = thought[1].strip("\n")
+    parts["reasoning"] = inner = thought[1].strip("\n")
+    begin = thought.start(1) + thought[1].index(inner)
+    between = content[begin + len(inner) : thought.start(2)]
+    parts["think_block"] = (content[:begin], between)
     if parts.get("spans"):
       # They count from where the content began.
       before = thought.start(2)

@@ -103,7 +103,7 @@ def test_turns_that_leave_their_generation_prompt_are_refused():
   source = CHATML.replace("assistant\n{% endif %}", "model\n{% endif %}")
   with pytest.raises(RowError) as error:
     trained(chat("u:Hi", "a:Hello."), source)
-  assert "messages[1]: got a turn that does not go on from" in str(error.value)
+  assert "messages[1]: got a turn that does not begin with" in str(error.value)
   # Both tails at the divergence.
   assert "model\\n' against" in str(error.value)
   assert "assistant\\nHello." in str(error.value)

@@ -108,7 +108,7 @@ def test_omit_refuses_what_is_no_constant_end(tiny, tmp_path):
   )
   one = load_tokenizer(byte_level(tmp_path, source))
   assert trained(chat("u:Hi", "a:Hello."), one, generation_prompt="omit")
-  with pytest.raises(RowError, match="does not go on from"):
+  with pytest.raises(RowError, match="does not begin with"):
     trained(TWO, one, generation_prompt="omit")
 
 
@@ -183,7 +183,7 @@ def test_thinking_in_a_template_that_reads_none_and_history(tiny):
   only = chat("u:Hi", Message("assistant", "", "a house"))
   with pytest.raises(NothingToTrain) as error:
     trained(only, tiny["thinking"], reasoning="strip")
-  assert error.value.reason == "only thinking"
+  assert error.value.reason == "only reasoning"
 
 
 # -- a message's own spans ----------------------------------------------------
@@ -226,7 +226,7 @@ def test_spans_must_be_certain(tiny, tmp_path):
   source = CHATML.replace("{{ m.content }}", "{{ m.content | tojson }}")
   one = load_tokenizer(byte_level(tmp_path, source))
   turn = Message("assistant", 'say "the"', spans=((0, 3),))
-  with pytest.raises(RowError, match="the content cannot be told"):
+  with pytest.raises(RowError, match="the content cannot be separated"):
     trained(chat("u:Hi", turn), one)
   assert trained(chat("u:Hi", Message("assistant", 'say "a"')), one) == [
     '"say \\"a\\""<|im_end|>'

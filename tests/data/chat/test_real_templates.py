@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
   not SHARED.is_dir(), reason="needs the shared data folder"
 )
 
-# What each template needs where its default does not go on from its prompt.
+# What each template needs where its default does not begin with its prompt.
 OMIT = {"generation_prompt": "omit"}
 SETTINGS = {
   "CohereForAI-c4ai-command-r7b-12-2024-tool_use": [

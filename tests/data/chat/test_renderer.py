@@ -4,7 +4,7 @@ import pytest
 
 from sft_jax.data.chat import template as templates
 from sft_jax.data.chat.options import DEFAULT, RenderOptions
-from sft_jax.data.chat.renderer import Script, refuse_control_tokens
+from sft_jax.data.chat.renderer import ConversationRenderer, refuse_control_tokens
 from sft_jax.data.conversation import Conversation, Message, RowError, ToolCall
 from tiny_rows import TRACE
 from tiny_tokenizers import CHATML, GLUED
@@ -15,13 +15,13 @@ def test_a_template_speaks_for_itself():
     "{{ raise_exception('Not these ' ~ tools) }}"
   )
   with pytest.raises(RowError, match=r"rows.jsonl:3 messages\[2\].*Not these"):
-    Script(TRACE, template, DEFAULT).prompt(3)
+    ConversationRenderer(TRACE, template, DEFAULT).prompt(3)
 
 
 def test_tools_are_not_dropped_in_silence():
   template = templates.ChatTemplate(GLUED, {"bos_token": "<s>"})
   with pytest.raises(RowError, match=r"rows.jsonl:3 tools: got 1 tools"):
-    Script(TRACE, template, DEFAULT).prompt(3)
+    ConversationRenderer(TRACE, template, DEFAULT).prompt(3)
 
 
 @pytest.mark.parametrize(
@@ -68,4 +68,4 @@ def test_half_a_character_is_refused():
   row = Conversation((Message("user", "a \ud83d b"),), source="rows.jsonl:3")
   template = templates.ChatTemplate(CHATML)
   with pytest.raises(RowError, match=r"rows.jsonl:3: got the lone surrogate"):
-    Script(row, template, DEFAULT).prompt(1)
+    ConversationRenderer(row, template, DEFAULT).prompt(1)

@@ -1,14 +1,27 @@
-"""Templates that would take all time or memory are refused before they do."""
+"""Templates render as in transformers, and none costs more than its limits."""
 
-import tracemalloc
+import resource
+import sys
+import threading
+import time
 
 import pytest
 
-from sft_jax.data.chat import budget, jinja
+from sft_jax.data.chat import sandbox
+from sft_jax.data.chat.options import RenderOptions
+from sft_jax.data.chat.template import ChatTemplate
+from sft_jax.data.conversation import RowError
+from sft_jax.data.encoding import encode
+from sft_jax.data.tokenizers.tokenizer import load_tokenizer
+from tiny_rows import chat
+from tiny_tokenizers import byte_level
 
-DOUBLING = "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(99) %}"
+_BIG = "{% set b = 'a' * 30000000 %}"
+_GROW = "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(99) %}"
+_AGAIN = "{% for i in range(99999) %}{% for j in range(99999) %}"
+_END = "{% endfor %}{% endfor %}"
 ATTACKS = {
-  # One expression.
+  # One expression that makes much.
   "repeat": "{{ 'a' * 500000000 }}",
   "repeat list": "{{ [1] * 500000000 }}",
   "repeat twice": "{{ ('a' * 9999999) * 99 }}",
@@ -20,56 +33,58 @@ ATTACKS = {
   "format map": "{{ '{a:1000000000}'.format_map({'a': 1}) }}",
   "format filter": "{{ '%1000000000d' | format(1) }}",
   "center": "{{ 'a' | center(1000000000) }}",
-  "center method": "{{ 'a'.center(1000000000) }}",
   "ljust": "{{ 'a'.ljust(1000000000) }}",
   "zfill": "{{ '1'.zfill(1000000000) }}",
   "expandtabs": "{{ '\t'.expandtabs(1000000000) }}",
   "indent": "{{ 'a\nb' | indent(1000000000) }}",
   "indent by text": "{{ ('a\n' * 999999) | indent('x' * 999) }}",
   "replace": "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",
-  "replace filter": "{{ ('a' * 99999) | replace('a', 'b' * 99999) }}",
   "replace nothing": "{{ ('a' * 99999) | replace('', 'b' * 99999) }}",
   "join": "{{ range(99999) | join('a' * 99999) }}",
   "join method": "{{ ('a' * 99999).join('a' * 99999) }}",
   "batch": "{{ [1] | batch(1000000000, 'x') | list }}",
   "slice": "{{ [1] | slice(1000000000) | list }}",
-  "round": "{{ 1.5 | round(1000000000, 'ceil') }}",
   "tojson indent": "{{ [1, 2] | tojson(indent=1000000000) }}",
   "tojson separators": (
     "{{ range(99999) | list | tojson(separators=('a' * 99999, ':')) }}"
   ),
-  "split": "{{ ('a ' * 9999999).split() | length }}",
-  "list of text": "{{ ('a' * 9999999) | list | length }}",
-  "sum of lists": "{{ [[1]] | sum(start=[1]) }}",
-  "bytes": "{{ 'a'.encode() }}",
-  "to_bytes": "{{ (1).to_bytes(1000000000, 'big') }}",
-  "translate": "{{ 'a'.translate({97: 'b'}) }}",
-  "power": "{{ 9 ** 9 ** 9 }}",
-  "lipsum": "{{ lipsum(n=1000000) }}",
-  "range": "{{ range(1000000000) | list }}",
+  "split": _BIG + "{{ b.split('a') | list | string | length }}{{ b }}",
+  "list of text": _BIG + "{{ b | list | string }}",
+  "bytes": "{{ (1).to_bytes(1000000000, 'big') }}",
+  "power": "{{ 9 ** (9 ** 9) }}",
+  "power at compile time": "{% if 9 ** (9 ** 9) %}{% endif %}",
+  "shift": "{{ (2 ** 30000000) * (2 ** 30000000) % 7 }}{{ 3 ** 90000000 }}",
+  "digits": _GROW + "{% set n.x = (n.x ~ '9') %}{% endfor %}{{ 7 ** 9999999 }}",
+  "output": "{% for i in range(9999) %}{{ 'a' * 9999 }}{% endfor %}",
   # Growth, step by step.
-  "double by +": DOUBLING + "{% set n.x = n.x + n.x %}{% endfor %}",
-  "double by ~": DOUBLING + "{% set n.x = n.x ~ n.x %}{% endfor %}",
-  "double by %": DOUBLING + "{% set n.x = '%s%s' % (n.x, n.x) %}{% endfor %}",
+  "double by +": _GROW + "{% set n.x = n.x + n.x %}{% endfor %}",
+  "double by ~": _GROW + "{% set n.x = n.x ~ n.x %}{% endfor %}",
+  "double by %": _GROW + "{% set n.x = '%s%s' % (n.x, n.x) %}{% endfor %}",
   "double by format": (
-    DOUBLING + "{% set n.x = '{0}{0}'.format(n.x) %}{% endfor %}"
+    _GROW + "{% set n.x = '{0}{0}'.format(n.x) %}{% endfor %}"
   ),
-  "double by join": DOUBLING + "{% set n.x = [n.x, n.x] | join %}{% endfor %}",
+  "double by join": _GROW + "{% set n.x = [n.x, n.x] | join %}{% endfor %}",
   "double by block": (
-    DOUBLING + "{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}"
+    _GROW + "{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}"
   ),
   "double by macro": (
     "{% macro f(x) %}{{ x }}{{ x }}{% endmacro %}"
-    + DOUBLING
+    + _GROW
     + "{% set n.x = f(n.x) %}{% endfor %}"
   ),
-  "double lists": DOUBLING + "{% set n.x = [n.x, n.x] %}{% endfor %}",
-  "double tuples": DOUBLING + "{% set n.x = (n.x, n.x) %}{% endfor %}",
-  "double dicts": (
-    DOUBLING + "{% set n.x = {'a': n.x, 'b': n.x} %}{% endfor %}"
+  "double lists": (
+    _GROW + "{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x | string }}"
   ),
-  "double by dict()": (
-    DOUBLING + "{% set n.x = dict(a=n.x, b=n.x) %}{% endfor %}"
+  "double lists, as JSON": (
+    _GROW + "{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x | tojson }}"
+  ),
+  "double lists, compared": (
+    "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(60) %}"
+    "{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}{% endfor %}"
+    "{{ n.x == n.y }}"
+  ),
+  "double dicts": (
+    _GROW + "{% set n.x = {'a': n.x, 'b': n.x} %}{% endfor %}{{ n.x }}"
   ),
   "double by list +": (
     "{% set n = namespace(x=[1]) %}{% for i in range(99) %}"
@@ -93,13 +108,9 @@ ATTACKS = {
     "{% endset %}{{ x | length }}"
   ),
   # Work without end.
-  "loops": (
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}"
-    "{% endfor %}"
-  ),
+  "loops": _AGAIN + _END,
   "loops of calls": (
-    "{% macro f() %}{% endmacro %}{% for a in range(99999) %}"
-    "{% for b in range(99999) %}{{ f() }}{% endfor %}{% endfor %}"
+    "{% macro f() %}{% endmacro %}" + _AGAIN + "{{ f() }}" + _END
   ),
   "costly loops": (
     "{% for a in range(99999) %}{% set x = range(99999) | list %}{% endfor %}"
@@ -116,61 +127,128 @@ ATTACKS = {
   "recursive loop": (
     "{% for x in [1, 1] recursive %}{{ loop([1, 1]) }}{% endfor %}"
   ),
+  "namespace in a loop": (
+    "{% set n = namespace(x=0) %}" + _AGAIN + "{% set n.x = n.x + 1 %}" + _END
+  ),
+  # Long calls that make nothing.
+  "compare": _BIG
+  + "{% set c = 'a' * 30000000 %}"
+  + _AGAIN
+  + "{% if b == c %}{% endif %}"
+  + _END,
+  "less": _BIG
+  + "{% set c = 'a' * 30000000 %}"
+  + _AGAIN
+  + "{% if b < c %}{% endif %}"
+  + _END,
+  "sort equals": (
+    _BIG + "{% set n = namespace(x=[]) %}{% for i in range(9000) %}"
+    "{% set n.x = n.x + [b[1:]] %}{% endfor %}{{ n.x | sort | length }}"
+  ),
+  "sort of comparisons": (
+    "{% set b = 'a' * 3000000 %}{% set c = b ~ 'c' %}{% set d = b ~ 'd' %}"
+    "{{ ([d, c] * 30000) | sort(case_sensitive=true) | length }}"
+  ),
+  "unique": (
+    "{% set b = 'a' * 3000000 %}{{ ([b] * 90000) | unique | list | length }}"
+  ),
+  "groupby": (
+    "{% set b = 'a' * 3000000 %}"
+    "{{ ([{'k': b ~ 'a'}, {'k': b ~ 'b'}] * 30000) | groupby('k') | length }}"
+  ),
+  "max": "{% set b = 'a' * 3000000 %}{{ ([b ~ 1, b ~ 2] * 90000) | max }}",
 }
-
-
-def refused(name):
-  """Renders an attack; the refusal, and the most memory that it took."""
-  tracemalloc.start()
-  try:
-    with pytest.raises((jinja.TemplateFailed, ValueError)) as error:
-      jinja.render(jinja.compile(ATTACKS[name]), {})
-    return str(error.value), tracemalloc.get_traced_memory()[1]
-  finally:
-    tracemalloc.stop()
-
-
-@pytest.mark.parametrize("name", ATTACKS)
-def test_attacks_are_refused_within_bounds(name, monkeypatch):
-  # The limits in proportion; the instrumented code of a test is slow.
-  monkeypatch.setattr(budget, "MAX_STEPS", 4_000)
-  monkeypatch.setattr(budget, "MAX_CHARACTERS", 1 << 21)
-  monkeypatch.setattr(budget, "_MAX_WRITTEN", 1 << 24)
-  monkeypatch.setattr(budget, "MAX_THINGS", 1 << 14)
-  said, peak = refused(name)
-  assert "MemoryError" not in said
-  assert peak < 1 << 26, f"{peak} bytes; {said}"
+for _name, _call in {
+  "find": "b.find('aab')", "rfind": "b.rfind('baa')", "in": "'ab' in b",
+  "count": "b.count('aa')", "index of": "b.count('ab')",
+  "strip": "b.strip('a')", "lstrip": "b.lstrip('a')", "rstrip": "b.rstrip('a')",
+  "isalnum": "b.isalnum()", "isalpha": "b.isalpha()", "islower": "b.islower()",
+  "isupper": "b.isupper()", "isdecimal": "b.isdecimal()",
+  "isspace": "b.isspace()", "istitle": "b.istitle()",
+  "isprintable": "b.isprintable()", "isidentifier": "b.isidentifier()",
+  "slice of text": "b[1:]", "step of text": "b[::-1]", "every other": "b[::2]",
+  "upper": "b.upper()", "lower": "b | lower", "title": "b | title",
+  "capitalize": "b | capitalize", "swapcase": "b.swapcase()",
+  "casefold": "b.casefold()", "partition": "b.partition('b')",
+  "rpartition": "b.rpartition('b')", "startswith": "b.startswith(b[1:])",
+  "endswith": "b.endswith(b[1:])", "removeprefix": "b.removeprefix('a')",
+  "removesuffix": "b.removesuffix('a')", "splitlines": "b.splitlines()",
+  "rsplit": "b.rsplit('b')", "wordcount": "b | wordcount",
+  "striptags": "b | striptags", "trim": "b | trim('a')", "escape": "b | escape",
+  "urlize": "b | urlize", "wordwrap": "b | wordwrap", "reverse": "b | reverse",
+  "translate": "b.translate({97: 'b'})", "encode": "b.encode()",
+  "replace one": "b.replace('a', 'b')", "tojson": "b | tojson",
+  "urlencode": "b | urlencode", "int": "b | int", "float": "b | float",
+  "truncate": "b | truncate(9)", "hash": "{b ~ 'c': 1}",
+}.items():  # fmt: skip
+  ATTACKS[_name] = f"{_BIG}{_AGAIN}{{% set x = {_call} %}}{_END}"
+# The same in every run; all of them in the slow suite.
+QUICK = ("repeat", "output", "loops", "sort of comparisons", "strip")
 
 
 @pytest.mark.parametrize(
-  ("source", "text"),
+  "name",
   [
-    ("{{ 'a' ~ 1 ~ none }}", "a1None"),
-    ("{{ 'a' + b + 'c' + b }}", "aBcB"),
-    ("{{ b + b }}{{ [b] + [1] }}{{ 1 + 2 }}", "BB['B', 1]3"),
-    ("{{ {'a': b, 'c': [b]} | tojson }}", '{"a": "B", "c": ["B"]}'),
-    ("{% set x %}a{{ b }}{% endset %}{{ x | upper }}", "AB"),
-    ("{% set x | upper %}a{{ b }}{% endset %}{{ x }}", "AB"),
-    ("{% for a, c in [(b, 1), (b, 2)] %}{{ a }}{{ c }}{% endfor %}", "B1B2"),
-    ("{{ '%s-%03d' % (b, 7) }} {{ '%s' | format(b) }}", "B-007 B"),
-    ("{{ '{} {x:>3}'.format(b, x=1) }}", "B   1"),
-    ("{{ ['a', b] | join(', ') }}{{ ', '.join(['a', b]) }}", "a, Ba, B"),
-    ("{{ [{'a': b}] | join(', ', attribute='a') }}", "B"),
-    ("{{ 'a b'.split() | length }}{{ 'a--b'.split('--')[1] }}", "2b"),
-    ("{{ [3, 1] | sort | map('string') | join }}", "13"),
-    ("{{ 'x\ny' | indent(2) }}|{{ 'x' | center(3) }}", "x\n  y| x "),
-    ("{{ [1, 2, 3] | batch(2) | list }}", "[[1, 2], [3]]"),
-    ("{{ 'aXa' | replace('a', b) }}{{ 'aXa'.replace('a', b, 1) }}", "BXBBXa"),
-    ("{{ 1.256 | round(1) }}{{ [1, 2] | sum }}", "1.33"),
-    ("{% macro f(x) %}<{{ x }}{{ caller() }}>{% endmacro %}"
-     "{% call f(b) %}!{% endcall %}", "<B!>"),
-    ("{% filter upper %}a{{ b }}{% endfilter %}", "AB"),
-    ("{% for i in [1, [2]] recursive %}{{ loop(i) if i is iterable else i }}"
-     "{% endfor %}", "12"),
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+    for name in ATTACKS
   ],
-)  # fmt: skip
-def test_what_templates_do_is_as_it_was(source, text):
-  assert jinja.render(jinja.compile(source), {"b": "B"}) == text
+)
+def test_attacks_end_within_their_limits(name, tmp_path):
+  folder = tmp_path / "hostile model"
+  one = load_tokenizer(byte_level(folder, "{{ bos_token }}" + ATTACKS[name]))
+  before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+  begin = time.process_time()
+  with pytest.raises((RowError, ValueError)) as error:
+    encode.encode_row(chat("u:Hi", "a:Yo"), one, RenderOptions(), max_length=99)
+  assert "chat template" in str(error.value)
+  assert len(str(error.value)) < 5000
+  # Here, next to nothing; in the child, what its limits allow.
+  assert time.process_time() - begin < 1
+  most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+  unit = 1 if sys.platform == "darwin" else 1024
+  assert max(most, before) * unit < 500e6
+
+
+def test_over_eighty_attacks_are_tried():
+  assert len(ATTACKS) >= 80
+
+
+def test_a_template_that_always_exceeds_its_limits_is_given_up(monkeypatch):
+  monkeypatch.setattr(sandbox, "_strikes", {})
+  monkeypatch.setattr(sandbox, "_STRIKES", 1)
+  template = ChatTemplate(ATTACKS["loops"])
+  with pytest.raises(sandbox.TemplateFailed, match="exceeds 1 s or 400 MiB"):
+    template.render([])
+  begin = time.perf_counter()
+  with pytest.raises(ValueError, match="1 renderings that exceeded"):
+    template.render([])
+  assert time.perf_counter() - begin < 0.1
+
+
+def test_only_the_job_that_exceeds_a_limit_is_refused():
+  source = "{% if messages %}{{ 'a' * messages[0] }}{% endif %}b"
+  jobs = [sandbox.Job([n], {}, [(1, False), (0, True)]) for n in (1, 10**9, 2)]
+  made = sandbox.render(source, jobs)
+  assert [texts[1] for texts in made] == ["b"] * 3
+  assert [made[0][0], made[2][0]] == ["ab", "aab"]
+  assert isinstance(made[1][0], sandbox.TemplateFailed)
+  # What is too much for one trip comes in several.
+  jobs = [sandbox.Job([10_000_000], {}, [(1, False)] * 3)] * 2
+  assert [[len(t) for t in job] for job in sandbox.render(source, jobs)] == [
+    [10_000_001] * 3
+  ] * 2
+
+
+def test_threads_share_a_child():
+  found: list[str] = []
+  template = ChatTemplate("{% for i in range(600) %}{% endfor %}{{ messages }}")
+  work = lambda number: found.append(template.render([number]))
+  threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert sorted(found) == [f"[{number}]" for number in range(8)]
 
 
 def test_too_deep_a_nesting_is_refused_when_compiled():
@@ -182,4 +260,58 @@ def test_too_deep_a_nesting_is_refused_when_compiled():
     "a" * (1 << 21),
   ):
     with pytest.raises(ValueError, match="chat template"):
-      jinja.compile(source)
+      ChatTemplate(source)
+
+
+def render(source, **variables):
+  (made,) = sandbox.render(source, [sandbox.Job([], variables, [(0, False)])])
+  if isinstance(made[0], Exception):
+    raise made[0]
+  return made[0]
+
+
+def test_blocks_are_trimmed_and_loops_can_break():
+  source = "{% for i in [1, 2, 3] %}\n  {% if i == 3 %}{% break %}{% endif %}"
+  assert render(source + "\n{{ i }}\n{% endfor %}\n") == "1\n2\n"
+
+
+def test_tojson_escapes_nothing_and_keeps_order():
+  value = {"b": "<ü>", "a": [1, None, True]}
+  assert render("{{ v | tojson }}", v=value) == (
+    '{"b": "<ü>", "a": [1, null, true]}'
+  )
+  assert render("{{ {'a': 1} | tojson(indent=2) }}") == '{\n  "a": 1\n}'
+
+
+def test_generation_blocks_are_plain_text():
+  source = "a{% generation %}{{ b }}{% endgeneration %}c"
+  assert render(source, b="B") == "aBc"
+
+
+def test_dates_must_be_pinned():
+  source = "{% macro today() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}"
+  assert render(source + "{{ today() }}", date="2026-01-31") == "31 Jan 2026"
+  with pytest.raises(ValueError, match=r"template_kwargs to \{'date'"):
+    render(source + "{{ today() }}")
+
+
+@pytest.mark.parametrize(
+  ("source", "refusal"),
+  [
+    ("{{ raise_exception('Only text.') }}", "Only text"),
+    ("{{ ''.__class__.__mro__ }}", "SecurityError|Undefined"),
+    ("{{ messages.append(1) }}", "SecurityError"),
+    ("{% for i in range(1000000) %}{% endfor %}", "OverflowError"),
+    ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    ("{{ none.content.x }}", "UndefinedError"),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+  ],
+)
+def test_a_template_that_misbehaves_is_refused(source, refusal):
+  with pytest.raises(sandbox.TemplateFailed, match=refusal):
+    render(source)
+
+
+def test_a_template_that_does_not_parse_names_its_line():
+  with pytest.raises(ValueError, match="chat template line 2"):
+    ChatTemplate("fine\n{% for %}")

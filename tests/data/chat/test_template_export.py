@@ -4,7 +4,7 @@ import pytest
 
 from sft_jax.data.chat import template_export
 from sft_jax.data.chat.options import RenderOptions
-from sft_jax.data.chat.renderer import Script
+from sft_jax.data.chat.renderer import ConversationRenderer
 from sft_jax.data.chat.template import ChatTemplate
 from sft_jax.data.conversation import Conversation, Message
 
@@ -44,11 +44,13 @@ def test_the_export_needs_no_settings(options, ends):
   for row in ROWS:
     plain = [{"role": m.role, "content": m.content} for m in row.messages]
     count = len(plain)
-    assert alone.render(plain, add_generation_prompt=True) == Script(
-      row, template, options
-    ).prompt(count)
+    assert alone.render(
+      plain, add_generation_prompt=True
+    ) == ConversationRenderer(row, template, options).prompt(count)
     # Without a generation prompt nothing is cut.
-    assert alone.render(plain) == Script(row, template, options).turns(count)
+    assert alone.render(plain) == ConversationRenderer(
+      row, template, options
+    ).turns(count)
     # A caller can still choose.
     choice = {"add_generation_prompt": True, "style": "plain"}
     assert alone.render(plain, **choice) == template.render(plain, **choice)

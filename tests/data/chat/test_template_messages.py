@@ -46,7 +46,7 @@ def test_calls_in_the_form_a_template_wants():
 
 def test_what_is_said_is_told_in_order():
   assert [
-    pair for m in TRACE.messages for pair in template_messages.said(m)
+    pair for m in TRACE.messages for pair in template_messages.texts(m)
   ] == [
     ("user", "Look."),
     ("reasoning", "Hm."),

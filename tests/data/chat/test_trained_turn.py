@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import real_templates
-from sft_jax.data.chat import thinking
+from sft_jax.data.chat import trained_turn
 from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.chat.token_roles import TOKEN_ROLES
 from sft_jax.data.conversation import Conversation, RowError
@@ -58,7 +58,7 @@ def load(tmp_path):
   ],
 )
 def test_the_block_begins_as_the_prompt_opens_it(prompt, full, text):
-  filled = thinking.fill(prompt, full, "T")
+  filled = trained_turn.fill(prompt, full, "T")
   assert filled.text == text
   assert text.startswith(prompt)
   assert text[filled.start : filled.end] == "T"
@@ -74,7 +74,7 @@ def test_the_block_begins_as_the_prompt_opens_it(prompt, full, text):
   ],
 )
 def test_a_prompt_that_no_thinking_follows(prompt, full):
-  assert thinking.fill(prompt, full, "T") is None
+  assert trained_turn.fill(prompt, full, "T") is None
 
 
 @pytest.mark.parametrize(
