@@ -64,6 +64,7 @@ class ConversationRenderer:
     self.options = options
     self._planned: list[tuple[int, bool]] = []
     self._rendered: dict[tuple[int, bool], str | Exception] = {}
+    self._last_wrapped: dict[int, str | Exception] = {}
 
   @functools.cached_property
   def form(self) -> template_messages.Form:
@@ -119,7 +120,11 @@ class ConversationRenderer:
   ) -> list[RoleSpan] | None:
     """The role spans of `turns(count, then)`, if they are certain."""
     sentinels, made = self._wrapped
-    return sentinels.find(self._render([*made[:count], *then], count), text)
+    if count in self._last_wrapped and not then:
+      wrapped = self._checked(self._last_wrapped[count], count)
+    else:
+      wrapped = self._render([*made[:count], *then], count)
+    return sentinels.find(wrapped, text)
 
   def prompt_spans(self, count: int, text: str) -> list[RoleSpan] | None:
     """The role spans of `prompt(count)`, if they are certain."""
@@ -140,8 +145,14 @@ class ConversationRenderer:
       at = self._planned.index(cut) if cut in self._planned else 0
       cuts = self._planned[at : at + _TOGETHER] if self._planned else []
       cuts = cuts if cut in cuts else [cut]
-      (texts,) = sandbox.render(self.template.source, [self.job(cuts)])
+      jobs = [self.job(cuts)]
+      if self._planned and not self._last_wrapped:
+        last = self._planned[-1]
+        jobs.append(jobs[0]._replace(messages=self._wrapped[1], cuts=[last]))
+      texts, *wrapped = sandbox.render(self.template.source, jobs)
       self.take(cuts, texts)
+      if wrapped:
+        self._last_wrapped = {self._planned[-1][0]: wrapped[0][0]}
     return self._checked(self._rendered[cut], count)
 
   def _render(

@@ -1,6 +1,5 @@
 """The token roles of a rendering, and what in it is masked or escaped."""
 
-import itertools
 import re
 from collections.abc import Iterable, Sequence
 
@@ -23,6 +22,7 @@ TOKEN_ROLES = (
   "text",  # Raw text, or ids made elsewhere.
 )
 _EMPTY_THINK_BLOCK = re.compile(r"<think>\s*</think>")
+CHANGED = "text changed by the template"
 WHITE_SPACE_CUT = "white space cut by the template"
 _TAG = re.compile(r"\s*<[^<>\s]+>\s*")
 
@@ -206,7 +206,7 @@ def notes(
     if span.end <= last.start and not template_messages.as_written(
       span.written, shown
     ):
-      happened.add("text changed by the template")
+      happened.add(CHANGED)
   happened |= _rewritten(renderer, last, cut)
   for one in cut:
     ends = [p.end for p in last.spans or () if p.end <= one.start]
@@ -223,7 +223,7 @@ def _rewritten(
   last: TrainedTurn,
   cut: Sequence[TrainedTurn],
 ) -> set[str]:
-  """Notes on white space of the row that the rendering does not have."""
+  """Notes on characters of the row that the rendering does not have."""
   found = set()
   texts: dict[tuple[str, str], list[str]] = {}
   for message in renderer.conversation.messages[: last.index + 1]:
@@ -235,14 +235,12 @@ def _rewritten(
     if not keeps_white_space(last.text, span.start, span.end, text):
       found.add(WHITE_SPACE_CUT)
   for one in cut:
-    block = renderer.conversation.messages[one.index].think_block
-    own = [s for s in last.spans or () if one.start <= s.start < one.stop]
-    for span, answer in itertools.pairwise(own):
-      if block and (span.role, answer.role) == ("reasoning", "answer"):
-        before = last.text[: span.start]
-        between = last.text[span.end : answer.start]
-        if not before.endswith(block[0].lstrip()) or between != block[1]:
-          found.add("text changed by the template")
+    message = renderer.conversation.messages[one.index]
+    if message.think_block and message.reasoning is not None:
+      before, between = message.think_block
+      written = before + message.reasoning + between + message.content
+      if written not in last.text[one.start : one.stop]:
+        found.add(CHANGED)
   return found
 
 

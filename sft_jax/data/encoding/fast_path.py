@@ -296,7 +296,9 @@ def _render_template(
   edges = tuple(
     (position(a), position(b), weight) for a, b, weight in one.spans
   )
-  roles = tuple((position(a), position(b), role) for a, b, role in one.role_spans)
+  roles = tuple(
+    (position(a), position(b), role) for a, b, role in one.role_spans
+  )
   positions = itertools.chain(*(two for *two, _ in (*edges, *roles)))
   return RenderTemplate(
     static=tuple(

@@ -4,7 +4,10 @@ import pytest
 
 from sft_jax.data.chat import template as templates
 from sft_jax.data.chat.options import DEFAULT, RenderOptions
-from sft_jax.data.chat.renderer import ConversationRenderer, refuse_control_tokens
+from sft_jax.data.chat.renderer import (
+  ConversationRenderer,
+  refuse_control_tokens,
+)
 from sft_jax.data.conversation import Conversation, Message, RowError, ToolCall
 from tiny_rows import TRACE
 from tiny_tokenizers import CHATML, GLUED
