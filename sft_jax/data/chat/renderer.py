@@ -63,8 +63,8 @@ class ConversationRenderer:
     self.conversation, self.template = conversation, template
     self.options = options
     self._planned: list[tuple[int, bool]] = []
-    self._rendered: dict[tuple[int, bool], str | Exception] = {}
-    self._last_wrapped: dict[int, str | Exception] = {}
+    self._rendered: dict[tuple[int, bool], str | Exception | None] = {}
+    self._last_wrapped: dict[int, str | Exception | None] = {}
 
   @functools.cached_property
   def form(self) -> template_messages.Form:
@@ -96,7 +96,9 @@ class ConversationRenderer:
     return self.template.job(self._messages, cuts, tools, kwargs)
 
   def take(
-    self, cuts: Sequence[tuple[int, bool]], texts: Sequence[str | Exception]
+    self,
+    cuts: Sequence[tuple[int, bool]],
+    texts: Sequence[str | Exception | None],
   ) -> None:
     """Accepts what `sandbox.render` made of `job(cuts)`."""
     self._rendered.update(zip(cuts, texts, strict=True))
@@ -120,7 +122,7 @@ class ConversationRenderer:
   ) -> list[RoleSpan] | None:
     """The role spans of `turns(count, then)`, if they are certain."""
     sentinels, made = self._wrapped
-    if count in self._last_wrapped and not then:
+    if self._last_wrapped.get(count) is not None and not then:
       wrapped = self._checked(self._last_wrapped[count], count)
     else:
       wrapped = self._render([*made[:count], *then], count)
@@ -153,6 +155,8 @@ class ConversationRenderer:
       self.take(cuts, texts)
       if wrapped:
         self._last_wrapped = {self._planned[-1][0]: wrapped[0][0]}
+    if self._rendered[cut] is None:
+      return self._render(self._messages[:count], count, prompt)
     return self._checked(self._rendered[cut], count)
 
   def _render(
@@ -165,7 +169,7 @@ class ConversationRenderer:
       sandbox.render(self.template.source, [job])[0][0], count
     )
 
-  def _checked(self, text: str | Exception, count: int) -> str:
+  def _checked(self, text: str | Exception | None, count: int) -> str:
     """A refusal of the template is a RowError."""
     if isinstance(text, sandbox.TemplateFailed):
       raise RowError(
@@ -174,7 +178,8 @@ class ConversationRenderer:
         "turns that the template accepts",
         "Change or drop the row, or use another template.",
       ) from text
-    if isinstance(text, Exception):
+    if not isinstance(text, str):
+      assert text is not None  # `render` gives each cut by itself a result.
       raise text
     refuse_surrogates(text, self.conversation)
     return text

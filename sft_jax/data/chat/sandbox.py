@@ -40,7 +40,7 @@ CPU_SECONDS = 1.0  # Of one rendering; a thousand turns take 0.02.
 MEMORY = 400 << 20  # Bytes of address space of the child.
 MAX_CHARACTERS = 1 << 24  # Of one text, and of all that travel together.
 _MAX_SOURCE = 1 << 20
-# So often may a template exceed a limit before nothing is rendered by it.
+# So often in a row may a template exceed a limit, until it is given up.
 _STRIKES = 3
 _HEADER = struct.Struct("<q")
 _WALL_SECONDS = 10.0  # Where a platform cannot limit CPU time.
@@ -65,25 +65,28 @@ class Job(NamedTuple):
   cuts: Sequence[tuple[int, bool]]
 
 
-def render(source: str, jobs: Sequence[Job]) -> list[list[str | Exception]]:
+def render(
+  source: str, jobs: Sequence[Job]
+) -> list[list[str | Exception | None]]:
   """The text of each cut of each job, or the exception that it raises.
 
   Exceptions are TemplateFailed (the template's own refusal, or a limit that
   it exceeds), or a ValueError where a template asks for today's date and
-  variables have no `date` ('2026-01-31').
+  variables have no `date` ('2026-01-31'). None: one of several cuts exceeds a
+  limit, and each is to be asked for by itself.
 
   Raises:
     ValueError: the template does not compile, or has exceeded its limits
       again and again.
   """
-  if _strikes.get(source, 0) >= _STRIKES:
-    raise ValueError(
-      f"chat template {source[:40]!r}...: got {_STRIKES} renderings that "
-      f"exceeded {_limits()}; expected a template that ends. Use another one."
-    )
   made: list[list[Any]] = [[None] * len(job.cuts) for job in jobs]
-  open_cuts = [list(range(len(job.cuts))) for job in jobs]
-  while some := [(i, cuts) for i, cuts in enumerate(open_cuts) if cuts]:
+  left = [list(range(len(job.cuts))) for job in jobs]
+  while some := [(i, cuts) for i, cuts in enumerate(left) if cuts]:
+    if _strikes.get(source, 0) >= _STRIKES:
+      raise ValueError(
+        f"chat template {source[:40]!r}...: got {_STRIKES} renderings that "
+        f"exceeded {_limits()}; expected one that ends. Use another template."
+      )
     asked = [
       (*jobs[i][:2], [jobs[i].cuts[number] for number in cuts])
       for i, cuts in some
@@ -91,20 +94,17 @@ def render(source: str, jobs: Sequence[Job]) -> list[list[str | Exception]]:
     reply = _ask((source, asked))
     if isinstance(reply, str):
       raise ValueError(reply)
-    if reply is None and (len(some) > 1 or len(some[0][1]) > 1):
-      # One of them: each by itself, so that only that one is refused.
-      for i, cuts in some:
-        for number in cuts:
-          job = jobs[i]._replace(cuts=[jobs[i].cuts[number]])
-          made[i][number] = render(source, [job])[0][0]
-      break
     if reply is None:
       _strikes[source] = _strikes.get(source, 0) + 1
+      if len(some) > 1 or len(some[0][1]) > 1:
+        return made
       reply = [[("failed", f"a rendering that exceeds {_limits()}")]]
+    else:
+      _strikes.pop(source, None)
     for (i, cuts), texts in zip(some, reply, strict=True):
       for number, (kind, text) in zip(cuts, texts, strict=False):
         made[i][number] = text if kind == "text" else _KINDS[kind](text)
-      open_cuts[i] = cuts[len(texts) :]
+      left[i] = cuts[len(texts) :]
   return made
 
 

@@ -226,13 +226,24 @@ def test_a_template_that_always_exceeds_its_limits_is_given_up(monkeypatch):
 
 
 def test_only_the_job_that_exceeds_a_limit_is_refused():
-  source = "{% if messages %}{{ 'a' * messages[0] }}{% endif %}b"
-  jobs = [sandbox.Job([n], {}, [(1, False), (0, True)]) for n in (1, 10**9, 2)]
-  made = sandbox.render(source, jobs)
+  source = (
+    "{% for n in messages %}{% for i in range(n) %}{% for j in range(n) %}"
+    "{% endfor %}{% endfor %}{{ 'a' * n }}{% endfor %}b"
+  )
+  jobs = [sandbox.Job([n], {}, [(1, False), (0, True)]) for n in (1, 99_999, 2)]
+  assert sandbox.render(source, jobs) == [[None, None]] * 3
+  made = [
+    [
+      sandbox.render(source, [job._replace(cuts=[cut])])[0][0]
+      for cut in job.cuts
+    ]
+    for job in jobs
+  ]
   assert [texts[1] for texts in made] == ["b"] * 3
   assert [made[0][0], made[2][0]] == ["ab", "aab"]
   assert isinstance(made[1][0], sandbox.TemplateFailed)
   # What is too much for one trip comes in several.
+  source = "{{ 'a' * messages[0] }}b"
   jobs = [sandbox.Job([10_000_000], {}, [(1, False)] * 3)] * 2
   assert [[len(t) for t in job] for job in sandbox.render(source, jobs)] == [
     [10_000_001] * 3
