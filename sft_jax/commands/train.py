@@ -11,6 +11,7 @@ from absl import app, flags, logging
 
 from sft_jax.commands import command
 from sft_jax.common import distributed
+from sft_jax.reporting.terminal import visible
 from sft_jax.training.interrupts import Stopped
 from sft_jax.training.run import train
 
@@ -76,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
   except ValueError as error:
     if DEBUG.value:
       raise
-    print(f"error: {error}", file=sys.stderr)
+    print(visible(f"error: {error}"), file=sys.stderr)
     sys.exit(USER_EXIT)
 
 
@@ -105,7 +106,7 @@ def _run() -> int:
   except USER_ERRORS as error:
     if DEBUG.value:
       raise
-    print(f"error: {error}", file=sys.stderr)
+    print(visible(f"error: {error}"), file=sys.stderr)
     return USER_EXIT
   except jax.errors.JaxRuntimeError as error:
     if DEBUG.value or "RESOURCE_EXHAUSTED" not in str(error):

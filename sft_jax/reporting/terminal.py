@@ -35,10 +35,25 @@ _VISIBLE = {
 }
 
 
+class _EscapingConsole(Console):
+  """Shows control characters of names and texts, and obeys none."""
+
+  def print(self, *objects: Any, **choices: Any) -> None:
+    super().print(*map(_escaped, objects), **choices)
+
+
+def _escaped(shown: Any) -> Any:
+  if isinstance(shown, str):
+    return visible(shown)
+  if isinstance(shown, Text) and visible(shown.plain) != shown.plain:
+    return Text(visible(shown.plain), shown.style)
+  return shown
+
+
 def console() -> Console:
   """The terminal, silent on every process but the first."""
   quiet = jax.process_index() != 0
-  return Console(
+  return _EscapingConsole(
     quiet=quiet,
     highlight=False,
     soft_wrap=True,
@@ -80,9 +95,11 @@ def table(
   out: Console, title: str, header: Sequence[str], rows: Iterable[Sequence]
 ) -> None:
   """Prints a table; numbers to the right, names to the left."""
-  grid = Table(title=title, title_justify="left", title_style="bold")
+  grid = Table(title=visible(title), title_justify="left", title_style="bold")
   for i, name in enumerate(header):
-    grid.add_column(name, justify="right" if i else "left", no_wrap=True)
+    grid.add_column(
+      visible(name), justify="right" if i else "left", no_wrap=True
+    )
   for row in rows:
     grid.add_row(*[Text(visible(cell)) for cell in row])
   # As wide as it is, also where less is at hand: a squeezed one loses figures.

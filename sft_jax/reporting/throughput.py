@@ -1,4 +1,4 @@
-"""Pace: how fast a run goes, where its time goes, and what memory it takes."""
+"""Throughput: how fast a run is, where its time goes, and what memory."""
 
 import resource
 import sys
@@ -23,13 +23,13 @@ class Clock:
   """Seconds since a run began, by what they went into; monotonic.
 
   Attributes:
-    spent: seconds by kind, one of `KINDS`.
+    timers: seconds by kind, one of `KINDS`.
   """
 
   def __init__(self, now: Callable[[], float] = time.perf_counter):
     """Starts; `now` gives seconds."""
     self._now, self._began = now, now()
-    self.spent = dict.fromkeys(KINDS, 0.0)
+    self.timers = dict.fromkeys(KINDS, 0.0)
 
   @property
   def seconds(self) -> float:
@@ -43,20 +43,20 @@ class Clock:
     try:
       yield
     finally:
-      self.spent[kind] += self._now() - began
+      self.timers[kind] += self._now() - began
 
   def account(self) -> dict[str, float]:
     """{'run_s', '<kind>_s' of every kind, 'other_s'}; the kinds add up."""
     run = self.seconds
-    parts = {f"{kind}_s": seconds for kind, seconds in self.spent.items()}
-    return {"run_s": run, **parts, "other_s": run - sum(self.spent.values())}
+    parts = {f"{kind}_s": seconds for kind, seconds in self.timers.items()}
+    return {"run_s": run, **parts, "other_s": run - sum(self.timers.values())}
 
 
-class Lived(NamedTuple):
+class PreviousRuntime(NamedTuple):
   """What earlier processes of a run did, by its records.
 
   Attributes:
-    run: seconds they lived, up to the last thing they recorded.
+    run: seconds they ran, up to the last thing they recorded.
     useful: of them, those that computed steps which still stand.
   """
 
@@ -64,13 +64,13 @@ class Lived(NamedTuple):
   useful: float
 
 
-def lived(
+def previous_runtime(
   kept: Sequence[Mapping[str, Any]], forgotten: Sequence[Mapping[str, Any]]
-) -> Lived:
+) -> PreviousRuntime:
   """Reads it from the records that stand, and those of steps to be redone."""
   of_kept = [r for r in kept if "time/run_s" in r]
   every = [*of_kept, *(r for r in forgotten if "time/run_s" in r)]
-  return Lived(
+  return PreviousRuntime(
     run=every[-1]["time/run_s"] if every else 0.0,
     useful=of_kept[-1]["speed/goodput"] * of_kept[-1]["time/run_s"]
     if of_kept
@@ -78,7 +78,7 @@ def lived(
   )
 
 
-class Pace:
+class Throughput:
   """The figures of the steps since the last record, but for what they learn.
 
   The host runs ahead, so its own waiting says little. A thread notes when the
@@ -89,7 +89,7 @@ class Pace:
   def __init__(
     self,
     clock: Clock,
-    before: Lived,
+    before: PreviousRuntime,
     *,
     flops_per_token: float,
     num_devices: int,
@@ -112,14 +112,14 @@ class Pace:
       rate, flops_per_token, num_devices=num_devices, chip=chip
     )
     self._share_name = "speed/mfu" if published else "speed/peak_share"
-    self._watcher = ThreadPoolExecutor(1, "pace")
+    self._watcher = ThreadPoolExecutor(1, "throughput")
     self._done: Future[float] | None = None
     self.begin()
 
   def begin(self) -> None:
     """A window begins here and now."""
     self._steps = 0
-    self._began, self._was = self._clock.seconds, dict(self._clock.spent)
+    self._began, self._was = self._clock.seconds, dict(self._clock.timers)
 
   def step(self, made: Any) -> None:
     """A step was handed to the device; `made` are arrays that it makes."""
@@ -137,7 +137,7 @@ class Pace:
     yield
     if self._done is None or self._done.done():
       free = began if self._done is None else max(began, self._done.result())
-      self._clock.spent["data_wait"] += self._clock.seconds - free
+      self._clock.timers["data_wait"] += self._clock.seconds - free
 
   def close(self) -> None:
     """Lets the thread go."""
@@ -151,12 +151,12 @@ class Pace:
       trained_tokens: those trained on.
     """
     clock, window = self._clock, self._clock.seconds - self._began
-    spent = {kind: s - self._was[kind] for kind, s in clock.spent.items()}
+    spent = {kind: s - self._was[kind] for kind, s in clock.timers.items()}
     computing = window - sum(spent.values())
     stepping = computing + spent["data_wait"]
-    clock.spent["compute"] += computing
+    clock.timers["compute"] += computing
     run = self._before.run + clock.seconds
-    useful = self._before.useful + clock.spent["compute"]
+    useful = self._before.useful + clock.timers["compute"]
     share = self._share(tokens / stepping)
     assert share is not None  # There is a chip.
     values = {

@@ -103,7 +103,7 @@ class Wandb:
       id=self.identity,
       resume="allow",
       project=about.project,
-      name=about.workdir.name,
+      name=visible(about.workdir.name),
       dir=about.workdir,
       config=dict(about.config),
       # The terminal is ours.
@@ -139,7 +139,9 @@ class Mlflow:
       if found
       else self._client.create_experiment(about.project)
     )
-    run = self._client.create_run(experiment, run_name=about.workdir.name)
+    run = self._client.create_run(
+      experiment, run_name=visible(about.workdir.name)
+    )
     self.identity = run.info.run_id
     flat = trees.flatten(dict(about.config))
     params = [
@@ -173,11 +175,31 @@ _MLFLOW_VALUE = 500
 _MLFLOW_PARAMS = 100
 
 
-WRITERS: Mapping[str, Callable[[About, str], Writer]] = {
+WRITERS: dict[str, Callable[[About, str], Writer]] = {
   "tensorboard": TensorBoard,
   "wandb": Wandb,
   "mlflow": Mlflow,
 }
+
+
+def register_writer(name: str, writer: Callable[[About, str], Writer]) -> None:
+  """Adds a writer, for `log.writers` to name.
+
+  Args:
+    name: its name there and in writers.json.
+    writer: (about the run, identity of an earlier start or '') -> a `Writer`.
+
+  Raises:
+    ValueError: the name is taken.
+  """
+  if name in WRITERS:
+    raise ValueError(
+      f"register_writer: got {name!r}, expected a name that is free; taken are "
+      f"{', '.join(WRITERS)}. Choose another."
+    )
+  WRITERS[name] = writer
+
+
 # What must be installed; the extra has the same name.
 _PACKAGES = ("wandb", "mlflow")
 

@@ -203,7 +203,7 @@ class _Loop:
     done = "Found compiled, read" if runner.found else "Compiled"
     whole, temporary = runner.program.memory, runner.program.temporaries
     out.print(
-      f"{done} in {clock.spent['compile']:.1f} s. A device holds "
+      f"{done} in {clock.timers['compile']:.1f} s. A device holds "
       f"{whole / 1e9:.3f} GB while it steps, {temporary / 1e9:.3f} of it "
       "activations and other temporary arrays."
     )
@@ -234,7 +234,7 @@ class _Loop:
       )
       stack.enter_context(session.stop.deferred())
       stack.enter_context(self._watchdog)
-      self._records.pace.begin()
+      self._records.throughput.begin()
       yield
 
   @property
@@ -258,13 +258,13 @@ class _Loop:
     self._checkpoints.check()
     with self._profile.step(self.runner.number + 1, lambda: self.runner.state):
       self.runner.submit(self._batch)
-    self._records.pace.step(self.runner.newest)
+    self._records.throughput.step(self.runner.newest)
     self._watchdog.reset()
     # Read once: a signal that comes later is obeyed at the next step.
     self._last = self.runner.number == self._built.num_steps
     self._stopping = self._agreement(self._session.stop.requested)
     if not self._last:
-      with self._records.pace.waiting():
+      with self._records.throughput.waiting():
         self._batch = self._next_batch()
     self._due = self._find_due(self.runner.number)
 

@@ -14,7 +14,7 @@ class Records:
   """metrics.jsonl and its copies; a window is the steps since the last record.
 
   Attributes:
-    pace: throughput of the window in progress.
+    throughput: that of the window in progress.
     last: the number of the last step that is in a record.
   """
 
@@ -32,9 +32,9 @@ class Records:
       kept=self._file.kept,
       say=session.out.print,
     )
-    self.pace = throughput.Pace(
+    self.throughput = throughput.Throughput(
       session.clock,
-      throughput.lived(self._file.kept, self._file.forgotten),
+      throughput.previous_runtime(self._file.kept, self._file.forgotten),
       flops_per_token=built.flops_per_token,
       num_devices=built.mesh.size,
       chip=built.machine.chip,
@@ -52,7 +52,9 @@ class Records:
       values |= {
         "data/epoch": consumed.epochs,
         "data/rows_seen": consumed.rows,
-        **self.pace.take(values["data/tokens"], values["data/trained_tokens"]),
+        **self.throughput.take(
+          values["data/tokens"], values["data/trained_tokens"]
+        ),
       }
     return values
 
@@ -75,7 +77,7 @@ class Records:
   def close(self, done: bool = False) -> None:
     """Closes all; `done` says that the run has taken all its steps."""
     self.flush()
-    self.pace.close()
+    self.throughput.close()
     self._file.close()
     with self._clock.on("log"):
       self._copies.close(done)

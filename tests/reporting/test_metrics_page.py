@@ -73,9 +73,9 @@ def of_other_machines(monkeypatch) -> set[str]:
       return {"peak_bytes_in_use": 1}
 
   monkeypatch.setattr(throughput.jax, "local_devices", lambda: [Device()])
-  one = throughput.Pace(
+  one = throughput.Throughput(
     throughput.Clock(),
-    throughput.Lived(0.0, 0.0),
+    throughput.PreviousRuntime(0.0, 0.0),
     flops_per_token=1.0,
     num_devices=1,
     chip=flops.CHIPS["H100"],

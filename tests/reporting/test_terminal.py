@@ -5,6 +5,7 @@ import re
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from sft_jax.reporting import terminal
 
@@ -100,3 +101,16 @@ def test_what_takes_long_says_so_with_the_time_left():
     "held out 4/10  48 s left",
     "held out 7/10  24 s left",
   ]
+
+
+def test_the_console_obeys_no_text(capsys):
+  """Names of files, runs and models, whichever way they are printed."""
+  out, name = terminal.console(), "run\x1b[2J\u202e\r.jsonl"
+  out.print(name)
+  out.print(Text(name, style="bold"))
+  terminal.facts(out, name, {"a": name})
+  terminal.lines(out, name, [name])
+  terminal.table(out, name, ("a",), [[name]])
+  shown = capsys.readouterr().out
+  assert not set(shown) & set("\x1b\u202e\r")
+  assert shown.count("run␛[2J<202E>") == 8

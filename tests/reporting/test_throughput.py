@@ -1,4 +1,4 @@
-"""Pace: each figure of speed, time and memory, by clocks that are fake."""
+"""Throughput: each figure of speed, time and memory, by fake clocks."""
 
 import resource
 
@@ -26,12 +26,12 @@ def time() -> Time:
   return Time()
 
 
-FIRST = throughput.Lived(0.0, 0.0)
+FIRST = throughput.PreviousRuntime(0.0, 0.0)
 
 
 def make(time: Time, before=FIRST, published=True):
   clock = throughput.Clock(time)
-  return clock, throughput.Pace(
+  return clock, throughput.Throughput(
     clock,
     before,
     flops_per_token=3.0,
@@ -41,7 +41,7 @@ def make(time: Time, before=FIRST, published=True):
   )
 
 
-def done_at(one: throughput.Pace, seconds: float) -> None:
+def done_at(one: throughput.Throughput, seconds: float) -> None:
   """The device was done with its last step so many seconds into the run."""
   one._done = throughput.Future()
   one._done.set_result(seconds)
@@ -113,14 +113,14 @@ def test_only_an_idle_device_waits_for_data(time):
   """Of 4 s of fetching: all, a part, nothing where it is still at work."""
   clock, one = make(time)
   for done, waited in ((-1.0, 4.0), (3.0, 1.0), (None, 0.0)):
-    before = clock.spent["data_wait"]
+    before = clock.timers["data_wait"]
     if done is None:
       one._done = throughput.Future()
     else:
       done_at(one, clock.seconds + done)
     with one.waiting():
       time.now += 4
-    assert clock.spent["data_wait"] - before == waited
+    assert clock.timers["data_wait"] - before == waited
   one.close()
 
 
@@ -144,8 +144,8 @@ def test_a_measured_peak_has_another_name(time):
 
 
 def test_goodput_goes_on_over_restarts(time):
-  """100 s lived, of them 40 s computing steps that stand; 20 s of others are
-  lost with the steps that are taken again."""
+  """100 s of runtime, 40 s of them computing steps that stand; 20 s of others
+  are lost with the steps that are taken again."""
   record = lambda step, run, goodput: {
     "step": step,
     "time/run_s": run,
@@ -153,10 +153,10 @@ def test_goodput_goes_on_over_restarts(time):
   }
   kept = [record(1, 30.0, 0.5), record(2, 80.0, 0.5), {"step": 2, "x": 1.0}]
   forgotten = [record(3, 100.0, 0.6)]
-  before = throughput.lived(kept, forgotten)
+  before = throughput.previous_runtime(kept, forgotten)
   assert before == (100.0, 40.0)
-  assert throughput.lived(kept, []) == (80.0, 40.0)
-  assert throughput.lived([], []) == (0.0, 0.0)
+  assert throughput.previous_runtime(kept, []) == (80.0, 40.0)
+  assert throughput.previous_runtime([], []) == (0.0, 0.0)
   clock, one = make(time, before)
   with clock.on("compile"):
     time.now += 50

@@ -1,7 +1,7 @@
 """Checks: what a reply must satisfy, as functions of the reply alone.
 
-To add one, write a function of a reply and named arguments, annotated, that
-raises ValueError for an argument it cannot use, and give it a line in `CHECKS`.
+A check is a function of a reply and named arguments, annotated, that raises
+ValueError for an argument it cannot use; `register_check` adds one.
 An argument with a default may be left out of a row.
 """
 
@@ -223,16 +223,36 @@ CHECKS: dict[str, Check] = {
 
 # Checks of the form alone: what a model may learn to imitate without being any
 # the wiser. The others ask whether what is said is right.
-FORMAT = frozenset(
-  {
-    *("regex", "json_schema", "starts_with", "ends_with", "max_words"),
-    *("min_words", "has_reasoning"),
-    *ifeval.INSTRUCTIONS,
-  }
-)
+FORMAT = {
+  *("regex", "json_schema", "starts_with", "ends_with", "max_words"),
+  *("min_words", "has_reasoning"),
+  *ifeval.INSTRUCTIONS,
+}
 
 
 KINDS = ("format", "content")
+
+
+def register_check(name: str, check: Check, *, kind: str = "content") -> None:
+  """Adds a check, for rows of behavior sets to name.
+
+  Args:
+    name: as in `{"check": name, ...}`.
+    check: (reply, named arguments, annotated) -> whether it passes; raises
+      ValueError for an argument it cannot use, also of an empty reply.
+    kind: 'format' or 'content'; see `kind`.
+
+  Raises:
+    ValueError: the name is taken, or the kind is none.
+  """
+  if name in CHECKS or kind not in KINDS:
+    raise ValueError(
+      f"register_check: got {name!r} of kind {kind!r}, expected a name that is "
+      f"free and a kind of {KINDS}. Choose another."
+    )
+  CHECKS[name] = check
+  if kind == "format":
+    FORMAT.add(name)
 
 
 def kind(check: Mapping[str, Any]) -> str:

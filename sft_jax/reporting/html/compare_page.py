@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from sft_jax.data.store import fingerprint
 from sft_jax.evals import behaviours
+from sft_jax.reporting import run_files
 from sft_jax.reporting.html import charts, run_page
 from sft_jax.reporting.html.elements import Table, flat, tag, write_page
 
@@ -122,18 +123,24 @@ def _paired(
   scores: Mapping[str, behaviours.Scores | None], name: str
 ) -> dict[str, Markup]:
   """'+3 / -1, p 0.62' by group, on the prompts that both runs answered."""
-  first, other = next(iter(scores.values())), scores[name]
-  if not first or not other:
-    return {}
-  a, b = _common([first.replies, other.replies])
   found = {}
-  for row in behaviours.compare(behaviours.Scores(a), behaviours.Scores(b)):
+  for row in _pairs(next(iter(scores.values())), scores[name]):
     said = f"+{row.gained} / -{row.lost}, p {row.p:.2g}"
     better = "good" if row.gained > row.lost else "bad"
     found[row.group] = tag(
       "span", said, class_=better if row.p < 0.05 else "dim"
     )
   return found
+
+
+def _pairs(
+  first: behaviours.Scores | None, other: behaviours.Scores | None
+) -> list[behaviours.Comparison]:
+  """The groups of two runs, on the prompts that both answered."""
+  if not first or not other:
+    return []
+  a, b = _common([first.replies, other.replies])
+  return behaviours.compare(behaviours.Scores(a), behaviours.Scores(b))
 
 
 def _common(
@@ -259,3 +266,50 @@ def _replies(runs: Runs) -> list[dict[str, Any]] | None:
   return run_page.cards(
     {name: [side[i] for i in rows] for name, side in sides.items()}
   )
+
+
+def compare(workdirs: Sequence[str | os.PathLike]) -> dict[str, list[dict]]:
+  """Several runs as plain tables, each a list of rows.
+
+  Args:
+    workdirs: of the runs, finished or not; the first is the one that the
+      others are compared with.
+
+  Returns:
+    'behaviours': {'run', 'group', 'n', 'rate', 'low', 'high', 'stopped'},
+    after training; 'paired': {'run', 'group', 'gained', 'lost', 'p'} against
+    the first run, on the prompts that both answered; 'losses': {'run', 'name',
+    'before', 'after', 'change'}; 'config': {'key', and each run's value} of the
+    keys that differ; 'metrics': {'run', 'name', 'last', 'median'}.
+  """
+  runs = {os.fspath(path): run_files.read(path) for path in workdirs}
+  scores = {name: _after(run) for name, run in runs.items()}
+  first = next(iter(scores.values()), None)
+  configs = [flat(run["config"]) for run in runs.values()]
+  found: dict[str, list[dict]] = {
+    name: [] for name in ("behaviours", "paired", "losses", "config", "metrics")
+  }
+  for name, run in runs.items():
+    one, records = scores[name], run.get("metrics", ())
+    for group, score in one.groups.items() if one else ():
+      low, high = score.interval
+      rates = {"rate": score.rate, "low": low, "high": high}
+      stopped = score.stopped / score.n
+      row = {"run": name, "group": group, "n": score.n, **rates}
+      found["behaviours"].append(row | {"stopped": stopped})
+    for pair in _pairs(first, one) if one is not first else ():
+      row = {"run": name, "group": pair.group, "gained": pair.gained}
+      found["paired"].append(row | {"lost": pair.lost, "p": pair.p})
+    losses = run.get("result", {}).get("losses", ())
+    found["losses"] += [{"run": name, **row} for row in losses]
+    for metric in charts.number_names(records):
+      points = charts.points(records, metric)
+      if values := [value for _, value in points if value is not None]:
+        row = {"run": name, "name": metric, "last": values[-1]}
+        found["metrics"].append(row | {"median": statistics.median(values)})
+  for key in dict.fromkeys(key for one in configs for key in one):
+    values = [one.get(key) for one in configs]
+    if len({str(value) for value in values}) > 1:
+      row = dict(zip(runs, values, strict=True))
+      found["config"].append({"key": key, **row})
+  return found

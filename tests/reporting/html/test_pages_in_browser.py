@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import fake_runs
+from page_reader import INJECTIONS
 from sft_jax.reporting.html import compare_page, run_page
 
 CHROMIUM = next(
@@ -152,3 +153,59 @@ def test_a_page_prints(pages, tmp_path):
   data = paper.read_bytes()
   assert data.startswith(b"%PDF")
   assert len(re.findall(rb"/Type\s*/Page\b", data)) >= 3
+
+
+LOOK = """
+const frame = document.querySelector('iframe');
+frame.onload = () => setTimeout(() => {
+  const view = frame.contentWindow, page = frame.contentDocument;
+  for (const one of page.querySelectorAll('details')) one.open = true;
+  const all = [...page.querySelectorAll('*')];
+  document.querySelector('pre').textContent = JSON.stringify({
+    pwned: window.pwned || 0,
+    foreign: all.map(node => node.tagName.toLowerCase()).filter(name =>
+      /^(script|img|iframe|object|embed|video|audio|link|base|form|input)$/
+      .test(name)),
+    handlers: all.flatMap(node => node.getAttributeNames()).filter(
+      name => name.startsWith('on')),
+    links: [...page.links].map(link => link.getAttribute('href')).filter(
+      href => !href.startsWith('#part-')),
+    loaded: view.performance.getEntriesByType('resource').length,
+    text: page.body.innerText.includes('49') ? 'template ran' : ''});
+}, 500);
+"""
+
+
+def test_nothing_runs_that_is_injected(tmp_path):
+  """Each text in every place of a run, without the policy that forbids it."""
+  assert len(INJECTIONS) >= 50
+  every = "\n".join(INJECTIONS)
+  run = fake_runs.finished(every)
+  one = [fake_runs.finished(x) for x in INJECTIONS]
+  for name in ("samples", "incidents", "held_out"):
+    run[name] = [row for other in one for row in other[name]]
+  for when in ("before", "after"):
+    run[when]["behaviours"]["replies"] = [
+      reply for other in one for reply in other[when]["behaviours"]["replies"]
+    ]
+  run["config"] = {x: x for x in INJECTIONS}
+  run["result"] |= {x: {x: x} for x in INJECTIONS}
+  pages = [tmp_path / "report.html", tmp_path / "compare.html"]
+  run_page.write(pages[0], run)
+  compare_page.write(pages[1], {every: run, "other": fake_runs.finished("x")})
+  for page in pages:
+    text = page.read_text(encoding="utf-8")
+    bare = re.sub(r'(?s)<meta\s+http-equiv="Content-Security.*?>', "", text)
+    assert "default-src" not in bare
+    page.write_text(bare, encoding="utf-8")
+    holder = page.with_name("holder.html")
+    holder.write_text(
+      f"<pre></pre><iframe src='{page.name}'></iframe><script>{LOOK}</script>"
+    )
+    dom = _chromium("--dump-dom", f"file://{holder}")
+    found = re.search(r"<pre>(\{.*?\})</pre>", dom, re.DOTALL)
+    assert found, dom[:500]
+    assert json.loads(found[1]) == {
+      "pwned": 0, "foreign": [], "handlers": [], "links": [], "loaded": 0,
+      "text": "",
+    }  # fmt: skip
