@@ -13,10 +13,13 @@ if TYPE_CHECKING:
   from sft_jax.data.encoding.encode import Example, encode
   from sft_jax.data.formats.formats import to_conversation
   from sft_jax.data.tokenizers.tokenizer import load_tokenizer
+  from sft_jax.evals.checks.checks import register_check
   from sft_jax.inference.generate import Reply, generate
   from sft_jax.inference.logprobs import logprobs
   from sft_jax.models.transformer import Model
+  from sft_jax.reporting.html.compare_page import compare
   from sft_jax.reporting.run_files import read as read_run
+  from sft_jax.reporting.trackers import register_writer
   from sft_jax.training.build.model import load_pretrained
   from sft_jax.training.config import default as default_config
   from sft_jax.training.run import Result, train
@@ -29,6 +32,7 @@ __all__ = [
   "Reply",
   "Result",
   "ToolCall",
+  "compare",
   "default_config",
   "encode",
   "generate",
@@ -36,6 +40,8 @@ __all__ = [
   "load_tokenizer",
   "logprobs",
   "read_run",
+  "register_check",
+  "register_writer",
   "save_pretrained",
   "to_conversation",
   "train",
@@ -50,6 +56,7 @@ _HOME = {
   "Reply": "inference.generate",
   "Result": "training.run",
   "ToolCall": "data.conversation",
+  "compare": "reporting.html.compare_page",
   "default_config": "training.config:default",
   "encode": "data.encoding.encode",
   "generate": "inference.generate",
@@ -57,6 +64,8 @@ _HOME = {
   "load_tokenizer": "data.tokenizers.tokenizer",
   "logprobs": "inference.logprobs",
   "read_run": "reporting.run_files:read",
+  "register_check": "evals.checks.checks",
+  "register_writer": "reporting.trackers",
   "save_pretrained": "checkpointing.export",
   "to_conversation": "data.formats.formats",
   "train": "training.run",

@@ -1,5 +1,6 @@
 """The code of docs/extending.md is run, and its losses are their formulas."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,10 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import fake_runs
+import sft_jax
 import tiny
 from configs import base
 from sft_jax.common import sharding, trees
+from sft_jax.data.conversation import Message
+from sft_jax.evals.checks import checks
+from sft_jax.inference.generate import Reply
 from sft_jax.models import transformer
+from sft_jax.reporting import trackers
 from sft_jax.step.loss import linear_cross_entropy
 from sft_jax.step.train_step import init_state, split_micro_batches
 from sft_jax.training import selfcheck
@@ -116,3 +123,56 @@ def test_rates_and_freeze_choose_parameters_by_pattern(page):
       build_step.hold_base(
         wrong, build_step.make_step(wrong, model, None, 100), params, None
       )
+
+
+def test_a_check_of_ones_own(page):
+  reply = Reply("Tower and tower", [1], True, Message("assistant", ""))
+  row = {"check": "mentions", "word": "tower", "times": 2}
+  checks.validate(row, "here")
+  assert checks.passes(reply, row)
+  assert not checks.passes(reply, row | {"times": 3})
+  assert checks.kind(row) == "content"
+  for wrong in ({"times": 1}, {"word": 3}, {"word": "a", "more": 1}):
+    with pytest.raises(ValueError, match="here: got mentions"):
+      checks.validate({"check": "mentions"} | wrong, "here")
+  with pytest.raises(ValueError, match="name that is free"):
+    sft_jax.register_check("exact", page["mentions"])
+  with pytest.raises(ValueError, match="kind 'other'"):
+    sft_jax.register_check("mine", page["mentions"], kind="other")
+
+
+def test_a_writer_of_ones_own(page, tmp_path, capsys):
+  about = trackers.About(tmp_path / "run", "project", {})
+  about.workdir.mkdir()
+  records = [{"step": 1, "loss/nats_per_token": 2.5}]
+  for _ in range(2):  # A record is copied once, also over a restart.
+    copies = trackers.Copies(["printer"], about, kept=records, say=print)
+  copies.close(done=True)
+  assert capsys.readouterr().out == "run 1 2.5\nrun is done\n"
+  with pytest.raises(ValueError, match="taken are"):
+    sft_jax.register_writer("wandb", page["Printer"])
+
+
+def test_runs_as_plain_tables(tmp_path):
+  runs = [fake_runs.finished("x"), fake_runs.finished("x")]
+  runs[1]["config"]["optim"]["learning_rate"] = 2e-05
+  replies = runs[1]["after"]["behaviours"]["replies"]
+  replies[0] |= {"passed": False}
+  replies[2] |= {"passed": True}
+  a, b = (
+    str(fake_runs.write(tmp_path / name, run))
+    for name, run in zip("ab", runs, strict=True)
+  )
+  found = sft_jax.compare([a, b])
+  assert json.loads(json.dumps(found)) == found
+  rates = {row["run"]: row["rate"] for row in found["behaviours"]}
+  assert rates == {a: 2 / 3, b: 2 / 3}
+  assert found["paired"] == [
+    {"run": b, "group": "x", "gained": 1, "lost": 1, "p": 1.0}
+  ]
+  assert [(row["run"], row["after"]) for row in found["losses"]] == [
+    (a, 1.125), (b, 1.125)
+  ]  # fmt: skip
+  assert found["config"] == [{"key": "optim.learning_rate", a: 1e-05, b: 2e-05}]
+  loss = {"run": a, "name": "loss/nats_per_token", "last": 1.5, "median": 1.75}
+  assert loss in found["metrics"]

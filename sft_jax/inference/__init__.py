@@ -1,0 +1,6 @@
+"""Replies of a model: conversations in, the model's next turns out.
+
+Reading order: generate (conversations to replies), sampler (prompts of token
+ids through a batch that is refilled), decode (what runs on the device),
+sampling (the choice of the next token).
+"""
