@@ -1,12 +1,11 @@
 """What the files of a tokenizer folder hold beside the vocabulary."""
 
-import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple
 
 # What an export copies beside the weights, where the folder has it.
 FILES = (
@@ -24,7 +23,7 @@ FILES = (
 # Folders of more templates, each named after its file.
 _TEMPLATES = ("additional_chat_templates", "chat_templates")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-_SPECIAL = dict.fromkeys(_FLAGS, False) | {"special": True}
+SPECIAL = dict.fromkeys(_FLAGS, False) | {"special": True}
 
 
 class Folder(NamedTuple):
@@ -42,7 +41,7 @@ class Folder(NamedTuple):
     stop_ids: eos_token_id of generation_config.json, or else of config.json.
     chat_templates: {name: Jinja source}, 'default' among them or not.
     extra_tokens: {text: id} of tokens that no file calls special; see
-      `Resolved.with_new_tokens`.
+      `tokenizer.Tokenizer.with_new_tokens`.
   """
 
   path: Path
@@ -115,150 +114,48 @@ def read(folder: Path) -> Folder:
   )
 
 
-class Resolved:
-  """What a folder holds, in ids: the attributes of `tokenizer.Tokenizer`.
+def write(read: Folder, folder: Path, chat_template: str | None) -> None:
+  """Writes the files into a folder, with the chat template and new tokens.
 
-  Args:
-    read: the folder.
-    ids: {text: id} of the vocabulary.
-    size: one more than the largest id.
-
-  Raises:
-    ValueError: a special token that the vocabulary does not hold.
+  generation_config.json is copied as it is: whoever exports the model
+  completes it.
   """
-
-  _id_of: Callable[[str], int | None]
-
-  def __init__(self, read: Folder, ids: Mapping[str, int], size: int):
-    self._read = read
-    self.folder, self.files = read.path, read.files
-    self.fingerprint = read.fingerprint
-    self.chat_templates = read.chat_templates
-    self.chat_template = read.chat_templates.get("default")
-    self.vocab_size = size
-    for text in read.special:
-      if text not in ids:
-        raise ValueError(
-          f"{read.path}/tokenizer_config.json: got the special token {text!r}; "
-          "expected one of the vocabulary. Correct it or add the token."
-        )
-    named = dict(read.named_tokens)
-    for stop in read.stop_ids:
-      if not 0 <= stop < size:
-        raise ValueError(
-          f"{read.path}: got eos_token_id {stop}; expected an id below "
-          f"{size}. Correct generation_config.json."
-        )
-    if read.stop_ids and not {"eos_token"} & (read.unnamed | named.keys()):
-      first = next(t for t, n in ids.items() if n == read.stop_ids[0])
-      named["eos_token"] = first
-    self.named_tokens = named
-    self.bos_id = ids[named["bos_token"]] if "bos_token" in named else None
-    self.eos_id = ids[named["eos_token"]] if "eos_token" in named else None
-    self.pad_id = ids[named["pad_token"]] if "pad_token" in named else None
-    ends = () if self.eos_id is None else (self.eos_id,)
-    self.stop_ids = tuple(sorted({*read.stop_ids, *ends}))
-
-  def with_chat_template(self, source: str) -> Self:
-    """This tokenizer with another chat template, which an export writes."""
-    other = copy.copy(self)
-    other.chat_template = source
-    other.fingerprint = _digest(self.fingerprint, source)
-    return other
-
-  def with_new_tokens(
-    self, texts: Sequence[str], *, stop: Sequence[str] = ()
-  ) -> tuple[Self, dict[str, int]]:
-    """This tokenizer with more special tokens, which an export writes.
-
-    Args:
-      texts: of the tokens. One that the vocabulary has keeps its id, and is
-        special from now on.
-      stop: those of them at which generation stops, too.
-
-    Returns:
-      The tokenizer, and {text: id} of the tokens that are new to it: the ids
-      from `vocab_size` on. A model may have rows for them, if its vocabulary
-      is padded; nothing has been trained into these.
-
-    Raises:
-      ValueError: an empty text or one with white space at its edges; `stop`
-        with a text that is no token.
-    """
-    for text in texts:
-      if not text or text != text.strip():
-        raise ValueError(
-          f"model.new_tokens: got {text!r}; expected a text without white "
-          "space around it. Correct it."
-        )
-    known = {text: self._id_of(text) for text in (*texts, *stop)}
-    new = [text for text in dict.fromkeys(texts) if known[text] is None]
-    numbers = {text: self.vocab_size + i for i, text in enumerate(new)}
-    known |= numbers
-    for text in stop:
-      if known[text] is None:
-        raise ValueError(
-          f"model.new_tokens: got no token {text!r}, at which generation shall "
-          "stop; expected it in the vocabulary or among the new tokens. Add it."
-        )
-    read = self._read
-    stops = [*read.stop_ids, *(known[text] for text in stop)]
-    read = read._replace(
-      fingerprint=_digest(read.fingerprint, repr((list(texts), list(stop)))),
-      special=tuple(dict.fromkeys([*read.special, *texts])),
-      added=read.added | {text: (n, _SPECIAL) for text, n in numbers.items()},
-      stop_ids=tuple(dict.fromkeys(stops)),
-      extra_tokens=read.extra_tokens | {text: known[text] for text in texts},
-    )
-    other = cast(Any, type(self))(read)
-    if self.chat_template not in (None, other.chat_template):
-      other = other.with_chat_template(self.chat_template)
-    return other, numbers
-
-  def write_files(self, folder: Path) -> None:
-    """Writes the tokenizer's files into a folder, its new tokens included.
-
-    generation_config.json is copied as it is: whoever exports the model
-    completes it.
-    """
-    read = self._read
-    folder.mkdir(exist_ok=True)
-    for file in self.files:
-      target = folder / file.relative_to(self.folder)
-      target.parent.mkdir(exist_ok=True)
-      shutil.copyfile(file, target)
-    if self.chat_template != read.chat_templates.get("default"):
-      path = folder / "chat_template.jinja"
-      path.write_text(self.chat_template or "", encoding="utf-8")
-    if not read.extra_tokens:
-      return
-    tokens = {
-      text: {"id": number, "content": text, **_SPECIAL}
-      for text, number in read.extra_tokens.items()
-    }
-    if (path := folder / "tokenizer.json").is_file():
-      state = _json(path)
-      added = {one["content"]: one for one in state["added_tokens"]}
-      for text, token in tokens.items():
-        added[text] = added.get(text, token) | {"special": True}
-      state["added_tokens"] = sorted(added.values(), key=lambda one: one["id"])
-      path.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
-    path = folder / "added_tokens.json"
-    _write_json(path, _json(path) | read.extra_tokens)
-    path = folder / "tokenizer_config.json"
-    config = _json(path)
-    decoder = config.get("added_tokens_decoder")
-    if decoder is not None:
-      for text, number in read.extra_tokens.items():
-        decoder[str(number)] = {"content": text, **_SPECIAL}
-    # The newer name holds a list from version 5 of transformers on.
-    key = "extra_special_tokens"
-    if not isinstance(config.get(key), list):
-      key = "additional_special_tokens"
-    listed = config.get(key) or []
-    texts = set(map(_content, listed))
-    config[key] = [*listed, *(one for one in tokens if one not in texts)]
-    _write_json(path, config)
+  folder.mkdir(exist_ok=True)
+  for file in read.files:
+    target = folder / file.relative_to(read.path)
+    target.parent.mkdir(exist_ok=True)
+    shutil.copyfile(file, target)
+  if chat_template not in (None, read.chat_templates.get("default")):
+    path = folder / "chat_template.jinja"
+    path.write_text(chat_template, encoding="utf-8")
+  if not read.extra_tokens:
+    return
+  tokens = {
+    text: {"id": number, "content": text, **SPECIAL}
+    for text, number in read.extra_tokens.items()
+  }
+  if (path := folder / "tokenizer.json").is_file():
+    state = _json(path)
+    added = {one["content"]: one for one in state["added_tokens"]}
+    for text, token in tokens.items():
+      added[text] = added.get(text, token) | {"special": True}
+    state["added_tokens"] = sorted(added.values(), key=lambda one: one["id"])
+    _write_json(path, state)
+  path = folder / "added_tokens.json"
+  _write_json(path, _json(path) | read.extra_tokens)
+  path = folder / "tokenizer_config.json"
+  config = _json(path)
+  if (decoder := config.get("added_tokens_decoder")) is not None:
+    for text, number in read.extra_tokens.items():
+      decoder[str(number)] = {"content": text, **SPECIAL}
+  # The newer name holds a list from version 5 of transformers on.
+  key = "extra_special_tokens"
+  if not isinstance(config.get(key), list):
+    key = "additional_special_tokens"
+  listed = config.get(key) or []
+  texts = set(map(_content, listed))
+  config[key] = [*listed, *(one for one in tokens if one not in texts)]
+  _write_json(path, config)
 
 
 def _chat_templates(
@@ -279,10 +176,6 @@ def _chat_templates(
     own = path.parent == folder
     found["default" if own else path.stem] = path.read_text(encoding="utf-8")
   return found
-
-
-def _digest(*texts: str) -> str:
-  return hashlib.sha256(repr(texts).encode()).hexdigest()
 
 
 def _content(token: Any) -> str | None:

@@ -12,23 +12,20 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from sft_jax.data.tokenizers import files
-from sft_jax.data.tokenizers.literal import LiteralEncoder, Ranges
+from sft_jax.data.tokenizers.literal import Encoded, LiteralEncoder, Ranges
+from sft_jax.data.tokenizers.tokenizer import Tokenizer
 
 # How Qwen2 cuts text before merging: digits one by one, line breaks together.
 _QWEN2 = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# By the class that a folder names (less 'Fast'); GPT-2's where it names none.
-_CUTS = {
-  "GPT2Tokenizer": "gpt2",
-  "CodeGenTokenizer": "gpt2",
-  "Qwen2Tokenizer": "qwen2",
-}
-# Special tokens that the classes have where no file names them.
+# By the class that a folder names (less 'Fast'; GPT-2's where it names none):
+# what <|endoftext|> is where no file says so.
 _DEFAULTS = {
-  "gpt2": dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>"),
-  "qwen2": dict.fromkeys(("eos_token", "pad_token"), "<|endoftext|>"),
+  "GPT2Tokenizer": ("bos_token", "eos_token"),
+  "CodeGenTokenizer": ("bos_token", "eos_token"),
+  "Qwen2Tokenizer": ("eos_token", "pad_token"),
 }
 # Characters that a normalizer or decoder may make of one. Unicode's own
 # normal forms make at most 18.
@@ -36,7 +33,7 @@ _MAX_GROWTH = 256
 _GROWTH = {"NFKC": 18, "NFKD": 18, "NFD": 4, "NFC": 3, "Lowercase": 3}
 
 
-class HuggingFaceTokenizer(files.Resolved):
+class HuggingFaceTokenizer(Tokenizer):
   """Runs on the `tokenizers` library; see `tokenizer.Tokenizer`."""
 
   def __init__(self, read: files.Folder):
@@ -60,8 +57,12 @@ class HuggingFaceTokenizer(files.Resolved):
           f"{path}: got id {got} for {text!r}; expected {number} as in "
           "tokenizer_config.json. Use the two files of one model."
         )
+    # Ordinary tokens that are special here are read whole, as by transformers.
+    known = {x.content for x in self._model.get_added_tokens_decoder().values()}
     stops = map(self._model.id_to_token, read.stop_ids)
-    self._promote(*read.special, *filter(None, stops))
+    for text in {*read.special, *stops} - {*known, None}:
+      if self._model.token_to_id(text) is not None:
+        self._model.add_special_tokens([text])
     ids = self._model.get_vocab(with_added_tokens=True)
     if not read.config and "bos_token" not in read.named_tokens:
       # A tokenizer.json by itself: what it puts before a text.
@@ -69,23 +70,15 @@ class HuggingFaceTokenizer(files.Resolved):
       texts = [text for text, number in ids.items() if [number] == before]
       named = dict.fromkeys(["bos_token"][: len(texts)], *texts)
       read = read._replace(named_tokens=named | read.named_tokens)
-    super().__init__(read, ids, max(ids.values()) + 1)
+    super().__init__(read, ids)
     self.special_tokens = {
       one.content: number
       for number, one in self._model.get_added_tokens_decoder().items()
       if one.special or one.content in read.special or number in self.stop_ids
     }
 
-  def _id_of(self, text: str) -> int | None:
+  def id_of(self, text: str) -> int | None:
     return self._model.token_to_id(text)
-
-  def _promote(self, *texts: str) -> None:
-    """Has ordinary tokens of these texts read whole, as transformers does."""
-    added = self._model.get_added_tokens_decoder().values()
-    known = {one.content for one in added}
-    for text in texts:
-      if text not in known and self._model.token_to_id(text) is not None:
-        self._model.add_special_tokens([text])
 
   def encode(self, text: str) -> list[int]:
     return self._searched(self._model.encode, text).ids
@@ -95,9 +88,7 @@ class HuggingFaceTokenizer(files.Resolved):
     made = self._searched(self._model.encode_batch_fast, list(texts))
     return [encoding.ids for encoding in made]
 
-  def encode_with_offsets(
-    self, text: str, literal: Ranges = ()
-  ) -> tuple[list[int], list[tuple[int, int]]]:
+  def encode_with_offsets(self, text: str, literal: Ranges = ()) -> Encoded:
     if literal:
       return self._searched(
         lambda text, **_: self._literal.encode_with_offsets(text, literal), text
@@ -190,47 +181,38 @@ def _from_vocab_and_merges(
 ) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
   """The tokenizer, and special tokens by name unless the config names others.
 
-  Args:
-    folder: with vocab.json and merges.txt.
-    config: its tokenizer_config.json.
-
   Raises:
     ValueError: a tokenizer_class whose way of cutting text is not known here;
       files that are not such a tokenizer.
   """
   named = str(config.get("tokenizer_class") or "GPT2Tokenizer")
-  cut = _CUTS.get(named.removesuffix("Fast"))
-  if cut is None:
+  if (kind := named.removesuffix("Fast")) not in _DEFAULTS:
     raise ValueError(
       f"{folder}/tokenizer_config.json: got tokenizer_class {named!r} without "
-      f"a tokenizer.json; expected one of {', '.join(_CUTS)}. Save the "
+      f"a tokenizer.json; expected one of {', '.join(_DEFAULTS)}. Save the "
       "tokenizer as tokenizer.json (transformers' save_pretrained does)."
     )
+  names = (str(folder / "vocab.json"), str(folder / "merges.txt"))
   try:
-    bpe = models.BPE.from_file(
-      str(folder / "vocab.json"), str(folder / "merges.txt")
-    )
+    model = tokenizers.Tokenizer(models.BPE.from_file(*names))
   except Exception as error:  # The library raises bare Exception.
     raise ValueError(
       f"{folder}: got {error}; expected the vocab.json and merges.txt of one "
       "tokenizer. Copy them again."
     ) from error
-  model = tokenizers.Tokenizer(bpe)
-  space = bool(config.get("add_prefix_space", False))
-  if cut == "gpt2":
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
-  else:
+  qwen = kind == "Qwen2Tokenizer"
+  bytes_of = pre_tokenizers.ByteLevel(
+    add_prefix_space=bool(config.get("add_prefix_space", False)),
+    use_regex=not qwen,
+  )
+  model.pre_tokenizer = bytes_of
+  if qwen:
     model.normalizer = normalizers.NFC()
-    model.pre_tokenizer = pre_tokenizers.Sequence(
-      [
-        pre_tokenizers.Split(Regex(_QWEN2), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=False),
-      ]
-    )
+    split = pre_tokenizers.Split(Regex(_QWEN2), "isolated")
+    model.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_of])
   model.decoder = decoders.ByteLevel()
-  defaults = {
+  return model, {
     name: text
-    for name, text in _DEFAULTS[cut].items()
+    for name, text in dict.fromkeys(_DEFAULTS[kind], "<|endoftext|>").items()
     if name not in config and model.token_to_id(text) is not None
   }
-  return model, defaults

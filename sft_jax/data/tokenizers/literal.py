@@ -41,16 +41,13 @@ class _Copy(NamedTuple):
 
   Attributes:
     model: the tokenizer.
-    cut: the placeholder between two characters that no token may join.
-    names: {special token: placeholder}; tokens that take white space around
-      them alike have one placeholder together.
-    ids: of the placeholders, `cut` included.
+    marks: {special token: placeholder}, and '' -> the placeholder that cuts.
+    ids: of the placeholders, the one that cuts first.
   """
 
   model: tokenizers.Tokenizer
-  cut: str
-  names: dict[str, str]
-  ids: frozenset[int]
+  marks: dict[str, str]
+  ids: list[int]
 
 
 class LiteralEncoder:
@@ -91,86 +88,73 @@ class LiteralEncoder:
   def encode_with_offsets(self, text: str, literal: Ranges) -> Encoded:
     """See `tokenizer.Tokenizer`."""
     for cuts in (False, True):
-      ids, offsets = self._encode(text, literal, cuts)
-      if ids is not None:
-        return ids, offsets
+      if found := self._encode(text, literal, cuts):
+        return found
     raise refusal(self._folder, text)
 
-  def _encode(
-    self, text: str, literal: Ranges, cuts: bool
-  ) -> tuple[list[int] | None, list[tuple[int, int]]]:
+  def _encode(self, text: str, literal: Ranges, cuts: bool) -> Encoded | None:
     """Ids and offsets; None where a literal text became a special token."""
-    copy = self._copy(self._unused_block(text))
+    # A text may hold characters of a block of placeholders: not of this one.
+    used = {(ord(one) - _FIRST) // _BLOCK for one in set(text)}
+    copy = self._copy(next(i for i in range(_BLOCKS) if i not in used))
     written: list[str] = []
-    starts, ends = [], []  # In `text`, of each written character.
+    spans: list[tuple[int, int]] = []  # In `text`, of each written character.
     structure: list[int] = []
-
-    def write(new: str, start: int, end: int | None = None) -> None:
-      written.append(new)
-      if end is None:  # The text's own characters.
-        starts.extend(range(start, start + len(new)))
-        ends.extend(range(start + 1, start + len(new) + 1))
-      else:
-        starts.append(start)
-        ends.append(end)
-
     at = 0
+
+    def keep(end: int) -> None:
+      written.append(text[at:end])
+      spans.extend((i, i + 1) for i in range(at, end))
+
     for token in self._pattern.finditer(text):
-      if not overlaps(token.span(), literal):
-        write(text[at : token.start()], at)
-        write(copy.names[token[0]], *token.span())
+      start, end = token.span()
+      if not overlaps((start, end), literal):
+        keep(start)
+        written.append(copy.marks[token[0]])
+        spans.append((start, end))
         structure.append(self._special[token[0]])
-        at = token.end()
+        at = end
       elif cuts:
-        write(text[at : token.start() + 1], at)
-        at = token.start() + 1
-        write(copy.cut, at, at)
-    write(text[at:], at)
+        keep(start + 1)
+        at = start + 1
+        written.append(copy.marks[""])
+        spans.append((at, at))
+    keep(len(text))
     encoding = copy.model.encode("".join(written), add_special_tokens=False)
-    ids, offsets = [], []
-    cut = copy.model.token_to_id(copy.cut)
+    spans.append((len(text), len(text)))
     following = iter(structure)
+    ids, offsets = [], []
     for number, (a, b) in zip(encoding.ids, encoding.offsets, strict=True):
-      if number == cut:
-        continue
       if number in copy.ids:
+        if number == copy.ids[0]:
+          continue
         number = next(following)
       elif number in self._forbidden:
-        return None, []
+        return None
       ids.append(number)
-      start = starts[a] if a < len(starts) else len(text)
-      offsets.append((start, ends[b - 1] if b > a else start))
+      offsets.append((spans[a][0], spans[b - 1][1] if b > a else spans[a][0]))
     assert next(following, None) is None
     return ids, offsets
-
-  def _unused_block(self, text: str) -> int:
-    """The number of a block of placeholders that the text has none of."""
-    if text.isascii():
-      return 0
-    used = {(ord(one) - _FIRST) // _BLOCK for one in set(text)}
-    return next(block for block in range(_BLOCKS) if block not in used)
 
   def _make_copy(self, block: int) -> _Copy:
     model = tokenizers.Tokenizer.from_str(self._original.to_str())
     added = self._original.get_added_tokens_decoder().values()
-    # Structure by its name or as a stop token, and not by its own flag.
     structure = [one for one in added if one.content in self._special]
+    # Structure by name or as a stop token, whatever the token's own flag.
     model.add_special_tokens(structure)
     model.encode_special_tokens = True
-    first = _FIRST + block * _BLOCK
-    flags = {one.content: (one.lstrip, one.rstrip) for one in added}
-    kinds = [(left, right) for left in (False, True) for right in (False, True)]
-    marks = {kind: chr(first + 1 + i) for i, kind in enumerate(kinds)}
-    tokens = [
-      tokenizers.AddedToken(
-        mark, lstrip=left, rstrip=right, normalized=False, special=False
-      )
-      for (left, right), mark in [((False, False), chr(first)), *marks.items()]
-    ]
-    model.add_tokens(tokens)
+    marks = [chr(_FIRST + _BLOCK * block + i) for i in range(5)]
+    model.add_tokens(
+      [
+        tokenizers.AddedToken(
+          mark, lstrip=i > 2, rstrip=i in (2, 4), normalized=False
+        )
+        for i, mark in enumerate(marks)
+      ]
+    )
     return _Copy(
       model,
-      cut=chr(first),
-      names={text: marks[flags[text]] for text in self._special},
-      ids=frozenset(cast(int, model.token_to_id(x.content)) for x in tokens),
+      {x.content: marks[1 + 2 * x.lstrip + x.rstrip] for x in structure}
+      | {"": marks[0]},
+      [cast(int, model.token_to_id(mark)) for mark in marks],
     )

@@ -6,14 +6,21 @@ from collections.abc import Sequence
 import sentencepiece
 
 from sft_jax.data.tokenizers import files
-from sft_jax.data.tokenizers.literal import Ranges, any_of, overlaps, refusal
+from sft_jax.data.tokenizers.literal import (
+  Encoded,
+  Ranges,
+  any_of,
+  overlaps,
+  refusal,
+)
+from sft_jax.data.tokenizers.tokenizer import Tokenizer
 
 # Appended to a SentencePiece model, this overrides one field of it (protocol
 # buffers merge when concatenated): normalizer_spec { add_dummy_prefix: false }.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
-class SentencePieceTokenizer(files.Resolved):
+class SentencePieceTokenizer(Tokenizer):
   """Runs on the `sentencepiece` library; see `tokenizer.Tokenizer`.
 
   SentencePiece never reads control tokens out of text, so text is split at
@@ -54,7 +61,7 @@ class SentencePieceTokenizer(files.Resolved):
     # What the config says wins over what the model says, null included.
     named = {k: v for k, v in named.items() if k not in read.config}
     read = read._replace(named_tokens=named | read.named_tokens)
-    super().__init__(read, ids, max(ids.values()) + 1)
+    super().__init__(read, ids)
     control = {text: i for text, i in pieces.items() if model.is_control(i)}
     structure = {
       text: number
@@ -80,15 +87,7 @@ class SentencePieceTokenizer(files.Resolved):
     )
     self._pieces = ids
 
-  def encode(self, text: str) -> list[int]:
-    return self.encode_with_offsets(text)[0]
-
-  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    return [self.encode(text) for text in texts]
-
-  def encode_with_offsets(
-    self, text: str, literal: Ranges = ()
-  ) -> tuple[list[int], list[tuple[int, int]]]:
+  def encode_with_offsets(self, text: str, literal: Ranges = ()) -> Encoded:
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
 
@@ -120,7 +119,7 @@ class SentencePieceTokenizer(files.Resolved):
     read(at, len(text))
     return ids, offsets
 
-  def _id_of(self, text: str) -> int | None:
+  def id_of(self, text: str) -> int | None:
     return self._pieces.get(text)
 
   def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:

@@ -1,19 +1,19 @@
-"""Text to token ids and back: one protocol, two kinds of tokenizer file."""
+"""Text to token ids and back, for every kind of tokenizer file."""
 
-from collections.abc import Sequence
+import abc
+import copy
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Self, cast
 
 from sft_jax.common import hub
 from sft_jax.data.tokenizers import files
-from sft_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
-from sft_jax.data.tokenizers.literal import Ranges
-from sft_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from sft_jax.data.tokenizers.literal import Encoded, Ranges
 
 
-@runtime_checkable
-class Tokenizer(Protocol):
-  """What the rest of the program knows of a tokenizer.
+class Tokenizer(abc.ABC):
+  """A tokenizer with what its folder says of special tokens, in ids.
 
   Attributes:
     vocab_size: one more than the largest id.
@@ -27,60 +27,134 @@ class Tokenizer(Protocol):
       stop tokens are among them.
     folder: where it was loaded from.
     files: the files of the folder that belong to it.
-    fingerprint: a digest of those files.
+    fingerprint: a digest of what decides ids.
   """
 
-  vocab_size: int
-  bos_id: int | None
-  eos_id: int | None
-  pad_id: int | None
-  stop_ids: tuple[int, ...]
-  chat_template: str | None
-  chat_templates: dict[str, str]
-  named_tokens: dict[str, str]
   special_tokens: dict[str, int]
-  folder: Path
-  files: tuple[Path, ...]
-  fingerprint: str
+
+  def __init__(self, read: files.Folder, ids: Mapping[str, int]):
+    """Finds the special tokens of a folder in {text: id} of its vocabulary.
+
+    Raises:
+      ValueError: one that the vocabulary does not hold.
+    """
+    self._read = read
+    self.folder, self.files = read.path, read.files
+    self.fingerprint = read.fingerprint
+    self.chat_templates = read.chat_templates
+    self.chat_template = read.chat_templates.get("default")
+    self.vocab_size = max(ids.values()) + 1
+    for text in read.special:
+      if text not in ids:
+        raise ValueError(
+          f"{read.path}/tokenizer_config.json: got the special token {text!r}; "
+          "expected one of the vocabulary. Correct it or add the token."
+        )
+    for stop in read.stop_ids:
+      if not 0 <= stop < self.vocab_size:
+        raise ValueError(
+          f"{read.path}: got eos_token_id {stop}; expected an id below "
+          f"{self.vocab_size}. Correct generation_config.json."
+        )
+    named = self.named_tokens = dict(read.named_tokens)
+    if read.stop_ids and not {"eos_token"} & (read.unnamed | named.keys()):
+      first = next(t for t, n in ids.items() if n == read.stop_ids[0])
+      named["eos_token"] = first
+    self.bos_id, self.eos_id, self.pad_id = (
+      ids[named[key]] if key in named else None
+      for key in ("bos_token", "eos_token", "pad_token")
+    )
+    ends = () if self.eos_id is None else (self.eos_id,)
+    self.stop_ids = tuple(sorted({*read.stop_ids, *ends}))
 
   def encode(self, text: str) -> list[int]:
-    """Ids of a text. Special tokens in it are recognised; none is added."""
-    ...
+    """Ids of a text. Special tokens in it are recognized; none is added."""
+    return self.encode_with_offsets(text)[0]
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """Ids of each text, as `encode` gives them, in less time."""
-    ...
+    return [self.encode(text) for text in texts]
 
-  def encode_with_offsets(
-    self, text: str, literal: Ranges = ()
-  ) -> tuple[list[int], list[tuple[int, int]]]:
+  @abc.abstractmethod
+  def encode_with_offsets(self, text: str, literal: Ranges = ()) -> Encoded:
     """Ids, and for each the (start, end) characters of the text it covers.
 
     A special token that reaches into one of the (start, end) characters of
     `literal` is read as the ordinary text it is written in.
     """
-    ...
+
+  @abc.abstractmethod
+  def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+    """The text of ids; special tokens are left out or written as text."""
+
+  @abc.abstractmethod
+  def id_of(self, text: str) -> int | None:
+    """The id of a token, if the vocabulary has it."""
 
   def with_chat_template(self, source: str) -> Self:
     """This tokenizer with another chat template, which an export writes."""
-    ...
+    other = copy.copy(self)
+    other.chat_template = source
+    other.fingerprint = _digest(self.fingerprint, source)
+    return other
 
   def with_new_tokens(
     self, texts: Sequence[str], *, stop: Sequence[str] = ()
   ) -> tuple[Self, dict[str, int]]:
-    """This tokenizer with more special tokens, and {text: id} of new ones.
+    """This tokenizer with more special tokens, which an export writes.
 
-    See `files.Resolved.with_new_tokens`.
+    Args:
+      texts: of the tokens. One that the vocabulary has keeps its id, and is
+        special from now on.
+      stop: those of them at which generation stops, too.
+
+    Returns:
+      The tokenizer, and {text: id} of the tokens that are new to it: the ids
+      from `vocab_size` on. A model may have rows for them, if its vocabulary
+      is padded; nothing has been trained into these.
+
+    Raises:
+      ValueError: an empty text or one with white space at its edges; `stop`
+        with a text that is no token.
     """
-    ...
+    for text in texts:
+      if not text or text != text.strip():
+        raise ValueError(
+          f"model.new_tokens: got {text!r}; expected a text without white "
+          "space around it. Correct it."
+        )
+    known = {text: self.id_of(text) for text in (*texts, *stop)}
+    new = [text for text in dict.fromkeys(texts) if known[text] is None]
+    numbers = {text: self.vocab_size + i for i, text in enumerate(new)}
+    known |= numbers
+    for text in stop:
+      if known[text] is None:
+        raise ValueError(
+          f"model.new_tokens: got no token {text!r}, at which generation shall "
+          "stop; expected it in the vocabulary or among the new tokens. Add it."
+        )
+    read = self._read
+    stops = [*read.stop_ids, *(known[text] for text in stop)]
+    read = read._replace(
+      fingerprint=_digest(read.fingerprint, repr((list(texts), list(stop)))),
+      special=tuple(dict.fromkeys([*read.special, *texts])),
+      added=read.added
+      | {text: (n, files.SPECIAL) for text, n in numbers.items()},
+      stop_ids=tuple(dict.fromkeys(stops)),
+      extra_tokens=read.extra_tokens | {text: known[text] for text in texts},
+    )
+    other = cast(Any, type(self))(read)
+    if self.chat_template not in (None, other.chat_template):
+      other = other.with_chat_template(self.chat_template)
+    return other, numbers
 
   def write_files(self, folder: Path) -> None:
-    """Writes the tokenizer's files into a folder, new tokens included."""
-    ...
+    """Writes the tokenizer's files into a folder, its new tokens included."""
+    files.write(self._read, folder, self.chat_template)
 
-  def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-    """The text of ids; special tokens are left out or written as text."""
-    ...
+
+def _digest(*texts: str) -> str:
+  return hashlib.sha256(repr(texts).encode()).hexdigest()
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -89,27 +163,30 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
   `folder` is a path, or an id of the hub (see `hub.find_model`).
 
   Reads tokenizer.json, or else tokenizer.model (SentencePiece), or else
-  vocab.json and merges.txt (byte-level BPE). Generation
-  stops at eos_token_id of generation_config.json (or else of config.json) and
-  at the eos_token of tokenizer_config.json.
+  vocab.json and merges.txt (byte-level BPE). Generation stops at eos_token_id
+  of generation_config.json (or else of config.json) and at the eos_token of
+  tokenizer_config.json.
 
   Raises:
     ValueError: no folder, or neither file in it; a token that the folder's
       files number differently, or that the vocabulary does not hold.
   """
+  from sft_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
+  from sft_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
+
   path = hub.find_model(folder).folder
   if not path.is_dir():
     raise ValueError(
       f"{path}: got no such folder; expected a model folder. Check model.path."
     )
   read = files.read(path)
-  if (path / "tokenizer.json").is_file():
-    return HuggingFaceTokenizer(read)
-  if (path / "tokenizer.model").is_file():
-    return SentencePieceTokenizer(read)
-  if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-    return HuggingFaceTokenizer(read)
   names = sorted(file.name for file in path.iterdir())
+  if "tokenizer.json" in names:
+    return HuggingFaceTokenizer(read)
+  if "tokenizer.model" in names:
+    return SentencePieceTokenizer(read)
+  if {"vocab.json", "merges.txt"} <= {*names}:
+    return HuggingFaceTokenizer(read)
   foreign = [name for name in names if "tekken" in name or "tiktoken" in name]
   cure = "Copy it from the model's repository."
   if foreign:
