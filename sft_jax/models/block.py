@@ -225,7 +225,7 @@ def make_context(
     q_lengths = _lengths(q_segment_ids, kv_segment_ids, kv_positions)
     k_lengths = _lengths(kv_segment_ids, kv_segment_ids, kv_positions)
   every = []
-  for window, by in config.kinds:
+  for window, by, _ in config.kinds:
     rotation = partial(rope.rotation, rope=by, head_dim=config.head_dim)
     q_rotation = k_rotation = rotation(own, q_lengths)
     if cached and cache_unrotated_keys(config):
@@ -300,7 +300,7 @@ class Attention(nn.Module):
       )
       chosen = choose(self.backend, T, in_order=True, mesh=self.mesh)
       if chosen == "splash":
-        attend = _with_window(attend, [window for window, _ in c.kinds], kind)
+        attend = _with_window(attend, [one.window for one in c.kinds], kind)
       y = attend(q, k, v)
     out_std = _output_std(c)
     y = y.reshape(B, T, N * H)
@@ -327,14 +327,15 @@ class Mlp(nn.Module):
 
   config: ModelConfig
   linear: Callable[..., Linear]
+  width: int
 
   @nn.compact
   def __call__(self, x):
     c = self.config
     act = _ACTIVATIONS[c.activation]
-    up = self.linear(c.d_ff, c.mlp_bias, name="up")(x)
+    up = self.linear(self.width, c.mlp_bias, name="up")(x)
     if c.gated_mlp:
-      gate = self.linear(c.d_ff, c.mlp_bias, name="gate")(x)
+      gate = self.linear(self.width, c.mlp_bias, name="gate")(x)
       up = jax.checkpoint(lambda gate, up: act(gate) * up)(gate, up)
     else:
       up = jax.checkpoint(act)(up)
@@ -418,10 +419,12 @@ class Block(nn.Module):
       y, kv = attn(before(x, "attn_norm"), context, kv, layer, kind)
       x = add(x, y, "attn_post_norm")
     with jax.named_scope("mlp"):
-      if c.num_experts:
+      # Layers of a mixed model are unrolled, so that `kind` is no tracer.
+      dense = c.mixed and c.kinds[kind].dense
+      if c.num_experts and not dense:
         mlp = _experts(c, self.lora, self.mesh, **dtypes)
       else:
-        mlp = Mlp(c, linear, name="mlp")
+        mlp = Mlp(c, linear, c.d_ff_dense if dense else c.d_ff, name="mlp")
       y = mlp(before(x, "mlp_norm"))
       x = add(x, y, "mlp_post_norm")
     return x, kv

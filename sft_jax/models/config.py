@@ -15,6 +15,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from sft_jax.models.families import (
   FAMILIES,
   FULL,
@@ -51,10 +53,12 @@ class LayerKind(NamedTuple):
   Attributes:
     window: a token sees this many, itself and those before; None: all.
     rope: its rotary embedding; None: queries and keys are not rotated.
+    dense: an MLP of `d_ff_dense` in a model of experts.
   """
 
   window: int | None
   rope: Rope | None
+  dense: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +92,7 @@ class ModelConfig:
     mlp_bias: the projections of the MLP have a bias, a router too.
     num_experts: E; 0: an MLP and no router.
     experts_per_token: k.
+    d_ff_dense: width of the MLP of layers without experts.
     norm_topk: the shares of the k add up to one.
     norm: 'rms', or 'layer' with its mean and bias.
     norm_offset: norms multiply by this much more than their scale.
@@ -133,6 +138,7 @@ class ModelConfig:
   mlp_bias: bool = False
   num_experts: int = 0
   experts_per_token: int = 0
+  d_ff_dense: int = 0
   norm_topk: bool = True
   norm: str = "rms"
   norm_offset: float = 0.0
@@ -155,9 +161,25 @@ class ModelConfig:
     return tuple(dict.fromkeys(self.layers))
 
   @property
+  def mixed(self) -> bool:
+    """Whether some layers have experts and others an MLP."""
+    return any(kind.dense for kind in self.layers)
+
+  @property
   def position_limit(self) -> int | None:
     """Most tokens of one document; None where positions have no table."""
     return self.max_positions if self.learned_positions else None
+
+
+def layers_of(config: ModelConfig) -> dict[str, np.ndarray]:
+  """The layers that have an 'mlp' and those that have a 'moe', if mixed.
+
+  Their parameters are stacked without the others, in this order.
+  """
+  dense = np.array([kind.dense for kind in config.layers])
+  if not config.mixed:
+    return {}
+  return {"mlp": np.flatnonzero(dense), "moe": np.flatnonzero(~dense)}
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -247,6 +269,8 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
       expected = f"at most num_experts={fields['num_experts']}"
       raise refuse(where, "num_experts_per_tok", k, expected)
   num_layers = need("num_hidden_layers")
+  if family.dense_layers:
+    fields["d_ff_dense"] = theirs["intermediate_size"]
   tied = get("tie_word_embeddings")
   if not isinstance(tied, bool):
     raise refuse(where, "tie_word_embeddings", tied, "true or false")
@@ -372,9 +396,14 @@ def layer_kinds(
   rotated = [True] * n
   if "no_rope_layers" in family.layer_fields:
     rotated = rope_layers(raw, n, where)
+  dense = [False] * n
+  if family.dense_layers:
+    dense = family.dense_layers(raw, n, where)
   return tuple(
-    LayerKind(window if kind == SLIDING else None, ropes[kind] if use else None)
-    for kind, use in zip(types, rotated, strict=True)
+    LayerKind(
+      window if kind == SLIDING else None, ropes[kind] if use else None, plain
+    )
+    for kind, use, plain in zip(types, rotated, dense, strict=True)
   )
 
 

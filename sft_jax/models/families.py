@@ -44,7 +44,8 @@ class Family:
     only: fields accepted at these values alone.
     harmless: fields that change nothing here.
     layer_types: SLIDING or FULL for each of n layers, from (file, n).
-    layer_fields: fields that `layer_types` looks at.
+    layer_fields: fields that `layer_types` and `dense_layers` look at.
+    dense_layers: which layers have an MLP in place of experts, likewise.
     rope_fields: rotary fields beyond those of the rope's type.
     rope: the rotary fields of a file that has none.
     local_rope: sliding layers have a rotary embedding of their own, whose
@@ -67,6 +68,7 @@ class Family:
   harmless: frozenset[str] = frozenset()
   layer_types: Callable[[Json, int], list[str]] | None = None
   layer_fields: frozenset[str] = frozenset()
+  dense_layers: Callable[[Json, int, str], list[bool]] | None = None
   rope_fields: frozenset[str] = frozenset()
   rope: Json = dataclasses.field(default_factory=dict)
   local_rope: str | None = None
@@ -139,6 +141,20 @@ def rope_layers(raw: Json, n: int, where: str) -> list[bool]:
   if any(x not in (0, 1) for x in given):
     raise refuse(where, "no_rope_layers", given, "0 or 1 for each layer")
   return [bool(x) for x in given]
+
+
+def _without_experts(raw: Json, n: int, where: str) -> list[bool]:
+  """The layers named, and those between every `decoder_sparse_step`-th."""
+  named, step = raw["mlp_only_layers"] or [], raw["decoder_sparse_step"]
+  if type(step) is not int or step < 1:
+    raise refuse(where, "decoder_sparse_step", step, "1 or more")
+  if not isinstance(named, list) or any(type(i) is not int for i in named):
+    raise refuse(where, "mlp_only_layers", named, "numbers of layers")
+  dense = [i in named or (i + 1) % step != 0 for i in range(n)]
+  if all(dense):
+    field = "mlp_only_layers, decoder_sparse_step"
+    raise refuse(where, field, (named, step), "a layer with experts")
+  return dense
 
 
 # -- Names of tensors; `{}` is the layer, a second one the expert --------
@@ -406,7 +422,8 @@ FAMILIES: dict[str, Family] = {
   ),
   "qwen3_moe": Family(
     architecture="Qwen3MoeForCausalLM",
-    names=_expert_names(
+    names=_LLAMA
+    | _expert_names(
       "mlp",
       router="gate",
       gate="experts.{}.gate_proj",
@@ -419,11 +436,10 @@ FAMILIES: dict[str, Family] = {
       "num_local_experts": "num_experts",
       "intermediate_size": "moe_intermediate_size",
     },
-    # Layers without experts among the others would be another tree.
-    only={"mlp_only_layers": ([], None), "decoder_sparse_step": (1, None)},
     harmless=_BALANCE_LOSS,
     layer_types=_if_used,
-    layer_fields=_WINDOW_SWITCH,
+    layer_fields=_WINDOW_SWITCH | {"mlp_only_layers", "decoder_sparse_step"},
+    dense_layers=_without_experts,
     experts=True,
   ),
   "gpt_oss": Family(

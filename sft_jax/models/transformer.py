@@ -32,7 +32,7 @@ from sft_jax.models.block import (
   make_context,
   norm_of,
 )
-from sft_jax.models.config import ModelConfig
+from sft_jax.models.config import ModelConfig, layers_of
 from sft_jax.models.kv_cache import Cache
 from sft_jax.models.lora import lora as lora_lib
 from sft_jax.models.remat import check_level, checkpointed
@@ -83,7 +83,8 @@ def build(
     attention: backend, see `attention.BACKENDS`.
     remat: what is kept for the backward pass: one of `remat.LEVELS`.
     scan: one compiled block run L times; False unrolls it, which compiles
-      longer and may run faster. The parameters are the same.
+      longer and may run faster. The parameters are the same. Models in which
+      some layers have experts and others none are always unrolled.
     lora: adapters that `init` adds and the forward pass applies. Parameters
       without adapters are the base model.
     mesh: devices that share the rows of a batch, 'context' their slots and
@@ -91,7 +92,7 @@ def build(
 
   Raises:
     ValueError: an unknown dtype, backend or remat policy; heads that the mesh
-      does not divide.
+      does not divide; adapters where some layers alone have experts.
   """
   dtype, param_dtype = jnp.dtype(dtype), jnp.dtype(param_dtype)
   for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
@@ -104,6 +105,13 @@ def build(
   check_backend(attention, mesh)
   parallel.check_heads(mesh, config.num_heads)
   c = config
+  if c.mixed and lora:
+    raise ValueError(
+      "build: got adapters for a model in which some layers alone have experts "
+      "(mlp_only_layers, decoder_sparse_step), expected a model of one sort of "
+      "layer. Train all parameters: lora.rank=0."
+    )
+  scan = scan and not c.mixed
   dtypes = {"dtype": dtype, "param_dtype": param_dtype}
   block = Block(c, lora, attention, mesh, **dtypes)
   rows = lora.token_rows if lora else ()
@@ -122,12 +130,21 @@ def build(
     plain = block.clone(backend="xla")
     embed_key, head_key, layer_key, lora_key = jax.random.split(key, 4)
 
-    def init_layer(key):
-      return plain.init(key, x, context, None, 0, 0)["params"]
+    keys = jax.random.split(layer_key, c.num_layers)
 
+    def init_layers(kind):
+      one = lambda key: plain.init(key, x, context, None, 0, kind)["params"]
+      return jax.vmap(one)(keys)
+
+    layers = init_layers(0)
+    if c.mixed:
+      for kind in range(1, len(c.kinds)):
+        layers |= init_layers(kind)
+      for name, own in layers_of(c).items():
+        layers[name] = jax.tree.map(lambda w, own=own: w[own], layers[name])
     params = {
       "embed": embed.init(embed_key, token)["params"],
-      "layers": jax.vmap(init_layer)(jax.random.split(layer_key, c.num_layers)),
+      "layers": layers,
       "final_norm": final_norm.init(key, x)["params"],
     }
     if not c.tie_embeddings:
@@ -178,12 +195,17 @@ def build(
         carry, _ = jax.lax.scan(step, carry, layers)
       else:
         parts = jax.tree.map(jnp.unstack, params["layers"])
+        own = {name: list(range(c.num_layers)) for name in parts}
+        own |= {name: list(at) for name, at in layers_of(c).items()}
         for i in range(c.num_layers):
-          weights = jax.tree.map(
-            lambda part, i=i: part[i],
-            parts,
-            is_leaf=lambda x: isinstance(x, tuple),
-          )
+          weights = {}
+          for name, part in parts.items():
+            if i in own[name]:
+              weights[name] = jax.tree.map(
+                lambda leaf, at=own[name].index(i): leaf[at],  # noqa: B008
+                part,
+                is_leaf=lambda x: isinstance(x, tuple),
+              )
           carry, _ = step(carry, (weights, i, kind_of[i]))
     x, kv = carry
     with jax.named_scope("final_norm"):

@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
+from safetensors.numpy import load_file
 
 from sft_jax.common import sharding, trees
 from sft_jax.common.batch import Batch
 from sft_jax.inference import sampler
 from sft_jax.models import transformer
 from sft_jax.models.config import parse_config
+from sft_jax.models.hf import load_save
 from sft_jax.models.lora import quantize
 from sft_jax.models.lora.lora import LoraConfig
 from sft_jax.models.moe import (
@@ -433,6 +435,60 @@ def test_values_and_gradients_equal_transformers(family):
     got,
     ours(grads),
   )
+
+
+# -- Layers with and without experts ---------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("fields", "dense"),
+  [
+    ({"mlp_only_layers": [1]}, [0, 1, 0, 0]),
+    ({"decoder_sparse_step": 2}, [1, 0, 1, 0]),
+    ({"mlp_only_layers": [3], "decoder_sparse_step": 2}, [1, 0, 1, 1]),
+  ],
+)
+def test_dense_layers_among_those_of_experts(fields, dense, tmp_path):
+  """As transformers computes them; written back byte for byte."""
+  torch = pytest.importorskip("torch", reason="live oracle: needs torch")
+  transformers = pytest.importorskip("transformers", reason="live oracle")
+  config = transformers.AutoConfig.for_model(
+    "qwen3_moe",
+    **{"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40},
+    **{"moe_intermediate_size": 16, "num_hidden_layers": 4, "head_dim": 8},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4},
+    **{"num_experts_per_tok": 2, "max_position_embeddings": 64},
+    **fields,
+  )
+  theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+  seed = torch.Generator().manual_seed(0)
+  with torch.no_grad():
+    for weight in theirs.parameters():
+      weight.copy_(torch.randn(weight.shape, generator=seed) * 0.2)
+  theirs.save_pretrained(tmp_path / "theirs")
+  tokens = np.random.default_rng(0).integers(0, 61, (2, 16))
+  with torch.no_grad():
+    want = theirs(torch.tensor(tokens)).logits.numpy()
+  model, params = load_save.load_pretrained(tmp_path / "theirs")
+  assert [kind.dense for kind in model.config.layers] == dense
+  assert params["layers"]["mlp"]["up"]["kernel"].shape == (sum(dense), 24, 40)
+
+  def loss(params):
+    logits = model.logits(params, model.hidden(params, tokens))
+    return jnp.sum(jnp.sin(logits)), logits
+
+  (_, got), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+  np.testing.assert_allclose(got, want, atol=2e-5)
+  assert all(float(jnp.max(jnp.abs(x))) > 0 for x in jax.tree.leaves(gradients))
+  fresh = jax.eval_shape(model.init, jax.random.key(0))
+  assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, params)
+  load_save.save_pretrained(tmp_path / "ours", model, params)
+  written = load_file(tmp_path / "ours" / "model.safetensors")
+  for name, x in load_file(tmp_path / "theirs" / "model.safetensors").items():
+    np.testing.assert_array_equal(written.pop(name), x)
+  assert not written
+  with pytest.raises(ValueError, match="mlp_only_layers, decoder_sparse_step"):
+    transformer.build(model.config, lora=LoraConfig(rank=2, alpha=1.0))
 
 
 # -- Grouped products --------------------------------------------------

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from sft_jax.models.config import ModelConfig
+from sft_jax.models.config import ModelConfig, layers_of
 from sft_jax.models.families import FAMILIES, Family
 
 _T = TypeVar("_T")
@@ -58,7 +58,13 @@ def modules(
   """
   theirs = FAMILIES[config.family].names[module]
   stack = stack[: theirs.count("{}")]
-  return {i: theirs.format(*i) for i in np.ndindex(stack)}
+  sort = module.split("/")[1] if "/" in module else ""
+  # Of a mixed model the i-th of the stack is the i-th layer of its sort.
+  layers = layers_of(config).get(sort, np.arange(stack[0] if stack else 0))
+  return {
+    i: theirs.format(*(layers[n] if at == 0 else n for at, n in enumerate(i)))
+    for i in np.ndindex(stack)
+  }
 
 
 def tensor_slices(
