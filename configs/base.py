@@ -34,6 +34,10 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.model = model = ml_collections.ConfigDict()
   model.path = "sft_jax/demo/base"  # A folder, or org/name@rev.
+  # '' = the folder's; chatml, gemma, llama3, mistral, plain; or a .jinja file.
+  model.chat_template = ""
+  # Of a folder with several: default, tool_use, ...
+  model.chat_template_name = "default"
   model.from_scratch = False  # True: config.json's shapes, new weights.
   model.dtype = "float32"  # Of activations: float32 or bfloat16.
   model.param_dtype = "float32"  # Of parameters, while they train.

@@ -25,7 +25,6 @@ from sft_jax.commands import command, score
 from sft_jax.data.audit import checks, summary
 from sft_jax.data.conversation import RowError
 from sft_jax.data.store.stats import DatasetStats
-from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.reporting import terminal
 from sft_jax.reporting.html import audit_page
 from sft_jax.training.build import data, model
@@ -39,7 +38,7 @@ HTML = flags.DEFINE_string("html", None, "Write a page to this path.")
 
 def inspect(config: data.Config, say: data.Log) -> dict[str, Any]:
   """Everything about the data of a config; see `inspection.inspect`."""
-  tokenizer = tokenizers.load_tokenizer(model.find_model(config).folder)
+  tokenizer = data.load_tokenizer(config, model.find_model(config).folder, say)
   fault = None
   try:
     stores = data.load_stores(config, tokenizer, say)

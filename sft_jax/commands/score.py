@@ -29,7 +29,6 @@ from sft_jax.data.audit import score_summary
 from sft_jax.data.readers import files
 from sft_jax.data.selection import RowScore
 from sft_jax.data.sources import Source
-from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.evals import row_scores
 from sft_jax.reporting import terminal
 from sft_jax.training.build import data
@@ -57,7 +56,7 @@ def score(config: Config, say: data.Log) -> dict[str, list[RowScore]]:
   folder = setup_model.find_model(config).folder
   config = config.copy_and_resolve_references()
   config.model.path = str(folder)
-  tokenizer = tokenizers.load_tokenizer(folder)
+  tokenizer = data.load_tokenizer(config, folder)
   sources = files_of(config)
   store = data.build_store(config, sources, tokenizer, say)
   if not len(store.index):

@@ -17,6 +17,10 @@ class ModelConfig:
   """model.*"""
 
   path: str = "sft_jax/demo/base"  # A folder, or org/name@rev.
+  # '' = the folder's; chatml, gemma, llama3, mistral, plain; or a .jinja file.
+  chat_template: str = ""
+  # Of a folder with several: default, tool_use, ...
+  chat_template_name: str = "default"
   from_scratch: bool = False  # True: config.json's shapes, new weights.
   dtype: str = "float32"  # Of activations: float32 or bfloat16.
   param_dtype: str = "float32"  # Of parameters, while they train.

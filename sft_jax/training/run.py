@@ -34,7 +34,12 @@ from sft_jax.step.train_step import TrainState
 from sft_jax.training import config_check, selfcheck, start_page
 from sft_jax.training.build import evals, host_consistency, model
 from sft_jax.training.build.build import BuiltRun, build_run
-from sft_jax.training.build.data import Config, Own, make_render_options
+from sft_jax.training.build.data import (
+  Config,
+  Own,
+  make_render_options,
+  pin_date,
+)
 from sft_jax.training.interrupts import StopRequest
 from sft_jax.training.loop import followed_metric, is_finished, train_steps
 from sft_jax.training.session import Session
@@ -173,6 +178,7 @@ def _check(session: Session, force: bool) -> list[str]:
     How the config differs from that of the run in the workdir.
   """
   config, workdir = session.config, session.workdir
+  pin_date(config, workdir)
   changes = config_changes(config.to_dict(), workdir)
   if not force:
     check_same_config(changes, workdir)

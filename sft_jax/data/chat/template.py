@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sft_jax.data.chat import sandbox
@@ -45,6 +46,7 @@ class ChatTemplate:
     self.stop_tokens = tuple(stop_tokens)
     self.control_tokens = tuple(control_tokens)
     self.reads_reasoning = bool(_READS_REASONING.search(source))
+    self.reads_date = "strftime_now" in source
     self.reads_tools = bool(re.search(r"\btools\b", source))
     self.name = name
     sandbox.check(source)
@@ -121,6 +123,64 @@ def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
       "text."
     )
   return with_tokens(tokenizer, tokenizer.chat_template)
+
+
+# The templates of templates/*.jinja: their control tokens, the stop token last;
+# others stop at the tokenizer's EOS.
+TEMPLATES = {
+  "chatml": ("<|im_start|>", "<|im_end|>"),
+  "gemma": ("<start_of_turn>", "<end_of_turn>"),
+  "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+  "mistral": (),
+  "plain": (),
+}
+
+
+def choose(tokenizer: Tokenizer, template: str, name: str) -> Tokenizer:
+  """The tokenizer with the chat template that a config asks for.
+
+  Args:
+    tokenizer: of the model's folder.
+    template: model.chat_template: '' is the folder's, else one of `TEMPLATES`,
+      or the path of a file. The control tokens of a named one are made special.
+    name: model.chat_template_name, of a folder with several.
+
+  Raises:
+    ValueError: no such template; a control token that the vocabulary has not.
+  """
+  if not template:
+    if name == "default" and not tokenizer.chat_templates:
+      return tokenizer
+    if name not in tokenizer.chat_templates:
+      if name == "default":  # `chat_template` refuses, where one is needed.
+        return tokenizer
+      raise ValueError(
+        f"model.chat_template_name: got {name!r}, expected one of "
+        f"{sorted(tokenizer.chat_templates)}, which {tokenizer.folder} has."
+      )
+    source = tokenizer.chat_templates[name]
+  elif template in TEMPLATES:
+    path = Path(__file__).parent / "templates" / f"{template}.jinja"
+    source = path.read_text(encoding="utf-8")
+    tokens, missing = TEMPLATES[template], {}
+    if tokens:
+      tokenizer, missing = tokenizer.with_new_tokens(tokens, stop=tokens[-1:])
+    if missing or (not tokens and tokenizer.eos_id is None):
+      raise ValueError(
+        f"model.chat_template: got {template!r}, whose "
+        f"{sorted(missing) or 'EOS'} the vocabulary of {tokenizer.folder} does "
+        "not have; expected one with its tokens. Choose another, such as plain."
+      )
+  elif (path := Path(template).expanduser()).is_file():
+    source = path.read_text(encoding="utf-8")
+  else:
+    raise ValueError(
+      f"model.chat_template: got {template!r}, expected '', one of "
+      f"{', '.join(TEMPLATES)}, or the path of a .jinja file. Correct it."
+    )
+  if source == tokenizer.chat_template:
+    return tokenizer
+  return tokenizer.with_chat_template(source)
 
 
 @functools.lru_cache(maxsize=8)

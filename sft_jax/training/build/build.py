@@ -60,9 +60,9 @@ def build_run(config: Config, log: Log, own: Own = NOTHING) -> BuiltRun:
   check_batch_size(config, mesh)
   source = setup_model.find_model(config)
   # From here on a local folder, whatever the model was called.
+  tokenizer = setup_data.load_tokenizer(config, source.folder, log)
   config = config.copy_and_resolve_references()
   config.model.path = str(source.folder)
-  tokenizer = tokenizers.load_tokenizer(config.model.path)
   if tokenizer.chat_template is not None:
     template = templates.chat_template(tokenizer)
     for line in template_export.described(

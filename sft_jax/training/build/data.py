@@ -1,6 +1,7 @@
 """What a config says of data: sources, render options, stores, streams."""
 
 import dataclasses
+import datetime
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from sft_jax.common import distributed
 from sft_jax.data import selection
 from sft_jax.data.audit import checks, token_checks
+from sft_jax.data.chat import template as templates
 from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.pipeline import Stream
 from sft_jax.data.readers.files import slice_of
@@ -218,6 +220,42 @@ def make_stream(config: Config, store: Store, **choices: Any) -> Stream:
     packing=config.data.packing,
     **choices,
   )
+
+
+def load_tokenizer(
+  config: Config, folder: str | Path, log: Log | None = None
+) -> tokenizers.Tokenizer:
+  """The tokenizer of a model's folder, with the chat template of the config.
+
+  Where the template asks for today's date and data.template_kwargs pins none,
+  today's is pinned there: config.json keeps it, and a resumed run reads it.
+  """
+  tokenizer = templates.choose(
+    tokenizers.load_tokenizer(folder),
+    config.model.get("chat_template", ""),  # Not in older workdirs.
+    config.model.get("chat_template_name", "default"),
+  )
+  kwargs = config.data.template_kwargs
+  source = tokenizer.chat_template
+  if source and "strftime_now" in source and "date" not in kwargs:
+    with config.unlocked():
+      kwargs.date = datetime.date.today().isoformat()
+    if log:
+      log(
+        f"chat template: asks for today's date, pinned as {kwargs.date} for "
+        "this run. To choose it, set data.template_kwargs.date."
+      )
+  return tokenizer
+
+
+def pin_date(config: Config, workdir: Path) -> None:
+  """Takes the date that the run in the workdir was begun with."""
+  path = workdir / "config.json"
+  if path.exists() and "date" not in config.data.template_kwargs:
+    old = json.loads(path.read_text(encoding="utf-8"))
+    if date := old["data"]["template_kwargs"].get("date"):
+      with config.unlocked():
+        config.data.template_kwargs.date = date
 
 
 def make_render_options(config: Config) -> RenderOptions:

@@ -1,5 +1,6 @@
 """A model to ask, from wherever it is: an export, a run or a checkpoint."""
 
+import datetime
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from orbax.checkpoint import v1 as ocp
 
 from sft_jax.checkpointing import digests
 from sft_jax.common import sharding, trees
-from sft_jax.data.chat.options import DEFAULT, RenderOptions
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.models.transformer import Model
 from sft_jax.step.train_step import TrainState
@@ -62,7 +63,9 @@ def load(
     )
     # An id of the hub is a folder by now.
     folder = setup_model.hub.find_model(str(path)).folder
-    return Asked(model, params, tokenizers.load_tokenizer(folder), DEFAULT)
+    today = {"date": datetime.date.today().isoformat()}
+    options = RenderOptions(today)  # Where its template asks for it.
+    return Asked(model, params, tokenizers.load_tokenizer(folder), options)
   workdir = path.parent.parent if is_step else path
   if not is_step:
     steps = [p for p in (path / "checkpoints").iterdir() if p.name.isdigit()]
@@ -77,7 +80,7 @@ def load(
   config: Any = ml_collections.ConfigDict(read, type_safe=False)
   mesh = sharding.make_mesh(**config.mesh)
   config.model.path = str(setup_model.find_model(config).folder)
-  tokenizer = tokenizers.load_tokenizer(config.model.path)
+  tokenizer = data.load_tokenizer(config, config.model.path)
   model, base = setup_model.load_model(config, mesh, say)
   state = _read(path, base)
   held = trees.flatten(base)

@@ -1,5 +1,7 @@
 """What a config says of data reaches it, and faults of it stop the run."""
 
+import json
+
 import pytest
 
 import tiny
@@ -84,3 +86,30 @@ def test_held_out_rows_are_measured_and_no_other_trained(tmp_path, own_file):
   # Every one of them once, and in order that ends.
   assert found.held_out.num_steps is not None
   assert found.held_out.stats.epoch.tokens_trained > 0
+
+
+def test_the_date_of_a_template_is_that_of_the_first_start(tmp_path):
+  dated = "{{ strftime_now('%d %b %Y') }}" + tiny_tokenizers.CHATML
+  folder = tiny_tokenizers.byte_level(tmp_path / "tokens", dated)
+  train = tiny.rows_file(tmp_path / "train.jsonl")
+  config = tiny.config(tmp_path, folder, train, data__workers=1)
+  lines = []
+  tokenizer = data.load_tokenizer(config, folder, lines.append)
+  today = config.data.template_kwargs.date
+  assert len(today) == len("2026-01-31")
+  assert f"pinned as {today}" in lines[0]
+  assert len(data.load_stores(config, tokenizer, print).train.index)
+  # A later start of the same run takes the date that config.json records.
+  written = config.to_dict()
+  written["data"]["template_kwargs"]["date"] = "2025-02-03"
+  (tmp_path / "config.json").write_text(json.dumps(written))
+  config = tiny.config(tmp_path, folder, train, data__workers=1)
+  data.pin_date(config, tmp_path)
+  data.load_tokenizer(config, folder, lines.append)
+  assert config.data.template_kwargs.date == "2025-02-03"
+  assert len(lines) == 1
+  # A template without a date pins none: rows stay the same by the day.
+  folder = tiny_tokenizers.byte_level(tmp_path / "plain")
+  config = tiny.config(tmp_path, folder, train, data__workers=1)
+  data.load_tokenizer(config, folder, lines.append)
+  assert not config.data.template_kwargs.to_dict()
