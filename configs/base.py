@@ -69,6 +69,7 @@ def get_config() -> ml_collections.ConfigDict:
   data.train = "sft_jax/demo/train_*.jsonl"
   data.eval = ""  # Held-out rows; '' = hold out a share of train.
   data.holdout = 0.02  # That share, chosen by content; 0 = none.
+  data.limit = 0  # Rows of each source of train, at random; 0 = all.
   data.format = "auto"  # By shape, or the name of a format.
   # {name in the rows: name here}, of sources that have no columns of their own;
   # see docs/data_formats.md.
@@ -81,6 +82,7 @@ def get_config() -> ml_collections.ConfigDict:
   data.generation_prompt = "error"  # error | omit: where replies disagree.
   data.control_tokens = "escape"  # escape | error | allow: in messages.
   data.over_long = "drop"  # drop | truncate | error.
+  data.merge = ""  # turns | system | all: joined where a template refuses them.
   data.on_bad_row = "error"  # error | skip (counted and written down).
   # Secrets planted among the rows, to measure memorization; as many more are
   # measured and not planted. 0 = none. See docs/forgetting.md.

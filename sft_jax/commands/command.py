@@ -71,7 +71,7 @@ def run_with_flags(main: Callable[[], None]) -> None:
 
 
 # Render options that concern a prompt.
-_OF_PROMPTS = ("generation_prompt", "reasoning", "control_tokens")
+_OF_PROMPTS = ("generation_prompt", "reasoning", "control_tokens", "merge")
 
 
 def add_render_options(parser: argparse.ArgumentParser) -> None:

@@ -160,6 +160,42 @@ class Conversation:
     return f"{self.source or 'row'} messages[{index}]"
 
 
+def merged(conversation: Conversation, what: str) -> Conversation:
+  """With turns joined by an empty line, for templates that refuse them apart.
+
+  Args:
+    conversation: the same one is returned where nothing is joined.
+    what: 'system' joins a system turn and the user turn after it; 'turns'
+      repeated turns of the user, and of the assistant where both are plain
+      text of one weight; 'all' both; '' nothing.
+  """
+  made: list[Message] = []
+  for one in conversation.messages if what else ():
+    last = made[-1] if made else None
+    if last is None or not _may_join(last, one, what):
+      made.append(one)
+      continue
+    text = "\n\n".join(filter(None, (last.content, one.content)))
+    made[-1] = dataclasses.replace(
+      one, content=text, reasoning=last.reasoning, spans=None
+    )
+  if len(made) in (0, len(conversation.messages)):
+    return conversation
+  return dataclasses.replace(conversation, messages=tuple(made))
+
+
+def _may_join(a: Message, b: Message, what: str) -> bool:
+  if a.role == "system":
+    return what in ("system", "all") and b.role == "user"
+  plain = not (a.tool_calls or b.reasoning or a.spans or b.spans)
+  return (
+    what in ("turns", "all")
+    and a.role == b.role != "tool"
+    and (a.role == "user" or plain)
+    and a.loss_weight == b.loss_weight
+  )
+
+
 def check(conversation: Conversation) -> Conversation:
   """The same conversation, or a RowError naming the first turn out of order.
 

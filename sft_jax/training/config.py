@@ -60,6 +60,7 @@ class DataConfig:
   train: Any = "sft_jax/demo/train_*.jsonl"
   eval: Any = ""  # Held-out rows; '' = hold out a share of train.
   holdout: float = 0.02  # That share, chosen by content; 0 = none.
+  limit: int = 0  # Rows of each source of train, at random; 0 = all.
   format: str = "auto"  # By shape, or the name of a format.
   # {name in the rows: name here}, of sources that have no columns of their own;
   # see docs/data_formats.md.
@@ -72,6 +73,7 @@ class DataConfig:
   generation_prompt: str = "error"  # error | omit: where replies disagree.
   control_tokens: str = "escape"  # escape | error | allow: in messages.
   over_long: str = "drop"  # drop | truncate | error.
+  merge: str = ""  # turns | system | all: joined where a template refuses them.
   on_bad_row: str = "error"  # error | skip (counted and written down).
   # Secrets planted among the rows, to measure memorization; as many more are
   # measured and not planted. 0 = none. See docs/forgetting.md.

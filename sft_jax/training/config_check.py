@@ -33,6 +33,7 @@ _CHOICES = {
   "data.generation_prompt": "error omit",
   "data.control_tokens": "escape error allow",
   "data.over_long": "drop truncate error",
+  "data.merge": " turns system all",
   "data.on_bad_row": "error skip",
   "loss.normalize": "token example",
   "optim.name": "adamw adafactor lion sgd muon",

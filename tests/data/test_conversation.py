@@ -1,9 +1,13 @@
 """The grammar of turns, and errors that say where."""
 
+import itertools
 import pickle
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from sft_jax.data import conversation
 from sft_jax.data.conversation import (
   Conversation,
   Message,
@@ -110,3 +114,47 @@ def test_errors_survive_pickling():
     "empty answer",
     "empty answer: rows.jsonl:7",
   )
+
+
+CONTENTS = st.text("ab", min_size=1, max_size=3)
+ANY_TURN = st.one_of(
+  st.builds(Message, st.just("user"), CONTENTS),
+  st.builds(
+    Message,
+    st.just("assistant"),
+    CONTENTS,
+    reasoning=st.sampled_from([None, None, "r"]),
+    tool_calls=st.sampled_from([(), (), (ToolCall("f", {}),)]),
+    weight=st.sampled_from([None, 0.0]),
+  ),
+  st.builds(Message, st.just("tool"), CONTENTS),
+)
+
+
+@given(
+  st.booleans(),
+  st.lists(ANY_TURN, min_size=1, max_size=6),
+  st.sampled_from(["", "turns", "system", "all"]),
+)
+def test_merging_keeps_every_text_weight_and_call_in_order(system, turns, what):
+  before = [*([Message("system", "s")] if system else []), *turns]
+  made = conversation.merged(Conversation(tuple(before)), what).messages
+
+  def said(messages):
+    return [
+      (one.loss_weight, piece)
+      for one in messages
+      for piece in [one.reasoning, *one.content.split("\n\n")]
+      if piece
+    ]
+
+  assert said(made) == said(before)
+  calls = [call for one in before for call in one.tool_calls]
+  assert [call for one in made for call in one.tool_calls] == calls
+  users = [one.role == "user" for one in made]
+  if what in ("turns", "all"):
+    assert not any(a and b for a, b in itertools.pairwise(users))
+  if what in ("system", "all") and system and turns[0].role == "user":
+    assert made[0].content.startswith("s\n\n")
+  if not what:
+    assert list(made) == before

@@ -11,6 +11,7 @@ CHOICES = {
   "reasoning": ("train", "write", "hide", "strip"),
   "over_long": ("drop", "truncate", "error"),
   "control_tokens": ("escape", "error", "allow"),
+  "merge": ("", "turns", "system", "all"),
 }
 
 
@@ -45,6 +46,7 @@ class RenderOptions:
     control_tokens: where a message holds the text of a control token:
       'escape' reads it as the ordinary text it is, and counts the row;
       'error' refuses; 'allow' reads it as the control token.
+    merge: turns that the template refuses apart, see `conversation.merged`.
   """
 
   template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -54,6 +56,7 @@ class RenderOptions:
   reasoning: str = "train"
   over_long: str = "drop"
   control_tokens: str = "escape"
+  merge: str = ""
 
   def __post_init__(self):
     for name, allowed in CHOICES.items():

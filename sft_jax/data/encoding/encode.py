@@ -12,7 +12,12 @@ from sft_jax.data.chat import loss_spans, renderer
 from sft_jax.data.chat.options import DEFAULT, RenderOptions
 from sft_jax.data.chat.template import chat_template, with_tokens
 from sft_jax.data.chat.token_roles import TOKEN_ROLES
-from sft_jax.data.conversation import Conversation, NothingToTrain, RowError
+from sft_jax.data.conversation import (
+  Conversation,
+  NothingToTrain,
+  RowError,
+  merged,
+)
 from sft_jax.data.encoding import boundaries, fast_path
 from sft_jax.data.encoding.boundaries import TokenizedRow, Tokens
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
@@ -43,7 +48,7 @@ class EncodedRow(NamedTuple):
     dropped: how many Examples were dropped, by reason.
     notes: what happened to the row, for the ledger: 'injected system prompt',
       'empty think block', 'text changed by the template', 'split history',
-      'cut answer', 'escaped control token'; 1 each.
+      'cut answer', 'escaped control token', 'merged turns'; 1 each.
   """
 
   examples: list[Example]
@@ -90,7 +95,9 @@ def encode_rows(
   Rows of one form (the same roles, and only texts in them) take the fast
   path, which gives the same; all others take the full path, one by one.
   """
-  ready = fast_path.tokenize_rows(conversations, tokenizer, options)
+  ready = fast_path.tokenize_rows(
+    [merged(one, options.merge) for one in conversations], tokenizer, options
+  )
   for conversation, row in zip(conversations, ready, strict=True):
     try:
       yield encode_row(
@@ -152,9 +159,10 @@ def encode_row(
     windows, notes = _text_windows(conversation, tokenizer, options, max_length)
     notes = dict.fromkeys(notes, 1)
     return EncodedRow([_example(window) for window in windows], {}, notes)
+  apart, conversation = conversation, merged(conversation, options.merge)
   if tokenized is None:
     tokenized = _tokenize(conversation, tokenizer, options)
-  notes = set(tokenized.notes)
+  notes = {*tokenized.notes, *(["merged turns"] * (conversation is not apart))}
   examples, dropped = [], collections.Counter()
   for one in tokenized.tokens:
     _check_bos(one.ids, tokenizer, conversation)
@@ -220,6 +228,7 @@ def prompt_ids(
     return _bos(tokenizer) + ids
   if conversation.ids:
     return list(conversation.ids)
+  conversation = merged(conversation, options.merge)
   last = len(conversation.messages) - 1
   if conversation.messages[last].role == "assistant":
     raise RowError(

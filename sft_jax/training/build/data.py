@@ -268,6 +268,7 @@ def make_render_options(config: Config) -> RenderOptions:
     reasoning=config.data.reasoning,
     over_long=config.data.over_long,
     control_tokens=config.data.control_tokens,
+    merge=config.data.merge,
   )
 
 
@@ -309,6 +310,7 @@ def _train_sources(
       one,
       filter=first(one.filter, config.data.filter),
       weight_by=first(one.weight_by, config.data.weight_by),
+      limit=one.limit or config.data.limit or None,
     )
     for one in make_sources(value, columns)
   )

@@ -522,3 +522,23 @@ def test_ids_that_cannot_be_this_tokenizers(tmp_path):
     row = Conversation(ids=ids, id_weights=weights)
     with pytest.raises(fault, match=said):
       encode.encode(row, one, max_length=9)
+
+
+def test_merging_for_a_template_that_refuses(tmp_path):
+  strict = (
+    "{% for m in messages %}{% if m.role == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}{% endfor %}"
+  )
+  tokenizer = load_tokenizer(byte_level(tmp_path, strict + CHATML))
+  turns = ["s:Be.", "u:Hi", "a:Hello."]
+  with pytest.raises(RowError, match="System role not supported"):
+    encode.encode(chat(*turns), tokenizer, max_length=99)
+  rows = [chat(*turns), chat("u:Be.\n\nHi", "a:Hello.")]
+  options = RenderOptions(merge="system")
+  a, b = encode.encode_rows(rows, tokenizer, options, max_length=99)
+  assert a.notes == {"merged turns": 1}
+  assert not b.notes
+  np.testing.assert_array_equal(a.examples[0].tokens, b.examples[0].tokens)
+  prompts = [chat(*turns[:2]), chat("u:Be.\n\nHi")]
+  ids = [encode.prompt_ids(one, tokenizer, options) for one in prompts]
+  assert ids[0] == ids[1]
