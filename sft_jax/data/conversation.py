@@ -309,3 +309,8 @@ def _span_fault(message: Message) -> tuple[str, str, str] | None:
       "Drop them.",
     )
   return None
+
+
+def one_line(name: str) -> str:
+  """The name of a file or source, which may hold any character, as one line."""
+  return name.replace("\n", "\u240a").replace("\r", "\u240d")

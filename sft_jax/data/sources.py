@@ -35,6 +35,7 @@ from sft_jax.data.conversation import (
   Conversation,
   RowError,
   is_weight,
+  one_line,
 )
 from sft_jax.data.formats import fields
 from sft_jax.data.readers.files import find_files, read_rows
@@ -307,7 +308,7 @@ class Source:
   @property
   def label(self) -> str:
     """What the ledger calls it."""
-    return self.name or self.path or "rows"
+    return one_line(self.name or self.path or "rows")
 
   def read(self, on_bad_row: OnBadRow) -> Rows:
     """(place, row) of its rows; see `files.read_rows`."""

@@ -104,11 +104,14 @@ def test_hostile_rows_do_not_reach_the_terminal(run, tmp_path):
     for i in range(4)
   ] + [{"instruction": "long", "output": "y" * 1_000_000}]  # fmt: skip
   page = tmp_path / "page.html"
-  code, out, _ = run(rows, f"--html={page}")
+  named = tmp_path / "a\x1b[31m [bold]\nall is well \u202e.jsonl"
+  code, out, _ = run(tiny.rows_file(named, rows), f"--html={page}")
   assert code == 0
   for text in (out, page.read_text()):
     assert not set(text) & set("\x1b\u202e\u202c")
     assert len(text) < 100_000
+  assert not any(line.startswith("all is well") for line in out.splitlines())
+  assert "\u241b[31m [bold]\u240aall is well" in out
   assert "[bold]x[/bold]" in out
 
 

@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 from pyarrow import compute
 
-from sft_jax.data.conversation import RowError
+from sft_jax.data.conversation import RowError, one_line
 from sft_jax.data.readers import json
 from sft_jax.data.readers.json import OnBadRow, Rows
 
@@ -144,7 +144,7 @@ def _rows(
     for at, row in rows or _one_by_one(batch, file, index, on_bad_row):
       for name in structs:
         row[name] = _without_nulls(row[name])
-      yield f"{file.name}[{at}]", row
+      yield f"{one_line(file.name)}[{at}]", row
     index += batch.num_rows
 
 
@@ -153,7 +153,7 @@ def _one_by_one(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
   """(index, row) of a batch that is too large, or has a fault, as a whole."""
   for at in range(index, index + batch.num_rows):
-    where = f"{file.name}[{at}]"
+    where = f"{one_line(file.name)}[{at}]"
     one = batch.slice(at - index, 1)
     try:
       one.validate(full=True)
@@ -186,7 +186,7 @@ def _reading(file: Path) -> Iterator[None]:
     if isinstance(error, FileNotFoundError | PermissionError):
       raise
     raise RowError(
-      file.name,
+      one_line(file.name),
       f"a file that is damaged or breaks off ({error})",
       f"a whole {file.suffix} file",
       "Fetch or write the file again.",
@@ -197,7 +197,7 @@ def _check_names(schema: pyarrow.Schema, file: Path) -> None:
   twice = [name for name in schema.names if schema.names.count(name) > 1]
   if twice:
     raise RowError(
-      file.name,
+      one_line(file.name),
       f"two columns of the name {twice[0]!r}",
       "each name once",
       "Rename one of them.",

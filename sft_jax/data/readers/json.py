@@ -28,7 +28,7 @@ from typing import Any
 
 import pyarrow
 
-from sft_jax.data.conversation import RowError
+from sft_jax.data.conversation import RowError, one_line
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 OnBadRow = Callable[[RowError], None]
@@ -58,7 +58,7 @@ def read_jsonl(file: Path, on_bad_row: OnBadRow) -> Rows:
     for number, line in _lines(stream, file):
       if line.isspace():
         continue
-      where = f"{file.name}:{number}"
+      where = f"{one_line(file.name)}:{number}"
       try:
         if len(line) > MAX_ROW_BYTES:
           raise too_long(where)
@@ -83,19 +83,19 @@ def read_json(file: Path, on_bad_row: OnBadRow) -> Rows:
   if head.startswith(b"["):
     if len(data) > MAX_ARRAY_BYTES:
       raise RowError(
-        file.name,
+        one_line(file.name),
         f"a JSON array of more than {MAX_ARRAY_BYTES // 2**20} MiB",
         "JSON lines, which are read row by row",
         "Convert it: jq -c '.[]' rows.json > rows.jsonl.",
       )
-    text = _decoded(data, file.name)
+    text = _decoded(data, one_line(file.name))
     del data
-    yield from read_array(text, file.name, on_bad_row)
+    yield from read_array(text, one_line(file.name), on_bad_row)
     return
   start = head[:20].decode(errors="replace")
   if not start.startswith("{") or start.split("\n")[0].strip() == "{":
     raise RowError(
-      file.name,
+      one_line(file.name),
       f"text that begins with {start!r}" if start else "an empty file",
       "an array of objects, or an object on each line",
       "Wrap the rows in an array.",
@@ -145,7 +145,7 @@ def read_csv(file: Path, on_bad_row: OnBadRow, delimiter: str = ",") -> Rows:
 
   def text_lines(stream: io.BufferedReader) -> Iterator[str]:
     for number, line in _lines(stream, file):
-      where = f"{file.name}:{number}"
+      where = f"{one_line(file.name)}:{number}"
       if len(line) > MAX_ROW_BYTES:
         raise too_long(where)
       yield _decoded(line, where)
@@ -155,7 +155,7 @@ def read_csv(file: Path, on_bad_row: OnBadRow, delimiter: str = ",") -> Rows:
   with open_bytes(file) as stream:
     records = csv.reader(text_lines(stream), delimiter=delimiter, strict=True)
     while True:
-      where = f"{file.name}:{at}"
+      where = f"{one_line(file.name)}:{at}"
       try:
         cells = next(records, None)
       except csv.Error as error:
@@ -187,12 +187,12 @@ def read_txt(file: Path, on_bad_row: OnBadRow) -> Rows:
     data = _guarded(stream.read, MAX_ROW_BYTES + 1, file)
   try:
     if len(data) > MAX_ROW_BYTES:
-      raise too_long(file.name)
-    text = _decoded(data, file.name)
+      raise too_long(one_line(file.name))
+    text = _decoded(data, one_line(file.name))
   except RowError as error:
     on_bad_row(error)
   else:
-    yield file.name, {"text": text}
+    yield one_line(file.name), {"text": text}
 
 
 def open_bytes(file: Path) -> io.BufferedReader:
@@ -212,7 +212,7 @@ def _guarded(read: Callable[[int], bytes], size: int, file: Path) -> bytes:
     if file.suffix.lower() not in COMPRESSIONS:
       raise
     raise RowError(
-      file.name,
+      one_line(file.name),
       f"packed data that is damaged or breaks off ({error})",
       f"a whole {file.suffix} file",
       "Fetch or pack the file again.",

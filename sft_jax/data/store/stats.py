@@ -120,7 +120,7 @@ class SourceStats:
     """': a.jsonl:1, a.jsonl:2'; may be ''."""
     places = self.places.get(reason, [])
     more = ", ..." if number > len(places) == _EXAMPLES_KEPT else ""
-    return f": {_one_line(', '.join(places))}{more}" if places else ""
+    return f": {', '.join(places)}{more}" if places else ""
 
 
 @dataclasses.dataclass
@@ -295,7 +295,7 @@ class DatasetStats:
     return tokens / max(both, 1), s.tokens_trained / max(trained, 1)
 
   def short_names(self) -> dict[str, str]:
-    """Of a path the file's name, where no other source has it; one line."""
+    """Of a path the file's name, where no other source has it."""
     short = {
       name: Path(name).name
       if Path(name).suffix and not glob.has_magic(name)
@@ -304,11 +304,5 @@ class DatasetStats:
     }
     number = collections.Counter(short.values())
     return {
-      name: _one_line(one if number[one] == 1 else name)
-      for name, one in short.items()
+      name: one if number[one] == 1 else name for name, one in short.items()
     }
-
-
-def _one_line(name: str) -> str:
-  """A name of a file cannot look like a line of our own."""
-  return name.replace("\n", "\u240a").replace("\r", "\u240d")

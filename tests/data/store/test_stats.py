@@ -136,10 +136,3 @@ def test_shares_of_sources_that_are_seen_once():
     entry.tokens_prompt, entry.tokens_trained = prompt, trained
   shares = [line.split()[-2:] for line in stats.lines()[1:]]
   assert shares == [["40.0%", "75.0%"], ["60.0%", "25.0%"]]
-
-
-def test_names_of_files_are_one_line():
-  stats = DatasetStats()
-  stats.source("a\nall rows trained\r.jsonl").drop("bad", "a\nb:1")
-  assert not any(set(line) & {"\n", "\r"} for line in stats.lines())
-  assert "a\u240aall rows" in stats.lines()[1]
