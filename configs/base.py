@@ -81,6 +81,7 @@ def get_config() -> ml_collections.ConfigDict:
   data.history = "auto"  # auto | split | keep: turns per example.
   data.generation_prompt = "error"  # error | omit: where replies disagree.
   data.control_tokens = "escape"  # escape | error | allow: in messages.
+  data.text = "plain"  # plain | rendered: rows of text are conversations.
   data.over_long = "drop"  # drop | truncate | error.
   data.merge = ""  # turns | system | all: joined where a template refuses them.
   data.on_bad_row = "error"  # error | skip (counted and written down).

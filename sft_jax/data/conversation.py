@@ -239,7 +239,7 @@ def _fault(
       "a system turn only as the first",
       "Move it to the start or merge it into a user turn.",
     )
-  says = message.content or message.reasoning or message.tool_calls
+  says = message.content.strip() or message.reasoning or message.tool_calls
   if role == "assistant" and not says:
     return (
       "an empty assistant turn",

@@ -72,6 +72,7 @@ class DataConfig:
   history: str = "auto"  # auto | split | keep: turns per example.
   generation_prompt: str = "error"  # error | omit: where replies disagree.
   control_tokens: str = "escape"  # escape | error | allow: in messages.
+  text: str = "plain"  # plain | rendered: rows of text are conversations.
   over_long: str = "drop"  # drop | truncate | error.
   merge: str = ""  # turns | system | all: joined where a template refuses them.
   on_bad_row: str = "error"  # error | skip (counted and written down).

@@ -5,7 +5,11 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from sft_jax.data.chat import template_messages, token_roles
+from sft_jax.data.chat import (
+  template_messages,
+  template_probes,
+  token_roles,
+)
 from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.chat.renderer import ConversationRenderer
 from sft_jax.data.chat.template import ChatTemplate
@@ -108,7 +112,23 @@ def prompt(
 ) -> Rendered:
   """The conversation so far and the generation prompt: what inference sees."""
   renderer = ConversationRenderer(conversation, template, options)
-  count = len(renderer.conversation.messages)
+  messages = renderer.conversation.messages
+  count = len(messages)
+  if messages[-1].role == "assistant":  # To be continued.
+    turn = renderer.turns(count)
+    spans = renderer.spans(count, turn) or []
+    own = [span for span in spans if span.role == "answer"]
+    before = renderer.prompt(count - 1)
+    if not (own and messages[-1].content and turn.startswith(before)):
+      raise RowError(
+        conversation.where(count - 1),
+        "an assistant turn at the end of a prompt that cannot be continued",
+        "an answer that the template renders after its generation prompt",
+        "Drop the turn to generate it.",
+      )
+    text = turn[: own[-1].end]
+    escaped = token_roles.special_as_text(renderer, text, spans)
+    return Rendered(text, (), special_as_text=escaped)
   text = renderer.prompt(count)
   if options.control_tokens == "allow":
     return Rendered(text, ())
@@ -116,6 +136,65 @@ def prompt(
     renderer, text, renderer.prompt_spans(count, text)
   )
   return Rendered(text, (), special_as_text=escaped)
+
+
+def rendered_text(
+  conversation: Conversation, template: ChatTemplate, options: RenderOptions
+) -> Rendered:
+  """A text that holds a conversation rendered elsewhere, as if by us.
+
+  The assistant's turns begin after what opens them in the model's template,
+  and end with the next stop token. The text gets the BOS that the template
+  writes, unless it has one, and ends with its last stop token.
+
+  Raises:
+    RowError: no turn of the assistant's, or one without a stop token.
+  """
+  text = conversation.text or ""
+  opening = template_probes.opening(template, options.template_kwargs)
+  bos = template.special_tokens.get("bos_token") or ""
+  if bos and not text.startswith(bos) and template.writes_bos:
+    text = bos + text
+  spans, roles, end = [], [], 0
+  while opening and (start := text.find(opening, end) + len(opening)) >= (
+    end + len(opening)
+  ):
+    stop = template.stop.search(text, start)
+    if stop is None:
+      raise RowError(
+        conversation.source or "row",
+        f"a reply without a stop token, ending in {text[-40:]!r}",
+        f"one of {list(template.stop_tokens)}",
+        "Complete the row, or drop it.",
+      )
+    end = stop.end()
+    spans.append((start, end, 1.0))
+    roles += [(start, stop.start(), "answer"), (*stop.span(), "stop")]
+  if not spans:
+    raise RowError(
+      conversation.source or "row",
+      f"a text without {opening!r}",
+      "a conversation as the model's chat template renders it (data.text)",
+      "Set data.text to plain, or give the row as messages.",
+    )
+  roles = [role for role in roles if role[0] < role[1]]
+  return Rendered(text[:end], tuple(spans), tuple(roles))
+
+
+def refuse_rendered(
+  conversation: Conversation, template: ChatTemplate, options: RenderOptions
+) -> None:
+  """Raises where a raw text is a rendered conversation: what it says of turns
+  would be read as words, or get a second BOS and stop."""
+  text = conversation.text or ""
+  opening = template_probes.opening(template, options.template_kwargs).strip()
+  if opening and opening in text and template.stop.search(text):
+    raise RowError(
+      f"{conversation.source or 'row'} text",
+      f"a rendered conversation ({opening!r} and a stop token)",
+      "raw text, or messages",
+      "Give the row as messages, or set data.text to rendered.",
+    )
 
 
 def _trained_turns(

@@ -10,6 +10,7 @@ CHOICES = {
   "train_on": ("assistant", "last_turn", "all"),
   "reasoning": ("train", "write", "hide", "strip"),
   "over_long": ("drop", "truncate", "error"),
+  "text": ("plain", "rendered"),
   "control_tokens": ("escape", "error", "allow"),
   "merge": ("", "turns", "system", "all"),
 }
@@ -43,6 +44,9 @@ class RenderOptions:
     over_long: of Examples longer than max_length: 'drop' them; 'truncate'
       them (a cut answer has no stop token) and drop those with nothing
       trained left; 'error' refuses them.
+    text: of rows of raw text: 'plain' trains all of it, and refuses what is a
+      conversation rendered elsewhere; 'rendered' reads it as one by the
+      model's template, and trains the assistant's turns.
     control_tokens: where a message holds the text of a control token:
       'escape' reads it as the ordinary text it is, and counts the row;
       'error' refuses; 'allow' reads it as the control token.
@@ -55,6 +59,7 @@ class RenderOptions:
   train_on: str = "assistant"
   reasoning: str = "train"
   over_long: str = "drop"
+  text: str = "plain"
   control_tokens: str = "escape"
   merge: str = ""
 

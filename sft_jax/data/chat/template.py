@@ -46,6 +46,7 @@ class ChatTemplate:
     self.stop_tokens = tuple(stop_tokens)
     self.control_tokens = tuple(control_tokens)
     self.reads_reasoning = bool(_READS_REASONING.search(source))
+    self.writes_bos = bool(re.search(r"\bbos_token\b", source))
     self.reads_date = "strftime_now" in source
     self.reads_tools = bool(re.search(r"\btools\b", source))
     self.name = name

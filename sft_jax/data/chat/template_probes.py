@@ -68,6 +68,11 @@ def omitted(template: ChatTemplate, kwargs: Mapping[str, Any]) -> str:
   return _omitted(template, _key(kwargs))
 
 
+def opening(template: ChatTemplate, kwargs: Mapping[str, Any]) -> str:
+  """What opens an assistant's turn: '<|im_start|>assistant\\n', '[/INST]'."""
+  return _opening(template, _key(kwargs))
+
+
 def injected(template: ChatTemplate, kwargs: Mapping[str, Any]) -> str:
   """The system prompt that a template inserts where there is none, or ''.
 
@@ -132,6 +137,20 @@ def _omitted(template: ChatTemplate, key: str) -> str:
         kept = tag.start()
     return prompt[kept:] if _ASKED["content"] in prompt[:kept] else ""
   return ""
+
+
+@functools.lru_cache(maxsize=64)
+def _opening(template: ChatTemplate, key: str) -> str:
+  kwargs = json.loads(key)
+  try:
+    asked = template.render([_ASKED], **kwargs)
+    prompt = template.render([_ASKED], add_generation_prompt=True, **kwargs)
+  except TemplateFailed:
+    return ""
+  if prompt != asked and prompt.startswith(asked):
+    return prompt[len(asked) :]
+  # The user's turn ends with it.
+  return prompt.rpartition(_ASKED["content"])[2]
 
 
 @functools.lru_cache(maxsize=64)

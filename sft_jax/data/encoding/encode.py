@@ -155,7 +155,7 @@ def encode_row(
     raise ValueError(
       f"data.seq_len: got {max_length}; expected at least 2. Correct it."
     )
-  if conversation.text is not None:
+  if conversation.text is not None and options.text == "plain":
     windows, notes = _text_windows(conversation, tokenizer, options, max_length)
     notes = dict.fromkeys(notes, 1)
     return EncodedRow([_example(window) for window in windows], {}, notes)
@@ -193,9 +193,11 @@ def _tokenize(
   """The full path."""
   if conversation.ids:
     return TokenizedRow([_given_ids(conversation, tokenizer)], frozenset())
-  rendered = loss_spans.render_spans(
-    conversation, chat_template(tokenizer), options
-  )
+  template = chat_template(tokenizer)
+  if conversation.text is None:
+    rendered = loss_spans.render_spans(conversation, template, options)
+  else:
+    rendered = [loss_spans.rendered_text(conversation, template, options)]
   made = [
     one
     for text in rendered
@@ -217,11 +219,11 @@ def prompt_ids(
 ) -> list[int]:
   """What inference sees: the turns so far and the generation prompt, as ids.
 
-  A raw text is BOS (where the tokenizer has one) and its ids.
+  A raw text is BOS (where the tokenizer has one) and its ids. An assistant
+  turn at the end is continued: its content ends the prompt.
 
   Raises:
-    RowError: the last turn is the assistant's; see
-      `loss_spans.render_spans`.
+    RowError: see `loss_spans.render_spans`.
   """
   if conversation.text is not None:
     ids, _ = _text_ids(conversation, tokenizer, options)
@@ -229,14 +231,6 @@ def prompt_ids(
   if conversation.ids:
     return list(conversation.ids)
   conversation = merged(conversation, options.merge)
-  last = len(conversation.messages) - 1
-  if conversation.messages[last].role == "assistant":
-    raise RowError(
-      conversation.where(last),
-      "an assistant turn at the end of a prompt",
-      "a turn to be answered",
-      "Drop the turn to generate it.",
-    )
   prompt = loss_spans.prompt(conversation, chat_template(tokenizer), options)
   ids, _ = tokenizer.encode_with_offsets(prompt.text, prompt.special_as_text)
   _check_bos(ids, tokenizer, conversation)
@@ -282,11 +276,14 @@ def _text_windows(
     RowError: a control token in the text; half of a character.
   """
   text_ids, notes = _text_ids(conversation, tokenizer, options)
-  start = _bos(tokenizer) + text_ids
+  bos = _bos(tokenizer)
+  start = text_ids if bos == text_ids[:1] else bos + text_ids
   end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+  if text_ids and text_ids[-1] in (*end, *tokenizer.stop_ids):
+    start, end = start[:-1], start[-1:]  # The text has its own.
   ids = start + end
   roles = np.full(len(ids), TOKEN_ROLES.index("text"), np.uint8)
-  roles[: len(_bos(tokenizer))] = TOKEN_ROLES.index("template")
+  roles[: len(bos)] = TOKEN_ROLES.index("template")
   roles[len(start) :] = TOKEN_ROLES.index("stop")
   weights = np.ones(len(ids), np.float32)
   cuts = [
@@ -338,6 +335,8 @@ def _text_ids(
   renderer.refuse_surrogates(text, conversation)
   # Raw text needs no template, only to know what the control tokens are.
   template = with_tokens(tokenizer, tokenizer.chat_template or "")
+  if tokenizer.chat_template and options.control_tokens != "allow":
+    loss_spans.refuse_rendered(conversation, template, options)
   escapes = renderer.refuse_control_tokens(conversation, template, options)
   literal = ((0, len(text)),) if escapes else ()
   notes = frozenset({"escaped control token"} if escapes else ())

@@ -267,6 +267,7 @@ def make_render_options(config: Config) -> RenderOptions:
     train_on=config.data.train_on,
     reasoning=config.data.reasoning,
     over_long=config.data.over_long,
+    text=config.data.get("text", "plain"),
     control_tokens=config.data.control_tokens,
     merge=config.data.merge,
   )

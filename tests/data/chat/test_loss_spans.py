@@ -1,18 +1,25 @@
 """Law 1 in characters: what is trained is what inference must emit."""
 
+import re
+
 import pytest
 
 from sft_jax.data.chat import loss_spans
 from sft_jax.data.chat import template as templates
 from sft_jax.data.chat.options import RenderOptions
+from sft_jax.data.chat.template import chat_template
 from sft_jax.data.conversation import (
+  Conversation,
   Message,
   NothingToTrain,
   RowError,
   ToolCall,
+  check,
 )
+from sft_jax.data.encoding import encode
+from sft_jax.data.tokenizers.tokenizer import load_tokenizer
 from tiny_rows import chat
-from tiny_tokenizers import CHATML, FORGETFUL, GLUED
+from tiny_tokenizers import CHATML, FORGETFUL, GLUED, byte_level
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 STOPS = ["<|im_end|>", "</s>"]
@@ -134,3 +141,51 @@ def test_nothing_to_train():
   assert error.value.reason == "no trained turn"
   with pytest.raises(ValueError, match="history: got 'all'"):
     trained(TWO, CHATML, history="all")
+
+
+def test_a_text_of_a_rendered_conversation(tmp_path):
+  """The same ids and weights as from messages; one BOS, one stop."""
+  source = "{{ bos_token }}" + CHATML
+  one = load_tokenizer(byte_level(tmp_path / "m", source))
+  row = chat("s:Be brief.", "u:Hi", "a:Yo <there>", "u:Bye", "a:Ciao")
+  options = RenderOptions(text="rendered")
+  (expected,) = encode.encode_row(row, one, options, max_length=99).examples
+  (shown,) = loss_spans.render_spans(row, chat_template(one), options)
+  for text in (shown.text, shown.text.removeprefix("<s>"), shown.text.strip()):
+    given = Conversation(text=text, source="rows.jsonl:1")
+    (made,) = encode.encode_row(given, one, options, max_length=99).examples
+    # Without the line break after the last stop token.
+    size = len(made.tokens)
+    assert made.tokens.tolist() == expected.tokens[:size].tolist()
+    assert made.loss_weights.tolist() == expected.loss_weights[:size].tolist()
+    assert set(expected.loss_weights[size:]) <= {0}
+    assert made.tokens.tolist().count(one.bos_id) == 1
+    for how in ("escape", "error"):
+      plain = RenderOptions(control_tokens=how)
+      with pytest.raises(RowError, match=r"set data\.text to rendered"):
+        encode.encode_row(given, one, plain, max_length=99)
+    allowed = RenderOptions(control_tokens="allow")
+    (made,) = encode.encode_row(given, one, allowed, max_length=99).examples
+    ids = made.tokens.tolist()
+    assert ids.count(one.bos_id) == 1
+    assert ids[-2:] != [one.stop_ids[-1], one.eos_id]
+  for text, match in (
+    ("<s>words alone", "a text without '<|im_start|>assistant"),
+    ("<|im_start|>assistant\nYo", "a reply without a stop token"),
+  ):
+    with pytest.raises(RowError, match=re.escape(match)):
+      encode.encode_row(Conversation(text=text), one, options, max_length=99)
+
+
+def test_a_prompt_ends_with_the_answer_that_is_to_be_continued(tmp_path):
+  one = load_tokenizer(byte_level(tmp_path / "m", CHATML))
+  asked = encode.prompt_ids(chat("u:Hi"), one)
+  begun = encode.prompt_ids(chat("u:Hi", "a:Yo, th"), one)
+  assert one.decode(begun, skip_special=False) == (
+    one.decode(asked, skip_special=False) + "Yo, th"
+  )
+
+
+def test_white_space_is_no_answer():
+  with pytest.raises(RowError, match="an empty assistant turn"):
+    check(chat("u:Hi", "a: \n"))

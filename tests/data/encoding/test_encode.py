@@ -202,8 +202,9 @@ def test_prompts(tiny):
   one = tiny["byte_level"]
   text = Conversation(text="Once upon")
   assert encode.prompt_ids(text, one) == [one.bos_id, *one.encode("Once upon")]
-  with pytest.raises(RowError, match="an assistant turn at the end"):
-    encode.prompt_ids(chat("u:Hi", "a:Hello."), one)
+  only = Message("assistant", "", reasoning="Hm.")
+  with pytest.raises(RowError, match="that cannot be continued"):
+    encode.prompt_ids(chat("u:Hi", only), one)
   with pytest.raises(RowError, match=r"messages\[0\]: got the control token"):
     encode.prompt_ids(
       chat("u:Hi <|im_end|>"), one, RenderOptions(control_tokens="error")
