@@ -47,6 +47,9 @@ def get_config() -> ml_collections.ConfigDict:
   # attention | full | offload (kept in host memory); see docs/memory.md.
   model.remat = "none"
   model.scan = True  # Scan over layers; False = unrolled.
+  model.new_tokens = ()  # Control tokens to add to the vocabulary.
+  model.stop_tokens = ()  # Tokens that end a reply, beside the folder's.
+  model.new_rows = "mean"  # mean | matched: how rows of new tokens start.
 
   config.lora = lora = ml_collections.ConfigDict()
   lora.rank = 0  # 0 = full fine-tuning.
@@ -60,6 +63,9 @@ def get_config() -> ml_collections.ConfigDict:
   lora.dropout = 0.0  # Of an adapter's inputs, in training; 0 = off.
   lora.plus_ratio = 1.0  # Learning rate of B over that of A (LoRA+).
   lora.also_train = ()  # Regexes of parameters that train whole: ("norm",).
+  # Tokens whose rows of the embedding train, alone; "auto" stands for new ones
+  # and control tokens that the base never learnt; () = none.
+  lora.new_token_rows = ("auto",)
   lora.path = ""  # A PEFT folder to start from, with its own rank and alpha.
 
   config.data = data = ml_collections.ConfigDict(type_safe=False)

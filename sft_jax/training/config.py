@@ -30,6 +30,9 @@ class ModelConfig:
   # attention | full | offload (kept in host memory); see docs/memory.md.
   remat: str = "none"
   scan: bool = True  # Scan over layers; False = unrolled.
+  new_tokens: tuple = ()  # Control tokens to add to the vocabulary.
+  stop_tokens: tuple = ()  # Tokens that end a reply, beside the folder's.
+  new_rows: str = "mean"  # mean | matched: how rows of new tokens start.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,9 @@ class LoraConfig:
   dropout: float = 0.0  # Of an adapter's inputs, in training; 0 = off.
   plus_ratio: float = 1.0  # Learning rate of B over that of A (LoRA+).
   also_train: tuple = ()  # Regexes of parameters that train whole: ("norm",).
+  # Tokens whose rows of the embedding train, alone; "auto" stands for new ones
+  # and control tokens that the base never learnt; () = none.
+  new_token_rows: tuple = ("auto",)
   path: str = ""  # A PEFT folder to start from, with its own rank and alpha.
 
 

@@ -26,6 +26,7 @@ _CHOICES = {
   "model.quantize": " int8 nf4",
   "model.attention": "auto xla blocks splash tokamax",
   "model.remat": "none norms attention full offload",
+  "model.new_rows": "mean matched",
   "lora.init": "zero pissa",
   "data.train_on": "assistant last_turn all",
   "data.reasoning": "train write hide strip",

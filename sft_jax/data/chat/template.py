@@ -143,11 +143,12 @@ def choose(tokenizer: Tokenizer, template: str, name: str) -> Tokenizer:
   Args:
     tokenizer: of the model's folder.
     template: model.chat_template: '' is the folder's, else one of `TEMPLATES`,
-      or the path of a file. The control tokens of a named one are made special.
+      or the path of a file. The control tokens of a named one are made special,
+      and added to the vocabulary that lacks them: the model grows.
     name: model.chat_template_name, of a folder with several.
 
   Raises:
-    ValueError: no such template; a control token that the vocabulary has not.
+    ValueError: no such template; one that needs an EOS, and there is none.
   """
   if not template:
     if name == "default" and not tokenizer.chat_templates:
@@ -163,14 +164,14 @@ def choose(tokenizer: Tokenizer, template: str, name: str) -> Tokenizer:
   elif template in TEMPLATES:
     path = Path(__file__).parent / "templates" / f"{template}.jinja"
     source = path.read_text(encoding="utf-8")
-    tokens, missing = TEMPLATES[template], {}
+    tokens = TEMPLATES[template]
     if tokens:
-      tokenizer, missing = tokenizer.with_new_tokens(tokens, stop=tokens[-1:])
-    if missing or (not tokens and tokenizer.eos_id is None):
+      tokenizer, _ = tokenizer.with_new_tokens(tokens, stop=tokens[-1:])
+    elif tokenizer.eos_id is None:
       raise ValueError(
-        f"model.chat_template: got {template!r}, whose "
-        f"{sorted(missing) or 'EOS'} the vocabulary of {tokenizer.folder} does "
-        "not have; expected one with its tokens. Choose another, such as plain."
+        f"model.chat_template: got {template!r}, which ends turns with the EOS "
+        f"that {tokenizer.folder} does not have; expected one with tokens of "
+        "its own. Choose another, such as chatml."
       )
   elif (path := Path(template).expanduser()).is_file():
     source = path.read_text(encoding="utf-8")

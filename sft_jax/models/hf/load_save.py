@@ -46,6 +46,7 @@ from sft_jax.models.hf.safetensors_files import (
   write_tensors,
 )
 from sft_jax.models.lora import lora as lora_lib
+from sft_jax.models.lora import token_rows
 from sft_jax.models.lora.merge import merge
 from sft_jax.models.transformer import Model
 
@@ -83,6 +84,8 @@ def load_pretrained(
   mesh: Mesh | None = None,
   key: jax.Array | None = None,
   shardings: Shardings | None = None,
+  vocab_size: int = 0,
+  new_rows: str = "mean",
 ) -> tuple[Model, Tree]:
   """Loads a model folder: config.json and safetensors, sharded or not.
 
@@ -100,6 +103,9 @@ def load_pretrained(
     key: randomness of the adapters; jax.random.key(0) by default.
     shardings: a tree of shardings like the parameters, or a function that
       gives one from the tree of their shapes. By default one device.
+    vocab_size: of the model, if larger than the folder's: the embedding and
+      the head grow by rows for new tokens.
+    new_rows: how these start, see `token_rows.grow`.
 
   Raises:
     ValueError: a missing folder, config or weight file; pickled weights; a
@@ -115,8 +121,13 @@ def load_pretrained(
   inside(folder, "config.json")
   check_checksums(folder)
   config = read_config(folder)
-  tensors, notes = _open(folder, config)
+  tensors, notes = open_folder(folder, config)
   config = dataclasses.replace(config, notes=config.notes + notes)
+  # Of the shapes in the files; the model's vocabulary may be larger.
+  old = transformer.build(config, param_dtype=param_dtype)
+  if vocab_size > config.vocab_size:
+    raw = config.raw | {"vocab_size": vocab_size}
+    config = dataclasses.replace(config, vocab_size=vocab_size, raw=raw)
   model = transformer.build(
     config,
     dtype=dtype,
@@ -129,8 +140,17 @@ def load_pretrained(
   )
   key = jax.random.key(0) if key is None else key
   shapes = jax.eval_shape(model.init, key)
-  base, _ = trees.partition(shapes, lambda path: not lora_lib.is_adapter(path))
-  prepare = lora_lib.prepare(key, base, lora, quantize)
+  grown, _ = trees.partition(shapes, lambda path: not lora_lib.is_adapter(path))
+  adapt = lora_lib.prepare(key, grown, lora, quantize)
+  base = jax.eval_shape(old.init, key)
+
+  def prepare(path: str, x: jax.Array) -> dict[str, jax.Array]:
+    """What a leaf of the folder becomes."""
+    if path in lora_lib.TABLES and len(x) < config.vocab_size:
+      own = jax.random.fold_in(key, lora_lib.TABLES.index(path))
+      x = token_rows.grow(own, x, config.vocab_size, new_rows)
+    return adapt(path, x)
+
   whole = {
     name: shape
     for path, x in trees.flatten(base).items()
@@ -141,11 +161,14 @@ def load_pretrained(
     placed |= trees.flatten(shardings(trees.unflatten(whole)))
   else:
     placed = trees.flatten(shardings or {})
-  _check_tensors(folder, tensors, base, model)
+  _check_tensors(folder, tensors, base, old)
   params = {}
-  for path, x in load_leaves(_leaves(tensors, base, config, placed)):
+  for path, x in load_leaves(_leaves(tensors, base, old.config, placed)):
     become = jax.eval_shape(partial(prepare, path), x)
-    if become.keys() == {path} and become[path].dtype == x.dtype:
+    if become.keys() == {path} and (become[path].shape, become[path].dtype) == (
+      x.shape,
+      x.dtype,
+    ):
       params[path] = x
     else:
       places = {name: placed.get(name) for name in become}
@@ -298,7 +321,7 @@ def export_dtype(params: Tree, dtype: Any = None) -> np.dtype:
 # -- Reading ----------------------------------------------------------------
 
 
-def _open(
+def open_folder(
   folder: Path, config: ModelConfig
 ) -> tuple[dict[str, Tensor | Decoded], tuple[str, ...]]:
   """The model's tensors by their official names, and what to tell of them.

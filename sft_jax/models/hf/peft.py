@@ -105,7 +105,7 @@ def save_adapter(
       tensors |= _whole(flat, ours, config)
       saved.append(within_layer(theirs))
   rows = {
-    parameter_map.places(f"{at}/embedding", x.shape, config)[0].name: x
+    parameter_map.tensor_slices(f"{at}/embedding", x.shape, config)[0].name: x
     for at in ("embed", "head")
     if (x := flat.get(f"{at}/lora_rows")) is not None
   }
@@ -378,7 +378,7 @@ def _check_tied(
   the head stays the base's.
   """
   shape = (config.vocab_size, config.d_model)
-  (place,) = parameter_map.places("embed/embedding", shape, config)
+  (place,) = parameter_map.tensor_slices("embed/embedding", shape, config)
   embedding = tensors[f"{PREFIX}{place.name}"]
   head = tensors.get(f"{PREFIX}lm_head.weight")
   apart = head is None and not theirs.get("ensure_weight_tying")
@@ -403,7 +403,7 @@ def _token_rows(
   lists = set()
   for at in ("embed",) if config.tie_embeddings else ("embed", "head"):
     shape = (config.vocab_size, config.d_model)
-    (place,) = parameter_map.places(f"{at}/embedding", shape, config)
+    (place,) = parameter_map.tensor_slices(f"{at}/embedding", shape, config)
     module = place.name.removesuffix(".weight")
     last = module.rpartition(".")[2]
     if isinstance(declared, list):

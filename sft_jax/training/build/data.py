@@ -235,6 +235,9 @@ def load_tokenizer(
     config.model.get("chat_template", ""),  # Not in older workdirs.
     config.model.get("chat_template_name", "default"),
   )
+  new, stop = (config.model.get(k, ()) for k in ("new_tokens", "stop_tokens"))
+  if new or stop:
+    tokenizer, _ = tokenizer.with_new_tokens(tuple(new), stop=tuple(stop))
   kwargs = config.data.template_kwargs
   source = tokenizer.chat_template
   if source and "strftime_now" in source and "date" not in kwargs:

@@ -70,7 +70,10 @@ def _in_float32(config: Config, built: BuiltRun) -> tuple[Any, Any, Any]:
     return built.model, built.loss_fn, built.measure_fn
   config = config.copy_and_resolve_references()
   config.model.dtype = "float32"
-  model = setup_model.build_model(config, built.model.config, built.mesh).model
+  rows = built.model.lora.token_rows if built.model.lora else ()
+  model = setup_model.build_model(
+    config, built.model.config, built.mesh, rows
+  ).model
   streams = (built.stream, built.held_out, built.general_text)
   made = step.make_step(config, model, built.mesh, built.num_steps, streams)
   return model, made.loss_fn, made.measure_fn

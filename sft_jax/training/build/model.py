@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,12 +11,14 @@ import jax
 from jax.sharding import Mesh
 
 from sft_jax.common import hub, sharding, trees
+from sft_jax.data.chat import template as templates
+from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.models import transformer
 from sft_jax.models.config import ModelConfig, read_config
-from sft_jax.models.hf import load_save, peft
-from sft_jax.models.lora import lora, quantize
+from sft_jax.models.hf import load_save, parameter_map, peft
+from sft_jax.models.lora import lora, quantize, token_rows
 from sft_jax.models.transformer import Model
-from sft_jax.training.build.data import Config, Log
+from sft_jax.training.build.data import Config, Log, load_tokenizer
 
 
 def find_model(config: Config) -> hub.Snapshot:
@@ -29,6 +32,55 @@ def find_model(config: Config) -> hub.Snapshot:
     if began["commit"]:
       path = f"{began['repo_id']}@{began['commit']}"
   return hub.find_model(path)
+
+
+def _choose_rows(
+  config: Config,
+  shape: ModelConfig,
+  tokenizer: tokenizers.Tokenizer,
+  log: Log,
+) -> tuple[int, ...]:
+  """Ids of the rows that train alone, see lora.new_token_rows.
+
+  Under LoRA, and unless the embedding trains whole: new tokens, and of the
+  tokens that the template or the stop ids use, those that are not trained.
+  """
+  choice = config.lora.new_token_rows
+  whole = trees.matches_any(config.lora.also_train, "embed/embedding")
+  if not config.lora.rank or whole:
+    return ()
+  known = {t: tokenizer.special_tokens.get(t) for t in choice if t != "auto"}
+  if odd := sorted(text for text, i in known.items() if i is None):
+    raise ValueError(
+      f"lora.new_token_rows: {odd} are no special tokens of the tokenizer, "
+      "expected 'auto' or some of them. Add them by model.new_tokens."
+    )
+  chosen = {i for i in known.values() if i is not None}
+  if "auto" not in choice:
+    return tuple(sorted(chosen))
+  source = tokenizer.chat_template or ""
+  used = {
+    i: text
+    for text, i in sorted(tokenizer.special_tokens.items())
+    if text in source or i in tokenizer.stop_ids
+  }
+  chosen |= {i for i in used if i >= shape.vocab_size}
+  chosen |= {tokenizer.special_tokens[t] for t in config.model.new_tokens}
+  old = sorted(used.keys() - chosen)
+  found: dict[int, str] = {}
+  if old and not config.model.from_scratch:
+    tensors, _ = load_save.open_folder(Path(config.model.path), shape)
+    size = (shape.vocab_size, shape.d_model)
+    tables = ("embed",) if shape.tie_embeddings else ("embed", "head")
+    for at in tables:
+      (place,) = parameter_map.tensor_slices(f"{at}/embedding", size, shape)
+      found |= token_rows.untrained(tensors[place.name].read, size[0], old)
+  for i, why in found.items():
+    log(
+      f"{used[i]} (id {i}) was never learnt by the base model: {why}. Its row "
+      "trains alone (lora.new_token_rows)."
+    )
+  return tuple(sorted(chosen | found.keys()))
 
 
 class Skeleton(NamedTuple):
@@ -47,9 +99,20 @@ class Skeleton(NamedTuple):
   leaves: dict[str, Any]
 
 
-def build_model(config: Config, shape: ModelConfig, mesh: Mesh) -> Skeleton:
-  """The model of this shape that the config asks for; nothing is allocated."""
+def build_model(
+  config: Config, shape: ModelConfig, mesh: Mesh, rows: tuple[int, ...] = ()
+) -> Skeleton:
+  """The model of this shape that the config asks for; nothing is allocated.
+
+  Args:
+    config: of the run.
+    shape: of the model, new tokens included.
+    mesh: the devices.
+    rows: see `lora.LoraConfig.token_rows`.
+  """
   adapters, leaves = _adapters(config, shape)
+  if adapters and rows:
+    adapters = dataclasses.replace(adapters, token_rows=rows)
   choices = {
     "dtype": config.model.dtype,
     "param_dtype": config.model.param_dtype,
@@ -78,8 +141,24 @@ def build_model(config: Config, shape: ModelConfig, mesh: Mesh) -> Skeleton:
 def load_model(
   config: Config, mesh: Mesh, log: Log
 ) -> tuple[Model, trees.Tree]:
-  """The model and its parameters, on their devices."""
-  built = build_model(config, read_config(config.model.path), mesh)
+  """The model and its parameters, on their devices.
+
+  The vocabulary has room for all of the tokenizer's ids; where it grows it is
+  padded to a multiple of 64 and of what the mesh divides it by.
+  """
+  shape, rows = read_config(config.model.path), ()
+  tokenizer = load_tokenizer(config, config.model.path)
+  rows = _choose_rows(config, shape, tokenizer, log)
+  grows = (
+    config.model.new_tokens or config.model.chat_template in templates.TEMPLATES
+  )
+  if grows and tokenizer.vocab_size > shape.vocab_size:
+    unit = math.lcm(64, mesh.shape["tensor"])
+    size = -(-tokenizer.vocab_size // unit) * unit
+    log(f"The vocabulary grows from {shape.vocab_size:,} to {size:,} rows.")
+    raw = shape.raw | {"vocab_size": size}
+    shape = dataclasses.replace(shape, vocab_size=size, raw=raw)
+  built = build_model(config, shape, mesh, rows)
   model, key = built.model, jax.random.key(config.seed)
   if config.model.from_scratch:
     log(f"New parameters in the shapes of {config.model.path} ...")
@@ -91,6 +170,8 @@ def load_model(
       config.model.path,
       key=key,
       quantize=config.model.quantize,
+      vocab_size=shape.vocab_size,
+      new_rows=config.model.new_rows,
       **built.choices,
     )
   return model, peft.place(params, built.leaves)
@@ -114,7 +195,7 @@ def _adapters(
   if not config.lora.rank:
     return None, {}
   fields = {field.name for field in dataclasses.fields(lora.LoraConfig)}
-  fields -= {"token_rows"}
+  fields -= {"token_rows"}  # Of the tokenizer, see `_choose_rows`.
   chosen = {name: _tuples(config.lora[name]) for name in fields}
   return lora.LoraConfig(**chosen), {}
 

@@ -11,11 +11,14 @@ import tiny
 from configs import base
 from sft_jax.common import sharding, trees
 from sft_jax.models import transformer
+from sft_jax.models.config import read_config
 from sft_jax.models.lora import lora
 from sft_jax.models.lora.lora import LoraConfig
 from sft_jax.step.train_step import init_state, split_micro_batches
 from sft_jax.training import selfcheck
+from sft_jax.training.build import model as build_model
 from sft_jax.training.build import step as setup_step
+from sft_jax.training.build.data import load_tokenizer
 
 V = tiny.SPECK.vocab_size
 
@@ -80,3 +83,28 @@ def test_rows_that_train_alone_get_the_tables_gradient(tied):
     )
   assert {p for p in trees.flatten(adapted) if step.trained(p)} > got.keys()
   assert not any(step.trained(path) for path in want)
+
+
+def test_new_tokens_grow_the_model_and_train_alone():
+  config = base.get_config()
+  config.lora.rank = 2
+  config.model.new_tokens = ("<|first|>", "<|second|>")
+  old = read_config(config.model.path)
+  tokenizer = load_tokenizer(config, config.model.path)
+  new = [tokenizer.special_tokens[text] for text in config.model.new_tokens]
+  lines = []
+  mesh = sharding.make_mesh(8, 1, 1)
+  config.model.chat_template = "chatml"
+  model, params = build_model.load_model(config, mesh, lines.append)
+  rows = model.lora.token_rows
+  stop = load_tokenizer(config, config.model.path).special_tokens["<|im_end|>"]
+  assert {stop, *new} <= set(rows)
+  assert model.config.vocab_size >= max(*new, *rows) + 1 > old.vocab_size
+  assert len(params["embed"]["embedding"]) == model.config.vocab_size
+  assert len(params["embed"]["lora_rows"]) == len(rows)
+  assert any("grows from" in line for line in lines)
+  config.lora.new_token_rows = ()
+  assert not build_model.load_model(config, mesh, print)[0].lora.token_rows
+  config.lora.new_token_rows = ("<|nobody|>",)
+  with pytest.raises(ValueError, match=r"new_token_rows: \['<\|nobody\|>'\]"):
+    build_model.load_model(config, mesh, print)
