@@ -21,10 +21,12 @@ from sft_jax.models.families import (
   FAMILIES,
   FULL,
   MULTIMODAL,
+  READS,
   SLIDING,
   Family,
   Json,
   Read,
+  layers_without_experts,
   refuse,
   rope_layers,
 )
@@ -259,7 +261,7 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
     expected = f"a divisor of num_attention_heads={num_heads}"
     raise refuse(where, "num_key_value_heads", num_kv_heads, expected)
   fields = dict(family.traits)
-  for field, read in family.reads.items():
+  for field, read in _reads(name).items():
     value = _read(field, read, theirs.get(field), FIELDS[name], where)
     fields |= dict.fromkeys(read.into, value)
   if family.experts:
@@ -269,7 +271,7 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
       expected = f"at most num_experts={fields['num_experts']}"
       raise refuse(where, "num_experts_per_tok", k, expected)
   num_layers = need("num_hidden_layers")
-  if family.dense_layers:
+  if "mlp_only_layers" in theirs:
     fields["d_ff_dense"] = theirs["intermediate_size"]
   tied = get("tie_word_embeddings")
   if not isinstance(tied, bool):
@@ -337,6 +339,13 @@ def _positive(where: str, field: str, value: Any) -> float:
   return float(value)
 
 
+def _reads(name: str) -> dict[str, Read]:
+  """The fields of a family that become fields of ModelConfig."""
+  found = {k: read for k, read in READS.items() if k in FIELDS[name]}
+  found = found | dict(FAMILIES[name].reads)
+  return {field: read for field, read in found.items() if read}
+
+
 def _read(field: str, read: Read, value: Any, usual: Json, where: str) -> Any:
   """A field of the file as the value of a field of ModelConfig."""
   if isinstance(read.via, Mapping):
@@ -381,7 +390,7 @@ def layer_kinds(
       raise refuse(where, field, value, f"a whole number from {least} on")
   types = family.layer_types(raw, n) if family.layer_types else [FULL] * n
   given = raw.get("layer_types")
-  if given is not None and "layer_types" in family.layer_fields:
+  if given is not None and "layer_types" in FIELDS[name]:
     types = given
   elif given is not None and given != types:
     raise refuse(where, "layer_types", given, types[:4])
@@ -389,16 +398,16 @@ def layer_kinds(
   if not right or any(kind not in (FULL, SLIDING) for kind in types):
     raise refuse(where, "layer_types", types, f"{n} of {FULL}, {SLIDING}")
   window = raw.get("sliding_window")
-  if "use_sliding_window" in family.layer_fields:
+  if "use_sliding_window" in FIELDS[name]:
     window = window if raw.get("use_sliding_window") else None
     if window is None and SLIDING in types:
       raise refuse(where, "layer_types", SLIDING, "a sliding_window in use")
   rotated = [True] * n
-  if "no_rope_layers" in family.layer_fields:
+  if "no_rope_layers" in FIELDS[name]:
     rotated = rope_layers(raw, n, where)
   dense = [False] * n
-  if family.dense_layers:
-    dense = family.dense_layers(raw, n, where)
+  if "mlp_only_layers" in FIELDS[name]:
+    dense = layers_without_experts(raw, n, where)
   return tuple(
     LayerKind(
       window if kind == SLIDING else None, ropes[kind] if use else None, plain
@@ -407,7 +416,7 @@ def layer_kinds(
   )
 
 
-# Fields that are read for every family.
+# Fields that are read where a family has them.
 _USED = {
   *("model_type", "architectures", "vocab_size", "num_hidden_layers"),
   *("hidden_size", "intermediate_size", "num_attention_heads", "head_dim"),
@@ -416,21 +425,15 @@ _USED = {
   *("initializer_range", "layer_types", "quantization_config"),
 }
 
-# Fields that are read for every family of experts.
-_EXPERTS = ("num_local_experts", "num_experts_per_tok")
-
-# Fields that transformers gives meaning to in any family; accepted at these
-# values only.
-_ONLY: dict[str, tuple[Any, ...]] = {
-  "attention_dropout": (0, None),
-  "partial_rotary_factor": (1, None),
-  "is_encoder_decoder": (False, None),
-  "add_cross_attention": (False, None),
-  "pruned_heads": ({}, None),
+# Fields that are read in families whose class has them.
+_LAYERS = {
+  *("num_local_experts", "num_experts_per_tok", "sliding_window"),
+  *("use_sliding_window", "no_rope_layers", "no_rope_layer_interval"),
+  *("mlp_only_layers", "decoder_sparse_step"),
 }
 
-# Bookkeeping of transformers and of other tools: nothing here changes what
-# the network computes.
+# Bookkeeping of transformers: nothing here changes what the network computes.
+# The balance loss is a matter of pretraining; see `moe`.
 _HARMLESS = {
   *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id"),
   *("decoder_start_token_id", "dtype", "torch_dtype", "use_cache"),
@@ -442,6 +445,13 @@ _HARMLESS = {
   *("pretraining_tp", "max_window_layers", "cache_implementation"),
   *("tf_legacy_loss", "use_bfloat16", "_commit_hash", "license"),
   *("cross_attention_hidden_size", "tie_encoder_decoder", "is_decoder"),
+  *("output_router_logits", "router_aux_loss_coef"),
+}
+
+# Fields that transformers gives meaning to in any family, accepted like this.
+_ANYWHERE: Json = {
+  **{"partial_rotary_factor": 1, "is_encoder_decoder": False},
+  **{"add_cross_attention": False, "pruned_heads": {}},
 }
 
 
@@ -456,24 +466,17 @@ def _check_fields(
   wanted = family.architecture
   if raw.get("architectures") not in (None, [], [wanted]):
     raise refuse(where, "architectures", raw["architectures"], [wanted])
-  read = {
-    *family.reads,
-    *family.layer_fields,
-    *family.rope_fields,
-    *family.aliases.values(),
-    *([family.local_rope] if family.local_rope else ()),
-    *(_EXPERTS if family.experts else ()),
-    *(["sliding_window"] if family.layer_types else ()),
-  }
   usual = FIELDS[name]
-  only = {k: v for k, v in _ONLY.items() if k not in read} | dict(family.only)
-  # Another name of a field that counts, or a field not implemented here.
-  known = _USED | _HARMLESS | only.keys() | read | family.harmless
-  only |= {k: (usual[k], None) for k in usual.keys() - known}
-  for field, allowed in only.items():
-    if field in raw and raw[field] not in allowed:
-      raise refuse(where, field, raw[field], f"one of {list(allowed)}")
-  known |= only.keys()
+  known = _HARMLESS | family.harmless | family.rope_fields | {*_reads(name)}
+  known |= {*family.aliases.values(), family.local_rope}
+  known |= _USED | (_LAYERS & usual.keys())
+  if family.experts:
+    known.add("num_local_experts")
+  for field, value in (_ANYWHERE | usual).items():
+    got = raw.get(field)
+    if got is not None and field not in known and (got or 0) != (value or 0):
+      raise refuse(where, field, got, f"{value!r}, as it is by default")
+  known |= _ANYWHERE.keys() | usual.keys()
   return [k for k, v in raw.items() if k not in known and v is not None]
 
 
@@ -528,5 +531,5 @@ def config_from_fields(
   elif traits.local_rope:
     raw["rope_parameters"] = dict.fromkeys((FULL, SLIDING), rope)
   raw = {traits.aliases.get(name, name): x for name, x in raw.items()}
-  raw |= {name: FIELDS[family].get(name) for name in traits.reads}
+  raw |= {name: FIELDS[family].get(name) for name in _reads(family)}
   return parse_config(raw)

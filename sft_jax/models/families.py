@@ -37,15 +37,13 @@ class Family:
     names: module of ours: module of theirs, `{}` standing for the layer. Ours
       that share one of theirs lie in it side by side, in this order.
     traits: fields of ModelConfig that every model of the family has.
-    reads: fields of config.json beyond the common ones.
+    reads: fields read otherwise than by `READS`; None: accepted at their
+      default alone.
     defaults: common fields that transformers computes where they are missing,
       as functions of the file; and thetas of RoPE.
     aliases: common fields that the family spells in its own way.
-    only: fields accepted at these values alone.
     harmless: fields that change nothing here.
     layer_types: SLIDING or FULL for each of n layers, from (file, n).
-    layer_fields: fields that `layer_types` and `dense_layers` look at.
-    dense_layers: which layers have an MLP in place of experts, likewise.
     rope_fields: rotary fields beyond those of the rope's type.
     rope: the rotary fields of a file that has none.
     local_rope: sliding layers have a rotary embedding of their own, whose
@@ -61,14 +59,11 @@ class Family:
   architecture: str
   names: Mapping[str, str]
   traits: Json = dataclasses.field(default_factory=dict)
-  reads: Mapping[str, Read] = dataclasses.field(default_factory=dict)
+  reads: Mapping[str, Read | None] = dataclasses.field(default_factory=dict)
   defaults: Json = dataclasses.field(default_factory=dict)
   aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  only: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
   harmless: frozenset[str] = frozenset()
   layer_types: Callable[[Json, int], list[str]] | None = None
-  layer_fields: frozenset[str] = frozenset()
-  dense_layers: Callable[[Json, int, str], list[bool]] | None = None
   rope_fields: frozenset[str] = frozenset()
   rope: Json = dataclasses.field(default_factory=dict)
   local_rope: str | None = None
@@ -143,7 +138,7 @@ def rope_layers(raw: Json, n: int, where: str) -> list[bool]:
   return [bool(x) for x in given]
 
 
-def _without_experts(raw: Json, n: int, where: str) -> list[bool]:
+def layers_without_experts(raw: Json, n: int, where: str) -> list[bool]:
   """The layers named, and those between every `decoder_sparse_step`-th."""
   named, step = raw["mlp_only_layers"] or [], raw["decoder_sparse_step"]
   if type(step) is not int or step < 1:
@@ -213,37 +208,33 @@ _GPT2 = {
 }
 
 
-# -- What several families share -----------------------------------------
+# -- What fields of config.json become ---------------------------------------
 
 _ACTIVATIONS = {
   "silu": "silu",
   "gelu_pytorch_tanh": "gelu_tanh",
   "gelu_new": "gelu_tanh",
 }
-_ACT = {"hidden_act": Read(("activation",), _ACTIVATIONS)}
-_BIAS = {"attention_bias": Read(("qkv_bias", "o_bias"))}
-_MLP_BIAS = {"mlp_bias": Read(("mlp_bias",))}
-_MHA = {"num_key_value_heads": lambda raw: raw["num_attention_heads"]}
-_WINDOW_SWITCH = frozenset(
-  {"use_sliding_window", "max_window_layers", "layer_types"}
-)
-# The balance loss is a matter of pretraining; see `moe`.
-_BALANCE_LOSS = frozenset({"output_router_logits", "router_aux_loss_coef"})
-
-
-def _inverse_root(x: float) -> float:
-  return x**-0.5
-
-
-_GEMMA_TRAITS: Json = {"norm_offset": 1.0, "scale_embeddings": True}
-_GEMMA_READS = _BIAS | {
-  "hidden_activation": Read(
-    ("activation",), {"gelu_pytorch_tanh": "gelu_tanh"}
-  ),
-  "query_pre_attn_scalar": Read(("attn_scale",), _inverse_root),
+# Of every family whose configuration class has the field.
+READS: dict[str, Read] = {
+  "hidden_act": Read(("activation",), _ACTIVATIONS),
+  "hidden_activation": Read(("activation",), _ACTIVATIONS),
+  "activation_function": Read(("activation",), _ACTIVATIONS),
+  "attention_bias": Read(("qkv_bias", "o_bias")),
+  "mlp_bias": Read(("mlp_bias",)),
+  "query_pre_attn_scalar": Read(("attn_scale",), lambda x: x**-0.5),
+  "attn_logit_softcapping": Read(("attn_softcap",)),
   "final_logit_softcapping": Read(("logit_softcap",)),
+  "embedding_multiplier": Read(("embed_scale",)),
+  "attention_multiplier": Read(("attn_scale",)),
+  "residual_multiplier": Read(("residual_scale",)),
+  "logits_scaling": Read(("logit_divisor",)),
+  "norm_topk_prob": Read(("norm_topk",)),
+  "swiglu_alpha": Read(("glu_alpha",)),
+  "swiglu_limit": Read(("glu_limit",)),
 }
-_NOT_BIDIRECTIONAL = {"use_bidirectional_attention": (False, None)}
+_MHA = {"num_key_value_heads": lambda raw: raw["num_attention_heads"]}
+_GEMMA: Json = {"norm_offset": 1.0, "scale_embeddings": True}
 
 
 # -- The table -----------------------------------------------------------
@@ -274,19 +265,16 @@ FAMILIES: dict[str, Family] = {
   "llama": Family(
     architecture="LlamaForCausalLM",
     names=_LLAMA,
-    reads=_ACT | _BIAS | _MLP_BIAS,
     defaults=_MHA,
   ),
   "mistral": Family(
     architecture="MistralForCausalLM",
     names=_LLAMA,
-    reads=_ACT,
     layer_types=_everywhere,
   ),
   "ministral3": Family(
     architecture="Ministral3ForCausalLM",
     names=_LLAMA,
-    reads=_ACT,
     layer_types=_everywhere,
     rope=_YARN_16,
     rope_fields=frozenset({"llama_4_scaling_beta"}),
@@ -295,96 +283,65 @@ FAMILIES: dict[str, Family] = {
     architecture="Qwen2ForCausalLM",
     names=_LLAMA,
     traits={"qkv_bias": True},
-    reads=_ACT,
     layer_types=_from_layer,
-    layer_fields=_WINDOW_SWITCH,
   ),
   "qwen3": Family(
     architecture="Qwen3ForCausalLM",
     names=_LLAMA,
     traits={"qk_norm": "head"},
-    reads=_ACT | _BIAS,
     layer_types=_from_layer,
-    layer_fields=_WINDOW_SWITCH,
   ),
   "gemma": Family(
     architecture="GemmaForCausalLM",
     names=_LLAMA,
-    traits=_GEMMA_TRAITS,
-    reads=_BIAS
-    | {
-      # Files say "gelu" and mean its approximation by tanh.
-      "hidden_act": Read(
-        ("activation",),
-        {"gelu": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
-      )
+    traits=_GEMMA,
+    # Files say "gelu" and mean its approximation by tanh.
+    reads={
+      "hidden_act": Read(("activation",), _ACTIVATIONS | {"gelu": "gelu_tanh"})
     },
-    only=_NOT_BIDIRECTIONAL
-    | {"hidden_activation": ("gelu_pytorch_tanh", None)},
   ),
   "gemma2": Family(
     architecture="Gemma2ForCausalLM",
     names=_POST_NORM,
-    traits=_GEMMA_TRAITS | {"post_norm": True},
-    reads=_GEMMA_READS
-    | {
-      "attn_logit_softcapping": Read(("attn_softcap",)),
-      "final_logit_softcapping": Read(("logit_softcap",)),
-    },
-    only=_NOT_BIDIRECTIONAL | {"hidden_act": ("gelu_pytorch_tanh", None)},
+    traits=_GEMMA | {"post_norm": True},
     layer_types=_full_each("", 2),
-    layer_fields=frozenset({"layer_types"}),
   ),
   "gemma3_text": Family(
     architecture="Gemma3ForCausalLM",
     names=_POST_NORM,
-    traits=_GEMMA_TRAITS | {"post_norm": True, "qk_norm": "head"},
-    reads=_GEMMA_READS,
+    traits=_GEMMA | {"post_norm": True, "qk_norm": "head"},
     defaults={"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0},
     # The reference reads this cap and does not apply it to attention.
-    only=_NOT_BIDIRECTIONAL | {"attn_logit_softcapping": (None,)},
+    reads={"attn_logit_softcapping": None},
     layer_types=_full_each("sliding_window_pattern", 6),
-    layer_fields=frozenset(
-      {"layer_types", "sliding_window_pattern", "_sliding_window_pattern"}
-    ),
+    harmless=frozenset({"sliding_window_pattern", "_sliding_window_pattern"}),
     local_rope="rope_local_base_freq",
   ),
   "olmo2": Family(
     architecture="Olmo2ForCausalLM",
     names=_POST_NORM,
     traits={"pre_norm": False, "post_norm": True, "qk_norm": "all"},
-    reads=_ACT | _BIAS,
     defaults=_MHA,
   ),
   "olmo3": Family(
     architecture="Olmo3ForCausalLM",
     names=_POST_NORM,
     traits={"pre_norm": False, "post_norm": True, "qk_norm": "all"},
-    reads=_ACT | _BIAS,
     defaults=_MHA
     | {"rope_theta": 500_000.0, "rope_local_base_freq": 500_000.0},
     layer_types=_full_each("", 4),
-    layer_fields=frozenset({"layer_types"}),
     local_rope="rope_local_base_freq",
   ),
   "smollm3": Family(
     architecture="SmolLM3ForCausalLM",
     names=_LLAMA,
-    reads=_ACT | _BIAS | _MLP_BIAS,
     defaults={"rope_theta": 2_000_000.0},
     layer_types=_without_rope,
-    layer_fields=_WINDOW_SWITCH | {"no_rope_layers", "no_rope_layer_interval"},
   ),
   "phi3": Family(
     architecture="Phi3ForCausalLM",
     names=_FUSED,
-    reads=_ACT,
     defaults=_MHA,
-    only={
-      "resid_pdrop": (0, None),
-      "embd_pdrop": (0, None),
-      "attention_bias": (False, None),
-    },
     layer_types=_everywhere,
     rope_fields=frozenset(
       {"partial_rotary_factor", "original_max_position_embeddings"}
@@ -393,15 +350,6 @@ FAMILIES: dict[str, Family] = {
   "granite": Family(
     architecture="GraniteForCausalLM",
     names=_LLAMA,
-    reads=_ACT
-    | _BIAS
-    | _MLP_BIAS
-    | {
-      "embedding_multiplier": Read(("embed_scale",)),
-      "attention_multiplier": Read(("attn_scale",)),
-      "residual_multiplier": Read(("residual_scale",)),
-      "logits_scaling": Read(("logit_divisor",)),
-    },
     defaults=_MHA,
   ),
   "mixtral": Family(
@@ -413,10 +361,7 @@ FAMILIES: dict[str, Family] = {
       up="experts.{}.w3",
       down="experts.{}.w2",
     ),
-    reads=_ACT,
     defaults={"rope_theta": 1_000_000.0},
-    only={"router_jitter_noise": (0, None)},
-    harmless=_BALANCE_LOSS,
     layer_types=_everywhere,
     experts=True,
   ),
@@ -431,15 +376,11 @@ FAMILIES: dict[str, Family] = {
       down="experts.{}.down_proj",
     ),
     traits={"qk_norm": "head"},
-    reads=_ACT | _BIAS | {"norm_topk_prob": Read(("norm_topk",))},
     aliases={
       "num_local_experts": "num_experts",
       "intermediate_size": "moe_intermediate_size",
     },
-    harmless=_BALANCE_LOSS,
     layer_types=_if_used,
-    layer_fields=_WINDOW_SWITCH | {"mlp_only_layers", "decoder_sparse_step"},
-    dense_layers=_without_experts,
     experts=True,
   ),
   "gpt_oss": Family(
@@ -453,18 +394,10 @@ FAMILIES: dict[str, Family] = {
     )
     | {"layers/attn": "model.layers.{}.self_attn"},
     traits={"mlp_bias": True, "attn_sinks": True},
-    reads={
-      "attention_bias": Read(("qkv_bias", "o_bias")),
-      "swiglu_alpha": Read(("glu_alpha",)),
-      "swiglu_limit": Read(("glu_limit",)),
-    },
+    reads={"hidden_act": None},
     defaults={"rope_theta": 150_000.0},
     rope=_YARN_32,
-    only={"hidden_act": ("silu", None)},
-    # Two fields of the released files that say again what others say.
-    harmless=_BALANCE_LOSS | {"experts_per_token", "initial_context_length"},
     layer_types=_full_each("", 2),
-    layer_fields=frozenset({"layer_types"}),
     experts=True,
     stacked_experts=True,
   ),
@@ -475,7 +408,6 @@ FAMILIES: dict[str, Family] = {
       **{"norm": "layer", "learned_positions": True, "gated_mlp": False},
       **{"qkv_bias": True, "o_bias": True, "mlp_bias": True},
     },
-    reads={"activation_function": Read(("activation",), _ACTIVATIONS)},
     defaults={
       "num_key_value_heads": lambda raw: raw["n_head"],
       "intermediate_size": lambda raw: 4 * raw["n_embd"],
@@ -488,14 +420,10 @@ FAMILIES: dict[str, Family] = {
       "max_position_embeddings": "n_positions",
       "rms_norm_eps": "layer_norm_epsilon",
     },
-    only={
-      "scale_attn_weights": (True, None),
-      "scale_attn_by_inverse_layer_idx": (False, None),
-    },
     # Dropout is a matter of pretraining; nothing here drops anything.
     harmless=frozenset(
       {
-        *("attn_pdrop", "resid_pdrop", "embd_pdrop", "n_ctx"),
+        *("attn_pdrop", "resid_pdrop", "embd_pdrop"),
         *("reorder_and_upcast_attn", "summary_type", "summary_use_proj"),
         *("summary_activation", "summary_proj_to_labels"),
         "summary_first_dropout",

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32
 
+from sft_jax.models.attention.attention import weighed
 from sft_jax.models.config import ModelConfig
 
 Cache = dict[str, jax.Array]
@@ -99,43 +100,16 @@ def attend(
     rotate: for keys [B, S, K, H] that are kept unrotated; None: they are
       rotated.
   """
-  B, T, N, H = q.shape
-  mine = {name: x[layer] for name, x in slots.items()}
-  k, v = mine["k"].astype(q.dtype), mine["v"].astype(q.dtype)
-  k_scale, v_scale = mine.get("k_scale"), mine.get("v_scale")
+  own = {name: x[layer] for name, x in slots.items()}
+  k = own["k"]
   if rotate is not None:
     # A rotation is linear, so a scale may come after it.
-    k = rotate(k.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
-  K = k.shape[1]
-  scale = 1 / math.sqrt(H) if scale is None else scale
+    k = k.astype(q.dtype).transpose(0, 2, 1, 3)
+    k = rotate(k).transpose(0, 2, 1, 3)
+  scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+  scales = own.get("k_scale"), own.get("v_scale")
   with jax.named_scope("attention"):
-    q = (q * scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    scores = jnp.einsum(
-      "bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32
-    )
-    if k_scale is not None:
-      scores = scores * k_scale[:, :, None, None]
-    if softcap is not None:
-      scores = softcap * jnp.tanh(scores / softcap)
-    scores = scores + bias
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    if sinks is not None:
-      sinks = sinks.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
-      top = jnp.maximum(top, sinks)
-    weights = jnp.exp(scores - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    if sinks is not None:
-      total = total + jnp.exp(sinks - top)
-    if v_scale is not None:
-      weights = weights * v_scale[:, :, None, None]
-    out = jnp.einsum(
-      "bkgts,bksh->bkgth",
-      weights.astype(v.dtype),
-      v,
-      preferred_element_type=jnp.float32,
-    )
-    out = (out / total).astype(q.dtype)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return weighed(q * scale, k, own["v"], bias, softcap, sinks, *scales)
 
 
 def _to_int8(

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from sft_jax.models.attention import blockwise, kernels
 from sft_jax.models.remat import ATTENTION
@@ -265,19 +265,36 @@ def _dense(
   softcap: float | None,
   sinks: Array | None,
 ) -> Array:
-  """All scores at once, their operands as XLA multiplies them without copies.
+  """All scores at once of [B, T, heads, H].
 
-  The small q, k, v are transposed so that the large [T, S] arrays never are,
-  and the sum divides the small output, not the large weights.
+  The small q, k, v are transposed so that the large [T, S] arrays never are.
+  """
+  k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+  return weighed(q * scale, k, v, bias, softcap, sinks)
+
+
+def weighed(
+  q: Float[Array, "B T N H"],
+  k: Shaped[Array, "B K S H"],
+  v: Shaped[Array, "B K S H"],
+  bias: Float32[Array, "B 1 1 T S"],
+  softcap: float | None,
+  sinks: Float[Array, " N"] | None,
+  k_scale: Float32[Array, "B K S"] | None = None,
+  v_scale: Float32[Array, "B K S"] | None = None,
+) -> Float[Array, "B T N H"]:
+  """softmax(q k' + bias) v; operands as XLA multiplies them without copies.
+
+  The sum divides the small output, not the large weights. Scales are those of
+  keys and values in 8 bits.
   """
   B, T, N, H = q.shape
-  K = k.shape[2]
-  q = (q * scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-  k = k.transpose(0, 2, 1, 3)
-  v = v.transpose(0, 2, 1, 3)
-  scores = jnp.einsum(
-    "bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32
-  )
+  K, dtype = k.shape[1], q.dtype
+  q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+  product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+  scores = product("bkgth,bksh->bkgts", q, k.astype(dtype))
+  if k_scale is not None:
+    scores = scores * k_scale[:, :, None, None]
   if softcap is not None:
     scores = softcap * jnp.tanh(scores / softcap)
   scores = scores + bias
@@ -290,11 +307,9 @@ def _dense(
   total = jnp.sum(weights, axis=-1, keepdims=True)
   if sinks is not None:
     total = total + jnp.exp(sinks - top)
-  out = jnp.einsum(
-    "bkgts,bksh->bkgth",
-    weights.astype(v.dtype),
-    v,
-    preferred_element_type=jnp.float32,
-  )
-  out = (out / total).astype(v.dtype)
+  if v_scale is not None:
+    weights = weights * v_scale[:, :, None, None]
+  v = v.astype(dtype)
+  out = product("bkgts,bksh->bkgth", weights.astype(dtype), v)
+  out = (out / total).astype(dtype)
   return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
