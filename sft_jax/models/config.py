@@ -7,7 +7,6 @@ one. Any other unknown field is listed in `ModelConfig.notes`.
 """
 
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from sft_jax.models.families import (
   Json,
   Read,
   layers_without_experts,
+  positive,
   refuse,
   rope_layers,
 )
@@ -276,7 +276,6 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
   tied = get("tie_word_embeddings")
   if not isinstance(tied, bool):
     raise refuse(where, "tie_word_embeddings", tied, "true or false")
-  positive = functools.partial(_positive, where)
   eps = names.get("rms_norm_eps", "rms_norm_eps")
   return ModelConfig(
     family=name,
@@ -288,12 +287,14 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
     num_kv_heads=num_kv_heads,
     head_dim=head_dim,
     max_positions=need("max_position_embeddings"),
-    norm_eps=positive(eps, theirs.get(eps)),
+    norm_eps=positive(where, eps, theirs.get(eps)),
     tie_embeddings=tied,
     layers=layer_kinds(
       raw, name, family, num_layers, head_dim=head_dim, where=where
     ),
-    init_std=positive("initializer_range", theirs.get("initializer_range")),
+    init_std=positive(
+      where, "initializer_range", theirs.get("initializer_range")
+    ),
     raw=dict(raw),
     part_of="" if whole == name else str(whole),
     notes=notes,
@@ -331,14 +332,6 @@ def _text_part(raw: Json, where: str) -> Json:
   return top | text | made
 
 
-def _positive(where: str, field: str, value: Any) -> float:
-  if isinstance(value, bool) or not isinstance(value, int | float):
-    raise refuse(where, field, value, "a positive number")
-  if not 0 < value < 1e38:  # Also false of NaN.
-    raise refuse(where, field, value, "a positive number")
-  return float(value)
-
-
 def _reads(name: str) -> dict[str, Read]:
   """The fields of a family that become fields of ModelConfig."""
   found = {k: read for k, read in READS.items() if k in FIELDS[name]}
@@ -359,7 +352,7 @@ def _read(field: str, read: Read, value: Any, usual: Json, where: str) -> Any:
     return bool(value)
   if value is None:
     return None
-  value = _positive(where, field, value)
+  value = positive(where, field, value)
   return read.via(value) if read.via else value
 
 

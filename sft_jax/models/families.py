@@ -86,6 +86,14 @@ def refuse(where: Any, name: str, got: Any, expected: Any) -> ValueError:
   )
 
 
+def positive(where: Any, field: str, value: Any) -> float:
+  """A finite number above 0. Raises ValueError: anything else."""
+  right = isinstance(value, int | float) and not isinstance(value, bool)
+  if not right or not 0 < value < 1e38:  # Also false of NaN.
+    raise refuse(where, field, value, "a positive number")
+  return float(value)
+
+
 # -- Windows: SLIDING or FULL for each of n layers, from the file --------
 
 

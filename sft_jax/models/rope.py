@@ -14,7 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from sft_jax.models.families import FULL, SLIDING, Family, Json, refuse
+from sft_jax.models.families import (
+  FULL,
+  SLIDING,
+  Family,
+  Json,
+  positive,
+  refuse,
+)
 
 # Cosine and sine of every angle.
 Rotation = tuple[Float32[Array, "B T 1 C"], Float32[Array, "B T 1 C"]]
@@ -184,38 +191,23 @@ def apply(x: Float[Array, "B T X H"], at: Rotation) -> Float[Array, "B T X H"]:
 
 # -- From config.json ----------------------------------------------------
 
-# Fields of each type: ours, theirs; those with a default may be missing.
-_FIELDS: dict[str, dict[str, str]] = {
-  "default": {},
-  "linear": {"factor": "factor"},
-  "dynamic": {"factor": "factor"},
-  "llama3": {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_positions": "original_max_position_embeddings",
-  },
-  "yarn": {
-    "factor": "factor",
-    "beta_fast": "beta_fast",
-    "beta_slow": "beta_slow",
-    "original_max_positions": "original_max_position_embeddings",
-  },
-  "longrope": {"original_max_positions": "original_max_position_embeddings"},
+_ORIGINAL = "original_max_position_embeddings"
+# Numbers that each type needs; YaRN's bounds have a usual value.
+_NEEDS: dict[str, tuple[str, ...]] = {
+  "default": (),
+  "linear": ("factor",),
+  "dynamic": ("factor",),
+  "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL),
+  "yarn": ("factor", "beta_fast", "beta_slow", _ORIGINAL),
+  "longrope": (_ORIGINAL,),
 }
-_OPTIONAL: dict[str, dict[str, float]] = {
-  "yarn": {"beta_fast": 32.0, "beta_slow": 1.0},
-}
-_EXTRA = {
-  "default": set(),
-  "linear": set(),
-  "dynamic": {"original_max_position_embeddings"},
-  "llama3": set(),
-  "yarn": {
-    *("attention_factor", "mscale", "mscale_all_dim", "truncate"),
-    "max_position_embeddings",
-  },
-  "longrope": {"short_factor", "long_factor", "factor", "attention_factor"},
+_USUAL = {"beta_fast": 32.0, "beta_slow": 1.0}
+# The others that some type reads; that it is multimodal changes no text.
+_KNOWN = {name for needs in _NEEDS.values() for name in needs} | {
+  *("rope_type", "type", "rope_theta", "partial_rotary_factor", "truncate"),
+  *("attention_factor", "mscale", "mscale_all_dim", "short_factor"),
+  *("long_factor", "max_position_embeddings", "mrope_section"),
+  "mrope_interleaved",
 }
 
 
@@ -260,15 +252,7 @@ def parse_ropes(
   if family.local_rope is None:
     return {FULL: found[0], SLIDING: found[0]}
   local = raw.get(family.local_rope, family.defaults[family.local_rope])
-  sliding = _one_rope(
-    {"rope_theta": local},
-    family.local_rope,
-    local,
-    raw,
-    family,
-    head_dim,
-    where,
-  )
+  sliding = one({"rope_theta": local}, family.local_rope, local)
   return {FULL: found[0], SLIDING: sliding}
 
 
@@ -288,39 +272,28 @@ def _one_rope(
     kind = "default"  # Its axes agree where there is only text.
   if "partial_rotary_factor" in family.rope_fields and kind in ("su", "yarn"):
     kind = "longrope"  # Older names of it in files of Phi 3.
-  if not isinstance(kind, str) or kind not in _FIELDS:
-    raise refuse(where, f"{name}.rope_type", kind, f"one of {sorted(_FIELDS)}")
-  fields, optional = _FIELDS[kind], _OPTIONAL.get(kind, {})
-  known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-  known |= {"mrope_section", "mrope_interleaved"}
-  known |= set(fields.values()) | _EXTRA[kind] | family.rope_fields
-  for odd in rope.keys() - known:
+  if not isinstance(kind, str) or kind not in _NEEDS:
+    raise refuse(where, f"{name}.rope_type", kind, f"one of {sorted(_NEEDS)}")
+  for odd in rope.keys() - _KNOWN - family.rope_fields:
     if rope[odd] is not None:
       raise refuse(where, f"{name}.{odd}", rope[odd], f"no such field: {kind}")
   # Files of Phi 3 hold these two outside, and there they count.
-  outer = {
-    key: raw[key]
-    for key in ("partial_rotary_factor", "original_max_position_embeddings")
-    if key in family.rope_fields and key in raw
-  }
-  rope = {**rope, **outer}
+  for key in family.rope_fields & raw.keys():
+    rope = {**rope, key: raw[key]}
 
-  def number(field: str, value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-      raise refuse(where, f"{name}.{field}", value, "a positive number")
-    if not 0 < value < 1e38:  # Also false of NaN.
-      raise refuse(where, f"{name}.{field}", value, "a positive number")
-    return value
+  def number(field: str, value: Any) -> float:
+    return positive(where, f"{name}.{field}", value)
 
   for field in ("attention_factor", "mscale", "mscale_all_dim", "factor"):
     if rope.get(field):
       number(field, rope[field])
   ours: dict[str, Any] = {}
-  for field, theirs in fields.items():
-    value = rope.get(theirs)
-    ours[field] = number(
-      theirs, optional.get(field) if value is None else value
-    )
+  for field in _NEEDS[kind]:
+    value = rope.get(field)
+    value = _USUAL.get(field) if value is None else value
+    ours[field] = number(field, value)
+  if _ORIGINAL in ours:
+    ours["original_max_positions"] = int(ours.pop(_ORIGINAL))
   fraction = rope.get("partial_rotary_factor")
   fraction = 1.0 if fraction is None else fraction
   if fraction != 1:
@@ -331,29 +304,28 @@ def _one_rope(
       expected = f"an even part of head_dim={head_dim}"
       raise refuse(where, f"{name}.partial_rotary_factor", fraction, expected)
     ours["fraction"] = float(fraction)
-  longest: Any = raw.get("max_position_embeddings")
+  longest = 0.0
   if kind in ("dynamic", "longrope"):
-    number("max_position_embeddings", longest)
+    longest = raw.get("max_position_embeddings")
+    longest = number("max_position_embeddings", longest)
   if kind == "dynamic":
-    ours["original_max_positions"] = longest
+    ours["original_max_positions"] = int(longest)
   if kind == "yarn":
     ours["truncate"] = bool(rope.get("truncate", True))
     ours["scale"] = _yarn_scale(rope)
-    beta = rope.get("llama_4_scaling_beta")
-    ours["query_beta"] = (
-      float(number("llama_4_scaling_beta", beta)) if beta else 0.0
-    )
+    if beta := rope.get("llama_4_scaling_beta"):
+      ours["query_beta"] = number("llama_4_scaling_beta", beta)
   if kind == "longrope":
     pairs = int(head_dim * fraction) // 2
     for field in ("short_factor", "long_factor"):
       value = rope.get(field)
       if not isinstance(value, list) or len(value) != pairs:
         raise refuse(where, f"{name}.{field}", value, f"{pairs} numbers")
-      ours[field] = tuple(float(number(field, x)) for x in value)
+      ours[field] = tuple(number(field, x) for x in value)
     ours["scale"] = _longrope_scale(rope, longest)
   base = rope.get("rope_theta")
-  base = number("rope_theta", theta if base is None else base)
-  return Rope(theta=float(base), type=kind, **ours)
+  theta = number("rope_theta", theta if base is None else base)
+  return Rope(theta=theta, type=kind, **ours)
 
 
 def _yarn_scale(rope: Mapping[str, Any]) -> float:

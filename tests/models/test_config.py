@@ -183,10 +183,9 @@ def test_the_fields_of_transformers_are_those_stored():
 
 
 NOT_VALUES = (
-  *(None, True, False, 0, -1, 1, 0.5, -2.5, 10**12, 10**400, 1e308),
-  *(float("nan"), float("inf"), "", "x", "\n\x1b[2J", "\ud800", "y" * 10_000),
-  *([], [[]], [1] * 7, ["full_attention"] * 6, {}, {"rope_theta": -1}),
-  *({"a": {"b": None}}, [None], {"rope_type": []}, {"type": "yarn"}),
+  *(None, True, 0, -1, 0.5, 10**12, 10**400, float("nan"), float("inf")),
+  *("", "\n\x1b[2J\ud800", "y" * 10_000, [[]], [1] * 7, [None], {}),
+  *({"rope_theta": -1}, {"rope_type": []}, {"type": "yarn"}),
 )
 
 
