@@ -1,6 +1,7 @@
 """Conversation: the one noun every row format becomes, and its grammar."""
 
 import dataclasses
+import hashlib
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -194,6 +195,38 @@ def _may_join(a: Message, b: Message, what: str) -> bool:
     and (a.role == "user" or plain)
     and a.loss_weight == b.loss_weight
   )
+
+
+def with_short_ids(conversation: Conversation) -> Conversation:
+  """With ids of calls of nine letters, as Mistral's templates demand.
+
+  The same conversation is returned where its ids are such. A result gets the
+  id of the call that it answers: by its old id, else the next one.
+  """
+  old = [call.id for one in conversation.messages for call in one.tool_calls]
+  old += [x.tool_call_id for x in conversation.messages if x.role == "tool"]
+  if all(id and len(id) == 9 and id.isalnum() for id in old):
+    return conversation
+  made: list[Message] = []
+  known: dict[str | None, str] = {}
+  waiting: list[str] = []
+  for one in conversation.messages:
+    calls = []
+    for call in one.tool_calls:
+      text = f"{call.id} {call.name} {len(made)} {len(calls)}".encode()
+      short = hashlib.sha256(text).hexdigest()[:9]
+      calls.append(dataclasses.replace(call, id=short))
+      waiting.append(short)
+      if call.id:
+        known[call.id] = short
+    answers = one.tool_call_id
+    if one.role == "tool" and (answers in known or waiting):
+      answers = known.get(answers) or waiting[0]
+      waiting = [short for short in waiting if short != answers]
+    made.append(
+      dataclasses.replace(one, tool_calls=tuple(calls), tool_call_id=answers)
+    )
+  return dataclasses.replace(conversation, messages=tuple(made))
 
 
 def check(conversation: Conversation) -> Conversation:

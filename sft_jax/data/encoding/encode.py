@@ -17,10 +17,14 @@ from sft_jax.data.conversation import (
   NothingToTrain,
   RowError,
   merged,
+  with_short_ids,
 )
 from sft_jax.data.encoding import boundaries, fast_path
 from sft_jax.data.encoding.boundaries import TokenizedRow, Tokens
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
+
+# In the source of Mistral's templates: how long an id of a call must be.
+_SHORT_IDS = "length != 9"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +197,9 @@ def _tokenize(
   """The full path."""
   if conversation.ids:
     return TokenizedRow([_given_ids(conversation, tokenizer)], frozenset())
-  template = chat_template(tokenizer)
+  template, before = chat_template(tokenizer), conversation
+  if _SHORT_IDS in template.source:
+    conversation = with_short_ids(conversation)
   if conversation.text is None:
     rendered = loss_spans.render_spans(conversation, template, options)
   else:
@@ -207,6 +213,7 @@ def _tokenize(
   ]
   notes = set().union(*(text.notes for text in rendered))
   notes |= {"split history"} if len(made) > 1 else set()
+  notes |= {"renamed ids of calls"} if conversation is not before else set()
   escaped = any(text.special_as_text for text in rendered)
   notes |= {"escaped control token"} if escaped else set()
   return TokenizedRow(made, frozenset(notes))
@@ -231,7 +238,10 @@ def prompt_ids(
   if conversation.ids:
     return list(conversation.ids)
   conversation = merged(conversation, options.merge)
-  prompt = loss_spans.prompt(conversation, chat_template(tokenizer), options)
+  template = chat_template(tokenizer)
+  if _SHORT_IDS in template.source:
+    conversation = with_short_ids(conversation)
+  prompt = loss_spans.prompt(conversation, template, options)
   ids, _ = tokenizer.encode_with_offsets(prompt.text, prompt.special_as_text)
   _check_bos(ids, tokenizer, conversation)
   return ids

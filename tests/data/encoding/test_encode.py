@@ -3,6 +3,7 @@
 import datetime
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -543,3 +544,25 @@ def test_merging_for_a_template_that_refuses(tmp_path):
   prompts = [chat(*turns[:2]), chat("u:Be.\n\nHi")]
   ids = [encode.prompt_ids(one, tokenizer, options) for one in prompts]
   assert ids[0] == ids[1]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
+def test_ids_of_calls_are_renamed_for_templates_that_demand_it(tmp_path):
+  name = "mistralai-Mistral-Nemo-Instruct-2407.jinja"
+  source = (SHARED / "chat_templates" / name).read_text()
+  tokenizer = load_tokenizer(byte_level(tmp_path, source))
+  calls = [ToolCall("f", {}, "call_1"), ToolCall("g", {}, "call_2")]
+  turns = [
+    Message("user", "Go"),
+    Message("assistant", "", tool_calls=tuple(calls)),
+    Message("tool", "B", tool_call_id="call_2"),
+    Message("tool", "A", tool_call_id="call_1"),
+    Message("assistant", "Done."),
+  ]
+  (row,) = encode.encode_rows(
+    [chat(*turns)], tokenizer, RenderOptions(), max_length=999
+  )
+  assert row.notes == {"renamed ids of calls": 1}
+  text = tokenizer.decode(row.examples[-1].tokens.tolist())
+  ids = re.findall(r'"id": "(\w{9})"', text)
+  assert re.findall(r'"call_id": "(\w{9})"', text) == ids[::-1]
