@@ -81,28 +81,7 @@ def chart(
   y0, y1 = min(ys), max(ys)
   if y0 == y1:
     y0, y1 = y0 - (abs(y0) or 1), y1 + (abs(y1) or 1)
-
-  def px(x: float) -> str:
-    return f"{_LEFT + (x - x0) / (x1 - x0) * (_WIDTH - _LEFT - _RIGHT):.1f}"
-
-  def py(y: float) -> str:
-    return f"{_TOP + (y1 - y) / (y1 - y0) * (_HEIGHT - _BOTTOM - _TOP):.1f}"
-
-  parts = _axes("step", unit)
-  tick = _tick_of(max(abs(y0), abs(y1)))
-  for y in _ticks(y0, y1):
-    ends = {"x1": _LEFT, "x2": _WIDTH - _RIGHT, "y1": py(y), "y2": py(y)}
-    parts += [
-      tag("line", **ends, class_="grid"),
-      tag("text", tick(y), x=_LEFT - 6, y=py(y), class_="y"),
-    ]
-  for x in _ticks(x0, x1):
-    if x != round(x):  # There is no half step.
-      continue
-    # Half a number would stand beyond the edge.
-    end = " last" if float(px(x)) > _WIDTH - 30 else ""
-    place = {"x": px(x), "y": _HEIGHT - 26}
-    parts.append(tag("text", f"{x:,g}", **place, class_=f"x{end}"))
+  px, py, parts = _axes((x0, x1, "step"), (y0, y1, unit))
   for x, what in marks:
     if x0 <= x <= x1:
       ends = {"x1": px(x), "x2": px(x), "y1": _TOP, "y2": _HEIGHT - _BOTTOM}
@@ -165,33 +144,18 @@ def histogram(
   """
   tallest = max(number for *_, number in bins)
   low, high = bins[0][0], bins[-1][1]
-  floor, wide = _HEIGHT - _BOTTOM, _WIDTH - _LEFT - _RIGHT
-  px = lambda x: _LEFT + (x - low) / (high - low) * wide
-  py = lambda n: floor - n / tallest * (floor - _TOP)
-  parts = _axes(unit, "examples")
-  for n in _ticks(0, tallest):
-    if n == round(n):
-      ends = {"x1": _LEFT, "x2": _WIDTH - _RIGHT, "y1": py(n), "y2": py(n)}
-      parts += [
-        tag("line", **ends, class_="grid"),
-        tag("text", f"{n:,.0f}", x=_LEFT - 6, y=py(n), class_="y"),
-      ]
+  px, py, parts = _axes((low, high, unit), (0, tallest, "examples"))
+  floor = float(py(0))
   for start, end, number in bins:
     # One example among thousands is still there.
-    tall = max(floor - py(number), 1) if number else 0
+    tall = max(floor - float(py(number)), 1) if number else 0
+    left, right = float(px(start)) + 0.5, float(px(end)) - 0.5
     place = {
-      "x": f"{px(start) + 0.5:.1f}",
-      "y": f"{floor - tall:.1f}",
-      "width": f"{max(px(end) - px(start) - 1, 1):.1f}",
-      "height": f"{tall:.1f}",
+      **{"x": f"{left:.1f}", "y": f"{floor - tall:.1f}"},
+      **{"width": f"{max(right - left, 1):.1f}", "height": f"{tall:.1f}"},
     }
     note = tag("title", f"{start:,.4g} to {end:,.4g} {unit}: {number:,}")
     parts.append(tag("rect", note, **place))
-  tick = _tick_of(high)
-  for x in _ticks(low, high):
-    last = " last" if px(x) > _WIDTH - 30 else ""
-    place = {"x": f"{px(x):.1f}", "y": _HEIGHT - 26}
-    parts.append(tag("text", tick(x), **place, class_=f"x{last}"))
   svg = _svg(parts, _WIDTH, _HEIGHT, label)
   return tag("figure", tag("h3", label), svg)
 
@@ -206,11 +170,45 @@ def _svg(
   return tag("svg", *parts, viewBox=box, role="img", aria_label=label, **more)
 
 
-def _axes(x: str, y: str) -> list[Markup]:
-  """What the axes are, in words."""
+Axis = tuple[float, float, str]
+
+
+def _axes(
+  x: Axis, y: Axis
+) -> tuple[Callable[[float], str], Callable[[float], str], list[Markup]]:
+  """Where an x and a y stand, and the axes drawn: their names, round ticks.
+
+  Each axis is (from, to, what it is). There is no half step and no half
+  example.
+  """
+  (x0, x1, x_name), (y0, y1, y_name) = x, y
+  wide, tall = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _BOTTOM - _TOP
+  px = lambda x: f"{_LEFT + (x - x0) / (x1 - x0) * wide:.1f}"
+  py = lambda y: f"{_TOP + (y1 - y) / (y1 - y0) * tall:.1f}"
+  whole = lambda name, value: (
+    name not in ("step", "examples") or value == round(value)
+  )
   middle = (_LEFT + _WIDTH) // 2
-  below = tag("text", x, x=middle, y=_HEIGHT - 6, class_="axis")
-  return [below, tag("text", y, x=4, y=14)] if y else [below]
+  parts = [tag("text", x_name, x=middle, y=_HEIGHT - 6, class_="axis")]
+  if y_name:
+    parts.append(tag("text", y_name, x=4, y=14))
+  tick = _tick_of(max(abs(y0), abs(y1)))
+  for value in _ticks(y0, y1):
+    if whole(y_name, value):
+      at = py(value)
+      ends = {"x1": _LEFT, "x2": _WIDTH - _RIGHT, "y1": at, "y2": at}
+      parts += [
+        tag("line", **ends, class_="grid"),
+        tag("text", tick(value), x=_LEFT - 6, y=at, class_="y"),
+      ]
+  tick = _tick_of(max(abs(x0), abs(x1)))
+  for value in _ticks(x0, x1):
+    if whole(x_name, value):
+      # Half a number would stand beyond the edge.
+      end = " last" if float(px(value)) > _WIDTH - 30 else ""
+      place = {"x": px(value), "y": _HEIGHT - 26}
+      parts.append(tag("text", tick(value), **place, class_=f"x{end}"))
+  return px, py, parts
 
 
 def _ticks(low: float, high: float, n: int = 5) -> list[float]:
