@@ -146,7 +146,7 @@ def test_a_writer_of_ones_own(page, tmp_path, capsys):
   about.workdir.mkdir()
   records = [{"step": 1, "loss/nats_per_token": 2.5}]
   for _ in range(2):  # A record is copied once, also over a restart.
-    copies = trackers.Copies(["printer"], about, kept=records, say=print)
+    copies = trackers.Copies(["printer"], about, kept=records, log=print)
   copies.close(done=True)
   assert capsys.readouterr().out == "run 1 2.5\nrun is done\n"
   with pytest.raises(ValueError, match="taken are"):

@@ -135,10 +135,7 @@ def main() -> None:
   before = scores(baseline, items, args)[0] if baseline else None
   asked = load(args.model)
   after, said = scores(asked, items, args)
-  if before:
-    head, *rows = behaviours.table(behaviours.compare(before, after))
-  else:
-    head, *rows = behaviours.alone(after)
+  head, *rows = behaviours.table(after, before)
   terminal.table(terminal.console(), args.model, head, rows)
   if figures := behaviours.ifeval_accuracy(after):
     shares = ", ".join(f"{name} {x:.1%}" for name, x in figures.items())

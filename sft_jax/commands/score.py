@@ -74,7 +74,7 @@ def score(config: Config, say: data.Log) -> dict[str, list[RowScore]]:
     batch_size=config.batch_size,
     mesh=mesh,
     chunk_tokens=config.loss.chunk_tokens,
-    announce=say,
+    log=say,
   )
   first = np.diff(store.index["row"], prepend=-1) != 0
   of_row = store.source[first].tolist()

@@ -73,7 +73,7 @@ def make(args: argparse.Namespace) -> synthesis.Synthesis:
     seed=args.seed,
     against=against,
     usable=usable,
-    announce=say,
+    log=say,
   )
 
 

@@ -22,7 +22,7 @@ class Item(NamedTuple):
 
   Attributes:
     group: the behaviour it belongs to.
-    prompt: ends in a user or tool turn, or is a raw text to go on from.
+    prompt: ends in a user or tool turn, or is a raw text to continue.
     checks: `{"check": name, ...arguments}`; all must pass.
     where: 'behaviours.jsonl:12', for errors and records.
   """
@@ -40,8 +40,8 @@ def load(path: str | Path) -> list[Item]:
        "checks": [{"check": "contains", "text": "Dorvik"}]}
 
   `group` may be left out. With `text` in place of the messages, the reply is
-  what a model goes on with after a raw text, as base models are asked: it need
-  not stop by itself. Rows of IFEval (prompt, instruction_id_list, kwargs)
+  the model's continuation of a raw text, as base models are asked: it need not
+  stop by itself. Rows of IFEval (prompt, instruction_id_list, kwargs)
   are taken as they are. Every check is validated here, so that none fails
   after the training.
 
@@ -237,7 +237,7 @@ class Scores(NamedTuple):
 
   @classmethod
   def from_json(cls, value: dict[str, Any]) -> "Scores":
-    """The scores that `to_json` wrote; counts are made anew of the replies."""
+    """The scores that `to_json` wrote; counts are those of the replies."""
     return cls(value["replies"])
 
 
@@ -291,50 +291,24 @@ def compare(before: Scores, after: Scores) -> list[Comparison]:
   return result
 
 
-def table(comparisons: Sequence[Comparison]) -> list[tuple[str, ...]]:
-  """Header and rows of text, ready to print."""
-  header = (
-    *("behaviour", "n", "before", "after", "stops"),
-    *("form / content", "+ / -", "p"),
-  )
-  return [
-    header,
-    *(
+def table(after: Scores, before: Scores | None = None) -> list[tuple[str, ...]]:
+  """Header and rows of text, of one model or of two on the same items."""
+  pairs = {c.group: c for c in compare(before, after)} if before else {}
+  head = ("before", "after") if pairs else ("passed",)
+  more = ("+ / -", "p") if pairs else ()
+  rows = [("behavior", "n", *head, "stops", "form / content", *more)]
+  for group, score in after.groups.items():
+    c = pairs.get(group)
+    kinds = (score.format, score.content)
+    rows.append(
       (
-        c.group,
-        str(c.after.n),
-        _percent(c.before),
-        _percent(c.after),
-        f"{c.after.stopped / c.after.n:.0%}",
-        " / ".join(_rate(getattr(c.after, kind)) for kind in checks.KINDS),
-        f"{c.gained} / {c.lost}",
-        f"{c.p:.2g}",
+        *(group, str(score.n), *([_percent(c.before)] if c else [])),
+        *(_percent(score), f"{score.stopped / score.n:.0%}"),
+        " / ".join(f"{x.rate:.0%}" if x else "-" for x in kinds),
+        *((f"{c.gained} / {c.lost}", f"{c.p:.2g}") if c else ()),
       )
-      for c in comparisons
-    ),
-  ]
-
-
-def alone(scores: Scores) -> list[tuple[str, ...]]:
-  """Header and rows of text for one model."""
-  header = (
-    *("behaviour", "n", "passed", "95 % interval", "stops"),
-    *checks.KINDS,
-  )
-  return [
-    header,
-    *(
-      (
-        group,
-        str(s.n),
-        f"{s.rate:.0%}",
-        "{:.0%} to {:.0%}".format(*s.interval),
-        f"{s.stopped / s.n:.0%}",
-        *(_rate(getattr(s, kind)) for kind in checks.KINDS),
-      )
-      for group, s in scores.groups.items()
-    ),
-  ]
+    )
+  return rows
 
 
 def ifeval_accuracy(scores: Scores) -> dict[str, float] | None:
@@ -390,7 +364,7 @@ def _record(item: Item, reply: Reply) -> dict[str, Any]:
     "stopped": reply.stopped,
     "failed": failed,
     **{kind: all(those) if those else None for kind, those in by_kind.items()},
-    # Of a text that is gone on from, no end is asked.
+    # A raw text that is continued need not stop.
     "passed": (reply.stopped or not item.prompt.messages) and not failed,
     **({"instructions": instructions} if of_ifeval else {}),
   }
@@ -415,12 +389,7 @@ def _score(replies: list[dict[str, Any]]) -> Score:
   )
 
 
-def _rate(share: Share | None) -> str:
-  return "-" if share is None else f"{share.rate:.0%}"
-
-
 def _percent(score: Score) -> str:
-
   low, high = score.interval
   return f"{score.rate:.0%} [{low:.0%}, {high:.0%}]"
 

@@ -21,7 +21,7 @@ from sft_jax.data.encoding import encode
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
 
 Items = Sequence[Hashable]
-GRAM = 4  # Words of the runs whose novelty is told.
+GRAM = 4  # Words of the runs whose novelty is reported.
 
 
 class Answers:
@@ -116,7 +116,7 @@ def exposure(canary_loss: float, other_losses: Sequence[float]) -> float:
 
   where R is the alternatives with the canary, and its rank by loss among them
   is 1 if none is lower (Carlini et al. 2019, arXiv:1802.08232, definition 2).
-  Alternatives that tie count as lower: what cannot be told apart is not
+  Alternatives that tie count as lower: what cannot be distinguished is not
   exposed. Of 1,023 random alternatives, 10 bits is the most that can be
   seen; of a canary never trained on, whose rank is as likely one as another,
   1.44 (the mean of log2(|R| / rank) is log2(e)).

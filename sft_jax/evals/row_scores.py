@@ -94,7 +94,7 @@ def score(
   batch_size: int,
   mesh: Mesh,
   chunk_tokens: int = 512,
-  announce: Callable[[str], None] = print,
+  log: Callable[[str], None] = print,
 ) -> list[RowScore]:
   """The scores of every row of a store, in its order.
 
@@ -111,7 +111,7 @@ def score(
     batch_size: packs at once.
     mesh: what rows are divided over.
     chunk_tokens: whose logits exist at once; see `losses`.
-    announce: told now and then how far it is.
+    log: given a line now and then with the progress.
 
   Raises:
     ValueError: a loss that is no number, by the row's place.
@@ -147,7 +147,7 @@ def score(
         nats[kind, pack] = found.nats[at : at + len(pack)]
         tokens[kind, pack] = found.weight[at : at + len(pack)]
     if (step + 1) % _EVERY == 0 or step + 1 == steps:
-      announce(f"scored {step + 1:,} of {steps:,} batches")
+      log(f"scored {step + 1:,} of {steps:,} batches")
   return list(_rows(store, made, nats, tokens))
 
 

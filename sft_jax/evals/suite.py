@@ -268,10 +268,8 @@ def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
     losses: [{name, before, after, change}], change relative;
     behaviours: [{group, n, before, after, stopped, format, content, gained,
     lost, p}], where before and after are (rate, low, high) with 95 %
-    intervals, format and content the rates after (None without such checks),
-    gained and
-    lost count items that passed only after or only before, and p is the
-    exact McNemar test of the two being equal; samples: one reply per group;
+    intervals, and format and content the rates after (None without such
+    checks); see `behaviours.Comparison`; samples: one reply per group;
     forgetting: [{name, before, after}], of every figure of `forgetting.left`;
     gap: {train_rows, held_out, gap, before}, nats per token, or None;
     knowledge: {n, before, after, retained, gained, lost, p}, retained the
@@ -377,7 +375,7 @@ def _knowledge(
 
 
 def _shown(reply: dict[str, Any]) -> dict[str, Any]:
-  """All that a reply said, for a person to read."""
+  """All of a reply, for a person to read."""
   parts = []
   if reply["reasoning"]:
     parts.append(f"({reply['reasoning']})")

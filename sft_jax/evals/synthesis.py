@@ -108,7 +108,7 @@ def synthesise(
   seed: int = 0,
   against: Sequence[Item] = (),
   usable: Callable[[Conversation], None] = lambda conversation: None,
-  announce: Callable[[str], None] = print,
+  log: Callable[[str], None] = print,
 ) -> Synthesis:
   """Asks the teacher, and keeps what passes.
 
@@ -123,7 +123,7 @@ def synthesise(
     seed: of the sampling; see `seed_of`.
     against: evaluation items; prompts that overlap with them are not asked.
     usable: raises RowError where a conversation cannot be trained on.
-    announce: told after each round how many prompts are solved.
+    log: given a line after each round.
 
   Raises:
     ValueError: a `keep` that is not known, or no attempt.
@@ -159,7 +159,7 @@ def synthesise(
       else:
         passed[i].append((attempt, reply))
     solved = sum(map(bool, passed.values()))
-    announce(
+    log(
       f"round {attempt + 1} of {attempts}: {solved:,} of {len(open_):,} "
       "prompts solved"
     )

@@ -30,7 +30,7 @@ class Reply(NamedTuple):
   """One sampled turn.
 
   Attributes:
-    text: what is said: the content, without thinking and tool calls.
+    text: the content, without reasoning and tool calls.
     tokens: all that was emitted, without the stop token.
     stopped: whether the model stopped by itself.
     message: the parsed turn, ready to append to the conversation.

@@ -241,7 +241,7 @@ def _check(
   length_bucket: int,
   every: int,
 ) -> None:
-  """Raises ValueError if `stream` cannot do as it is told."""
+  """Raises ValueError if `stream` cannot use its arguments."""
   for name, value, fine, expected in (
     ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
     ("temperature", temperature, temperature >= 0, "at least 0 (0: greedy)"),

@@ -22,7 +22,7 @@ class Profile:
     start: int,
     steps: int,
     left: range,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
   ):
     """Starts nothing yet.
 
@@ -31,7 +31,7 @@ class Profile:
       start: number of the first step, from 1.
       steps: how many; 0 = none.
       left: numbers of the steps that this process is going to take.
-      say: told where the trace is, or that there will be none.
+      log: given a line with the place of the trace, or why there is none.
 
     Raises:
       ValueError: there is no such step in any run.
@@ -41,12 +41,12 @@ class Profile:
         f"profile: got start {start} and steps {steps}, expected start 1 or "
         "more and steps 0 (none) or more. Set both so."
       )
-    self._folder, self._say, self._tracing = folder, say, False
+    self._folder, self._log, self._tracing = folder, log, False
     self._first, self._last = start, min(start + steps, left.stop) - 1
     if jax.process_index() or not steps:
       self._first = self._last = 0
     elif start not in left:
-      say(
+      log(
         f"profile: none, as step {start} is not one of those left, "
         f"{left.start} to {left.stop - 1}."
       )
@@ -58,7 +58,7 @@ class Profile:
     Args:
       number: of the step, from 1.
       state: gives what the steps so far have made. A trace begins and ends
-        with all of it at hand, so that it holds whole steps.
+        when all of it is there, so that it holds whole steps.
     """
     if number == self._first:
       jax.block_until_ready(state())
@@ -77,4 +77,4 @@ class Profile:
     if self._tracing:
       self._tracing = False
       jax.profiler.stop_trace()
-      self._say(f"Profile of steps from {self._first} on: {self._folder}")
+      self._log(f"Profile of steps from {self._first} on: {self._folder}")

@@ -102,7 +102,7 @@ def table(
     )
   for row in rows:
     grid.add_row(*[Text(visible(cell)) for cell in row])
-  # As wide as it is, also where less is at hand: a squeezed one loses figures.
+  # As wide as it is, also on a narrow terminal: a squeezed one loses figures.
   free = out.options.update(width=1000)
   grid.width = Measurement.get(out, free, grid).maximum
   out.print(grid, crop=False)

@@ -40,7 +40,7 @@ class Writer(Protocol):
 
 
 class About(NamedTuple):
-  """What trackers are told of a run.
+  """What trackers know of a run.
 
   Attributes:
     workdir: of the run; its name is the run's.
@@ -232,7 +232,7 @@ class Copies:
     about: About,
     *,
     kept: Iterable[Mapping[str, Any]],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
   ):
     """Opens the writers and has them catch up; the first process only.
 
@@ -240,9 +240,9 @@ class Copies:
       names: of `WRITERS`.
       about: the run.
       kept: the records of it that there are.
-      say: told when a writer fails, and when it is well again.
+      log: given a line when a writer fails, and when it works again.
     """
-    self._say, self._path = say, about.workdir / "writers.json"
+    self._log, self._path = log, about.workdir / "writers.json"
     self._at: _Place = (-1, 0)
     self._state: dict[str, dict[str, Any]] = {}
     self._writers: dict[str, Writer] = {}
@@ -272,7 +272,7 @@ class Copies:
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     """Copies a record's finite numbers; texts are the record's alone.
 
-    A writer that fails does not end the run: that is said, and its records
+    A writer that fails does not end the run: a line says so, and its records
     wait for the next time.
     """
     self._at = (step, self._at[1] + 1 if step == self._at[0] else 1)
@@ -297,14 +297,14 @@ class Copies:
     # Of somebody else's client and network; whatever it is, training goes on.
     except Exception as error:
       if not late:
-        self._say(
+        self._log(
           f"log.writers: {name} failed at step {waiting[0][0][0]} "
           f"({type(error).__name__}: {error}). Its records wait; "
           "metrics.jsonl has them all."
         )
     else:
       if late:
-        self._say(f"log.writers: {name} has all records again.")
+        self._log(f"log.writers: {name} has all records again.")
     write_json(self._path, self._state)
 
   def close(self, done: bool = False) -> None:
@@ -315,12 +315,12 @@ class Copies:
       try:
         writer.close(done)
       except Exception as error:
-        self._say(
+        self._log(
           f"log.writers: {name} did not end well ({type(error).__name__}: "
           f"{error})."
         )
       if unsent := len(self._waiting[name]):
-        self._say(
+        self._log(
           f"log.writers: {name} lacks {unsent} records; metrics.jsonl has them."
         )
     self._writers, self._waiting = {}, {}

@@ -228,7 +228,7 @@ class _Loop:
             session.workdir / "profile",
             **self._config.profile,
             left=range(self._start + 1, self._built.num_steps + 1),
-            say=session.out.print,
+            log=session.out.print,
           )
         )
       )

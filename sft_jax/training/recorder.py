@@ -30,7 +30,7 @@ class Records:
       config.log.writers,
       trackers.About(workdir, config.log.project, config.to_dict()),
       kept=self._file.kept,
-      say=session.out.print,
+      log=session.out.print,
     )
     self.throughput = throughput.Throughput(
       session.clock,

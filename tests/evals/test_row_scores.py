@@ -48,7 +48,7 @@ def made(tmp_path_factory):
       directory=root / "cache",
       max_length=64,
       num_workers=1,
-      announce=lambda line: None,
+      log=lambda line: None,
     )
     for history in ("keep", "split")
   }
@@ -65,7 +65,7 @@ def score(folder, store, bos_id, *, mesh=None, **choices):
     params,
     bos_id=bos_id,
     mesh=mesh,
-    announce=lambda line: None,
+    log=lambda line: None,
     **choices,
   )
 
@@ -203,5 +203,5 @@ def test_a_loss_that_is_no_number_is_named(made):
   with pytest.raises(ValueError, match=r"rows\.jsonl:1: got a loss of nan"):
     row_scores.score(
       stores["keep"], model, params, bos_id=1, seq_len=64, batch_size=8,
-      mesh=mesh, announce=lambda line: None,
+      mesh=mesh, log=lambda line: None,
     )  # fmt: skip

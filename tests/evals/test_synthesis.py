@@ -47,7 +47,7 @@ def run(said, items=None, **choices):
     items or [item(n) for n in said],
     teacher,
     teacher="t",
-    announce=lambda line: None,
+    log=lambda line: None,
     **{"attempts": 3, **choices},
   )
   synthesis.check_sums(made)
@@ -141,7 +141,7 @@ def test_rows_are_read_back_and_train_the_teachers_turn_alone():
     lambda prompts, seeds: [reply("yes at 12", reasoning="It says 12.")],
     teacher="t",
     attempts=1,
-    announce=lambda line: None,
+    log=lambda line: None,
   )
   read = formats.to_conversation(made.rows[0])
   assert read.tools == tools

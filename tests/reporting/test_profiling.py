@@ -45,7 +45,7 @@ def test_a_run_writes_a_trace_that_reads_like_the_code(tmp_path, capsys):
 def make(folder, start, steps, left):
   said = []
   return said, profiling.Profile(
-    folder, start=start, steps=steps, left=left, say=said.append
+    folder, start=start, steps=steps, left=left, log=said.append
   )
 
 

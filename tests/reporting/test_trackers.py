@@ -47,7 +47,7 @@ def start(folder, kept=(), names=("fake",)):
   said = []
   about = About(folder / "mine", "project", {"optim": {"b1": 0.9}})
   (folder / "mine").mkdir(exist_ok=True)
-  return Copies(names, about, kept=kept, say=said.append), said
+  return Copies(names, about, kept=kept, log=said.append), said
 
 
 def test_numbers_are_copied_and_texts_are_not(tmp_path, fake):

@@ -6,9 +6,10 @@ a phone and on paper. This file gathers what `run.html.jinja` shows.
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from sft_jax.checkpointing import export
@@ -36,7 +37,7 @@ _FIGURES = {
   "base_correct": "base predicts the token",
   "both_correct": "of these, the tuned model does, too",
 }
-# Of the losses: what is said first.
+# Of the losses: what comes first.
 _HEADLINES = ("held_out/nats_per_token", "general_text/perplexity")
 
 
@@ -93,9 +94,7 @@ def write(path: str | os.PathLike, run: Run) -> None:
     ledger=ledger(run.get("ledger", {})),
     samples=run.get("samples", ()),
     held_out=_hardest(run.get("held_out", ())),
-    incidents=lines and [[line[key] for key in keys] for line in lines]
-    if lines
-    else lines,
+    incidents=lines and [[line[key] for key in keys] for line in lines],
     start=run.get("start", {}),
     config=run.get("config", {}),
   )
@@ -552,6 +551,8 @@ def _hardest(held_out: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
   if not held_out:
     return None
   losses = sorted(row["nats_per_token"] for row in held_out)
+  counts, edges = np.histogram(losses, 24, (0, losses[-1] or 1))
+  bins = list(zip(edges[:-1], edges[1:], counts.tolist(), strict=True))
   sources: dict[str, list[Mapping[str, Any]]] = {}
   for row in held_out:
     if "spans" in row:
@@ -566,18 +567,7 @@ def _hardest(held_out: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     f"{losses[-1]:.3g} nats per token. Shown are, of each source, those whose "
     "loss rose most over the base's, or fell least.",
     "histogram": charts.histogram(
-      "Held-out examples by loss", _bins(losses), "nats per token"
+      "Held-out examples by loss", bins, "nats per token"
     ),
     "sources": sources,
   }
-
-
-def _bins(
-  losses: Iterable[float], number: int = 24
-) -> list[tuple[float, float, int]]:
-  losses = list(losses)
-  width = (max(losses) or 1.0) / number
-  counts = [0] * number
-  for loss in losses:
-    counts[min(int(loss / width), number - 1)] += 1
-  return [(i * width, (i + 1) * width, n) for i, n in enumerate(counts)]
