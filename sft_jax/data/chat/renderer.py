@@ -11,9 +11,6 @@ from sft_jax.data.chat.template import ChatTemplate
 from sft_jax.data.chat.template_messages import RoleSpan, Sentinels
 from sft_jax.data.conversation import Conversation, RowError
 
-# Renderings that are asked for at once, since each request has a price.
-_TOGETHER = 16
-
 
 class ConversationRenderer:
   """Renders the turns of one conversation, as they are and with sentinels.
@@ -144,9 +141,8 @@ class ConversationRenderer:
     """messages[:count], rendered with what is planned to come next."""
     cut = (count, prompt)
     if cut not in self._rendered:
-      at = self._planned.index(cut) if cut in self._planned else 0
-      cuts = self._planned[at : at + _TOGETHER] if self._planned else []
-      cuts = cuts if cut in cuts else [cut]
+      # All that is planned travels together, since each request has a price.
+      cuts = self._planned if cut in self._planned else [cut]
       jobs = [self.job(cuts)]
       if self._planned and not self._last_wrapped:
         last = self._planned[-1]

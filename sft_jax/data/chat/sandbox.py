@@ -28,11 +28,13 @@ import struct
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.ext
+import jinja2.runtime
 import jinja2.sandbox
 from jinja2 import nodes
 
@@ -102,8 +104,14 @@ def render(
     else:
       _strikes.pop(source, None)
     for (i, cuts), texts in zip(some, reply, strict=True):
+      base = ""
+      if texts and texts[0][0] == "base":
+        base = texts.pop(0)[1]
       for number, (kind, text) in zip(cuts, texts, strict=False):
-        made[i][number] = text if kind == "text" else _KINDS[kind](text)
+        if kind == "cut":
+          made[i][number] = base[: text[0]] + text[1]
+        else:
+          made[i][number] = text if kind == "text" else _KINDS[kind](text)
       left[i] = cuts[len(texts) :]
   return made
 
@@ -209,8 +217,9 @@ def _reply(source: str, jobs: list[tuple]) -> Any:
     return str(error)
   made, length = [], 0
   for messages, variables, cuts in jobs:
-    made.append([])
-    for count, prompt in cuts:
+    made.append(_by_increments(source, template, messages, variables, cuts))
+    length += sum(len(text) for _, text in made[-1])
+    for count, prompt in cuts[len(made[-1]) :]:
       if length > MAX_CHARACTERS:  # The rest travels by itself.
         break
       _limit_time()
@@ -222,6 +231,129 @@ def _reply(source: str, jobs: list[tuple]) -> Any:
 def _limit_time() -> None:
   if hasattr(signal, "setitimer"):
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+
+
+class _Unstable(BaseException):  # Which no test of Jinja's catches.
+  """A template reads more of the messages than the next one."""
+
+
+class _Watched(Sequence):
+  """Messages that note when a template first asks for each of them.
+
+  `reached[k]` is the number of characters written before anything was asked
+  that k messages alone would answer in another way: before the loop over the
+  messages asks for message k. Up to there a rendering of messages[:k] runs
+  the same code on the same values, so it has written the same text.
+  """
+
+  def __init__(self, items: Any, watch: Any, first: int = 0):
+    self._items, self._watch, self._first = items, watch, first
+
+  def __iter__(self) -> Any:
+    if self._watch.loops:
+      raise _Unstable
+    self._watch.loops = 1
+    for number, item in enumerate(self._items, self._first):
+      self._reach(number)
+      yield item
+    self._reach(self._first + len(self._items))
+
+  def _reach(self, number: int) -> None:
+    reached = self._watch.reached
+    while len(reached) <= number:
+      reached.append(self._watch.length)
+
+  def __getitem__(self, key: Any) -> Any:
+    if isinstance(key, slice):
+      if key.step is not None or key.stop is not None or (key.start or 0) < 0:
+        raise _Unstable
+      start = key.start or 0
+      watched = _Watched(self._items[start:], self._watch, self._first + start)
+      return watched
+    # Only what the loop has passed, or the first, which every cut has.
+    if not isinstance(key, int) or not (
+      0 <= key + self._first < max(1, len(self._watch.reached))
+    ):
+      raise _Unstable
+    return self._items[key]
+
+  def _refuse(self, *_: Any) -> Any:
+    raise _Unstable
+
+  __len__ = __contains__ = __reversed__ = __eq__ = index = count = _refuse
+  __hash__ = None  # type: ignore
+
+  def __bool__(self) -> bool:
+    return bool(self._items)
+
+
+class _WatchedLoop(jinja2.runtime.LoopContext):
+  """The `loop` of a template, which must not look ahead."""
+
+  @property
+  def _ahead(self) -> Any:
+    raise _Unstable
+
+  last = nextitem = length = revindex = revindex0 = _ahead  # type: ignore
+
+
+@functools.lru_cache(maxsize=16)
+def _has_constant_end(source: str) -> bool:
+  """Whether what follows the last loop reads nothing that a loop changes."""
+  tree = compile(source).environment.parse(source)
+  names = tree.find_all(nodes.Name)
+  changed = {node.name for node in names if node.ctx == "store"} | {"messages"}
+  loops = [i for i, x in enumerate(tree.body) if isinstance(x, nodes.For)]
+  end = tree.body[loops[-1] + 1 :] if loops else tree.body
+  return bool(loops) and not any(
+    list(node.find_all((nodes.Call, nodes.For, nodes.Include)))
+    or {x.name for x in node.find_all(nodes.Name)} & changed
+    for node in end
+  )
+
+
+def _by_increments(
+  source: str, template: Any, messages: Any, variables: Any, cuts: Any
+) -> list[tuple[str, Any]]:
+  """Cuts of a long conversation from one rendering; [] where that is not sure.
+
+  messages[:k] is rendered as the whole was until its loop asked for message k,
+  and then ends as every cut does. The first and last cuts are compared with
+  renderings of their own.
+  """
+  if len(cuts) < 8 or not _has_constant_end(source):
+    return []
+  made: dict[tuple[int, bool], Any] = {}
+  base, whole = "", max(count for count, _ in cuts)
+  names = template.root_render_func.__globals__
+  for prompt in (True, False):
+    watch = types.SimpleNamespace(loops=0, reached=[], length=0)
+    watched = _Watched(messages[:whole], watch)
+    given = {**variables, "add_generation_prompt": prompt, "messages": watched}
+    names["LoopContext"] = _WatchedLoop
+    _limit_time()
+    try:
+      text = render_here(template, given, watch)
+    except (TemplateFailed, _Unpinned, _Unstable):
+      return []
+    finally:
+      names["LoopContext"] = jinja2.runtime.LoopContext
+    if len(watch.reached) <= whole:
+      return []
+    body, end = text[: watch.reached[whole]], text[watch.reached[whole] :]
+    base = base or body
+    if body != base:
+      return []
+    mine = sorted(count for count, flag in cuts if flag == prompt)
+    for count in mine:
+      made[count, prompt] = ("cut", (watch.reached[count], end))
+    for count in {*mine[:1], *mine[len(mine) // 2 :][:1], *mine[-1:]}:
+      cut = base[: watch.reached[count]] + end
+      _limit_time()
+      shown = _rendered(template, messages[:count], variables, prompt)
+      if shown != ("text", cut):
+        return []
+  return [("base", base), *(made[tuple(cut)] for cut in cuts)]
 
 
 def _rendered(
@@ -292,8 +424,10 @@ def compile(source: str) -> jinja2.Template:
     ) from error
 
 
-def render_here(template: jinja2.Template, variables: dict[str, Any]) -> str:
-  """The template's text, without limits: for the child, and for tests."""
+def render_here(
+  template: jinja2.Template, variables: dict[str, Any], watch: Any = None
+) -> str:
+  """The template's text, without limits; `watch` is given its length."""
   date = variables.pop("date", None)
   variables["strftime_now"] = functools.partial(_strftime, date)
   pieces, length = [], 0
@@ -302,6 +436,8 @@ def render_here(template: jinja2.Template, variables: dict[str, Any]) -> str:
   try:
     for piece in template.root_render_func(context):
       length += len(piece)
+      if watch:
+        watch.length = length
       if length > MAX_CHARACTERS:
         raise TemplateFailed(f"a text of more than {MAX_CHARACTERS} characters")
       pieces.append(piece)

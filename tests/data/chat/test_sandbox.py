@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+import real_templates
 from sft_jax.data.chat import sandbox
 from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.chat.template import ChatTemplate
@@ -14,7 +15,7 @@ from sft_jax.data.conversation import RowError
 from sft_jax.data.encoding import encode
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
 from tiny_rows import chat
-from tiny_tokenizers import byte_level
+from tiny_tokenizers import CHATML, SHARED, byte_level
 
 _BIG = "{% set b = 'a' * 30000000 %}"
 _GROW = "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(99) %}"
@@ -326,3 +327,71 @@ def test_a_template_that_misbehaves_is_refused(source, refusal):
 def test_a_template_that_does_not_parse_names_its_line():
   with pytest.raises(ValueError, match="chat template line 2"):
     ChatTemplate("fine\n{% for %}")
+
+
+def _long(count: int) -> list[dict]:
+  roles = ("user", "assistant")
+  return [
+    {"role": roles[i % 2], "content": f"turn {i} <b> é"} for i in range(count)
+  ]
+
+
+@pytest.mark.parametrize("name", ["chatml", *real_templates.STOPS])
+def test_increments_are_the_renderings_of_each_cut(name):
+  if name != "chatml" and not SHARED.is_dir():
+    pytest.skip("needs the shared data folder")
+  source = CHATML if name == "chatml" else real_templates.source(name)
+  for before in ([], [{"role": "system", "content": "Be brief."}]):
+    messages = before + _long(40)
+    first = len(before) + 1
+    cuts = [(i, i % 2 == first % 2) for i in range(first, len(messages) + 1)]
+    variables = {"date": "2026-01-31", "tools": None, "bos_token": "<s>"}
+    job = sandbox.Job(messages, variables, cuts)
+    (made,) = sandbox.render(source, [job])
+    alone = [
+      sandbox.render(source, [job._replace(cuts=[cut])])[0][0] for cut in cuts
+    ]
+    assert list(map(str, made)) == list(map(str, alone))
+
+
+@pytest.mark.parametrize(
+  "source",
+  [
+    "{% for m in messages %}{{ m.content }}{% if not loop.last %},{% endif %}"
+    "{% endfor %}",
+    "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
+    "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages[-1].role }}",
+    "{% set n = namespace(x=0) %}{% for m in messages %}{% set n.x = n.x + 1 %}"
+    "{{ m.content }}{% endfor %}{{ n.x }}",
+    "{% for m in messages %}{{ m.content }}{% endfor %}"
+    "{% for m in messages %}{{ m.role }}{% endfor %}",
+    "{% for m in messages %}{{ messages[loop.index] is defined }}{% endfor %}",
+    "{% if messages is sequence %}{% for m in messages %}{{ m.content }}"
+    "{% endfor %}{% endif %}{% for x in [1] %}{% endfor %}",
+    "{% for m in messages[:-1] %}{{ m.content }}{% endfor %}",
+    "{% for m in messages | reverse %}{{ m.content }}{% endfor %}",
+    "{% set t %}{% for m in messages %}{{ m.content }}{% endfor %}{% endset %}"
+    "{{ t | upper }}",
+    "{% if messages[2] is defined %}long{% endif %}"
+    "{% for m in messages %}{{ m.content }}{% endfor %}",
+    "{% for m in messages %}{{ m.content }}{% if add_generation_prompt %}!"
+    "{% endif %}{% endfor %}",
+  ],
+)
+def test_what_looks_ahead_or_back_is_rendered_cut_by_cut(source):
+  cuts = [(i, i % 2 == 1) for i in range(1, 13)]
+  job = sandbox.Job(_long(12), {}, cuts)
+  (made,) = sandbox.render(source, [job])
+  for cut, text in zip(cuts, made, strict=True):
+    assert [[text]] == sandbox.render(source, [job._replace(cuts=[cut])])
+
+
+def test_a_thousand_turns_take_no_more_than_their_length(tmp_path):
+  one = load_tokenizer(byte_level(tmp_path / "m", CHATML))
+  row = chat(*(f"{'ua'[i % 2]}:turn {i}" for i in range(1000)))
+  encode.encode_row(chat("u:Hi", "a:Yo"), one, RenderOptions(), max_length=99)
+  begin = time.perf_counter()
+  made = encode.encode_row(row, one, RenderOptions(), max_length=10**6)
+  assert time.perf_counter() - begin < 4  # Under 2 s where nothing else runs.
+  (example,) = made.examples
+  assert (example.loss_weights > 0).sum() > 1000
