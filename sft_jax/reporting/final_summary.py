@@ -25,6 +25,22 @@ def time_line(account: dict[str, float]) -> str:
   return f"Took {terminal.duration(account['run_s'])}: {shares}."
 
 
+def stop_line(records: Sequence[Mapping[str, Any]]) -> str:
+  """A warning where the stop token was not learnt; '' where it was.
+
+  >>> stop_line([{"acc/stop_token": 0.25}])[:56]
+  'The stop token was predicted in 25% of its places in the'
+  """
+  seen = [r["acc/stop_token"] for r in records if "acc/stop_token" in r]
+  if not seen or seen[-1] >= 0.5:
+    return ""
+  return (
+    f"The stop token was predicted in {seen[-1]:.0%} of its places in the last "
+    "steps: replies will often not end by themselves. Train longer, or see "
+    "lora.new_token_rows."
+  )
+
+
 def show_result(out: Console, result: dict[str, Any], samples: int) -> None:
   """Prints the before -> after table, the losses and some replies."""
 

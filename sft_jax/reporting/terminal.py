@@ -192,6 +192,8 @@ def figures(values: Mapping[str, float]) -> str:
   >>> figures({'loss/nats_per_token': 1.25, 'speed/trained_tokens_per_s': 2e4,
   ...   'speed/mfu': 0.41, 'memory/device_peak_bytes': 21.5e9})
   'loss 1.250  20,000 trained/s  MFU 41%  21.5 GB'
+
+  A stop token that is predicted in fewer than 9 of 10 places is shown, too.
   """
   if "speed/mfu" in values:
     share = f"MFU {values['speed/mfu']:.0%}"
@@ -200,8 +202,11 @@ def figures(values: Mapping[str, float]) -> str:
   held = values.get("memory/device_peak_bytes")
   if held is None:
     held = values["memory/host_peak_bytes"]
+  # Until it is learnt: without it no reply ends by itself.
+  stop = values.get("acc/stop_token", 1.0)
   return (
     f"loss {values['loss/nats_per_token']:.3f}  "
+    f"{f'stop {stop:.0%}  ' if stop < 0.9 else ''}"
     f"{values['speed/trained_tokens_per_s']:,.0f} trained/s  {share}  "
     f"{held / 1e9:.1f} GB"
   )

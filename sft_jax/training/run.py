@@ -28,7 +28,13 @@ from sft_jax.data.sources import MemoryRows
 from sft_jax.evals import suite as measure
 from sft_jax.models.hf import peft
 from sft_jax.models.lora import base_model, merge
-from sft_jax.reporting import final_summary, terminal, throughput, trackers
+from sft_jax.reporting import (
+  final_summary,
+  metrics,
+  terminal,
+  throughput,
+  trackers,
+)
 from sft_jax.step.loss import Loss
 from sft_jax.step.train_step import TrainState
 from sft_jax.training import config_check, selfcheck, start_page
@@ -154,6 +160,9 @@ def run(session: Session, force: bool, command: str) -> Result:
     result["export"] = _export(session, built, params)._asdict()
   result["time"] = session.clock.account()
   session.log(final_summary.time_line(result["time"]))
+  records = metrics.read_jsonl(session.workdir / "metrics.jsonl")
+  if line := final_summary.stop_line(records):
+    session.log(line)
   final_summary.write_report(session.workdir, result)
   write_json(_result_path(session), result)
   final_summary.show_places(session.out, session.workdir, session.config)
