@@ -116,9 +116,6 @@ def fill_packs(histogram: Int[np.ndarray, " sizes"], capacity: int) -> Patterns:
   there are documents for it, so the cost depends on the number of distinct
   lengths, not of rows.
 
-  Args:
-    histogram: number of documents by length.
-    capacity: slots of a pack.
   """
   counts = histogram.tolist()
   live = np.flatnonzero(histogram).tolist()
@@ -247,17 +244,11 @@ def pack_row(
     scales: factor of each document's weights; none are all 1.
     sources: number of each document's source; none are all 0.
   """
-  zeros = np.zeros((1, seq_len), np.int32)
-  own_roles, own_sources = zeros.astype(np.uint8), zeros.copy()
-  row = Batch(
-    tokens=zeros,
-    targets=zeros.copy(),
-    loss_weights=zeros.astype(np.float32),
-    segment_ids=zeros.copy(),
-    positions=zeros.copy(),
-    roles=own_roles,
-    sources=own_sources,
-  )
+  int32, uint8, float32 = np.int32, np.uint8, np.float32
+  dtypes = (int32, int32, float32, int32, int32, uint8, int32)
+  row = Batch(*(np.zeros((1, seq_len), dtype) for dtype in dtypes))
+  assert row.roles is not None
+  assert row.sources is not None
   start = 0
   for segment, example in enumerate(examples, 1):
     tokens, weights = example.tokens, example.loss_weights
@@ -271,9 +262,9 @@ def pack_row(
     row.loss_weights[0, start : end - 1] = weights[1:]
     row.segment_ids[0, start:end] = segment
     row.positions[0, start:end] = np.arange(len(tokens))
-    own_roles[0, start : end - 1] = example.roles[1:]
+    row.roles[0, start : end - 1] = example.roles[1:]
     if sources:
-      own_sources[0, start:end] = sources[segment - 1]
+      row.sources[0, start:end] = sources[segment - 1]
     start = end
   return row
 

@@ -93,7 +93,9 @@ def test_bugs_are_caught_and_harmless_changes_are_not():
     for trap in ALL
     if trap.name in ("loss.shift-forgotten", "packing.positions-not-reset")
   ]
-  harmless = one(old="targets=zeros.copy(),", new="targets=zeros + 0,")
+  harmless = one(
+    old="np.zeros((1, seq_len), dtype)", new="np.full((1, seq_len), 0, dtype)"
+  )
   broken = one(old="= tokens[1:]", new="= tokenz[1:]")
   *caught, missed, none = run_traps.run([*chosen, harmless, broken])
   assert [outcome.caught for outcome in caught] == [

@@ -20,7 +20,7 @@ from sft_jax.data.tokenizers.tokenizer import Tokenizer
 
 Offsets = list[tuple[int, int]]
 
-# What may stand before a reply encoded by itself; see `_continuation`.
+# What may stand before a reply encoded by itself; see `_encode_apart`.
 _ANCHORS = ("", "\n", ".", "a", "|")
 
 
@@ -46,8 +46,10 @@ def encode_rendered(
   conversation: Conversation,
 ) -> list[Tokens]:
   """One sequence, or one per span where spans cannot share their ids."""
-  text, spans, literal = rendered.text, rendered.spans, rendered.special_as_text
-  ids, offsets = tokenizer.encode_with_offsets(text, literal)
+  spans, where = rendered.spans, conversation.source or "row"
+  ids, offsets = tokenizer.encode_with_offsets(
+    rendered.text, rendered.special_as_text
+  )
   if not spans:
     weights = np.ones(len(ids), np.float32)
     return [Tokens(ids, weights, _roles(rendered, offsets))]
@@ -59,21 +61,18 @@ def encode_rendered(
   if len(starts) == len(spans):
     weights = np.zeros(len(ids), np.float32)
     for start, (_, end, weight) in zip(starts, spans, strict=True):
-      stop = _stop_index(ids, offsets, start, end, tokenizer, conversation)
+      stop = _stop_index(ids, offsets, start, end, tokenizer, where)
       weights[start : stop + 1] = weight
     _mask(weights, rendered, offsets)
     return [Tokens(ids, weights, _roles(rendered, offsets))]
   if len(spans) > 1 and options.history == "keep":
     raise RowError(
-      conversation.source or "row",
+      where,
       "a token that joins a prompt to its reply",
       "replies that begin with a token of their own (history='keep')",
       "Set data.history to auto or split.",
     )
-  return [
-    _encode_apart(rendered, span, tokenizer, conversation)
-    for span in rendered.spans
-  ]
+  return [_encode_apart(rendered, span, tokenizer, where) for span in spans]
 
 
 def _prompt_length(
@@ -118,66 +117,54 @@ def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
   """Ids that only structure has: any text may have the unknown token."""
   unknown = tokenizer.named_tokens.get("unk_token")
   return frozenset(
-    number for text, number in tokenizer.special_tokens.items()
-    if text != unknown
-  )  # fmt: skip
+    i for text, i in tokenizer.special_tokens.items() if text != unknown
+  )
 
 
 def _encode_apart(
   rendered: Rendered,
   span: tuple[int, int, float],
   tokenizer: Tokenizer,
-  conversation: Conversation,
+  where: str,
 ) -> Tokens:
-  """The ids of a prompt, and after them those of its reply."""
-  start, end, weight = span
-  text = rendered.text
-  before = tuple(one for one in rendered.special_as_text if one[1] <= start)
-  prompt, prompt_offsets = tokenizer.encode_with_offsets(text[:start], before)
-  reply, offsets = _continuation(
-    prompt, rendered, start, end, tokenizer, conversation
-  )
-  _stop_index(reply, offsets, 0, end, tokenizer, conversation)
-  ids, offsets = prompt + reply, prompt_offsets + offsets
-  weights = np.zeros(len(ids), np.float32)
-  weights[len(prompt) :] = weight
-  _mask(weights, rendered, offsets)
-  return Tokens(ids, weights, _roles(rendered, offsets))
-
-
-def _continuation(
-  prompt: list[int],
-  rendered: Rendered,
-  start: int,
-  end: int,
-  tokenizer: Tokenizer,
-  conversation: Conversation,
-) -> tuple[list[int], Offsets]:
-  """Ids of a reply as they follow ids of a prompt, and their offsets.
+  """The ids of a prompt, and after them those of its reply.
 
   Many tokenizers put a space before text encoded by itself, which a reply in
   the middle of a text does not have. So it is encoded after a short anchor
   that no token joins to it, and what decodes as the whole text is taken.
   """
-  text = rendered.text
-  reply = text[start:end]
-  up_to = tuple(one for one in rendered.special_as_text if one[1] <= end)
+  start, end, weight = span
+  text, literal = rendered.text, rendered.special_as_text
+  before = tuple(one for one in literal if one[1] <= start)
+  prompt, prompt_offsets = tokenizer.encode_with_offsets(text[:start], before)
+  up_to = tuple(one for one in literal if one[1] <= end)
   whole, _ = tokenizer.encode_with_offsets(text[:end], up_to)
   wanted = tokenizer.decode(whole, skip_special=False)
   for anchor in _ANCHORS:
     moved = start - len(anchor)
     literal = tuple((a - moved, b - moved) for a, b in up_to if a >= start)
-    ids, offsets = tokenizer.encode_with_offsets(anchor + reply, literal)
+    reply, offsets = tokenizer.encode_with_offsets(
+      anchor + text[start:end], literal
+    )
     begin = sum(one < len(anchor) for one, _ in offsets)
-    ids = ids[begin:]
-    if tokenizer.decode(prompt + ids, skip_special=False) == wanted:
-      return ids, [(a + moved, b + moved) for a, b in offsets[begin:]]
-  raise RowError(
-    conversation.source or "row",
-    f"a reply {reply[:30]!r} that cannot be encoded apart from its prompt",
-    "a prompt whose last token ends where the reply begins",
-    "End the generation prompt with a special token or a line break.",
-  )
+    ids = prompt + reply[begin:]
+    if tokenizer.decode(ids, skip_special=False) == wanted:
+      break
+  else:
+    raise RowError(
+      where,
+      f"a reply {text[start:end][:30]!r} that cannot be encoded apart from its "
+      "prompt",
+      "a prompt whose last token ends where the reply begins",
+      "End the generation prompt with a special token or a line break.",
+    )
+  offsets = [(a + moved, b + moved) for a, b in offsets[begin:]]
+  offsets = prompt_offsets + offsets
+  _stop_index(ids, offsets, len(prompt), end, tokenizer, where)
+  weights = np.zeros(len(ids), np.float32)
+  weights[len(prompt) :] = weight
+  _mask(weights, rendered, offsets)
+  return Tokens(ids, weights, _roles(rendered, offsets))
 
 
 def _stop_index(
@@ -186,7 +173,7 @@ def _stop_index(
   start: int,
   end: int,
   tokenizer: Tokenizer,
-  conversation: Conversation,
+  where: str,
 ) -> int:
   """Index of the stop token of the reply that begins at id `start`.
 
@@ -194,13 +181,11 @@ def _stop_index(
   token that ends the trained span, at character `end`.
   """
   stops = frozenset(tokenizer.stop_ids)
-  for index in range(start, len(ids)):
-    if ids[index] in stops:
-      if offsets[index][1] == end:
-        return index
-      break
+  found = next((i for i in range(start, len(ids)) if ids[i] in stops), None)
+  if found is not None and offsets[found][1] == end:
+    return found
   raise RowError(
-    conversation.source or "row",
+    where,
     "a trained turn whose stop token the tokenizer reads as other tokens",
     "one stop token, at the end of the turn",
     "Declare the stop token as special in the model folder's tokenizer files.",

@@ -70,9 +70,7 @@ def encode(
   """The Examples of a conversation; see `encode_row`.
 
   Args:
-    conversation: what to encode.
-    tokenizer: with its chat template.
-    max_length: tokens that an Example may have; at least 2.
+    conversation, tokenizer, max_length: see there.
     **options: fields of `options.RenderOptions`, such as history='split'.
 
   Raises:
@@ -82,8 +80,7 @@ def encode(
     conversation, tokenizer, RenderOptions(**options), max_length=max_length
   )
   if not row.examples:
-    reason = next(iter(row.dropped))
-    raise NothingToTrain(reason, conversation.source)
+    raise NothingToTrain(next(iter(row.dropped)), conversation.source)
   return row.examples
 
 
@@ -134,10 +131,8 @@ def encode_row(
   are encoded apart, and a conversation of several such turns becomes one
   Example per trained turn (an error under history='keep').
 
-  Raw text is BOS (where the tokenizer has one), its ids and EOS, all trained.
-  Text longer than max_length is cut into windows of max_length, each starting
-  with the last token of the one before, so that every token is predicted
-  exactly once; `over_long` has no say in it.
+  Raw text is BOS (where the tokenizer has one), its ids and EOS, all trained,
+  in windows of max_length (`_text_windows`), whatever `over_long` says.
 
   Args:
     conversation: what to encode.
@@ -204,14 +199,10 @@ def _tokenize(
     rendered = loss_spans.render_spans(conversation, template, options)
   else:
     rendered = [loss_spans.rendered_text(conversation, template, options)]
-  made = [
-    one
-    for text in rendered
-    for one in boundaries.encode_rendered(
-      text, tokenizer, options, conversation
-    )
-  ]
-  notes = set().union(*(text.notes for text in rendered))
+  made, notes = [], set()
+  for one in rendered:
+    made += boundaries.encode_rendered(one, tokenizer, options, conversation)
+    notes |= one.notes
   notes |= {"split history"} if len(made) > 1 else set()
   notes |= {"renamed ids of calls"} if conversation is not before else set()
   escaped = any(text.special_as_text for text in rendered)

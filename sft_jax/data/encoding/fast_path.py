@@ -31,7 +31,12 @@ from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.chat.renderer import ConversationRenderer
 from sft_jax.data.chat.template import ChatTemplate, chat_template
 from sft_jax.data.chat.token_roles import TOKEN_ROLES
-from sft_jax.data.conversation import Conversation, NothingToTrain, RowError
+from sft_jax.data.conversation import (
+  Conversation,
+  Message,
+  NothingToTrain,
+  RowError,
+)
 from sft_jax.data.encoding import boundaries
 from sft_jax.data.encoding.boundaries import TokenizedRow, Tokens
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
@@ -99,11 +104,7 @@ def tokenize_rows(
   """Tokens of conversations; None for those that take the full path."""
   made: list[TokenizedRow | None] = [None] * len(conversations)
   found: list[tuple[int, _Filled]] = []
-  plain = [
-    (number, conversation)
-    for number, conversation in enumerate(conversations)
-    if _is_plain(conversation, options)
-  ]
+  plain = [x for x in enumerate(conversations) if _is_plain(x[1], options)]
   if not plain:  # Then there may be no chat template.
     return made
   template = chat_template(tokenizer)
@@ -111,7 +112,10 @@ def tokenize_rows(
   ready: list[tuple[int, RenderTemplate, ConversationRenderer]] = []
   for number, conversation in plain:
     with contextlib.suppress(RowError, NothingToTrain):
-      if form := _form(conversation, template, options, known):
+      roles = tuple(message.role for message in conversation.messages)
+      if roles not in known:
+        known[roles] = _render_template(conversation, template, options)
+      if form := known[roles]:
         renderer = ConversationRenderer(conversation, template, options)
         ready.append((number, form, renderer))
   # Renderings of many rows at once, since each request has a price.
@@ -167,31 +171,12 @@ def _is_plain(conversation: Conversation, options: RenderOptions) -> bool:
     and not conversation.tools
     and bool(conversation.messages)
     and all(
-      message.content.strip()
+      message == Message(message.role, message.content)
+      and message.content.strip()
       and "<think>" not in message.content
-      and message.reasoning is None
-      and not message.tool_calls
-      and message.name is None
-      and message.tool_call_id is None
-      and message.weight is None
-      and message.spans is None
       for message in conversation.messages
     )
   )
-
-
-def _form(
-  conversation: Conversation,
-  template: ChatTemplate,
-  options: RenderOptions,
-  known: dict[tuple[str, ...], RenderTemplate | None],
-) -> RenderTemplate | None:
-  """The render template of the turns' roles; of a new one, by its texts."""
-  roles = tuple(message.role for message in conversation.messages)
-  if roles not in known:
-    stripped = [message.content.strip() for message in conversation.messages]
-    known[roles] = _render_template(conversation, stripped, template, options)
-  return known[roles]
 
 
 def _fill(
@@ -216,14 +201,12 @@ def _fill(
       if not token_roles.keeps_white_space(text, start, at, one):
         notes |= {token_roles.WHITE_SPACE_CUT}
   filled = _Filled(form, text, texts, before, notes)
-  pairs = zip(form.trained, form.spans, strict=True)
-  for turn, (start, end, _) in pairs:
+  for turn, (start, end, _) in zip(form.trained, form.spans, strict=True):
     if renderer.prompt(turn) != text[: filled.at(start)]:
       return None
-    if turn != last:
-      until = filled.at(end)
-      if renderer.turns(turn + 1)[:until] != text[:until]:
-        return None
+    until = filled.at(end)
+    if turn != last and renderer.turns(turn + 1)[:until] != text[:until]:
+      return None
   # A text and the template may make up a special token together.
   if len(renderer.template.control.findall(text)) != form.num_special:
     return None
@@ -248,16 +231,14 @@ def _rendered(filled: _Filled) -> Rendered:
 
 
 def _render_template(
-  conversation: Conversation,
-  texts: list[str],
-  template: ChatTemplate,
-  options: RenderOptions,
+  conversation: Conversation, template: ChatTemplate, options: RenderOptions
 ) -> RenderTemplate | None:
-  """The render template of a conversation with these texts, stripped ones.
+  """The render template of a conversation, its texts stripped.
 
   None where it has none: of several renderings, or with a text that is masked,
   escaped, or not where it should be.
   """
+  texts = [message.content.strip() for message in conversation.messages]
   messages = tuple(
     dataclasses.replace(message, content=text)
     for message, text in zip(conversation.messages, texts, strict=True)
@@ -269,11 +250,8 @@ def _render_template(
   (one,) = rendered
   said = [piece for piece in one.role_spans if piece[2] != "stop"]
   texts = texts[: len(said)]
-  trained = [
-    index
-    for index, message in enumerate(conversation.messages)
-    if message.role == "assistant"
-  ][-len(one.spans) :]
+  replies = [i for i, x in enumerate(messages) if x.role == "assistant"]
+  trained = replies[-len(one.spans) :]
   shown = [one.text[a:b] for a, b, _ in said]
   if shown != texts or len(said) != trained[-1] + 1:
     return None
@@ -293,19 +271,15 @@ def _render_template(
     header = one.text[begin:at] if near and not between else None
     return Position(texts, static, number, header)
 
-  edges = tuple(
-    (position(a), position(b), weight) for a, b, weight in one.spans
-  )
-  roles = tuple(
-    (position(a), position(b), role) for a, b, role in one.role_spans
-  )
-  positions = itertools.chain(*(two for *two, _ in (*edges, *roles)))
+  spans = tuple((position(a), position(b), x) for a, b, x in one.spans)
+  roles = tuple((position(a), position(b), x) for a, b, x in one.role_spans)
+  positions = itertools.chain(*(two for *two, _ in (*spans, *roles)))
   return RenderTemplate(
     static=tuple(
       one.text[a:b] for a, b in zip(bounds[::2], bounds[1::2], strict=True)
     ),
     trained=tuple(trained),
-    spans=edges,
+    spans=spans,
     roles=roles,
     num_special=len(special),
     in_ids=all(one.header is not None for one in positions),
@@ -360,11 +334,8 @@ def _tokens(
     if trail:
       space = _space_ids(tokenizer, trail)
       last -= len(space)
-      if (
-        not space
-        or end.special >= 0
-        or tuple(ids[last:][: len(space)]) != space
-      ):
+      same = tuple(ids[last:][: len(space)]) == space
+      if not space or end.special >= 0 or not same:
         return None
     if min(first, last) < 0:
       return None
@@ -375,11 +346,9 @@ def _tokens(
 @functools.lru_cache(maxsize=256)
 def _space_ids(tokenizer: Tokenizer, space: str) -> tuple[int, ...]:
   """The ids of white space between two special tokens."""
-  special = tokenizer.decode(
-    [min(boundaries.special_ids(tokenizer))], skip_special=False
-  )
-  ids = tokenizer.encode(special + space + special)
-  return tuple(ids[1:-1])
+  first = min(boundaries.special_ids(tokenizer))
+  special = tokenizer.decode([first], skip_special=False)
+  return tuple(tokenizer.encode(special + space + special)[1:-1])
 
 
 @functools.lru_cache(maxsize=8)

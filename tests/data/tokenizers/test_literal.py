@@ -11,6 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
+from sft_jax.data.chat.options import RenderOptions
+from sft_jax.data.encoding import encode
+from sft_jax.data.formats import formats
+from sft_jax.data.readers import files
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
 from tiny_tokenizers import SHARED, byte_level, metaspace, sentence_piece
 
@@ -149,3 +153,20 @@ def _check_all(one):
   check(one, [(f"the {a} and {b}", b) for a, b in pairs])
   for text in ("<table>", "<b>bold</b>", "a < b > c", "[x]"):
     assert text not in one.special_tokens
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data folder")
+def test_a_row_of_alpaca_that_spells_a_control_token_trains(tmp_path):
+  """Row 2744 asks about a word that many tokenizers have as a special token."""
+  one, _ = load_tokenizer(byte_level(tmp_path)).with_new_tokens(["<mask>"])
+  path = SHARED / "instruction" / "alpaca_5000.json"
+  found = [row for _, row in files.read_rows(path) if "<mask>" in str(row)]
+  assert found
+  for row in found:
+    made = encode.encode_row(
+      formats.to_conversation(row), one, RenderOptions(), max_length=4096
+    )
+    (example,) = made.examples
+    assert made.notes == {"escaped control token": 1}
+    assert one.special_tokens["<mask>"] not in example.tokens
+    assert "<mask>" in one.decode(example.tokens.tolist())
