@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool
 
 from sft_jax.data.audit import text_hashing as words_lib
 from sft_jax.data.audit.text_hashing import Words
@@ -45,39 +45,25 @@ class Row(NamedTuple):
   answer: str
 
 
-class Dropped:
-  """Rows that no text was read from: how many, why, and the first places."""
-
-  def __init__(self):
-    self.count: collections.Counter[str] = collections.Counter()
-    self.places: dict[str, list[str]] = collections.defaultdict(list)
-
-  def add(self, reason: str, place: str) -> None:
-    self.count[reason] += 1
-    if len(self.places[reason]) < _SHOWN:
-      self.places[reason].append(place)
-
-
 class Texts:
   """Rows in the order read, column by column; built by `collect`.
 
   A context: its files are open until it ends.
 
   Attributes:
-    source: of each row, the position of its source.
     held_out: whether it is held out.
     watched: whether it is trained on, or would be.
     text: whether it is raw text.
-    sources: their names.
-    dropped: the rows that are not here.
+    dropped: places of the rows that are not here, by reason: at most 20.
+    num_dropped: how many there are of each.
   """
 
   def __init__(self, folder: Path):
     self._folder = folder
     self._columns = {name: _Column(folder / name) for name in Row._fields}
-    self._source, self._flags = array.array("l"), array.array("b")
-    self.sources: list[str] = []
-    self.dropped = Dropped()
+    self._flags = array.array("b")
+    self.dropped: dict[str, list[str]] = collections.defaultdict(list)
+    self.num_dropped: collections.Counter[str] = collections.Counter()
     self._words: dict[str, Words] = {}
 
   def __enter__(self) -> "Texts":
@@ -88,18 +74,19 @@ class Texts:
       column.close()
 
   def __len__(self) -> int:
-    return len(self._source)
+    return len(self._flags)
 
   def add(self, row: Row, *, held_out: bool, text: bool) -> None:
-    """Adds a row of the last source."""
+    """Adds a row."""
     for name, value in row._asdict().items():
       self._columns[name].add(value)
-    self._source.append(len(self.sources) - 1)
     self._flags.append(held_out + 2 * text)
 
-  @functools.cached_property
-  def source(self) -> Int64[np.ndarray, " rows"]:
-    return np.array(self._source, np.int64)
+  def drop(self, reason: str, place: str) -> None:
+    """Counts a row that says nothing here."""
+    self.num_dropped[reason] += 1
+    if len(self.dropped[reason]) < _SHOWN:
+      self.dropped[reason].append(place)
 
   @functools.cached_property
   def held_out(self) -> Bool[np.ndarray, " rows"]:
@@ -190,10 +177,9 @@ def collect(
       for i in range(len(train.index))
     }
   for source in sources:
-    texts.sources.append(source.label)
     for item in shards.read_again(source, seed=seed):
       if isinstance(item, RowError):
-        texts.dropped.add("malformed", item.where)
+        texts.drop("malformed", item.where)
         continue
       place, row = item
       try:
@@ -204,13 +190,13 @@ def collect(
           source=place,
         )
       except NothingToTrain as nothing:
-        texts.dropped.add(nothing.reason, place)
+        texts.drop(nothing.reason, place)
       except RowError:
-        texts.dropped.add("malformed", place)
+        texts.drop("malformed", place)
       else:
         key = (source.label, place)
         if trained is not None and key not in trained and key not in kept:
-          texts.dropped.add("not selected", place)
+          texts.drop("not selected", place)
           continue
         texts.add(
           of_conversation(said_here, place),

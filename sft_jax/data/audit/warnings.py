@@ -204,14 +204,9 @@ def _empty(texts: Texts) -> DataWarning:
   kept = []
   for start, some in texts.batches("answer"):
     kept += [start + i for i, text in enumerate(some) if is_empty(text)]
-  dropped = texts.dropped
-  missing = {
-    reason: dropped.count[reason]
-    for reason in ("empty answer", "empty text")
-    if dropped.count[reason]
-  }
-  count = sum(missing.values())
-  places = [place for reason in missing for place in dropped.places[reason]]
+  missing = ("empty answer", "empty text")
+  count = sum(texts.num_dropped[reason] for reason in missing)
+  places = [one for why in missing for one in texts.dropped.get(why, ())]
   said = f"{len(kept):,} answers are placeholders, and are trained on"
   if count:
     said = (

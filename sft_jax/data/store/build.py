@@ -120,8 +120,8 @@ def build(
     tokenizer, options, max_length, format, skip_bad_rows=on_bad_row == "skip"
   )
 
-  def check() -> None:
-    digests.check(file for one in parts for file in one.files())
+  def files() -> list[Path]:
+    return [file for one in parts for file in one.files()]
 
   def write(place: Path) -> None:
     """Encodes all rows into a folder."""
@@ -137,9 +137,9 @@ def build(
           for chunk in encoded:
             writer.append(chunk)
       except (ValueError, OSError):
-        check()  # Half of a file may be why a row is malformed.
+        digests.check(files())  # Half of a file may be a malformed row.
         raise
-    check()
+    digests.check(files())
     _seal(place, parts, writer.stats, inputs, writer.tokens)
 
   try:
@@ -263,6 +263,13 @@ class _Writer:
     """Writes a chunk; raises its fault."""
     if chunk.fault:
       raise chunk.fault
+    tokens = chunk.tokens.astype(self.tokens)
+    if not np.array_equal(tokens, chunk.tokens):
+      raise ValueError(
+        f"tokenizer: got the token id {int(chunk.tokens.max())}; expected ids "
+        "below its vocab_size. Its files do not belong together: copy them "
+        "again."
+      )
     self.stats.source(self._sources[chunk.number].label).add(chunk.stats)
     for name, begin in self._begin.items():
       chunk.index[name] += begin
@@ -271,7 +278,7 @@ class _Writer:
     self._begin["row"] += chunk.stats.rows_trained
     self._begin["place"] += len(chunk.places)
     data = (
-      _narrow(chunk.tokens, self.tokens).tobytes(),
+      tokens.tobytes(),
       chunk.runs.tobytes(),
       chunk.index.tobytes(),
       chunk.places,
@@ -279,16 +286,6 @@ class _Writer:
     )
     for file, content in zip(self._files.values(), data, strict=True):
       file.write(content)
-
-
-def _narrow(tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  narrow = tokens.astype(dtype)
-  if not np.array_equal(narrow, tokens):
-    raise ValueError(
-      f"tokenizer: got the token id {int(tokens.max())}; expected ids below "
-      "its vocab_size. Its files do not belong together: copy them again."
-    )
-  return narrow
 
 
 def _seal(

@@ -8,7 +8,7 @@ entered afterwards, by the writer, which sees the chunks in order.
 import hashlib
 import json
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,14 +102,8 @@ def read_again(
   for item in _items(source, seed):
     if isinstance(item, _Broken):
       raise item.fault
-    if not isinstance(item, _Beyond):
+    if isinstance(item, RowError) or not isinstance(item[1], NothingToTrain):
       yield item
-
-
-class _Beyond(NamedTuple):
-  """In a row's stead: `Source.limit` leaves it out."""
-
-  place: str
 
 
 class _Broken(NamedTuple):
@@ -132,7 +126,7 @@ def _items(source: Source, seed: int) -> Iterator[Any]:
       yield item
     else:
       place = item.where if isinstance(item, RowError) else item[0]
-      yield _Beyond(place)
+      yield place, NothingToTrain("beyond limit")
 
 
 def _read(source: Source) -> Iterator[Any]:
@@ -169,15 +163,12 @@ def encode_chunk(recipe: Recipe, chunk: Chunk) -> Encoded:
       break
     made.stats.rows_in += 1
     try:
-      if isinstance(conversation, _Beyond):
-        made.stats.drop("beyond limit", conversation.place)
-      elif isinstance(conversation, Exception):
+      if isinstance(conversation, Exception):
         raise conversation
-      else:
-        encoded = next(results)
-        if isinstance(encoded, Exception):
-          raise encoded
-        made.add(conversation, encoded, content_of(item[1]))
+      encoded = next(results)
+      if isinstance(encoded, Exception):
+        raise encoded
+      made.add(conversation, encoded, content_of(item[1]))
     except NothingToTrain as nothing:
       made.stats.drop(nothing.reason, item[0])
     except RowError as error:
@@ -192,11 +183,13 @@ def encode_chunk(recipe: Recipe, chunk: Chunk) -> Encoded:
 
 def _to_conversation(
   recipe: Recipe, source: Source, item: Any
-) -> Conversation | _Beyond | _Broken | RowError | NothingToTrain:
+) -> Conversation | _Broken | RowError | NothingToTrain:
   """What is read of an item of `_items`, or what is wrong with it."""
-  if not isinstance(item, tuple) or isinstance(item, _Beyond | _Broken):
+  if isinstance(item, RowError | _Broken):
     return item
   place, row = item
+  if isinstance(row, NothingToTrain):
+    return row
   try:
     return formats.to_conversation(
       row,
@@ -233,17 +226,10 @@ class _Arrays:
       self.stats.drop_turns(reason, turns, place)
     for note in (*encoded.notes, *conversation.notes):
       self.stats.note(note, place)
-    self._append(
-      encoded.examples, content, place, conversation.text is not None
-    )
-
-  def _append(
-    self, examples: Sequence[Example], content: int, place: str, text: bool
-  ) -> None:
-    where = place.encode()
-    row = self.stats.rows_trained
+    where, row = place.encode(), self.stats.rows_trained
+    text = conversation.text is not None
     truncates = self._recipe.options.over_long == "truncate"
-    for example in examples:
+    for example in encoded.examples:
       length = len(example.tokens)
       runs = to_runs(example)
       trained = np.flatnonzero(example.loss_weights)

@@ -11,6 +11,8 @@ import glob
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 _EXAMPLES_KEPT = 5
 QUANTILES = {"shortest": 0.0, "median": 0.5, "95 %": 0.95, "longest": 1.0}
 
@@ -187,31 +189,21 @@ class DatasetStats:
     Raises:
       ValueError: a sum does not add up, with its source and both sides.
     """
-    sums = [
-      (
-        f"{name}: rows",
-        s.rows_in,
-        s.rows_trained + s.rows_held_out + sum(s.dropped.values()),
-      )
-      for name, s in self.sources.items()
-    ]
+    sums = []
     for name, s in self.sources.items():
-      tokens = s.tokens_prompt + s.tokens_trained
-      by_role = (
-        sum(n for n, _ in s.roles.values()),
-        sum(n for _, n in s.roles.values()),
-      )
-      sums.append((f"{name}: tokens by role", tokens, by_role[0]))
-      sums.append(
-        (f"{name}: trained tokens by role", s.tokens_trained, by_role[1])
-      )
+      rows = s.rows_trained + s.rows_held_out + sum(s.dropped.values())
+      tokens, trained = np.sum([(0, 0), *s.roles.values()], axis=0).tolist()
+      sums += [
+        (f"{name}: rows", s.rows_in, rows),
+        (f"{name}: tokens by role", s.tokens_prompt + s.tokens_trained, tokens),
+        (f"{name}: trained tokens by role", s.tokens_trained, trained),
+      ]
     if e := self.epoch:
-      kinds = e.tokens_prompt + e.tokens_trained + e.tokens_padding
-      sums.append(("epoch: slots", e.slots, kinds))
+      tokens = e.tokens_prompt + e.tokens_trained
+      sums.append(("epoch: slots", e.slots, tokens + e.tokens_padding))
       if e.mixture:
-        tokens = sum(mixed.tokens for mixed in e.mixture.values())
-        both = e.tokens_prompt + e.tokens_trained
-        sums.append(("epoch: tokens by source", both, tokens))
+        mixed = sum(mixed.tokens for mixed in e.mixture.values())
+        sums.append(("epoch: tokens by source", tokens, mixed))
     for where, total, parts in sums:
       if total != parts:
         raise ValueError(
@@ -238,26 +230,16 @@ class DatasetStats:
     names = self.short_names()
     rows = [("source", "rows", "trained", "held out", "dropped", "prompt tok",
              "trained tok", "of tokens", "of trained")]  # fmt: skip
-    rows += [
-      (
-        names[name],
-        f"{s.rows_in:,}",
-        f"{s.rows_trained:,}",
-        f"{s.rows_held_out:,}",
-        f"{sum(s.dropped.values()):,}",
-        f"{s.tokens_prompt:,}",
-        f"{s.tokens_trained:,}",
-        *(f"{share:.1%}" for share in self._shares(name)),
-      )
-      for name, s in self.sources.items()
-    ]
+    for name, s in self.sources.items():
+      counts = (s.rows_in, s.rows_trained, s.rows_held_out,
+                sum(s.dropped.values()), s.tokens_prompt,
+                s.tokens_trained)  # fmt: skip
+      shares = (f"{share:.1%}" for share in self._shares(name))
+      rows.append((names[name], *(f"{n:,}" for n in counts), *shares))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-      "  ".join(
-        cell.rjust(width) if i else cell.ljust(width)
-        for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-      )
-      for row in rows
+      "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
+      for name, *cells in rows
     ]
     for name, s in self.sources.items():
       lines += [f"{names[name]}: {line}" for line in s.lines()]

@@ -41,7 +41,6 @@ def test_answers_that_agree(one, other):
 @pytest.fixture
 def texts(tmp_path):
   with Texts(tmp_path) as made:
-    made.sources.append("rows.jsonl")
     yield made
 
 

@@ -202,7 +202,6 @@ def test_control_tokens_that_were_allowed(look):
 def test_texts_keep_any_row_as_it_is(tmp_path):
   hostile = "\x00\x1b[31m</script>\u202e\ud800" + "x" * 100_000
   with row_texts.Texts(tmp_path) as made:
-    made.sources.append("rows")
     rows = [row_texts.Row("a:1", "", hostile, "why", "b c"),
             row_texts.Row("a:2", "s", "", "", "")]  # fmt: skip
     for one in rows:
