@@ -14,6 +14,7 @@ A format is found by its tensors; `quantization_config` gives its numbers.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from jaxtyping import Float32, Int32, Num, Shaped
 
 from sft_jax.models.hf.safetensors_files import Tensor
 
+Array = np.ndarray
 Json = Mapping[str, Any]
 _METHODS = {
   *("fp8", "fbgemm_fp8", "compressed-tensors", "mxfp4"),
@@ -41,21 +43,23 @@ class Decoded(NamedTuple):
     path: the file of its codes.
     name: the weight.
     shape: of the weight, [out, in] as in files that are not quantized.
-    decode: gives all of it, float32.
+    decode: gives all of it, float32, from its parts.
+    parts: its tensors, None for one that this weight does without.
   """
 
   path: Path
   name: str
   shape: tuple[int, ...]
-  decode: Callable[[], np.ndarray]
+  decode: Callable[..., np.ndarray]
+  parts: tuple[Tensor | None, ...]
   dtype: np.dtype = np.dtype(np.float32)
 
   @property
   def num_bytes(self) -> int:
-    return int(np.prod(self.shape)) * 4
+    return math.prod(self.shape) * 4
 
   def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-    return self.decode()[start:stop]
+    return self.decode(*(x and x.read() for x in self.parts))[start:stop]
 
 
 def check_method(config: Json, where: Path) -> str:
@@ -92,89 +96,67 @@ def dequantized(
   left: dict[str, Tensor] = dict(tensors)
   made: dict[str, Tensor | Decoded] = {}
 
-  def take(name: str, suffix: str) -> Tensor:
-    found = left.pop(name + suffix, None)
-    if found is None:
+  def may(name: str) -> Tensor | None:
+    return left.pop(name, None)
+
+  def take(name: str) -> Tensor:
+    if name not in left:
       raise ValueError(
-        f"{next(iter(tensors.values())).path.parent}: no tensor "
-        f"{name + suffix}; expected it beside the other parts of {name}. "
-        "Download the checkpoint again."
+        f"{next(iter(tensors.values())).path.parent}: no tensor {name}; "
+        "expected it beside the other parts of its weight. Download the "
+        "checkpoint again."
       )
-    return found
+    return left.pop(name)
 
-  def may(name: str, suffix: str) -> Tensor | None:
-    return left.pop(name + suffix, None)
-
-  for name in tensors:
+  for name, codes in tensors.items():
     if name not in left:
       continue
     base, _, leaf = name.rpartition(".")
-    weight, tensor = f"{base}.weight", tensors[name]
-    decode: Callable[[], np.ndarray] | None = None
-    shape = tensor.shape
+    weight, decode = f"{base}.weight", None
+    parts: list[Tensor | None] = []
+    shape = codes.shape
     if leaf == "qweight":
-      parts = [take(base, s) for s in (".qweight", ".qzeros", ".scales")]
-      order = may(base, ".g_idx")
-      kind = config.get("quant_method")
       bits = _choice(config.get("bits", 4), (2, 4, 8), "bits", name)
       _choice(config.get("version", "gemm"), ("gemm", "GEMM"), "version", name)
-      if kind == "awq":
+      scales = take(f"{base}.scales")
+      parts = [take(name), take(f"{base}.qzeros"), scales]
+      if config.get("quant_method") == "awq":
         _choice(bits, (4,), "bits", name)
-        decode = partial(_awq, *parts)
-        shape = (parts[2].shape[1], parts[0].shape[0])
+        decode, rows = _awq, shape[0]
       else:
+        parts.append(may(f"{base}.g_idx"))
         offset = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
-        decode = partial(_gptq, *parts, order, bits, offset)
-        shape = (parts[2].shape[1], parts[0].shape[0] * 32 // bits)
+        decode, rows = partial(_gptq, bits, offset), shape[0] * 32 // bits
+      shape = (scales.shape[1], rows)
     elif leaf == "weight_packed":
-      parts = [take(base, s) for s in (".weight_packed", ".weight_scale")]
-      zeros, order = may(base, ".weight_zero_point"), may(base, ".weight_g_idx")
-      shape = tuple(int(n) for n in take(base, ".weight_shape").read())
-      if order is not None and (order.read() < 0).all():
-        order = None
-      bits = parts[0].shape[1] * 32 // max(shape[1], 1)
+      parts = [take(name), take(f"{base}.weight_scale")]
+      parts += [
+        may(f"{base}.{s}") for s in ("weight_zero_point", "weight_g_idx")
+      ]
+      shape = tuple(take(f"{base}.weight_shape").read().tolist())
+      bits = codes.shape[1] * 32 // max(shape[1], 1)
       bits = _choice(bits, (2, 4, 8), "num_bits", name)
-      decode = partial(_packed, *parts, zeros, order, bits, shape)
+      decode = partial(_packed, bits, shape)
     elif leaf.endswith("_blocks"):
       weight = name.removesuffix("_blocks")
-      parts = [take(weight, "_blocks"), take(weight, "_scales")]
-      decode = partial(_mxfp4, *parts)
-      E, rows, blocks, _ = shape
-      shape = (E, blocks * 32, rows)
-    elif leaf == "weight" and tensor.dtype == np.uint8:
-      at = [f"{name}.quant_state.bitsandbytes__{k}" for k in ("nf4", "fp4")]
-      state = next((left.pop(k) for k in at if k in left), None)
-      if state is None:
-        raise ValueError(
-          f"{tensor.path}: no tensor {at[0]}; expected it beside {name}. "
-          "Save the model with bitsandbytes 0.41 or later."
-        )
-      says = json.loads(state.read().tobytes())
-      codes = [take(name, s) for s in ("", ".absmax", ".quant_map")]
-      nested = may(name, ".nested_absmax"), may(name, ".nested_quant_map")
-      decode = partial(_bitsandbytes, *codes, *nested, says)
-      shape = tuple(says["shape"])
-    elif leaf == "weight" and tensor.dtype.itemsize == 1:
-      codes = take(base, ".weight")
-      rows = may(base, ".SCB")
-      scale = rows or next(
-        (
-          left.pop(f"{base}.{s}")
-          for s in ("weight_scale_inv", "weight_scale")
-          if f"{base}.{s}" in left
-        ),
-        None,
-      )
-      if scale is None:
-        scale = take(base, ".weight_scale")
-      zero, block = (
-        may(base, ".weight_zero_point"),
-        config.get("weight_block_size"),
-      )
-      by = 1 / 127 if rows is not None else 1.0
-      decode = partial(_scaled, codes, scale, zero, block, by)
+      parts, decode = [take(name), take(f"{weight}_scales")], _mxfp4
+      shape = (shape[0], shape[2] * 32, shape[1])
+    elif leaf == "weight" and codes.dtype == np.uint8:
+      state = f"{name}.quant_state.bitsandbytes__"
+      found = may(f"{state}fp4") or take(f"{state}nf4")
+      says = json.loads(found.read().tobytes())
+      parts = [take(name), take(f"{name}.absmax"), take(f"{name}.quant_map")]
+      parts += [may(f"{name}.nested_{s}") for s in ("absmax", "quant_map")]
+      decode, shape = partial(_bitsandbytes, says), tuple(says["shape"])
+    elif leaf == "weight" and codes.dtype.itemsize == 1:
+      by_row = may(f"{base}.SCB")
+      scale = by_row or may(f"{base}.weight_scale_inv")
+      parts = [take(name), scale or take(f"{base}.weight_scale")]
+      parts.append(may(f"{base}.weight_zero_point"))
+      block = config.get("weight_block_size")
+      decode = partial(_scaled, block, 1 / 127 if by_row else 1.0)
     if decode is not None:
-      made[weight] = Decoded(tensor.path, weight, tuple(shape), decode)
+      made[weight] = Decoded(codes.path, weight, shape, decode, tuple(parts))
   for name, tensor in left.items():
     if not name.endswith(_ACTIVATIONS):
       made.setdefault(name, tensor)
@@ -202,25 +184,18 @@ def _unpack(
 
 
 def _gptq(
-  codes: Tensor,
-  zeros: Tensor,
-  scales: Tensor,
-  order: Tensor | None,
-  bits: int,
-  offset: int,
+  bits: int, offset: int, codes: Array, zeros: Array, scales: Array, order: Any
 ) -> Float32[np.ndarray, "O I"]:
   """(q - z - offset) * s of the group of each input. arXiv:2210.17323.
 
   Codes are packed along the input, zeros along the output; the first version
   of the format stores zeros less one.
   """
-  q = _unpack(np.ascontiguousarray(codes.read().T), bits)  # [out, in]
-  z = _unpack(zeros.read(), bits).T + offset  # [out, groups]
-  s = scales.read().astype(np.float32).T
-  if order is None:
-    group = np.arange(q.shape[1]) // (q.shape[1] // s.shape[1])
-  else:
-    group = order.read()
+  q = _unpack(np.ascontiguousarray(codes.T), bits)  # [out, in]
+  z = _unpack(zeros, bits).T + offset  # [out, groups]
+  s = scales.astype(np.float32).T
+  size = q.shape[1] // s.shape[1]
+  group = np.arange(q.shape[1]) // size if order is None else order
   return (q - z[: len(q), group]).astype(np.float32) * s[:, group]
 
 
@@ -229,96 +204,79 @@ _AWQ = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 def _awq(
-  codes: Tensor, zeros: Tensor, scales: Tensor
+  codes: Array, zeros: Array, scales: Array
 ) -> Float32[np.ndarray, "O I"]:
   """(q - z) * s; all packed along the output. arXiv:2306.00978."""
 
   def fields(x: np.ndarray) -> np.ndarray:
     return _unpack(x, 4).reshape(len(x), -1, 8)[..., _AWQ].reshape(len(x), -1)
 
-  q, z = fields(codes.read()), fields(zeros.read())
-  s = scales.read().astype(np.float32)
+  q, z, s = fields(codes), fields(zeros), scales.astype(np.float32)
   size = len(q) // len(s)
   q = (q - np.repeat(z, size, 0)).astype(np.float32)
   return np.ascontiguousarray((q * np.repeat(s, size, 0)).T)
 
 
 def _packed(
-  codes: Tensor,
-  scales: Tensor,
-  zeros: Tensor | None,
-  order: Tensor | None,
   bits: int,
   shape: tuple[int, ...],
+  codes: Array,
+  scales: Array,
+  zeros: Any,
+  order: Any,
 ) -> Float32[np.ndarray, "O I"]:
   """(q - z) * s of compressed-tensors; q and z are stored plus 2^(bits-1)."""
-  rows, columns = shape
-  half = 1 << (bits - 1)
-  q = (_unpack(codes.read(), bits)[:, :columns] - half).astype(np.float32)
-  s = scales.read().astype(np.float32).reshape(rows, -1)
-  if order is None:
-    group = np.arange(columns) // (columns // s.shape[1])
-  else:
-    group = order.read()
+  (rows, columns), half = shape, 1 << (bits - 1)
+  q = (_unpack(codes, bits)[:, :columns] - half).astype(np.float32)
+  s = scales.astype(np.float32).reshape(rows, -1)
+  group = np.arange(columns) // (columns // s.shape[1])
+  if order is not None and (order >= 0).all():  # -1: in order.
+    group = order
   if zeros is not None:
-    z = zeros.read()
-    if z.dtype == np.int32:  # Packed along the output.
-      z = _unpack(np.ascontiguousarray(z.T), bits).T[:rows] - half
-    q -= z.astype(np.float32).reshape(rows, -1)[:, group]
+    if zeros.dtype == np.int32:  # Packed along the output.
+      zeros = _unpack(np.ascontiguousarray(zeros.T), bits).T[:rows] - half
+    q -= zeros.astype(np.float32).reshape(rows, -1)[:, group]
   return q * s[:, group]
 
 
 def _scaled(
-  codes: Tensor,
-  scales: Tensor,
-  zeros: Tensor | None,
-  block: list[int] | None,
-  by: float,
+  block: Any, by: float, codes: Array, scales: Array, zeros: Any
 ) -> Float32[np.ndarray, "O I"]:
   """Codes times their scale: one, one per row, per group or per block."""
-  w = codes.read().astype(np.float32)
-  s = np.atleast_1d(scales.read().astype(np.float32)) * np.float32(by)
+  w = codes.astype(np.float32)
 
   def over(x: np.ndarray) -> np.ndarray:
+    x = np.atleast_1d(x.astype(np.float32))
     if x.size == 1:
       return x.reshape(1, 1)
     x = x.reshape(len(x), -1)
     # The last block of an axis may be cut.
-    rows, columns = block or [
-      -(-n // m) for n, m in zip(w.shape, x.shape, strict=True)
-    ]
+    fit = [-(-n // m) for n, m in zip(w.shape, x.shape, strict=True)]
+    rows, columns = block or fit
     x = np.repeat(np.repeat(x, rows, 0), columns, 1)
     return x[: w.shape[0], : w.shape[1]]
 
-  if zeros is not None:
-    w = w - over(zeros.read().astype(np.float32))
-  return w * over(s)
+  w = w if zeros is None else w - over(zeros)
+  return w * (over(scales) * np.float32(by))
 
 
 def _bitsandbytes(
-  codes: Tensor,
-  absmax: Tensor,
-  table: Tensor,
-  outer: Tensor | None,
-  outer_table: Tensor | None,
-  says: Json,
+  says: Json, codes: Array, absmax: Array, table: Array, outer: Any, wide: Any
 ) -> Num[np.ndarray, "..."]:
   """table[q] * absmax of its block, along the flattened weight.
 
   Two codes to a byte, the high one first. In "double quantization" absmax is
-  itself table[code] * absmax of 256 of them, plus an offset. arXiv:2305.14314.
+  itself a code, wide[absmax] * outer of some of them, plus an offset.
+  arXiv:2305.14314.
   """
-  byte = codes.read().reshape(-1)
+  byte = codes.reshape(-1)
   q = np.stack((byte >> 4, byte & 15), axis=-1).reshape(-1)
-  shape = tuple(says["shape"])
-  q = q[: int(np.prod(shape))]
-  largest = absmax.read().reshape(-1)
-  if outer is not None and outer_table is not None:
-    size = says["nested_blocksize"]
-    wide = np.repeat(outer.read(), size)[: len(largest)]
-    largest = outer_table.read()[largest] * wide + says["nested_offset"]
+  q, largest = q[: math.prod(says["shape"])], absmax.reshape(-1)
+  if outer is not None:
+    scale = np.repeat(outer, says["nested_blocksize"])[: len(largest)]
+    largest = wide[largest] * scale + says["nested_offset"]
   scale = np.repeat(largest.astype(np.float32), says["blocksize"])[: len(q)]
-  return (table.read().astype(np.float32)[q] * scale).reshape(shape)
+  return (table.astype(np.float32)[q] * scale).reshape(says["shape"])
 
 
 # e2m1: a sign, two bits of exponent, one of mantissa.
@@ -326,15 +284,13 @@ _E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
 _E2M1 = np.concatenate((_E2M1, -_E2M1))
 
 
-def _mxfp4(blocks: Tensor, scales: Tensor) -> Float32[np.ndarray, "E I O"]:
+def _mxfp4(blocks: Array, scales: Array) -> Float32[np.ndarray, "E I O"]:
   """e2m1 * 2^(scale - 127), 32 to a scale; the low half of a byte is first.
 
   Stored [E, out, in / 32, 16]; the weight is [E, in, out]. OCP Microscaling
   Formats, version 1.0.
   """
-  byte = blocks.read()
-  q = np.stack((byte & 15, byte >> 4), axis=-1)
-  q = q.reshape(*byte.shape[:-1], -1)
-  power = scales.read().astype(np.int32)[..., None] - 127
-  w = np.ldexp(_E2M1[q], power)
+  q = np.stack((blocks & 15, blocks >> 4), axis=-1)
+  q = q.reshape(*blocks.shape[:-1], -1)
+  w = np.ldexp(_E2M1[q], scales.astype(np.int32)[..., None] - 127)
   return np.swapaxes(w.reshape(*w.shape[:2], -1), 1, 2)
