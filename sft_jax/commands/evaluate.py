@@ -34,10 +34,10 @@ def scores(
 ) -> tuple[behaviours.Scores, list[encode.Example]]:
   """Greedy replies of a model, checked; and as rows, the replies trained on."""
   options = command.render_options(args, asked.options)
-  said = list[replies.Reply]()
+  replied = list[replies.Reply]()
 
   def generate(prompts: list[Conversation]) -> list[replies.Reply]:
-    said[:] = replies.generate(
+    replied[:] = replies.generate(
       asked.model,
       asked.params,
       asked.tokenizer,
@@ -48,12 +48,12 @@ def scores(
       batch_size=args.batch_size,
       int8_cache=args.int8_cache,
     )
-    return said
+    return replied
 
   found = behaviours.run(items, generate)
   rows_ = [
     _row(encode.prompt_ids(item.prompt, asked.tokenizer, options), reply.tokens)
-    for item, reply in zip(items, said, strict=True)
+    for item, reply in zip(items, replied, strict=True)
   ]
   return found, rows_
 
@@ -81,14 +81,14 @@ def texts(
   ]
 
 
-def tell(
+def show_text(
   what: str,
   examples: list[encode.Example],
   asked: load_run.Asked,
   baseline: load_run.Asked | None,
   args: argparse.Namespace,
 ) -> None:
-  """Prints how a model predicts a text, and what is left of the baseline's."""
+  """Prints how a model predicts a text, and how far it is from a baseline."""
   out = terminal.console()
   if baseline and (
     baseline.tokenizer.fingerprint != asked.tokenizer.fingerprint
@@ -99,10 +99,10 @@ def tell(
   found = forgetting.compare_models(
     asked.model, asked.params, base, examples, batch_size=args.text_batch
   )
-  nats = forgetting.perplexity(lambda: (float(found.nats), float(found.weight)))
+  nats = forgetting.perplexity(found.nats, found.weight)
   line = f"{what}: perplexity {nats.value:.3f} over {nats.tokens:,.0f} tokens"
   if found.base is not None:
-    left = forgetting.left(found.base, found.weight)
+    left = forgetting.base_agreement(found.base, found.weight)
     line += (
       f"; KL(baseline || model) {left['kl']:.4f} nats per token; the most "
       f"likely token is the baseline's in {left['top1_agreement']:.1%}"
@@ -134,16 +134,16 @@ def main() -> None:
   baseline = load(args.baseline) if args.baseline else None
   before = scores(baseline, items, args)[0] if baseline else None
   asked = load(args.model)
-  after, said = scores(asked, items, args)
+  after, replied = scores(asked, items, args)
   head, *rows = behaviours.table(after, before)
   terminal.table(terminal.console(), args.model, head, rows)
   if figures := behaviours.ifeval_accuracy(after):
     shares = ", ".join(f"{name} {x:.1%}" for name, x in figures.items())
     terminal.console().print(Text(f"IFEval: {shares}"))
-  if baseline and any(one.loss_weights.any() for one in said):
-    tell("its replies", said, asked, baseline, args)
+  if baseline and any(one.loss_weights.any() for one in replied):
+    show_text("its replies", replied, asked, baseline, args)
   for path in args.text or ():
-    tell(path, texts(path, asked, args), asked, baseline, args)
+    show_text(path, texts(path, asked, args), asked, baseline, args)
   if args.out:
     out = Path(args.out)
     after.write(out)

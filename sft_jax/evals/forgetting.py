@@ -1,7 +1,7 @@
 """Forgetting: how text not trained on is predicted, and as the base did it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from sft_jax.data import packing
 from sft_jax.data.encoding.encode import Example
 from sft_jax.step.loss import BaseSums, LossSums, linear_cross_entropy
 
-# Of a text, beside its loss; see `left`.
+# Of a text, beside its loss; see `base_agreement`.
 FIGURES = ("kl", "top1_agreement", "base_correct", "both_correct")
 
 
@@ -34,13 +34,13 @@ class Perplexity(NamedTuple):
     return math.exp(self.nats / self.tokens)
 
 
-def perplexity(evaluate: Callable[[], tuple[float, float]]) -> Perplexity:
-  """Perplexity from an evaluation that returns (sum of nats, tokens).
+def perplexity(nats: float, tokens: float) -> Perplexity:
+  """Perplexity of a sum of nats over so many tokens.
 
   Raises:
     ValueError: no token was predicted, or the nats are no number.
   """
-  nats, tokens = (float(part) for part in evaluate())
+  nats, tokens = float(nats), float(tokens)
   if not tokens > 0 or not math.isfinite(nats):
     raise ValueError(
       f"perplexity: got {nats} nats over {tokens} tokens; expected a finite "
@@ -49,7 +49,7 @@ def perplexity(evaluate: Callable[[], tuple[float, float]]) -> Perplexity:
   return Perplexity(nats, tokens)
 
 
-def left(base: BaseSums, weight: Any) -> dict[str, float]:
+def base_agreement(base: BaseSums, weight: Any) -> dict[str, float]:
   """How far the predictions of a text are from the base's, as shares of it.
 
   Args:

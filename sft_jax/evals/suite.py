@@ -95,7 +95,7 @@ class Suite:
     """{'<set>/nats_per_token', '<set>/perplexity'} of each text set.
 
     With them '<set>/loss/<group>' and '<set>/acc/<group>' of its groups of
-    tokens, where there are such tokens, and those of `forgetting.left` where
+    tokens, where there are such tokens, and `forgetting.base_agreement` where
     the base is known. 'held_out/gap' is the held-out loss above that of
     rows trained on ('train_rows/nats_per_token'), of the same parameters. Sums
     are over the whole set and divided once, so the figures do not depend on
@@ -105,9 +105,7 @@ class Suite:
     for name, stream in self._streams.items():
       if stream is not None:
         sums = self._sums(params, name, stream, is_base)
-        found = forgetting.perplexity(
-          lambda sums=sums: (float(sums.nats), float(sums.weight))
-        )
+        found = forgetting.perplexity(sums.nats, sums.weight)
         values[f"{name}/nats_per_token"] = found.nats / found.tokens
         values[f"{name}/perplexity"] = found.value
         groups = loss_groups.pairs(sums.groups, self._group_names(stream))
@@ -117,7 +115,7 @@ class Suite:
           if weight
         }
         if sums.base is not None:
-          left = forgetting.left(sums.base, sums.weight)
+          left = forgetting.base_agreement(sums.base, sums.weight)
           values |= {f"{name}/{figure}": x for figure, x in left.items()}
     if self._train_rows is not None and "held_out/nats_per_token" in values:
       sums = self._sums(params, "train_rows", self._train_rows, is_base)
@@ -270,7 +268,7 @@ def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
     lost, p}], where before and after are (rate, low, high) with 95 %
     intervals, and format and content the rates after (None without such
     checks); see `behaviours.Comparison`; samples: one reply per group;
-    forgetting: [{name, before, after}], of every figure of `forgetting.left`;
+    forgetting: [{name, before, after}] of `forgetting.FIGURES`;
     gap: {train_rows, held_out, gap, before}, nats per token, or None;
     knowledge: {n, before, after, retained, gained, lost, p}, retained the
     share of what the base answered right that still is, or None;

@@ -15,21 +15,21 @@ from sft_jax.models import transformer
 
 
 def test_a_uniform_guess_among_v_has_perplexity_v():
-  found = forgetting.perplexity(lambda: (10 * math.log(64), 10))
+  found = forgetting.perplexity(10 * math.log(64), 10)
   assert found.value == pytest.approx(64)
 
 
 def test_perplexity_is_of_sums_not_a_mean_of_batches():
   parts = [(math.log(2), 1), (3 * math.log(8), 3)]
   nats, tokens = (sum(side) for side in zip(*parts, strict=True))
-  found = forgetting.perplexity(lambda: (nats, tokens))
+  found = forgetting.perplexity(nats, tokens)
   assert found.value == pytest.approx(2 ** (10 / 4))
 
 
 @pytest.mark.parametrize("sums", [(1.0, 0), (math.nan, 3), (math.inf, 3)])
 def test_no_figure_from_nothing(sums):
   with pytest.raises(ValueError, match="expected a finite sum"):
-    forgetting.perplexity(lambda: sums)
+    forgetting.perplexity(*sums)
 
 
 def models():
@@ -78,7 +78,7 @@ def test_two_models_against_float64_by_hand(batch_size):
   np.testing.assert_allclose(
     got, (nats, weight, kl, kept, right, still), rtol=1e-5
   )
-  left = forgetting.left(found.base, found.weight)
+  left = forgetting.base_agreement(found.base, found.weight)
   assert left["kl"] == pytest.approx(kl / weight, rel=1e-5)
   assert left["top1_agreement"] == pytest.approx(kept / weight)
   alone = forgetting.compare_models(

@@ -193,30 +193,14 @@ def _instruction(name: str) -> Check:
   return check
 
 
+_OURS: tuple[Check, ...] = (
+  *(exact, normalised, contains, not_contains, contains_any, contains_all),
+  *(contains_none, regex, number, gsm8k, json_schema, json_equals, tool_call),
+  *(tool_calls, refusal, not_refusal, partial_refusal, complies, starts_with),
+  *(ends_with, max_words, min_words, has_reasoning),
+)
 CHECKS: dict[str, Check] = {
-  "exact": exact,
-  "normalised": normalised,
-  "contains": contains,
-  "not_contains": not_contains,
-  "contains_any": contains_any,
-  "contains_all": contains_all,
-  "contains_none": contains_none,
-  "regex": regex,
-  "number": number,
-  "gsm8k": gsm8k,
-  "json_schema": json_schema,
-  "json_equals": json_equals,
-  "tool_call": tool_call,
-  "tool_calls": tool_calls,
-  "refusal": refusal,
-  "not_refusal": not_refusal,
-  "partial_refusal": partial_refusal,
-  "complies": complies,
-  "starts_with": starts_with,
-  "ends_with": ends_with,
-  "max_words": max_words,
-  "min_words": min_words,
-  "has_reasoning": has_reasoning,
+  **{check.__name__: check for check in _OURS},
   **{name: _instruction(name) for name in ifeval.INSTRUCTIONS},
 }
 
