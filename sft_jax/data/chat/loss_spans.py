@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import re
 from collections.abc import Sequence
 
 from sft_jax.data.chat import (
@@ -117,9 +118,13 @@ def prompt(
   if messages[-1].role == "assistant":  # To be continued.
     turn = renderer.turns(count)
     spans = renderer.spans(count, turn) or []
-    own = [span for span in spans if span.role == "answer"]
-    before = renderer.prompt(count - 1)
-    if not (own and messages[-1].content and turn.startswith(before)):
+    before, content = renderer.prompt(count - 1), messages[-1].content
+    own = [
+      span
+      for span in spans
+      if span.start >= len(before) and span.written == content.strip()
+    ]
+    if not (own and turn.startswith(before)):
       raise RowError(
         conversation.where(count - 1),
         "an assistant turn at the end of a prompt that cannot be continued",
@@ -127,6 +132,8 @@ def prompt(
         "Drop the turn to generate it.",
       )
     text = turn[: own[-1].end]
+    trail = content[len(content.rstrip()) :]
+    text += trail if turn.startswith(trail, len(text)) else ""
     escaped = token_roles.special_as_text(renderer, text, spans)
     return Rendered(text, (), special_as_text=escaped)
   text = renderer.prompt(count)
@@ -153,31 +160,26 @@ def rendered_text(
   text = conversation.text or ""
   opening = template_probes.opening(template, options.template_kwargs)
   bos = template.special_tokens.get("bos_token") or ""
-  if bos and not text.startswith(bos) and template.writes_bos:
+  if template.writes_bos and not text.startswith(bos):
     text = bos + text
-  spans, roles, end = [], [], 0
-  while opening and (start := text.find(opening, end) + len(opening)) >= (
-    end + len(opening)
-  ):
-    stop = template.stop.search(text, start)
-    if stop is None:
-      raise RowError(
-        conversation.source or "row",
-        f"a reply without a stop token, ending in {text[-40:]!r}",
-        f"one of {list(template.stop_tokens)}",
-        "Complete the row, or drop it.",
-      )
-    end = stop.end()
-    spans.append((start, end, 1.0))
-    roles += [(start, stop.start(), "answer"), (*stop.span(), "stop")]
-  if not spans:
+  turn = f"{re.escape(opening)}(.*?)({template.stop.pattern})"
+  turns = list(re.finditer(turn, text, re.DOTALL)) if opening else []
+  end = turns[-1].end() if turns else 0
+  if not turns or opening in text[end:]:
+    cut = opening and opening in text[end:]
     raise RowError(
       conversation.source or "row",
-      f"a text without {opening!r}",
-      "a conversation as the model's chat template renders it (data.text)",
-      "Set data.text to plain, or give the row as messages.",
+      "a reply without a stop token" if cut else f"a text without {opening!r}",
+      "a conversation as the model's chat template renders it",
+      "Complete the row, or set data.text to plain, or give it as messages.",
     )
-  roles = [role for role in roles if role[0] < role[1]]
+  roles = [
+    (*turn.span(group), role)
+    for turn in turns
+    for group, role in ((1, "answer"), (2, "stop"))
+    if turn[group]
+  ]
+  spans = [(turn.start(1), turn.end(), 1.0) for turn in turns]
   return Rendered(text[:end], tuple(spans), tuple(roles))
 
 
@@ -210,14 +212,14 @@ def _trained_turns(
     )
   if options.train_on == "last_turn":
     found = found[-1:]
-  # Without its reasoning a turn may have nothing left to say.
-  says = lambda index: (
-    messages[index].content
+  found = [
+    index
+    for index in found
+    if messages[index].content
     or messages[index].reasoning
     or messages[index].tool_calls
-    or renderer.reasoning[index]
-  )
-  found = [index for index in found if says(index)]
+    or renderer.reasoning[index]  # Without it, nothing may be left.
+  ]
   if not found:
     raise NothingToTrain("only reasoning", renderer.conversation.source)
   return found

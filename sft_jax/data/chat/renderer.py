@@ -97,7 +97,7 @@ class ConversationRenderer:
     cuts: Sequence[tuple[int, bool]],
     texts: Sequence[str | Exception | None],
   ) -> None:
-    """Accepts what `sandbox.render` made of `job(cuts)`."""
+    """Accepts the texts of `job(cuts)`."""
     self._rendered.update(zip(cuts, texts, strict=True))
 
   def turns(self, count: int, then: Sequence[dict[str, Any]] = ()) -> str:
@@ -158,12 +158,9 @@ class ConversationRenderer:
   def _render(
     self, messages: list[dict[str, Any]], count: int, prompt: bool = False
   ) -> str:
-    tools, kwargs = self.conversation.tools, self.options.template_kwargs
-    cuts = [(len(messages), prompt)]
-    job = self.template.job(messages, cuts, tools, kwargs)
-    return self._checked(
-      sandbox.render(self.template.source, [job])[0][0], count
-    )
+    job = self.job([(len(messages), prompt)])._replace(messages=messages)
+    texts = sandbox.render(self.template.source, [job])
+    return self._checked(texts[0][0], count)
 
   def _checked(self, text: str | Exception | None, count: int) -> str:
     """A refusal of the template is a RowError."""

@@ -268,8 +268,7 @@ class _Watched(Sequence):
       if key.step is not None or key.stop is not None or (key.start or 0) < 0:
         raise _Unstable
       start = key.start or 0
-      watched = _Watched(self._items[start:], self._watch, self._first + start)
-      return watched
+      return _Watched(self._items[start:], self._watch, self._first + start)
     # Only what the loop has passed, or the first, which every cut has.
     if not isinstance(key, int) or not (
       0 <= key + self._first < max(1, len(self._watch.reached))
@@ -379,21 +378,10 @@ class _Generation(jinja2.ext.Extension):
     return nodes.Scope(body).set_lineno(line)
 
 
-def tojson(
-  value: Any,
-  ensure_ascii: bool = False,
-  indent: int | None = None,
-  separators: tuple[str, str] | None = None,
-  sort_keys: bool = False,
-) -> str:
+def tojson(value: Any, ensure_ascii: bool = False, *rest: Any, **how) -> str:
   """JSON as transformers prints it in templates: no HTML escapes."""
-  return json.dumps(
-    value,
-    ensure_ascii=ensure_ascii,
-    indent=indent,
-    separators=separators,
-    sort_keys=sort_keys,
-  )
+  how |= dict(zip(("indent", "separators", "sort_keys"), rest, strict=False))
+  return json.dumps(value, ensure_ascii=ensure_ascii, **how)
 
 
 @functools.lru_cache(maxsize=16)
@@ -432,7 +420,7 @@ def render_here(
   variables["strftime_now"] = functools.partial(_strftime, date)
   pieces, length = [], 0
   # As template.generate does, which copies the globals through slow layers.
-  context = template.new_context(_globals(template) | variables, shared=True)
+  context = template.new_context({**template.globals} | variables, shared=True)
   try:
     for piece in template.root_render_func(context):
       length += len(piece)
@@ -449,11 +437,6 @@ def render_here(
   except Exception as error:
     raise TemplateFailed(f"{type(error).__name__}: {error}"[:4000]) from error
   return "".join(pieces)
-
-
-@functools.lru_cache(maxsize=16)
-def _globals(template: jinja2.Template) -> dict[str, Any]:
-  return dict(template.globals)
 
 
 class _Unpinned(ValueError):

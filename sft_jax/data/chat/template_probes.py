@@ -1,10 +1,11 @@
 """What a chat template does, found by having it render small conversations."""
 
 import functools
+import itertools
 import json
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from sft_jax.data.chat import template_messages
 from sft_jax.data.chat.sandbox import TemplateFailed
@@ -45,18 +46,67 @@ _CALL = Conversation(
 )
 
 
+_T = TypeVar("_T")
+
+
+def _probe(
+  failed: _T,
+) -> Callable[
+  [Callable[[ChatTemplate, dict[str, Any]], _T]],
+  Callable[[ChatTemplate, Mapping[str, Any]], _T],
+]:
+  """Asks once for each template and its variables; `failed` where the template
+  refuses to render what it is asked with."""
+
+  def wrapper(function: Any) -> Any:
+    @functools.lru_cache(maxsize=64)
+    def cached(template: ChatTemplate, key: str) -> _T:
+      try:
+        return function(template, json.loads(key))
+      except TemplateFailed:
+        return failed
+
+    @functools.wraps(function)
+    def probe(template: ChatTemplate, kwargs: Mapping[str, Any]) -> _T:
+      return cached(template, json.dumps(dict(kwargs), sort_keys=True))
+
+    return probe
+
+  return wrapper
+
+
+@_probe(template_messages.DEFAULT_FORM)
 def form(
-  template: ChatTemplate, kwargs: Mapping[str, Any]
+  template: ChatTemplate, kwargs: dict[str, Any]
 ) -> template_messages.Form:
   """The form of messages in which a template shows tool calls whole.
 
   Some want arguments as JSON text, some print None where calls have no
   content; the first form that shows name and arguments is it.
   """
-  return _form(template, _key(kwargs))
+  first = template_messages.Form(reasoning_field=template.reads_reasoning)
+  tools = _CALL.tools if template.reads_tools else ()
+  for arguments, empty in itertools.product(("object", "json"), ("", None)):
+    made = first._replace(arguments=arguments, empty_content=empty)
+    sentinels = template_messages.Sentinels()
+    to_messages = functools.partial(
+      template_messages.to_template_messages, _CALL, made
+    )
+    try:
+      found = sentinels.find(
+        template.render(to_messages(sentinels.wrap), tools=tools, **kwargs),
+        template.render(to_messages(), tools=tools, **kwargs),
+      )
+    except TemplateFailed:
+      continue
+    texts = {span.written for span in found or () if span.role == "tool_call"}
+    if texts == {"look_up", 'the "rain"'}:
+      return made
+  return first
 
 
-def omitted(template: ChatTemplate, kwargs: Mapping[str, Any]) -> str:
+@_probe("")
+def omitted(template: ChatTemplate, kwargs: dict[str, Any]) -> str:
   """The end of the generation prompt that replies do not begin after.
 
       prompt    <|User|>Hi<|Assistant|><think>\\n
@@ -65,70 +115,14 @@ def omitted(template: ChatTemplate, kwargs: Mapping[str, Any]) -> str:
 
   '' where they agree.
   """
-  return _omitted(template, _key(kwargs))
-
-
-def opening(template: ChatTemplate, kwargs: Mapping[str, Any]) -> str:
-  """What opens an assistant's turn: '<|im_start|>assistant\\n', '[/INST]'."""
-  return _opening(template, _key(kwargs))
-
-
-def injected(template: ChatTemplate, kwargs: Mapping[str, Any]) -> str:
-  """The system prompt that a template inserts where there is none, or ''.
-
-  It is what stands before the first user turn and not before the second.
-  """
-  return _injected(template, _key(kwargs))
-
-
-def shows_reasoning(template: ChatTemplate, kwargs: Mapping[str, Any]) -> bool:
-  """Whether the reasoning of a conversation's last turn is rendered."""
-  return _shows_reasoning(template, _key(kwargs))
-
-
-def shared(one: str, other: str) -> int:
-  """How many characters two texts begin with in common."""
-  pairs = enumerate(zip(one, other, strict=False))
-  shorter = min(len(one), len(other))
-  return next((at for at, (a, b) in pairs if a != b), shorter)
-
-
-@functools.lru_cache(maxsize=64)
-def _form(template: ChatTemplate, key: str) -> template_messages.Form:
-  first = template_messages.Form(reasoning_field=template.reads_reasoning)
-  tools = _CALL.tools if template.reads_tools else ()
-  for arguments in ("object", "json"):
-    for empty in ("", None):
-      made = first._replace(arguments=arguments, empty_content=empty)
-      sentinels = template_messages.Sentinels()
-      shown = template_messages.to_template_messages(_CALL, made)
-      wrapped = template_messages.to_template_messages(
-        _CALL, made, sentinels.wrap
-      )
-      try:
-        found = sentinels.find(
-          template.render(wrapped, tools=tools, **json.loads(key)),
-          template.render(shown, tools=tools, **json.loads(key)),
-        )
-      except TemplateFailed:
-        continue
-      texts = {span.written for span in found or () if span.role == "tool_call"}
-      if texts == {"look_up", 'the "rain"'}:
-        return made
-  return first
-
-
-@functools.lru_cache(maxsize=64)
-def _omitted(template: ChatTemplate, key: str) -> str:
-  kwargs = json.loads(key)
   other = {"role": "assistant", "content": "No, snow."}
   for asked in ([_ASKED], [_SYSTEM, _ASKED]):
     try:
       prompt = template.render(asked, add_generation_prompt=True, **kwargs)
       # Two answers: one may begin as the omitted text does.
       kept = min(
-        shared(prompt, template.render(turns, **kwargs))
-        for turns in ([*asked, _ANSWERED], [*asked, other])
+        shared(prompt, template.render([*asked, turn], **kwargs))
+        for turn in (_ANSWERED, other)
       )
     except TemplateFailed:
       continue
@@ -139,27 +133,25 @@ def _omitted(template: ChatTemplate, key: str) -> str:
   return ""
 
 
-@functools.lru_cache(maxsize=64)
-def _opening(template: ChatTemplate, key: str) -> str:
-  kwargs = json.loads(key)
-  try:
-    asked = template.render([_ASKED], **kwargs)
-    prompt = template.render([_ASKED], add_generation_prompt=True, **kwargs)
-  except TemplateFailed:
-    return ""
+@_probe("")
+def opening(template: ChatTemplate, kwargs: dict[str, Any]) -> str:
+  """What opens an assistant's turn: '<|im_start|>assistant\\n', '[/INST]'."""
+  asked = template.render([_ASKED], **kwargs)
+  prompt = template.render([_ASKED], add_generation_prompt=True, **kwargs)
   if prompt != asked and prompt.startswith(asked):
     return prompt[len(asked) :]
   # The user's turn ends with it.
   return prompt.rpartition(_ASKED["content"])[2]
 
 
-@functools.lru_cache(maxsize=64)
-def _injected(template: ChatTemplate, key: str) -> str:
+@_probe("")
+def injected(template: ChatTemplate, kwargs: dict[str, Any]) -> str:
+  """The system prompt that a template inserts where there is none, or ''.
+
+  It is what stands before the first user turn and not before the second.
+  """
   turns = [_ASKED, _ANSWERED, _ASKED_AGAIN]
-  try:
-    text = template.render(turns, **json.loads(key))
-  except TemplateFailed:
-    return ""
+  text = template.render(turns, **kwargs)
   asked, answered, again = (text.find(turn["content"]) for turn in turns)
   if not 0 <= asked < answered < again:
     return ""
@@ -170,8 +162,9 @@ def _injected(template: ChatTemplate, key: str) -> str:
   return longest if _WORDS.search(longest) else ""
 
 
-@functools.lru_cache(maxsize=64)
-def _shows_reasoning(template: ChatTemplate, key: str) -> bool:
+@_probe(False)
+def shows_reasoning(template: ChatTemplate, kwargs: dict[str, Any]) -> bool:
+  """Whether the reasoning of a conversation's last turn is rendered."""
   form = template_messages.Form(reasoning_field=template.reads_reasoning)
   thought = "It was not snow."
   turns = (
@@ -179,11 +172,11 @@ def _shows_reasoning(template: ChatTemplate, key: str) -> bool:
     Message("assistant", _ANSWERED["content"], thought),
   )
   shown = template_messages.to_template_messages(Conversation(turns), form)
-  try:
-    return thought in template.render(shown, **json.loads(key))
-  except TemplateFailed:
-    return False
+  return thought in template.render(shown, **kwargs)
 
 
-def _key(kwargs: Mapping[str, Any]) -> str:
-  return json.dumps(dict(kwargs), sort_keys=True)
+def shared(one: str, other: str) -> int:
+  """How many characters two texts begin with in common."""
+  pairs = enumerate(zip(one, other, strict=False))
+  shorter = min(len(one), len(other))
+  return next((at for at, (a, b) in pairs if a != b), shorter)

@@ -133,17 +133,17 @@ class TrainedTurn:
     start = gap_start + gap.index(tail) + len(tail)
     moved = len(prompt) - start
     self.text = prompt + full[start:]
-    self._spans = [
-      *before,
-      *(span.moved(moved) for span in spans[first:]),
-    ]
+    self._spans = [*before, *(span.moved(moved) for span in spans[first:])]
 
   def _find_stop(self) -> None:
     """The first stop token of the reply: there generation would stop."""
-    found = self._stops(self.start)
-    if found is None:
-      found = self._stop_of_next_turn()
-    self.stop, self.end = found
+    escaped = (self.spans or ()) if self._renderer.escapes else ()
+    found = (
+      stop.span()
+      for stop in self._renderer.template.stop.finditer(self.text, self.start)
+      if not any(p.start < stop.end() and stop.start() < p.end for p in escaped)
+    )
+    self.stop, self.end = next(found, None) or self._stop_of_next_turn()
     token = self.text[self.stop : self.end]
     rest = self._renderer.template.stop.sub("", self.text[self.end :]).strip()
     if rest and (
@@ -155,13 +155,6 @@ class TrainedTurn:
         "a reply that ends at its first stop token",
         "Generation would stop there: correct eos_token_id or the template.",
       )
-
-  def _stops(self, start: int) -> tuple[int, int] | None:
-    said = (self.spans or ()) if self._renderer.escapes else ()
-    for stop in self._renderer.template.stop.finditer(self.text, start):
-      if not any(p.start < stop.end() and stop.start() < p.end for p in said):
-        return stop.span()
-    return None
 
   def _stop_of_next_turn(self) -> tuple[int, int]:
     """Where the template writes the stop token only as the next turn opens."""
@@ -249,14 +242,8 @@ def fill(prompt: str, full: str, thought: str) -> Filled | None:
   The block begins as the prompt opens it. Where the rendering has an empty
   block, that one is filled.
 
-  Args:
-    prompt: what inference sees.
-    full: the turns up to and including this one, without its reasoning.
-    thought: the reasoning, without white space around it.
-
-  Returns:
-    None where `full` does not begin with the prompt, or the prompt has closed
-    the reasoning already.
+  None where `full` does not begin with the prompt, or the prompt has closed
+  the reasoning already. `thought` has no white space around it.
   """
   opened = _OPENED.search(prompt)
   at = opened.start() if opened else len(prompt)
