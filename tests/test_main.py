@@ -78,14 +78,19 @@ def test_debug_shows_the_trace(tmp_path):
 
 
 def test_out_of_memory_is_an_error_with_a_cure(monkeypatch, capsys):
-  def exhausted(config, force, command):
+  def exhausted(config, **choices):
     raise jax.errors.JaxRuntimeError(
       "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nMore."
     )
 
   says = lambda value: SimpleNamespace(value=value)
   monkeypatch.setattr(main, "train", exhausted)
-  for name, value in (("CONFIG", None), ("FORCE", False), ("DEBUG", False)):
+  for name, value in (
+    ("CONFIG", None),
+    ("FORCE", False),
+    ("DRY_RUN", False),
+    ("DEBUG", False),
+  ):
     monkeypatch.setattr(main, name, says(value))
   assert main._run() == main.USER_EXIT
   said = capsys.readouterr().err

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sft_jax.common import trees
+from sft_jax.common import distributed, trees
 from sft_jax.data.chat import template as templates
 from sft_jax.data.chat import template_export
 from sft_jax.data.chat.options import DEFAULT, RenderOptions
@@ -25,7 +25,6 @@ from sft_jax.models import transformer
 from sft_jax.models.hf import load_save
 from sft_jax.models.hf.safetensors_files import (
   replace_folder,
-  wait_for_all,
   write_checksums,
 )
 from sft_jax.models.transformer import Model
@@ -136,7 +135,7 @@ def save_pretrained(
       load_save.write_into(folder, Path(export_into), model, params)
     if tokenizer:
       _write_template(folder, tokenizer, options)
-    wait_for_all()
+    distributed.barrier("sft_jax.export")
     try:
       found.append(
         _verify(

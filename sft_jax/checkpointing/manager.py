@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from sft_jax.checkpointing import digests
+from sft_jax.common import distributed, trees
+from sft_jax.step.train_step import TrainState
 
 
 class Restored(NamedTuple):
@@ -256,6 +257,13 @@ class Checkpoints:
       )
     return None
 
+  def newest_meta(self) -> dict[str, Any] | None:
+    """What was saved beside the newest arrays whose manifest is whole."""
+    for step in reversed(self.steps()):
+      with contextlib.suppress(Exception):  # Restoring it will say so.
+        return self._manifest(step)["meta"]
+    return None
+
   def _manifest(self, step: int) -> dict[str, Any]:
     """A ValueError where it is missing or damaged."""
     metadata = self._orbax.checkpointables_metadata(step)
@@ -280,12 +288,7 @@ class Checkpoints:
         "in a new workdir."
       )
     if changed := digests.damaged(held["beside"], beside):
-      raise Mismatch(
-        f"checkpoint {step}: the frozen parameters {changed[:3]} "
-        f"({len(changed)} arrays) are not those it was trained beside, "
-        "expected the same: the model's folder has changed. Put the files "
-        "back, or start in a new workdir."
-      )
+      raise Mismatch(_other_base(f"checkpoint {step}", changed))
     as_saved = jax.tree_util.tree_map_with_path(
       lambda path, x: jax.ShapeDtypeStruct(
         x.shape,
@@ -312,11 +315,11 @@ class Checkpoints:
     while target.exists():
       number += 1
       target = self._rejected() / f"{step}.{number}"
-    _together("names of rejected checkpoints")
+    distributed.barrier("names of rejected checkpoints")
     if jax.process_index() == 0:
       self._rejected().mkdir(exist_ok=True)
       shutil.move(self._directory / str(step), target)
-    _together("a checkpoint is set aside")
+    distributed.barrier("a checkpoint is set aside")
     self._scores.pop(step, None)
     self._open()
     return target
@@ -326,13 +329,65 @@ class Checkpoints:
     if jax.process_index() == 0:
       for path in self._directory.glob("*.orbax-checkpoint-tmp"):
         shutil.rmtree(path)
-    _together("unfinished checkpoints are removed")
+    distributed.barrier("unfinished checkpoints are removed")
 
 
-def _together(what: str) -> None:
-  """Waits until every process is here."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(what)
+def read_manifest(path: Path) -> dict[str, Any]:
+  """What a checkpoint's folder says of itself; a ValueError if damaged."""
+  metadata = ocp.checkpointables_metadata(str(path.absolute()))
+  try:
+    return digests.unseal(metadata.custom_metadata)
+  except ValueError as error:
+    raise ValueError(
+      f"{path}: {error}; expected one that is whole. Name another checkpoint."
+    ) from error
+
+
+def read_parameters(
+  path: Path, manifest: dict[str, Any], base: trees.Tree
+) -> dict[str, jax.Array]:
+  """{path: parameter} of a checkpoint's folder, on the first device, verified.
+
+  Args:
+    path: the folder.
+    manifest: by `read_manifest`.
+    base: the parameters of the model's folder, beside which it was trained.
+
+  Raises:
+    ValueError: the base is another one, or a digest is wrong.
+  """
+  if changed := digests.damaged(manifest["beside"], base):
+    raise ValueError(_other_base(str(path), changed))
+  metadata = ocp.checkpointables_metadata(str(path.absolute()))
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+    metadata.metadata["state"],
+  )
+  asked = {"state": abstract}
+  state = ocp.load_checkpointables(str(path.absolute()), asked)["state"]
+  # As they were named when saved; the optimizer's arrays are not needed.
+  named = TrainState(None, state["params"], state["frozen"], None)
+  saved = {
+    name: x
+    for name, x in manifest["arrays"].items()
+    if name.startswith((".params", ".frozen"))
+  }
+  if wrong := digests.damaged(saved, named):
+    raise ValueError(
+      f"{path}: the digests of {wrong[:3]} ({len(wrong)} arrays) are not "
+      "those they were saved with, expected the same: the files are damaged. "
+      "Name another checkpoint."
+    )
+  return trees.flatten(state["params"]) | trees.flatten(state["frozen"] or {})
+
+
+def _other_base(where: str, changed: list[str]) -> str:
+  return (
+    f"{where}: the frozen parameters {changed[:3]} ({len(changed)} arrays) are "
+    "not those it was trained beside, expected the same: the model's folder "
+    "has changed. Put the files back, or start in a new workdir."
+  )
 
 
 def _line(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """Continuing where a run stopped: its config, its data, its newest state."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,8 +9,30 @@ import jax
 
 from sft_jax.checkpointing.manager import Checkpoints
 from sft_jax.common import trees
+from sft_jax.common.workdir import find_json
 from sft_jax.data.store.fingerprint import differences
 from sft_jax.step.train_step import TrainState
+
+
+class Origin(NamedTuple):
+  """What a run is made from; a checkpoint holds it, and resuming compares.
+
+  The files of the workdir that say the same are copies for people.
+
+  Attributes:
+    config: its keys, nested.
+    data: the fingerprint of the training data.
+    data_fingerprint_inputs: what that is made from, to name a difference.
+    model: config.json of the model's folder; its weights are compared by
+      digest with the arrays beside the checkpoint.
+    own: names of the loss and optimizer that are no config's.
+  """
+
+  config: dict[str, Any]
+  data: str
+  data_fingerprint_inputs: dict[str, Any]
+  model: dict[str, Any]
+  own: dict[str, str]
 
 
 class Resumed(NamedTuple):
@@ -19,8 +41,8 @@ class Resumed(NamedTuple):
   Attributes:
     state: on its devices.
     loop: what the loop saved besides arrays; {} at the start.
-    changes: how the data differ from what the checkpoint was made from, where
-      that was forced.
+    changes: how what the run is made from differs from what the checkpoint
+      was made from, where that was forced.
   """
 
   state: TrainState
@@ -41,10 +63,9 @@ def split_stored(state: TrainState) -> tuple[TrainState, trees.Tree]:
 def restore(
   checkpoints: Checkpoints,
   fresh: TrainState,
-  *,
-  fingerprint: str,
-  inputs: dict[str, Any],
+  origin: Origin,
   log: Callable[[str], None],
+  *,
   force: bool = False,
 ) -> Resumed:
   """The newest state that verifies; the fresh one if there is none.
@@ -52,13 +73,12 @@ def restore(
   Args:
     checkpoints: of the run.
     fresh: what training would start from; its arrays make room.
-    fingerprint: of the training data that the config now gives.
-    inputs: what that fingerprint is made from, to name a difference.
+    origin: what the run is made from now.
     log: called with a line for each checkpoint that is rejected.
-    force: continues with other data, and with other dtypes.
+    force: continues with another config, other data and other dtypes.
 
   Raises:
-    ValueError: the checkpoint was made from other data, or holds other arrays.
+    ValueError: the checkpoint is of another run, or holds other arrays.
   """
   own, base = split_stored(fresh)
   abstract = _abstract(own)
@@ -67,18 +87,27 @@ def restore(
   restored = checkpoints.restore(abstract, log, beside=base, cast=force)
   if restored is None:
     return Resumed(fresh, {}, [])
-  changed = []
-  if restored.meta["data"] != fingerprint:
-    changed = differences(restored.meta["data_fingerprint_inputs"], inputs)
-    if not force:
-      raise ValueError(
-        f"checkpoint {restored.step}: made from other data than the config "
-        "now gives:\n  " + "\n  ".join(changed) + "\nexpected the same. Undo "
-        "the change, start in a new workdir, or continue with --force."
-      )
-  return Resumed(
-    _with_base(restored.state, base), restored.meta["loop"], changed
+  meta, step = restored.meta, restored.step
+  changed = config_changes(meta["config"], origin.config, step)
+  if changed and not force:
+    raise ValueError(_refusal(f"checkpoint {step}", "config", changed))
+  other = []
+  if meta["data"] != origin.data:
+    other += differences(
+      meta["data_fingerprint_inputs"], origin.data_fingerprint_inputs
+    )
+  other += differences(
+    {"config.json": meta["model"], "own": meta["own"]},
+    {"config.json": origin.model, "own": origin.own},
   )
+  if other and not force:
+    raise ValueError(
+      f"checkpoint {step}: made from other data or another model than the "
+      "config now gives:\n  " + "\n  ".join(other) + "\nexpected the same. "
+      "Undo the change, start in a new workdir, or continue with --force."
+    )
+  state = _with_base(restored.state, base)
+  return Resumed(state, meta["loop"], changed + other)
 
 
 def restore_best(
@@ -119,26 +148,48 @@ _WITHOUT_EFFECT = (
 )
 
 
-def config_changes(config: Mapping[str, Any], workdir: Path) -> list[str]:
-  """How a config differs from that of the run that the workdir holds."""
-  path = workdir / "config.json"
-  if not path.exists():
-    return []
-  old = trees.flatten(json.loads(path.read_text()))
-  new = trees.flatten(json.loads(json.dumps(config)))
-  return [
-    f"{key.replace('/', '.')}: {old.get(key)!r} -> {new.get(key)!r}"
-    for key in sorted(old.keys() | new.keys())
-    if old.get(key) != new.get(key) and key not in _WITHOUT_EFFECT
+def saved_config(
+  checkpoints: Checkpoints, workdir: Path
+) -> dict[str, Any] | None:
+  """The config of the run that is in a workdir, if there is one.
+
+  By the newest checkpoint; before there is one, by the copy in config.json.
+  """
+  if meta := checkpoints.newest_meta():
+    return meta["config"]
+  return find_json(workdir / "config.json")
+
+
+def config_changes(
+  old: dict[str, Any], new: dict[str, Any], step: int = 0
+) -> list[str]:
+  """What differs, a line for each key; `step` is where the run continues."""
+  before, after = (trees.flatten(json.loads(json.dumps(x))) for x in (old, new))
+  lines = [
+    f"{key.replace('/', '.')}: {before.get(key)!r} -> {after.get(key)!r}"
+    for key in sorted(before.keys() | after.keys())
+    if before.get(key) != after.get(key) and key not in _WITHOUT_EFFECT
   ]
+  seen, now = (step * x.get("batch_size", 0) for x in (before, after))
+  if seen != now:
+    what = "skipped" if now > seen else "trained on again"
+    lines.append(
+      f"batch_size: the order of the data continues after {now} packs, and "
+      f"{seen} were trained on: {abs(now - seen)} are {what}"
+    )
+  return lines
 
 
 def check_same_config(changed: list[str], workdir: Path) -> None:
   """Raises ValueError with the difference if the workdir has another config."""
   if changed:
-    raise ValueError(
-      f"{workdir}: holds a run with another config:\n  "
-      + "\n  ".join(changed)
-      + "\nexpected the same. Undo the change, choose another workdir, or "
-      "continue with --force."
-    )
+    raise ValueError(_refusal(str(workdir), "config", changed))
+
+
+def _refusal(where: str, what: str, changed: list[str]) -> str:
+  return (
+    f"{where}: holds a run with another {what}:\n  "
+    + "\n  ".join(changed)
+    + "\nexpected the same. Undo the change, choose another workdir, or "
+    "continue with --force."
+  )

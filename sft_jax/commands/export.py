@@ -4,7 +4,6 @@ sft-jax export --workdir=runs/demo --out=my_model
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ from rich.text import Text
 
 from sft_jax.checkpointing.resume import restore
 from sft_jax.commands import command
+from sft_jax.common.workdir import read_json
 from sft_jax.reporting import terminal
 from sft_jax.training.build import build
+from sft_jax.training.loop import find_origin
 from sft_jax.training.run import export_run, open_checkpoints, own_params
 
 
@@ -27,7 +28,7 @@ def main() -> None:
   out = terminal.console()
   say = lambda line: out.print(Text(line))
   workdir = Path(args.workdir)
-  read = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+  read = read_json(workdir / "config.json")
   config: Any = ml_collections.ConfigDict(read, type_safe=False)
   run = build.build_run(config, say)
   checkpoints = open_checkpoints(config, workdir)
@@ -39,9 +40,8 @@ def main() -> None:
   state = restore(
     checkpoints,
     run.state,
-    fingerprint=run.stream.fingerprint,
-    inputs=run.stream.fingerprint_inputs,
-    log=say,
+    find_origin(config, run),
+    say,
   ).state
   checkpoints.close()
   params = own_params(state)

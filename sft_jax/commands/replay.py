@@ -10,7 +10,6 @@ must have the fingerprint that the run's data.json says.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from sft_jax.commands import command
+from sft_jax.common.workdir import read_json
 from sft_jax.data.audit.summary import step_rows
 from sft_jax.data.store import fingerprint
 from sft_jax.data.tokenizers import tokenizer as tokenizers
@@ -54,7 +54,7 @@ def main() -> None:
   args = parser.parse_args()
   out = terminal.console()
   workdir = Path(args.workdir)
-  read = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+  read = read_json(workdir / "config.json")
   config: Any = ml_collections.ConfigDict(read, type_safe=False)
   with config.unlocked():
     config.workdir = str(workdir)
@@ -64,7 +64,7 @@ def main() -> None:
   stream = data.make_train_stream(
     config, data.load_stores(config, tokenizer, say).train
   )
-  made_from = json.loads((workdir / "data.json").read_text(encoding="utf-8"))
+  made_from = read_json(workdir / "data.json")
   if made_from["fingerprint"] != stream.fingerprint:
     changed = fingerprint.differences(
       made_from["fingerprint_inputs"], stream.fingerprint_inputs

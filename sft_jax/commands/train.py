@@ -21,6 +21,9 @@ FORCE = flags.DEFINE_bool(
   False,
   "Continue with another config or other data; incidents.jsonl says so.",
 )
+DRY_RUN = flags.DEFINE_bool(
+  "dry-run", False, "Show the start page, and stop before the first step."
+)
 COORDINATOR = flags.DEFINE_string(
   "coordinator",
   "",
@@ -91,7 +94,12 @@ def _command(arguments: Sequence[str]) -> str:
 def _run() -> int:
   """The run, and its exit code."""
   try:
-    train(CONFIG.value, force=FORCE.value, command=_command(sys.argv[1:]))
+    train(
+      CONFIG.value,
+      force=FORCE.value,
+      dry_run=DRY_RUN.value,
+      command=_command(sys.argv[1:]),
+    )
   except Stopped as stopped:
     print(stopped, file=sys.stderr)
     return STOPPED_EXIT

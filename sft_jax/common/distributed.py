@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Seconds without a sign of life after which a process counts as dead.
@@ -143,6 +144,12 @@ def first_alone() -> Iterator[None]:
   else:
     yield
     client.wait_at_barrier(name, _A_DAY)
+
+
+def barrier(name: str) -> None:
+  """Waits until every process of the run is here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
 
 
 def first_says(value: Any) -> Any:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,32 @@ def locked(workdir: Path) -> Iterator[None]:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     yield
+
+
+def read_json(path: Path) -> Any:
+  """What is in a JSON file of a workdir.
+
+  Raises:
+    ValueError: it is damaged.
+  """
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(
+      f"{path}: is damaged ({error}), expected JSON. Resuming the run writes "
+      "it again."
+    ) from error
+
+
+def find_json(path: Path) -> Any:
+  """The same; None where it is missing, or damaged, which stderr says."""
+  try:
+    return read_json(path)
+  except FileNotFoundError:
+    return None
+  except ValueError as error:
+    print(f"warning: {error}", file=sys.stderr)
+    return None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -99,5 +126,9 @@ class Incidents:
     """All lines that are whole."""
     if not self._path.exists():
       return []
-    lines = self._path.read_text().splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    lines = self._path.read_text(errors="replace").splitlines()
+    found = []
+    for line in lines:
+      with contextlib.suppress(ValueError):  # Cut short by a crash.
+        found.append(json.loads(line))
+    return found

@@ -1,5 +1,6 @@
 """Metrics: sums over a window of steps, divided once; one jsonl record."""
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -89,10 +90,11 @@ class JsonlWriter:
       return
     lines = []
     if path.exists():
-      for line in path.read_text().splitlines():
-        if not line.endswith("}"):
+      for line in path.read_text(errors="replace").splitlines():
+        try:
+          record = json.loads(line)
+        except ValueError:  # Cut short, by a crash or a damaged disk.
           continue
-        record = json.loads(line)
         if record["step"] <= resume_step:
           self.kept.append(record)
           lines.append(line + "\n")
@@ -122,4 +124,8 @@ class JsonlWriter:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
   """All records of a metrics.jsonl."""
-  return [json.loads(line) for line in path.read_text().splitlines()]
+  found = []
+  for line in path.read_text(errors="replace").splitlines():
+    with contextlib.suppress(ValueError):  # Cut short.
+      found.append(json.loads(line))
+  return found

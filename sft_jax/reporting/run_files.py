@@ -1,10 +1,9 @@
 """What a run has left in its workdir, read for reports and comparisons."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from sft_jax.common.workdir import Incidents
+from sft_jax.common.workdir import Incidents, read_json
 from sft_jax.reporting import metrics
 
 # What is in which file: an object, and an object a line.
@@ -36,7 +35,7 @@ def read(workdir: str | Path) -> dict[str, Any]:
   found: dict[str, Any] = {"title": str(workdir)}
   for name, file in FILES.items():
     if (workdir / file).exists():
-      found[name] = json.loads((workdir / file).read_text(encoding="utf-8"))
+      found[name] = read_json(workdir / file)
   for name, file in LINES.items():
     if (workdir / file).exists():
       found[name] = metrics.read_jsonl(workdir / file)

@@ -7,7 +7,6 @@ could not be sent is sent later.
 """
 
 import importlib.util
-import json
 import math
 import re
 import time
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from sft_jax.common import trees
-from sft_jax.common.workdir import write_json
+from sft_jax.common.workdir import find_json, write_json
 from sft_jax.reporting.terminal import visible
 
 
@@ -250,8 +249,7 @@ class Copies:
     if jax.process_index():
       return
     check(names)
-    if self._path.exists():
-      self._state = json.loads(self._path.read_text())
+    self._state = find_json(self._path) or {}
     for name in names:
       state = self._state.setdefault(name, {"run": "", "copied": [-1, 0]})
       try:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from sft_jax.checkpointing.manager import Checkpoints
-from sft_jax.checkpointing.resume import Resumed, split_stored
+from sft_jax.checkpointing.resume import Origin, Resumed, split_stored
 from sft_jax.common import distributed, sharding, trees
 from sft_jax.common.batch import Batch
 from sft_jax.data.audit.summary import step_rows
@@ -18,7 +18,7 @@ from sft_jax.reporting import profiling, terminal
 from sft_jax.step.train_step import TrainState, split_micro_batches
 from sft_jax.training import step_runner
 from sft_jax.training.build.build import BuiltRun
-from sft_jax.training.build.data import Config
+from sft_jax.training.build.data import NOTHING, Config, Own
 from sft_jax.training.interrupts import Stopped, Watchdog
 from sft_jax.training.recorder import Records
 from sft_jax.training.session import Session
@@ -141,6 +141,17 @@ def followed_metric(config: Config) -> str:
   return config.checkpoint.keep_best or default
 
 
+def find_origin(config: Config, built: BuiltRun, own: Own = NOTHING) -> Origin:
+  """What the run is made from."""
+  return Origin(
+    config=config.to_dict(),
+    data=built.stream.fingerprint,
+    data_fingerprint_inputs=built.stream.fingerprint_inputs,
+    model=built.model.config.raw,
+    own=own.names,
+  )
+
+
 class _Due(NamedTuple):
   """What follows a step."""
 
@@ -173,6 +184,7 @@ class _Loop:
       ),
     )
     state = LoopState(**resumed.loop)
+    self._records.check_chain(state.chain)
     self._patience = make_patience(self._config, state)
     self._detector = _make_detector(self._config, state)
     self._watchdog = Watchdog(self._config.faults.hang_seconds)
@@ -341,12 +353,8 @@ class _Loop:
       best=self._patience.best,
       since_best=self._patience.since_best,
     )
-    meta = {
-      "data": self._built.stream.fingerprint,
-      "data_fingerprint_inputs": self._built.stream.fingerprint_inputs,
-      "config": self._config.to_json(),
-      "loop": state._asdict(),
-    }
+    origin = find_origin(self._config, self._built, self._session.own)
+    meta = {**origin._asdict(), "loop": state._asdict()}
     self._saved = self.runner.number
     with self._session.clock.on("save"):
       self._checkpoints.save(

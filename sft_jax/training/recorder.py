@@ -23,9 +23,9 @@ class Records:
     config, workdir = session.config, session.workdir
     self._built, self._clock, self.last = built, session.clock, resume_step
     self._on_record, self._record = session.own.on_record, {}
-    self._file = metrics.JsonlWriter(
-      workdir / "metrics.jsonl", resume_step=resume_step
-    )
+    self._path, self._incidents = workdir / "metrics.jsonl", session.incidents
+    self._log = session.log
+    self._file = metrics.JsonlWriter(self._path, resume_step=resume_step)
     self._copies = trackers.Copies(
       config.log.writers,
       trackers.About(workdir, config.log.project, config.to_dict()),
@@ -40,6 +40,30 @@ class Records:
       chip=built.machine.chip,
       published=built.machine.published,
     )
+
+  def check_chain(self, chain: str) -> None:
+    """Compares the records with the checkpoint that a run resumes from.
+
+    Raises:
+      ValueError: the last record is of other rows: one of the two was copied
+        from another run.
+    """
+    if not self.last or jax.process_index():
+      return
+    at = [r for r in self._file.kept if r["step"] == self.last]
+    there = [r["data/chain"] for r in at if "data/chain" in r]
+    if not there:
+      message = f"{self._path}: has no record of step {self.last}"
+      self._log(f"warning: {message}; the curves have a gap before it.")
+      self._incidents.add("records lost", self.last, message)
+    elif there[-1] != chain:
+      self.close()
+      raise ValueError(
+        f"{self._path}: its records up to step {self.last} are of other rows "
+        f"(chain {there[-1]}) than the checkpoint ({chain}), expected those "
+        "of one run: one of them was copied from another. Put the right file "
+        "back, or delete metrics.jsonl."
+      )
 
   def window(self, runner: StepRunner) -> dict[str, Any]:
     """The metrics of a window that ends here; waits for the device.

@@ -5,7 +5,6 @@
 `checkpointing/resume.py` finds where a run stopped.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
@@ -21,9 +20,16 @@ from sft_jax.checkpointing.resume import (
   config_changes,
   restore,
   restore_best,
+  saved_config,
 )
 from sft_jax.common import compile_cache, sharding, trees
-from sft_jax.common.workdir import Incidents, locked, write_json, write_jsonl
+from sft_jax.common.workdir import (
+  Incidents,
+  find_json,
+  locked,
+  write_json,
+  write_jsonl,
+)
 from sft_jax.data.sources import MemoryRows
 from sft_jax.evals import suite as measure
 from sft_jax.models.hf import peft
@@ -47,7 +53,12 @@ from sft_jax.training.build.data import (
   pin_date,
 )
 from sft_jax.training.interrupts import StopRequest
-from sft_jax.training.loop import followed_metric, is_finished, train_steps
+from sft_jax.training.loop import (
+  find_origin,
+  followed_metric,
+  is_finished,
+  train_steps,
+)
 from sft_jax.training.session import Session
 
 
@@ -74,6 +85,7 @@ def train(
   optimizer: optax.GradientTransformation | None = None,
   on_record: Callable[[dict[str, Any]], Any] | None = None,
   force: bool = False,
+  dry_run: bool = False,
   command: str = "",
 ) -> Result:
   """Trains as the config says, in `config.workdir`; resumes what is there.
@@ -93,6 +105,8 @@ def train(
       its metrics and 'step' as a plain dict.
     force: continues in a workdir of another config or other data, and records
       the change in incidents.jsonl.
+    dry_run: shows the start page and stops; nothing is written but encoded
+      rows, and the result holds neither metrics nor parameters.
     command: what was typed to get here, for the report.
 
   Raises:
@@ -126,20 +140,25 @@ def train(
     locked(workdir),
     compile_cache.opened(config.compile_cache, session.log),
   ):
+    if dry_run:
+      built = _build(session)
+      start_page.show(built, start_page.facts(config, built, 0), session.out)
+      return Result({}, {}, workdir)
     return run(session, force, command)
 
 
 def run(session: Session, force: bool, command: str) -> Result:
   """The phases of a run, one after the other."""
-  config_breaks = _check(session, force)
-  built = _build(session)
   checkpoints = open_checkpoints(session.config, session.workdir)
   with closing(checkpoints):
-    resumed = _resume(session, built, checkpoints, config_breaks, force)
+    early_changes = _check(session, checkpoints, force)
+    built = _build(session)
+    resumed = _resume(session, built, checkpoints, early_changes, force)
     _write_start(session, built, resumed, command)
     finished = is_finished(session.config, built, resumed)
-    if finished and not resumed.changes and _result_path(session).exists():
-      return _report_finished(session, resumed.state, checkpoints)
+    result = find_json(_result_path(session))
+    if finished and not resumed.changes and result is not None:
+      return _report_finished(session, result, resumed.state, checkpoints)
     if step := int(resumed.state.step):
       session.incidents.add("resumed", step, f"at step {step}")
     selfcheck.check_at_start(
@@ -180,15 +199,19 @@ def _with_own(config: Config, own: Own) -> Config:
   return config
 
 
-def _check(session: Session, force: bool) -> list[str]:
+def _check(
+  session: Session, checkpoints: Checkpoints, force: bool
+) -> list[str]:
   """Refuses what can be refused before anything is loaded.
 
   Returns:
     How the config differs from that of the run in the workdir.
   """
   config, workdir = session.config, session.workdir
-  pin_date(config, workdir)
-  changes = config_changes(config.to_dict(), workdir)
+  changes = []
+  if old := saved_config(checkpoints, workdir):
+    pin_date(config, old)
+    changes = config_changes(old, config.to_dict())
   if not force:
     check_same_config(changes, workdir)
   trackers.check(config.log.writers)
@@ -213,7 +236,7 @@ def _resume(
   session: Session,
   built: BuiltRun,
   checkpoints: Checkpoints,
-  config_breaks: list[str],
+  early_changes: list[str],
   force: bool,
 ) -> Resumed:
   """The newest state; logs and records every change that was forced."""
@@ -221,13 +244,13 @@ def _resume(
   resumed = restore(
     checkpoints,
     built.state,
-    fingerprint=built.stream.fingerprint,
-    inputs=built.stream.fingerprint_inputs,
-    log=session.reject,
+    find_origin(session.config, built, session.own),
+    session.reject,
     force=force,
   )
-  resumed = resumed._replace(changes=config_breaks + resumed.changes)
   step = int(resumed.state.step)
+  if not step:  # There was no checkpoint to compare with.
+    resumed = resumed._replace(changes=early_changes)
   for line in resumed.changes:
     session.log(f"Forced: {line}")
     session.incidents.add("forced", step, line)
@@ -260,13 +283,15 @@ def _write_start(
 
 
 def _report_finished(
-  session: Session, state: TrainState, checkpoints: Checkpoints
+  session: Session,
+  result: dict[str, Any],
+  state: TrainState,
+  checkpoints: Checkpoints,
 ) -> Result:
   """The result of a run that has nothing left to do."""
   session.log(
     f"{session.workdir} is finished. To train again, choose another workdir."
   )
-  result = json.loads(_result_path(session).read_text())
   final_summary.show_result(session.out, result, session.config.eval.samples)
   final_summary.show_places(session.out, session.workdir, session.config)
   if session.config.eval.patience:
@@ -279,8 +304,9 @@ def _measure_before(
 ) -> dict[str, Any]:
   """Measures the model before training, unless that was done already."""
   path = session.workdir / "evals" / "before.json"
-  if path.exists():
-    before = json.loads(path.read_text())
+  inputs = evals.measured_inputs(built)
+  before, step = find_json(path), int(state.step)
+  if before is not None and before.get("inputs", inputs) == inputs:
     suite.measured = {
       name: (done, of)
       for name, (done, of) in before.get("measured", {}).items()
@@ -288,9 +314,11 @@ def _measure_before(
     return before
   session.log("Measuring the model before training ...")
   params, config = _params(state), session.config
-  is_base = not (
-    int(state.step) or config.model.from_scratch or config.lora.path
-  )
+  if step:  # The state has been trained: the model is read again.
+    _, params = model.load_model(
+      _with_model(config, built), built.mesh, session.log
+    )
+  is_base = not (step or config.model.from_scratch or config.lora.path)
   with session.clock.on("evaluation"):
     before = suite(params, is_base=is_base and config.eval.kl)
     before |= evals.sample_replies(config, built, params)
@@ -301,6 +329,7 @@ def _measure_before(
       f"eval.max_seconds: measured here and from now on are {line}, what "
       "fits. Raise it, or set it to 0 for everything."
     )
+  before["inputs"] = inputs
   write_json(path, before)
   return before
 
@@ -391,10 +420,17 @@ def _beside_base(
     or base_model.base_of(params, built.trained) is not None
   ):
     return params
+  _, base = model.load_model(
+    _with_model(config, built), built.mesh, session.log
+  )
+  return base_model.with_copies(params, base_model.to_copy(base, built.trained))
+
+
+def _with_model(config: Config, built: BuiltRun) -> Config:
+  """The config with the model's folder, whatever the model was called."""
   config = config.copy_and_resolve_references()
   config.model.path = str(built.source.folder)
-  _, base = model.load_model(config, built.mesh, session.log)
-  return base_model.with_copies(params, base_model.to_copy(base, built.trained))
+  return config
 
 
 def _compare(

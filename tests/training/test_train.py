@@ -89,3 +89,21 @@ def test_a_loss_and_an_optimizer_of_ones_own(made, tmp_path):
     np.testing.assert_allclose(
       trees.flatten(got)[path], x, rtol=1e-4, atol=1e-6, err_msg=path
     )
+
+
+def test_a_dry_run_and_a_run_as_the_model(made, tmp_path, capsys):
+  """It warns of few steps; a run without an export is no model."""
+  config = other(made, tmp_path, steps=0)
+  config.optim.warmup_steps = -1
+  assert sft_jax.train(config, dry_run=True).metrics == {}
+  shown = " ".join(capsys.readouterr().out.split())
+  assert "4 steps are few to learn from. batch_size=1 gives about 32" in shown
+  assert "learning rate" in shown
+  assert not (tmp_path / "run" / "config.json").exists()
+  config.model.path = str(made[1].workdir)
+  with pytest.raises(
+    ValueError, match=r"model\.path: got .* without an export"
+  ):
+    sft_jax.train(config, dry_run=True)
+  shutil.copytree(made[0].model.path, made[1].workdir / "export")
+  sft_jax.train(config, dry_run=True)

@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 import jax
 import ml_dtypes
 import numpy as np
-from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
+
+from sft_jax.common import distributed
 
 _DTYPES = {
   "F64": np.float64,
@@ -361,10 +362,10 @@ def replace_folder(
     # What a killed process left behind.
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
-  wait_for_all()
+  distributed.barrier("sft_jax.models.hf")
   try:
     write(fresh)
-    wait_for_all()
+    distributed.barrier("sft_jax.models.hf")
     if first:
       if path.exists():
         path.rename(old)
@@ -373,13 +374,7 @@ def replace_folder(
     if first:
       shutil.rmtree(fresh, ignore_errors=True)
       shutil.rmtree(old, ignore_errors=True)
-  wait_for_all()
-
-
-def wait_for_all() -> None:
-  """Returns when every process of the run has come here."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices("sft_jax.models.hf")
+  distributed.barrier("sft_jax.models.hf")
 
 
 def write_checksums(folder: Path) -> None:

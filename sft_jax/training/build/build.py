@@ -27,6 +27,8 @@ from sft_jax.training.build import model as setup_model
 from sft_jax.training.build import step as setup_step
 from sft_jax.training.build.data import NOTHING, Config, Log, Own
 
+_FEW_STEPS = 20
+
 
 class BuiltRun(NamedTuple):
   """All that a run needs, built from a config; see `build_run`."""
@@ -73,6 +75,8 @@ def build_run(config: Config, log: Log, own: Own = NOTHING) -> BuiltRun:
   data = setup_data.load_data(config, tokenizer, log, own)
   num_steps = config.steps or data.stream.num_steps
   assert num_steps is not None  # Only a stream without epochs has no end.
+  if num_steps < _FEW_STEPS:
+    log(_few_steps(config, data.stream, num_steps))
   model, params = setup_model.load_model(config, mesh, log)
   narrow = not model.lora and config.model.param_dtype == "bfloat16"
   if narrow and config.optim.rounding == "nearest":
@@ -139,6 +143,23 @@ def build_run(config: Config, log: Log, own: Own = NOTHING) -> BuiltRun:
     ),
     row_nats=step.row_nats,
     **data._asdict(),
+  )
+
+
+def _few_steps(config: Config, stream: Stream, num_steps: int) -> str:
+  """What a run of few steps is warned of, and what would give it more."""
+  line = f"warning: {num_steps} steps are few to learn from."
+  if config.steps:
+    return f"{line} steps=0 makes as many as epochs={config.epochs} give."
+  packs = num_steps * config.batch_size
+  # Halved, the batch is still divided by micro-batches and devices.
+  size = config.batch_size
+  while size % 2 == 0 and packs // size < _FEW_STEPS:
+    size //= 2
+  epochs = -(-_FEW_STEPS * config.epochs // num_steps)
+  return (
+    f"{line} batch_size={size} gives about {packs // size}, epochs={epochs} "
+    f"at least {_FEW_STEPS}."
   )
 
 

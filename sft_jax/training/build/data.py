@@ -251,14 +251,12 @@ def load_tokenizer(
   return tokenizer
 
 
-def pin_date(config: Config, workdir: Path) -> None:
-  """Takes the date that the run in the workdir was begun with."""
-  path = workdir / "config.json"
-  if path.exists() and "date" not in config.data.template_kwargs:
-    old = json.loads(path.read_text(encoding="utf-8"))
-    if date := old["data"]["template_kwargs"].get("date"):
-      with config.unlocked():
-        config.data.template_kwargs.date = date
+def pin_date(config: Config, old: Mapping[str, Any]) -> None:
+  """Takes the date that a run of another config was begun with."""
+  date = old["data"]["template_kwargs"].get("date")
+  if date and "date" not in config.data.template_kwargs:
+    with config.unlocked():
+      config.data.template_kwargs.date = date
 
 
 def make_render_options(config: Config) -> RenderOptions:

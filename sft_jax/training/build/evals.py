@@ -9,6 +9,7 @@ import numpy as np
 from sft_jax.common import sharding, trees
 from sft_jax.common.batch import Batch
 from sft_jax.data.chat.token_roles import TOKEN_ROLES
+from sft_jax.data.store.files import hash_text
 from sft_jax.data.store.store import Store
 from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.evals import memorization, row_losses, suite
@@ -98,6 +99,20 @@ def evaluation_seconds(config: Config, built: BuiltRun) -> float:
   return tokens * forward / (_USUAL_SHARE * peak) + sampled * forward / (
     _SAMPLING_SHARE * peak
   )
+
+
+def measured_inputs(built: BuiltRun) -> dict[str, Any]:
+  """What evaluations read: those of other inputs cannot be compared."""
+  streams = {"held_out": built.held_out, "general_text": built.general_text}
+  sets = {"behaviors": built.items, "knowledge": built.knowledge}
+  return {
+    **{name: x.fingerprint for name, x in streams.items() if x},
+    **{
+      name: hash_text(repr([one._replace(where="") for one in items]))
+      for name, items in sets.items()
+      if items
+    },
+  }
 
 
 def max_seconds(config: Config, built: BuiltRun) -> float:

@@ -1,21 +1,18 @@
 """A model to ask, from wherever it is: an export, a run or a checkpoint."""
 
 import datetime
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
-from orbax.checkpoint import v1 as ocp
 
-from sft_jax.checkpointing import digests
+from sft_jax.checkpointing import manager
 from sft_jax.common import sharding, trees
 from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.models.transformer import Model
-from sft_jax.step.train_step import TrainState
 from sft_jax.training.build import data
 from sft_jax.training.build import model as setup_model
 
@@ -76,55 +73,16 @@ def load(
       )
     path = max(steps, key=lambda p: int(p.name))
   say(f"Loading {path} ...")
-  read = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-  config: Any = ml_collections.ConfigDict(read, type_safe=False)
+  manifest = manager.read_manifest(path)
+  config: Any = ml_collections.ConfigDict(
+    manifest["meta"]["config"], type_safe=False
+  )
   mesh = sharding.make_mesh(**config.mesh)
   config.model.path = str(setup_model.find_model(config).folder)
   tokenizer = data.load_tokenizer(config, config.model.path)
   model, base = setup_model.load_model(config, mesh, say)
-  state = _read(path, base)
   held = trees.flatten(base)
-  for part in ("params", "frozen"):
-    for name, x in trees.flatten(state[part] or {}).items():
-      held[name] = jax.device_put(x, held[name].sharding)
+  for name, x in manager.read_parameters(path, manifest, base).items():
+    held[name] = jax.device_put(x, held[name].sharding)
   options = data.make_render_options(config)
   return Asked(model, trees.unflatten(held), tokenizer, options)
-
-
-def _read(path: Path, base: trees.Tree) -> dict[str, Any]:
-  """What a checkpoint holds, on the first device, compared with its manifest.
-
-  Args:
-    base: the parameters of the model's folder, beside which it was trained.
-  """
-  metadata = ocp.checkpointables_metadata(str(path.absolute()))
-  try:
-    told = digests.unseal(metadata.custom_metadata)
-  except ValueError as error:
-    raise ValueError(
-      f"{path}: {error}; expected one that is whole. Name another checkpoint."
-    ) from error
-  if changed := digests.damaged(told["beside"], base):
-    raise ValueError(
-      f"{path}: the frozen parameters {changed[:3]} ({len(changed)} arrays) "
-      "are not those it was trained beside, expected the same: the model's "
-      "folder has changed. Put the files back."
-    )
-  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  abstract = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-    metadata.metadata["state"],
-  )
-  asked = {"state": abstract}
-  state = ocp.load_checkpointables(str(path.absolute()), asked)["state"]
-  # As they were named when saved; the optimiser's arrays answer nothing.
-  named = TrainState(None, state["params"], state["frozen"], None)
-  parts = (".params", ".frozen")
-  saved = {k: x for k, x in told["arrays"].items() if k.startswith(parts)}
-  if wrong := digests.damaged(saved, named):
-    raise ValueError(
-      f"{path}: the digests of {wrong[:3]} ({len(wrong)} arrays) are not "
-      "those they were saved with, expected the same: the files are damaged. "
-      "Name another checkpoint."
-    )
-  return state

@@ -1,7 +1,6 @@
 """What a config says of the model: where it is, and what is done to it."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from sft_jax.common import hub, sharding, trees
+from sft_jax.common.workdir import find_json
 from sft_jax.data.chat import template as templates
 from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.models import transformer
@@ -24,13 +24,24 @@ from sft_jax.training.build.data import Config, Log, load_tokenizer
 def find_model(config: Config) -> hub.Snapshot:
   """The folder of model.path; a resumed run's is of the commit it began with.
 
-  `train.run` leaves the commit in workdir/model.json.
+  A workdir stands for its export. `run.train` leaves the commit in
+  workdir/model.json.
+
+  Raises:
+    ValueError: the workdir of a run that has written no export.
   """
+  folder = Path(config.model.path)
+  if (folder / "metrics.jsonl").exists():
+    if not (folder / "export").is_dir():
+      raise ValueError(
+        f"model.path: got {folder}, a run without an export, expected one. "
+        "Let it end with export=True, or write one: sft-jax export."
+      )
+    return hub.find_model(str(folder / "export"))
   path, record = config.model.path, Path(config.workdir) / "model.json"
-  if record.exists() and not Path(path).exists():
-    began = json.loads(record.read_text())
-    if began["commit"]:
-      path = f"{began['repo_id']}@{began['commit']}"
+  began = None if Path(path).exists() else find_json(record)
+  if began and began["commit"]:
+    path = f"{began['repo_id']}@{began['commit']}"
   return hub.find_model(path)
 
 

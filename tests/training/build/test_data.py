@@ -104,7 +104,7 @@ def test_the_date_of_a_template_is_that_of_the_first_start(tmp_path):
   written["data"]["template_kwargs"]["date"] = "2025-02-03"
   (tmp_path / "config.json").write_text(json.dumps(written))
   config = tiny.config(tmp_path, folder, train, data__workers=1)
-  data.pin_date(config, tmp_path)
+  data.pin_date(config, json.loads((tmp_path / "config.json").read_text()))
   data.load_tokenizer(config, folder, lines.append)
   assert config.data.template_kwargs.date == "2025-02-03"
   assert len(lines) == 1
