@@ -1,6 +1,5 @@
 """What a config says of data reaches it, and faults of it stop the run."""
 
-import json
 
 import pytest
 
@@ -99,12 +98,11 @@ def test_the_date_of_a_template_is_that_of_the_first_start(tmp_path):
   assert len(today) == len("2026-01-31")
   assert f"pinned as {today}" in lines[0]
   assert len(data.load_stores(config, tokenizer, print).train.index)
-  # A later start of the same run takes the date that config.json records.
+  # A later start of the same run takes the date that its record holds.
   written = config.to_dict()
   written["data"]["template_kwargs"]["date"] = "2025-02-03"
-  (tmp_path / "config.json").write_text(json.dumps(written))
   config = tiny.config(tmp_path, folder, train, data__workers=1)
-  data.pin_date(config, json.loads((tmp_path / "config.json").read_text()))
+  data.pin_date(config, written)
   data.load_tokenizer(config, folder, lines.append)
   assert config.data.template_kwargs.date == "2025-02-03"
   assert len(lines) == 1
