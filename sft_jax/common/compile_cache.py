@@ -41,7 +41,12 @@ def opened(path: str, log: Callable[[str], None]) -> Iterator[None]:
   if not path:
     yield
     return
-  folder = _own_folder() if path == "auto" else Path(path).resolve()
+  try:
+    folder = _own_folder() if path == "auto" else Path(path).resolve()
+  except RuntimeError as error:  # No HOME, and a user that nobody knows.
+    log(f"compile_cache: none ({error}); name a folder to have one.")
+    yield
+    return
   folder.mkdir(mode=0o700, parents=True, exist_ok=True)
   if place := writable_by_others(folder):
     log(
@@ -103,32 +108,21 @@ def _own_folder() -> Path:
 
 
 def writable_by_others(path: str | Path) -> Path | None:
-  """The folder through which another user could change what is in `path`.
+  """The folder through which other users could change what is in `path`.
 
-  That is `path` itself where others may write in it, or a folder above it in
-  which they may put another one in its place; None where there is none. What
-  does not exist yet is judged by the folders that do. A compile cache holds
-  programs that are run, and a checkpoint what a run goes on with.
-
-  Others are all users but this one and root, so far as owners and permission
-  bits tell; access-control lists are not read. A group with the number of its
-  user counts as that user's own, as Linux distributions make it.
+  That is `path` itself where others may write, or a folder above in which
+  they may replace it; none with the sticky bit. What does not exist yet is
+  judged by the folders that do. Root and a group with the user's own number
+  are no others; access-control lists, and Windows, are not read.
   """
-  path = Path(path).resolve()
-  for folder in (path, *path.parents):
-    if not folder.exists():
-      continue
+  if not hasattr(os, "getuid"):
+    return None
+  path, ours = Path(path).resolve(), (0, os.getuid())
+  for folder in filter(Path.exists, (path, *path.parents)):
     found = folder.stat()
-    owners = found.st_uid not in (0, os.getuid())
-    group = found.st_mode & stat.S_IWGRP and found.st_gid not in (
-      0,
-      os.getuid(),
-    )
-    written = bool(group or found.st_mode & stat.S_IWOTH)
-    # In a folder with the sticky bit, such as /tmp, nobody can replace what
-    # is another's, but everybody can add.
-    if folder != path and found.st_mode & stat.S_ISVTX:
-      written = False
-    if owners or written:
+    by_group = found.st_mode & stat.S_IWGRP and found.st_gid not in ours
+    written = by_group or found.st_mode & stat.S_IWOTH
+    sticky = folder != path and found.st_mode & stat.S_ISVTX
+    if found.st_uid not in ours or (written and not sticky):
       return folder
   return None

@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import fcntl
 import json
 import os
 import socket
@@ -12,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+try:
+  import fcntl
+except ImportError:  # Windows.
+  fcntl = None
 
 
 @contextlib.contextmanager
@@ -36,8 +40,8 @@ def locked(workdir: Path) -> Iterator[None]:
     ) from error
   with file:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+      _lock(file.fileno())
+    except (BlockingIOError, PermissionError) as error:
       file.seek(0)
       raise ValueError(
         f"{workdir}: in use by {file.read().strip() or 'a run'}, expected one "
@@ -47,6 +51,17 @@ def locked(workdir: Path) -> Iterator[None]:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     yield
+
+
+def _lock(file: int) -> None:
+  """Takes a file for this process alone; raises where another has it."""
+  if fcntl:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  else:
+    import msvcrt
+
+    locking: Any = msvcrt  # Only Windows has its functions.
+    locking.locking(file, locking.LK_NBLCK, 1)
 
 
 def read_json(path: Path) -> Any:

@@ -1,6 +1,5 @@
 """What a config says of data reaches it, and faults of it stop the run."""
 
-
 import pytest
 
 import tiny
