@@ -51,7 +51,7 @@ def test_its_docstring_says_what_it_takes(name):
   assert f"python -m sft_jax.main --config={file}" in said
   assert "Hardware: " in said
   if name != "configs.base":
-    assert "tools/plan.py --config=... --topology=" in said
+    assert "sft-jax plan --config=... --topology=" in said
     assert re.search(r"[Pp]redicted|[Mm]easured", said)
     assert re.search(r"\d GB", said)
     assert "tokens/s" in said
