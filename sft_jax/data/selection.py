@@ -54,7 +54,7 @@ def select(
   *,
   folder: str = "",
   seed: int = 0,
-  announce: Callable[[str], None] = print,
+  log: Callable[[str], None] = print,
 ) -> Store:
   """The rows that the sources' filters keep, with the weights they have.
 
@@ -63,7 +63,7 @@ def select(
       `sources.Source`.
     folder: that holds the scores; '' = beside the rows.
     seed: drew the rows of sources with a limit; see `cache.build`.
-    announce: told in a line each what rows were weighted by.
+    log: called with a line for each source that is weighted.
 
   Returns:
     A store of other fingerprint, in whose causes are the conditions and the
@@ -95,7 +95,7 @@ def select(
       weights[examples] = _scaled(weight[of_row], store.trained[examples], kept)
       if kept.any():
         spread = weights[examples][kept]
-        announce(
+        log(
           f"data: rows of {source.label} weigh {spread.min():.3g} to "
           f"{spread.max():.3g} by {weighting.name}"
         )

@@ -21,25 +21,22 @@ is one of `SCORES`, or 'row.NAME' for what a row itself has under NAME.
 import ast
 import contextlib
 import dataclasses
-import hashlib
 import itertools
-import json
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sft_jax.data.conversation import (
   WEIGHTS,
-  Conversation,
-  RowError,
   is_weight,
   one_line,
 )
 from sft_jax.data.formats import fields
 from sft_jax.data.readers.files import find_files, read_rows
 from sft_jax.data.readers.json import OnBadRow, Rows
+from sft_jax.data.readers.memory import MemoryRows
 
 # What `sft_jax.commands.score` gives each row; see `evals.row_scores`.
 SCORES = ("nats", "ifd", "alone", "tokens")
@@ -193,58 +190,6 @@ def _no_weighting(got: Any) -> ValueError:
   )
 
 
-class MemoryRows:
-  """Rows in memory, read as often as needed and known by their content.
-
-  Attributes:
-    rows: dicts or Conversations; an iterator is read to its end, once.
-    digest: 64 hex digits, equal for equal rows in equal order.
-
-  Raises:
-    RowError: a row of values that have no JSON form, by which a change of it
-      could be noticed.
-  """
-
-  def __init__(self, rows: Iterable[Mapping[str, Any] | Conversation]):
-    self.rows = list(rows)
-    made = hashlib.sha256()
-    for index, row in enumerate(self.rows):
-      if isinstance(row, Conversation):
-        row = {"conversation": dataclasses.asdict(row)}
-      try:
-        made.update(
-          json.dumps(row, default=_plain, allow_nan=False).encode() + b"\n"
-        )
-      except (TypeError, ValueError, RecursionError) as error:
-        raise RowError(
-          f"rows[{index}]",
-          f"a value that JSON cannot hold ({error})",
-          "strings, finite numbers, booleans, null, lists and dicts",
-          "Convert or drop it.",
-        ) from None
-    self.digest = made.hexdigest()
-
-  def __eq__(self, other: object) -> bool:
-    return isinstance(other, MemoryRows) and self.digest == other.digest
-
-  def __hash__(self) -> int:
-    return hash(self.digest)
-
-  def __repr__(self) -> str:
-    return f"{len(self.rows)} rows in memory"
-
-
-def _plain(value: Any) -> Any:
-  """A value of pandas, numpy or `datasets` as JSON, for its digest alone."""
-  if hasattr(value, "tolist"):
-    return value.tolist()
-  if isinstance(value, bytes):
-    return value.hex()
-  if hasattr(value, "isoformat"):
-    return value.isoformat()
-  raise TypeError(f"type {type(value).__name__}")
-
-
 @dataclasses.dataclass(frozen=True)
 class Source:
   """Rows of one file, glob, folder or hub id, or rows in memory.
@@ -252,7 +197,7 @@ class Source:
   Attributes:
     path: of the files, see `files.find_files`; '' where `rows` is given.
     repeat: times that each row is seen per epoch; of a fractional part, a
-      random share of the rows, drawn anew each epoch.
+      random share of the rows, drawn again each epoch.
     share: of the epoch's tokens, prompt and trained; decides `repeat`.
     limit: rows to take, drawn at random by the run's seed; None takes all.
     loss_weight: scales the loss of its tokens in training.
@@ -294,7 +239,7 @@ class Source:
       raise ValueError(
         f"data source {self.label}: got repeat {self.repeat}, loss_weight "
         f"{self.loss_weight} and limit {self.limit}; expected numbers above "
-        "0. To see none of it leave it out."
+        "0. To train on none of its rows leave it out."
       )
     if self.share is not None and not (0 < self.share <= 1 == self.repeat):
       raise ValueError(
@@ -356,7 +301,7 @@ def to_sources(sources: Sources) -> tuple[Source, ...]:
     ValueError: no source, two of one name, a key that is not known, or a
       value out of range.
   """
-  # Beside sequences, single sources have a length too: told apart by type.
+  # Single sources may be sequences too: a type decides.
   many: Any = _split(sources) if isinstance(sources, str) else sources
   if isinstance(many, str | Source | Mapping) or (
     len(many) == 2

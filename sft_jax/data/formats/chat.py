@@ -16,17 +16,10 @@ from sft_jax.data.readers.json import loads
 
 # What data sets call the four roles, in small letters.
 ROLES = {
-  "system": "system",
-  "developer": "system",
-  "user": "user",
-  "human": "user",
-  "assistant": "assistant",
-  "gpt": "assistant",
-  "model": "assistant",
-  "tool": "tool",
-  "function": "tool",
-  "observation": "tool",
-  "ipython": "tool",
+  **dict.fromkeys(("system", "developer"), "system"),
+  **dict.fromkeys(("user", "human"), "user"),
+  **dict.fromkeys(("assistant", "gpt", "model"), "assistant"),
+  **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
 }
 # Turns of the assistant whose whole content is JSON: calls of tools.
 CALLS = ("function_call", "tool_call")
@@ -218,16 +211,10 @@ def _parts(value: Any, where: str, names: Names) -> _Parts:
     if kind in _ENCRYPTED:
       names.notes.add(NOT_READ.format(kind))
       continue
-    if kind == "tool_use":
-      rank, one = (
-        3,
-        fields.tool_call({**held, "arguments": held.get("input")}, where),
-      )
-    elif isinstance(call, Mapping):
-      rank, one = (
-        3,
-        fields.tool_call({**call, "arguments": call.get("args")}, where),
-      )
+    if kind == "tool_use" or isinstance(call, Mapping):
+      given = call or held
+      given = {**given, "arguments": given.get("args") or given.get("input")}
+      rank, one = 3, fields.tool_call(given, where)
     elif kind == "tool_result" or isinstance(result, Mapping):
       rank, one = 0, _result(result or held, where, names)
     elif kind in _REASONING_TEXTS or held.get("thought") is True:
@@ -259,11 +246,9 @@ def text_of(value: Any, where: str) -> str:
   """A system prompt: a string, parts of text, or Gemini's {'parts': [...]}."""
   if isinstance(value, Mapping):
     value = value.get("parts")
-  return (
-    value
-    if isinstance(value, str)
-    else _parts(value, where, fields.to_names({})).text
-  )
+  if isinstance(value, str):
+    return value
+  return _parts(value, where, fields.to_names({})).text
 
 
 def _result(part: Mapping[str, Any], where: str, names: Names) -> Message:
@@ -300,7 +285,7 @@ def _loose_item(item: Any, where: str, names: Names) -> Message | None:
 
 
 def _joined(a: Message, b: Message) -> Message:
-  """One assistant turn of two parts of it."""
+  """Two items that are one turn of the assistant."""
   thoughts = [one.reasoning for one in (a, b) if one.reasoning is not None]
   return dataclasses.replace(
     b,

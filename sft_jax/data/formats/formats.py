@@ -107,14 +107,14 @@ def from_text(row: Row, source: str, names: Names) -> Conversation:
 
 
 class Format(NamedTuple):
-  """How rows of a format are told and turned into Conversations."""
+  """How rows of a format are recognized, and made Conversations."""
 
   keys: str
   fits: Callable[[Row], bool]
   convert: Callable[[Row, str, Names], Conversation]
 
 
-# What is told by its keys in the rows of several formats.
+# Keys that several formats look for.
 def _has_answer(row: Row) -> bool:
   return not row.keys().isdisjoint(instruction.ANSWERS)
 

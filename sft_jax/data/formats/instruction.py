@@ -54,7 +54,7 @@ def from_preference(row: Row, source: str, names: Names) -> Conversation:
   """The chosen side; what it shares with the rejected side is its prompt.
 
   The prompt is under a key of the other formats, or chosen begins with it; then
-  it may be told again under several.
+  it may stand under several.
   """
   where = source or "row"
   found = [key for key in PROMPTS if key in row]
@@ -77,7 +77,7 @@ def from_preference(row: Row, source: str, names: Names) -> Conversation:
         "Drop one of the two, or name the format (data.format: messages).",
       )
     return finished([*chat.as_prompt(before), *chosen], row, source)
-  # The whole conversation; a prompt beside it is its beginning, told again.
+  # The whole conversation; a prompt beside it repeats its beginning.
   said = [one for one in chosen if one.role != "system"]
   for key in found:
     before = prompt(row, key, where, names)

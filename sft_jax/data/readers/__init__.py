@@ -2,5 +2,6 @@
 
 In: a file, glob, folder or hub id, see `files.find_files`.
 Out: (place, row) pairs such as ('rows.jsonl:12', {...}), or a RowError.
-Read `files` (which files, which reader), then `json` and `arrow`.
+Read `files` (which files, which reader), then `json` and `arrow`; `memory`
+holds rows that a program hands over.
 """

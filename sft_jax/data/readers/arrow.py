@@ -1,9 +1,9 @@
-"""Rows of Parquet and Arrow files, and the folders that `datasets` saves.
+"""Rows of Parquet and Arrow files, strictly.
 
 Arrow has no absent keys: a struct column gives every row every key, and null
-where the row had none. That null is taken out of structs again, as it cannot
-be told from a null that somebody wrote. Tools and arguments that mean their
-nulls, or the order of their keys, belong in columns of JSON text.
+where the row had none. That null is taken out of structs again, as one that
+somebody wrote looks the same. Tools and arguments that mean their nulls, or
+the order of their keys, belong in columns of JSON text.
 """
 
 import contextlib
@@ -26,7 +26,6 @@ _BATCH = 256
 # time beyond the calendar.
 _FAULTS = (ValueError, OverflowError, pyarrow.ArrowException)
 # What an Arrow stream ends with (IPC format, "end-of-stream").
-LISTINGS = ("dataset_dict.json", "state.json")  # In folders of `datasets`.
 _END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -64,64 +63,6 @@ def read_arrow(file: Path, on_bad_row: OnBadRow) -> Rows:
       for start in range(0, batch.num_rows, _BATCH)
     )
     yield from _rows(batches, file, on_bad_row)
-
-
-def saved_files(folder: Path, split: str = "") -> list[Path]:
-  """The Arrow files of a folder that `datasets.save_to_disk` wrote.
-
-  Args:
-    folder: of one data set, or of several splits.
-    split: which of several; '' where there is one.
-
-  Raises:
-    ValueError: not such a folder; a split that is not there, or several and
-      none chosen; missing files; a selection that was not written out.
-  """
-  splits = _listing(folder / "dataset_dict.json", "splits")
-  if splits is not None:
-    chosen = splits[0] if len(splits) == 1 and not split else split
-    if chosen not in splits:
-      raise ValueError(
-        f"{folder}: got {f'the split {split!r}' if split else 'no split'}; "
-        f"expected one of {', '.join(splits)}. Append it, as in "
-        f"{folder}#{splits[0] if splits else 'train'}."
-      )
-    return saved_files(folder / chosen)
-  files = _listing(folder / "state.json", "_data_files")
-  if files is None or split:
-    raise ValueError(
-      f"{folder}{f'#{split}' if split else ''}: got a folder; expected a file, "
-      "a glob, or a folder of datasets.save_to_disk, with #split where it has "
-      "several. Write folder/*.jsonl, or correct the path."
-    )
-  selection = _listing(folder / "state.json", "_indices_files")
-  missing = [name for name in files if not (folder / name).is_file()]
-  if selection or missing or not files:
-    raise ValueError(
-      f"{folder}: got {f'no file {missing[0]}' if missing else 'no rows'}; "
-      "expected the files that state.json names, and no selection beside them. "
-      "Save the data set again with save_to_disk."
-    )
-  return [folder / name for name in files]
-
-
-def _listing(file: Path, key: str) -> list[str] | None:
-  """The plain names that a JSON file of `datasets` lists under a key."""
-  if not file.is_file():
-    return None
-  held = json.loads(file.read_text(encoding="utf-8"), str(file))
-  listed = held.get(key) if isinstance(held, dict) else None
-  names = []
-  for one in listed or ():
-    name = one.get("filename") if isinstance(one, dict) else one
-    # A plain name cannot lead out of the folder.
-    if not isinstance(name, str) or Path(name).name != name:
-      raise ValueError(
-        f"{file}: got {str(name)[:200]!r} under {key}; expected plain names. "
-        "Save the data set again with save_to_disk."
-      )
-    names.append(name)
-  return names
 
 
 def _rows(

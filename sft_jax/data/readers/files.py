@@ -31,9 +31,11 @@ READERS = {
   ".parquet": arrow.read_parquet,
   ".arrow": arrow.read_arrow,
 }
-# In folders: tables about the data, and the numbers of shards.
-_NO_ROWS = re.compile(r"(dataset_infos?|dataset_dict|state)\.json")
-_SHARD = re.compile(r"-\d{5}-of-\d{5}")
+# In folders: tables about the data and caches, and the numbers of shards.
+_NO_ROWS = re.compile(
+  r"(dataset_infos?|dataset_dict|state)\.json|cache-.*\.arrow"
+)
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})")
 _SLICE = re.compile(r"(.+)\[(-?\d+%?)?:(-?\d+%?)?\]")
 
 
@@ -103,8 +105,8 @@ def find_files(path: str | Path) -> list[Path]:
       rows.jsonl, ~/rows.csv.gz        a file
       rows/*.parquet, rows/**/*.json   a glob; a file that it finds twice, by
                                        links, is one
-      saved, saved#train               a folder of `datasets.save_to_disk`, or
-                                       of the files of one split
+      folder, folder#train             the files of one split in a folder, also
+                                       of `datasets.save_to_disk`
       org/name, hf://org/name@v1#test  a data set of the Hugging Face hub
       ...[:10%]                        of any of them, the first tenth
 
@@ -125,9 +127,7 @@ def find_files(path: str | Path) -> list[Path]:
   if Path(name).is_file():
     found = [Path(name)]
   elif Path(name).is_dir():
-    saved = any((Path(name) / x).is_file() for x in arrow.LISTINGS)
-    found = arrow.saved_files(Path(name), part) if saved else []
-    found = found or _one_split(Path(name), part, named)
+    found = _one_split(Path(name), part, named)
   elif found := _glob(named):
     pass
   elif _is_hub_path(named) and not _ending(Path(named)):
@@ -213,5 +213,11 @@ def _one_split(folder: Path, part: str, path: str) -> list[Path]:
       f"{', '.join(listed) or 'none'}; expected one, of one split. Append "
       f"a part of its name, as in {path.partition('#')[0]}#train, or write a "
       "glob."
+    )
+  shards = {_SHARD.search(found[file]) for file in chosen} - {None}
+  if shards and len(shards) != int(next(iter(shards))[1]):
+    raise ValueError(
+      f"{path}: got {len(shards)} files of {sets[0]}, expected "
+      f"{int(next(iter(shards))[1])} as their names say. Fetch the others, or write a glob."
     )
   return chosen

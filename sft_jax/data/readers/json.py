@@ -74,7 +74,7 @@ def read_json(file: Path, on_bad_row: OnBadRow) -> Rows:
 
   Raises:
     RowError: an array of more than `MAX_ARRAY_BYTES`; text that is not JSON,
-      with line and column: after such a place values cannot be told apart.
+      with line and column: after such a place nobody knows where values begin.
   """
   with open_bytes(file) as stream:
     head = _guarded(stream.peek, 1, file).lstrip()
@@ -355,16 +355,10 @@ def _syntax_error(error: json.JSONDecodeError, where: str) -> RowError:
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
-  containers = [value] if isinstance(value, dict | list) else []
-  while containers and levels > 0:
-    levels -= 1
-    containers = [
-      inner
-      for held in containers
-      for inner in (held.values() if isinstance(held, dict) else held)
-      if isinstance(inner, dict | list)
-    ]
-  return bool(containers)
+  if not isinstance(value, dict | list):
+    return False
+  inner = value.values() if isinstance(value, dict) else value
+  return not levels or any(_is_deeper(one, levels - 1) for one in inner)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def load_stores(
     examples, held_out = examples.split(config.data.holdout, seed=config.seed)
   # Rows held out measure all there is: they are neither dropped nor weighted.
   examples = selection.select(
-    examples, folder=config.data.scores, seed=config.seed, announce=log
+    examples, folder=config.data.scores, seed=config.seed, log=log
   )
   if held_out:
     own_files = bool(config.data.eval or own.eval_rows)

@@ -1,0 +1,55 @@
+"""Rows in memory, in place of files."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sft_jax.data.conversation import Conversation, RowError
+
+
+class MemoryRows:
+  """Rows in memory, read as often as needed and known by their content.
+
+  Attributes:
+    rows: dicts or Conversations; an iterator is read to its end, once.
+    digest: 64 hex digits, equal for equal rows in equal order.
+
+  Raises:
+    RowError: a row of values that have no JSON form, by which a change of it
+      could be noticed.
+  """
+
+  def __init__(self, rows: Iterable[Mapping[str, Any] | Conversation]):
+    self.rows = list(rows)
+    made = hashlib.sha256()
+    for index, row in enumerate(self.rows):
+      if isinstance(row, Conversation):
+        row = {"conversation": dataclasses.asdict(row)}
+      try:
+        made.update(
+          json.dumps(row, default=_plain, allow_nan=False).encode() + b"\n"
+        )
+      except (TypeError, ValueError, RecursionError) as error:
+        raise RowError(
+          f"rows[{index}]",
+          f"a value that JSON cannot hold ({error})",
+          "strings, finite numbers, booleans, null, lists and dicts",
+          "Convert or drop it.",
+        ) from None
+    self.digest = made.hexdigest()
+
+  def __repr__(self) -> str:
+    return f"{len(self.rows)} rows in memory"
+
+
+def _plain(value: Any) -> Any:
+  """A value of pandas, numpy or `datasets` as JSON, for its digest alone."""
+  if hasattr(value, "tolist"):
+    return value.tolist()
+  if isinstance(value, bytes):
+    return value.hex()
+  if hasattr(value, "isoformat"):
+    return value.isoformat()
+  raise TypeError(f"type {type(value).__name__}")
