@@ -214,10 +214,10 @@ def _one_split(folder: Path, part: str, path: str) -> list[Path]:
       f"a part of its name, as in {path.partition('#')[0]}#train, or write a "
       "glob."
     )
-  shards = {_SHARD.search(found[file]) for file in chosen} - {None}
-  if shards and len(shards) != int(next(iter(shards))[1]):
+  shard = _SHARD.search(found[chosen[0]])
+  if shard and len(chosen) != (wanted := int(shard[1])):
     raise ValueError(
-      f"{path}: got {len(shards)} files of {sets[0]}, expected "
-      f"{int(next(iter(shards))[1])} as their names say. Fetch the others, or write a glob."
+      f"{path}: got {len(chosen)} files of {sets[0]}, expected {wanted} as "
+      "their names say. Fetch the others, or write a glob."
     )
   return chosen
