@@ -7,7 +7,7 @@ Shows findings, warnings with examples, the scores that lie beside the rows
 (sft-jax score writes them), rows and tokens by source, lengths, and
 samples as the model will see them: prompt dim, trained green (of another
 weight than 1: yellow), special tokens bold. The data is built as training
-builds it, with the same cache. See docs/audit.md for all of it.
+builds it, with the same cache. See docs/audit.md.
 
 Exit codes: 0 fine, warnings allowed; 1 a finding failed; 2 the config or the
 data cannot be read.
@@ -74,8 +74,8 @@ def show(out: Console, found: dict[str, Any]) -> None:
   """Prints what was found, the most important last, above the prompt."""
   for sample in found["samples"]:
     show_sample(out, sample)
-  ledger = DatasetStats.from_json(found["ledger"])
-  terminal.lines(out, "\nData", [*ledger.lines(), *ledger.details()])
+  stats = DatasetStats.from_json(found["ledger"])
+  terminal.lines(out, "\nData", [*stats.lines(), *stats.details()])
   if epoch := found["epoch"]:
     facts = {
       "steps per epoch": f"{epoch['steps']:g} of {epoch['batch_size']} packs x "

@@ -37,6 +37,44 @@ _SHOWN = 5  # places
 _KEYS = {"train": "data.train", "held out": "data.eval",
          "general text": "eval.general_text"}  # fmt: skip
 
+# Of each check of tokens: the fault of the first row, and its cure.
+_FAULTS = {
+  "vocabulary": (
+    "got token id {token}, expected below {known.vocab_size}, the rows of the "
+    "model's embedding",
+    "The tokenizer is not this model's, or tokens were added to it and not to "
+    "the model.",
+  ),
+  "bos": (
+    "got token {token} at the start, expected BOS (id {known.bos_id}): {why}",
+    "The model has seen texts begin with it: let the chat template write "
+    "bos_token.",
+  ),
+  "stop": (
+    "a trained turn ends in token {token}, expected one of the stop tokens "
+    "{stops}",
+    "The model would never learn to stop. Let the chat template end assistant "
+    "turns with a stop token, or name the token it uses in the tokenizer's "
+    "eos_token.",
+  ),
+  "pad": (
+    "padding (token id {known.pad_id}) is trained, or a stop token with this "
+    "id is not, expected neither",
+    "Where the rows come with labels, mask padding by position and not by id; "
+    "a stop token is trained.",
+  ),
+  "control": (
+    "a message holds the control token of id {token}, expected text",
+    "The model reads it as structure: remove it, or let data.control_tokens "
+    "escape it.",
+  ),
+}
+_TWO_BOS = (
+  "got two BOS tokens (id {known.bos_id}) at the start, expected one",
+  "The chat template writes one; let the rows' own text not begin with "
+  "another.",
+)
+
 
 class Finding(NamedTuple):
   """One question asked of the data, and its answer.
@@ -44,7 +82,7 @@ class Finding(NamedTuple):
   Attributes:
     name: one of `NAMES`.
     count: rows (of 'nothing': sources) at fault; 0 is a pass.
-    message: what is wrong and how to mend it, in a line; '' for a pass.
+    message: what is wrong and its cure, in a line; '' for a pass.
     places: the first few faults, as 'rows.jsonl:12'.
     of: which rows were looked at: 'train', 'held out' or 'general text'.
   """
@@ -86,45 +124,7 @@ def _of_tokens(store: Store, known: token_checks.Facts) -> list[Finding]:
   without = token_checks.without_bos(store, np.concatenate(begins), known)
   if len(without) and not noted.rows["bos"]:
     noted.rows["bos"] = without.tolist()
-  return [
-    noted.finding(
-      "vocabulary",
-      lambda row, token: (
-        f"got token id {token}, expected below {known.vocab_size}, the rows of "
-        "the model's embedding",
-        "The tokenizer is not this model's, or tokens were added to it and "
-        "not to the model.",
-      ),
-    ),
-    noted.finding("bos", lambda row, token: _bos_words(store, row, known)),
-    noted.finding(
-      "stop",
-      lambda row, token: (
-        f"a trained turn ends in token {token}, expected one of the stop "
-        f"tokens {sorted(known.stop_ids)}",
-        "The model would never learn to stop. Let the chat template end "
-        "assistant turns with a stop token, or name the token it uses in the "
-        "tokenizer's eos_token.",
-      ),
-    ),
-    noted.finding(
-      "pad",
-      lambda row, token: (
-        f"padding (token id {known.pad_id}) is trained, or a stop token with "
-        "this id is not, expected neither",
-        "Where the rows come with labels, mask padding by position and not by "
-        "id; a stop token is trained.",
-      ),
-    ),
-    noted.finding(
-      "control",
-      lambda row, token: (
-        f"a message holds the control token of id {token}, expected text",
-        "The model reads it as structure: remove it, or let "
-        "data.control_tokens escape it.",
-      ),
-    ),
-  ]
+  return [noted.finding(name, known) for name in _FAULTS]
 
 
 def overlap(train: Store, held_out: Store, *, own_files: bool) -> Finding:
@@ -210,12 +210,13 @@ def refuse(
   for finding in failed:
     if finding.name in allow:
       log(f"data.allow lets pass: {finding.message}")
-  refused = {v.name: v.message for v in failed if v.name not in allow}
+  refused = [one for one in failed if one.name not in allow]
   if refused:
+    names = {*allow, *(one.name for one in refused)}
     raise ValueError(
-      "\n".join(refused.values())
+      "\n".join(one.message for one in refused)
       + "\nTo train all the same, set data.allow="
-      + repr(tuple(sorted({*allow, *refused}))).replace(" ", "")
+      + repr(tuple(sorted(names))).replace(" ", "")
       + "; sft-jax inspect shows the rows."
     )
 
@@ -240,15 +241,23 @@ class _Noted:
       self.rows[name] += (np.unique(rows) + documents.rows.start).tolist()
       self._token.setdefault(name, int(documents.tokens[at[0]]))
 
-  def finding(
-    self, name: str, say: Callable[[int, int], tuple[str, str]]
-  ) -> Finding:
-    """The finding; `say(row, token)` is the fault and its cure."""
+  def finding(self, name: str, known: token_checks.Facts) -> Finding:
+    """The finding of a check, with the first row at fault in words."""
     rows = sorted(set(self.rows[name]))
     if not rows:
       return Finding(name)
+    token = self._token.get(name, -1)
+    if name == "bos":
+      token = int(self._store.example(rows[0]).tokens[0])
+      twice = token == known.bos_id
+      fault, cure = _TWO_BOS if twice else _FAULTS[name]
+    else:
+      fault, cure = _FAULTS[name]
+    why = "the tokenizer adds one" if known.adds_bos else "other rows have one"
+    fault = fault.format(
+      token=token, known=known, why=why, stops=sorted(known.stop_ids)
+    )
     places = [self._store.place(row) for row in rows[: 4 * _SHOWN]]
-    fault, cure = say(rows[0], self._token.get(name, -1))
     return Finding(
       name,
       len(rows),
@@ -276,23 +285,4 @@ def _nothing(store: Store, of: str) -> Finding:
     f"the file, or {'data.format' if of == 'train' else 'leave the key empty'}"
     ".",
     tuple(empty)[:_SHOWN],
-  )
-
-
-def _bos_words(
-  store: Store, row: int, known: token_checks.Facts
-) -> tuple[str, str]:
-  tokens = store.example(row).tokens
-  if tokens[0] == known.bos_id:
-    return (
-      f"got two BOS tokens (id {known.bos_id}) at the start, expected one",
-      "The chat template writes one; let the rows' own text not begin with "
-      "another.",
-    )
-  why = "the tokenizer adds one" if known.adds_bos else "other rows have one"
-  return (
-    f"got token {int(tokens[0])} at the start, expected BOS (id "
-    f"{known.bos_id}): {why}",
-    "The model has seen texts begin with it: let the chat template write "
-    "bos_token.",
   )

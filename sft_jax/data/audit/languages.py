@@ -28,7 +28,7 @@ _LOOKED_AT = 1000  # characters
 
 
 def detect(texts: Iterable[str]) -> list[str]:
-  """The language of each text; `UNKNOWN` where it cannot be told."""
+  """The language of each text; `UNKNOWN` where it is unsure."""
   found = list(map(_classify, texts))
   counts = collections.Counter(name for name, _ in found if name != UNKNOWN)
   common = max(counts, key=counts.__getitem__, default=UNKNOWN)

@@ -179,7 +179,7 @@ def _band_keys(
     for band in range(BANDS):
       key = np.zeros(len(filled), np.uint64)
       for flip, factor in zip(flips[band], factors[band], strict=True):
-        # The shingle is well mixed: one odd factor orders it anew.
+        # The shingle is well mixed: an odd factor is a new order.
         hashes = (runs.hashes ^ flip) * (factor | np.uint64(1))
         key = words_lib.mix(key + np.minimum.reduceat(hashes, begin))
       keys[band, filled + some.start] = key

@@ -72,25 +72,25 @@ def check(
 
 
 def written(
-  value: Any, ours: Mapping[str, str], *, told: bool = False
+  value: Any, ours: Mapping[str, str], *, found: bool = False
 ) -> Iterator[str]:
   """Every reasoning text in a row: thinking blocks, and telling keys.
 
   Args:
     value: the row, or a part of it.
     ours: new names of keys, by those in the row; see `Source.columns`.
-    told: whether a key that led here tells of reasoning.
+    found: whether a key that led here names reasoning.
   """
   if isinstance(value, str):
     blocks = _BLOCK.findall(value)
-    yield from blocks or ([value] if told else [])
+    yield from blocks or ([value] if found else [])
   elif isinstance(value, dict):
     for key, inner in value.items():
       telling = _KEYS.fullmatch(ours.get(key, str(key)))
-      yield from written(inner, ours, told=told or bool(telling))
+      yield from written(inner, ours, found=found or bool(telling))
   elif isinstance(value, list | tuple):
     for inner in value:
-      yield from written(inner, ours, told=told)
+      yield from written(inner, ours, found=found)
 
 
 def holds(text: str, thought: str) -> bool:

@@ -258,45 +258,34 @@ def _rows(
 
 def _finding(one: checks.Finding, allow: Collection[str]) -> dict[str, Any]:
   return {
-    "name": one.name,
-    "of": one.of,
+    **one._asdict(),
+    "places": list(one.places),
     "passed": not one.count,
     "allowed": one.name in allow,
-    "count": one.count,
-    "message": one.message,
-    "places": list(one.places),
   }
 
 
 def _warning(
   one: warnings_.DataWarning, said: row_texts.Texts
 ) -> dict[str, Any]:
-  return {
-    "name": one.name,
-    "count": one.count,
-    "message": one.message,
-    "examples": [
-      {
-        "note": example.note,
-        "rows": [_shown(said.row(i)) for i in example.rows],
-      }
-      for example in one.examples
-    ],
-  }
+  examples = [
+    {"note": note, "rows": [_shown(said.row(i)) for i in rows]}
+    for note, rows in one.examples
+  ]
+  return {**one._asdict(), "examples": examples}
 
 
 def _shown(row: row_texts.Row) -> dict[str, str]:
-  """What is shown of a row."""
+  """What is shown of a row: of a long text, its two ends."""
+
+  def clipped(text: str) -> str:
+    half, more = _CLIPPED // 2, len(text) - _CLIPPED
+    if more <= 0:
+      return text
+    return f"{text[:half]} [... {more:,} more ...] {text[-half:]}"
+
   return {
     "place": row.place,
-    "prompt": _clipped(row.prompt),
-    "answer": _clipped(row.answer),
+    "prompt": clipped(row.prompt),
+    "answer": clipped(row.answer),
   }
-
-
-def _clipped(text: str) -> str:
-  """The two ends of a long text."""
-  half = _CLIPPED // 2
-  if len(text) <= _CLIPPED:
-    return text
-  return f"{text[:half]} [... {len(text) - _CLIPPED:,} more ...] {text[-half:]}"

@@ -1,8 +1,8 @@
-"""The files of a store: what lies where, and digests to tell damage by.
+"""The files of a store: their formats, and digests that show damage.
 
     tokens.bin   ids      all examples' tokens, back to back
     runs.bin     RUN      their weights and roles, as runs of equal ones
-    index.bin    INDEX    where each example lies and what it came from
+    index.bin    INDEX    where each example is and what it came from
     places.txt   utf-8    'rows.jsonl:12', for each row
     bad_rows.jsonl        malformed rows that were skipped, and why
     meta.json             digests of the above, fingerprint inputs, stats

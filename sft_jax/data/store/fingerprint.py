@@ -90,10 +90,10 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     for gone, word in ((after, "gone"), (before, "new")):
       if gone is None:
         return [f"{name}: {word}"]
-    if isinstance(after, str) and len(after) == 64:  # A digest tells nobody.
+    if isinstance(after, str) and len(after) == 64:  # A digest.
       return [f"{name}: changed"]
     return [f"{name}: {before!r} -> {after!r}"]
 
   lines = look(before, after, "")
-  told = [line for line in lines if not line.startswith("examples:")]
-  return told or lines
+  known = [line for line in lines if not line.startswith("examples:")]
+  return known or lines
