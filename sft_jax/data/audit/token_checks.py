@@ -1,4 +1,4 @@
-"""Faults: positions of tokens that would teach a model the wrong thing."""
+"""Token checks: positions of tokens that would teach something wrong."""
 
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
