@@ -18,7 +18,6 @@ import collections
 import re
 
 import numpy as np
-from jaxtyping import Int64, UInt64
 
 from sft_jax.data.audit import near_duplicates
 from sft_jax.data.audit import text_hashing as words_lib
@@ -42,13 +41,15 @@ def find(texts: Texts) -> list[tuple[int, int]]:
   keys = words_lib.whole(texts.words("prompt"))
   # Another system prompt may well ask for another answer.
   keys = words_lib.mix(keys + words_lib.whole(texts.words("system")))
+  prompts, rows = texts.words("prompt"), np.flatnonzero(asked)
+  order = rows[np.argsort(keys[rows], kind="stable")]
+  same = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
+  neighbors = zip(order[same].tolist(), order[same + 1].tolist(), strict=True)
   found = [
     (a, b)
-    for a, b in _neighbours(keys, np.flatnonzero(asked))
+    for a, b in neighbors
     if disagree(texts.row(a).answer, texts.row(b).answer)
   ]
-  prompts = texts.words("prompt")
-  rows = np.flatnonzero(asked)
   _, first = np.unique(keys[rows], return_index=True)
   unique = np.zeros(len(texts), bool)
   unique[rows[first]] = True
@@ -65,15 +66,6 @@ def find(texts: Texts) -> list[tuple[int, int]]:
     ):
       found.append((a, b))
   return found
-
-
-def _neighbours(
-  keys: UInt64[np.ndarray, " rows"], rows: Int64[np.ndarray, " some"]
-) -> list[tuple[int, int]]:
-  """Each two rows, of those given, that follow each other with one key."""
-  order = rows[np.argsort(keys[rows], kind="stable")]
-  same = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
-  return list(zip(order[same].tolist(), order[same + 1].tolist(), strict=True))
 
 
 def same_question(one: Row, other: Row) -> bool:

@@ -5,6 +5,7 @@ would drop it in silence. So the rows themselves are searched, whatever their
 format: <think> blocks in any text, and any text under a telling key.
 """
 
+import collections
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -41,15 +42,17 @@ def check(
     tokenizer: of the store.
     seed: drew the rows of sources with a limit; see `cache.build`.
   """
-  lost, places = [], _Places(store)
-  for source in store.sources:
+  lost, examples_of = [], collections.defaultdict(list)
+  for i, source in enumerate(store.source.tolist()):
+    examples_of[source, store.place(i)].append(i)
+  for number, source in enumerate(store.sources):
     names = fields.to_names(source.columns)
     ours = {**names.keys, **names.columns}
     for item in shards.read_again(source, seed=seed):
       if isinstance(item, RowError):
         continue
       where, row = item
-      examples = places.examples(source.label, where)
+      examples = examples_of.get((number, where), [])
       if not examples or store.index["may_run_on"][examples].any():
         continue
       thoughts = [text for text in written(row, ours) if text.strip()]
@@ -97,25 +100,3 @@ def holds(text: str, thought: str) -> bool:
   """Whether most different words of a thought are in a text."""
   both = text_hashing.sets(text_hashing.split([text, thought]))
   return bool(np.isin(both.of(1), both.of(0)).mean() >= _FOUND)
-
-
-class _Places:
-  """Finds the examples of rows that are asked for in the order of a store."""
-
-  def __init__(self, store: Store):
-    self._store, self._next = store, 0
-
-  def examples(self, source: str, place: str) -> list[int]:
-    """Numbers of the examples of a row; none where it is not in the store."""
-    store, at = self._store, self._next
-    if at == len(store.index) or (
-      store.sources[store.source[at]].label != source
-      or store.place(at) != place
-    ):
-      return []
-    row = store.index["row"][at]
-    while self._next < len(store.index) and (
-      store.index["row"][self._next] == row
-    ):
-      self._next += 1
-    return list(range(at, self._next))

@@ -396,7 +396,7 @@ def _try_lock(file: IO[bytes]) -> bool | None:
 
 def _is(file: IO[bytes], path: Path) -> bool:
   try:
-    return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return os.path.samefile(file.fileno(), path)
   except OSError:
     return False
 

@@ -228,8 +228,10 @@ class DatasetStats:
   def lines(self) -> list[str]:
     """A plain table for the start of a run, and why rows are dropped."""
     names = self.short_names()
-    rows = [("source", "rows", "trained", "held out", "dropped", "prompt tok",
-             "trained tok", "of tokens", "of trained")]  # fmt: skip
+    rows: list[tuple[str, ...]] = [
+      ("source", "rows", "trained", "held out", "dropped", "prompt tok",
+       "trained tok", "of tokens", "of trained")
+    ]  # fmt: skip
     for name, s in self.sources.items():
       counts = (s.rows_in, s.rows_trained, s.rows_held_out,
                 sum(s.dropped.values()), s.tokens_prompt,

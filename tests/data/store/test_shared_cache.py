@@ -16,7 +16,8 @@ import tiny
 ROOT = Path(__file__).parents[3]
 # Builds a store, slowly; says in a line each what was done, then what is in it.
 PROGRAM = """
-import json, mmap, os, sys, time
+import json, os, sys, tempfile, time
+from sft_jax.data.chat import sandbox
 from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.store import build, shards
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
@@ -25,6 +26,10 @@ folder, rows, directory, delay, user = sys.argv[1:]
 tokenizer = load_tokenizer(folder)
 # Readable still, though the user may not look into the folder of the tests.
 tokenizer.files = ()
+# What it starts and imports, before it is another user, who may not.
+with tempfile.TemporaryDirectory() as first:
+  build.build(rows, tokenizer, RenderOptions(), directory=first,
+              max_length=64, num_workers=1, log=lambda line: None)
 read = shards.read
 
 def slow(*args, **kwargs):
@@ -42,6 +47,7 @@ log = lambda line: print(line, flush=True)
 store = build.build(rows, tokenizer, RenderOptions(), directory=directory,
                     max_length=64, num_workers=1, log=log)
 print(json.dumps([store.fingerprint, store.tokens.tolist()]))
+sandbox._owner = 0  # Another user's process cannot be ended: its pipe is.
 """
 
 
