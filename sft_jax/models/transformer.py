@@ -136,7 +136,7 @@ def build(
       one = lambda key: plain.init(key, x, context, None, 0, kind)["params"]
       return jax.vmap(one)(keys)
 
-    layers = init_layers(0)
+    layers: Any = init_layers(0)
     if c.mixed:
       for kind in range(1, len(c.kinds)):
         layers |= init_layers(kind)

@@ -177,10 +177,8 @@ def attention(
     q: queries; N is a multiple of K.
     k: keys.
     v: values.
-    q_positions: index of each query in its document.
-    kv_positions: index of each key in its document.
-    q_segment_ids: document of each query; 0 is padding.
-    kv_segment_ids: document of each key; 0 is padding.
+    q_positions, kv_positions: index of each query and key in its document.
+    q_segment_ids, kv_segment_ids: document of each; 0 is padding.
     window: positions that a query sees, its own included; None: all.
     scale: of the scores; 1 / sqrt(H) by default.
     softcap: bends scores into +-softcap by softcap * tanh(score / softcap).
@@ -247,30 +245,12 @@ def _xla(
   for start in range(0, T, size):
     end = start + size
     reach = end if in_order else k.shape[1]
-    part = bias[..., start:end, :reach]
-    keys, values = k[:, :reach], v[:, :reach]
-    parts.append(
-      _dense(q[:, start:end], keys, values, part, scale, softcap, sinks)
-    )
+    # The small q, k, v are transposed so that the large [T, S] never are.
+    keys, values = (x[:, :reach].transpose(0, 2, 1, 3) for x in (k, v))
+    rows, part = q[:, start:end] * scale, bias[..., start:end, :reach]
+    parts.append(weighed(rows, keys, values, part, softcap, sinks))
   # Its gradient computes the scores again; see `remat`.
   return checkpoint_name(jnp.concatenate(parts, axis=1), ATTENTION[0])
-
-
-def _dense(
-  q: Array,
-  k: Array,
-  v: Array,
-  bias: Array,
-  scale: float,
-  softcap: float | None,
-  sinks: Array | None,
-) -> Array:
-  """All scores at once of [B, T, heads, H].
-
-  The small q, k, v are transposed so that the large [T, S] arrays never are.
-  """
-  k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
-  return weighed(q * scale, k, v, bias, softcap, sinks)
 
 
 def weighed(

@@ -139,7 +139,8 @@ def dequantized(
       decode = partial(_packed, bits, shape)
     elif leaf.endswith("_blocks"):
       weight = name.removesuffix("_blocks")
-      parts, decode = [take(name), take(f"{weight}_scales")], _mxfp4
+      parts = [take(name), take(f"{weight}_scales")]
+      decode = _mxfp4
       shape = (shape[0], shape[2] * 32, shape[1])
     elif leaf == "weight" and codes.dtype == np.uint8:
       state = f"{name}.quant_state.bitsandbytes__"
