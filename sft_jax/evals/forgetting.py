@@ -34,7 +34,7 @@ class Perplexity(NamedTuple):
     return math.exp(self.nats / self.tokens)
 
 
-def perplexity(nats: float, tokens: float) -> Perplexity:
+def perplexity(nats: Any, tokens: Any) -> Perplexity:
   """Perplexity of a sum of nats over so many tokens.
 
   Raises:

@@ -138,8 +138,8 @@ class Suite:
       total = sums if total is None else jax.tree.map(np.add, total, sums)
     assert total is not None  # A Stream has at least one batch.
     if own:  # Every prediction is the base's.
-      same = (0.0, total.weight, total.correct, total.correct)
-      total = total._replace(base=BaseSums(*map(np.float64, same)))
+      same: Any = (0.0, total.weight, total.correct, total.correct)
+      total = total._replace(base=BaseSums(*same))
     return total
 
   def _within(

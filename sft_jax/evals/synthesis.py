@@ -240,11 +240,10 @@ def lines(made: Synthesis) -> list[tuple[str, ...]]:
     *(
       (
         name,
-        f"{g.prompts:,}",
-        f"{g.overlapping:,}",
-        f"{g.solved:,}",
-        f"{g.attempts:,}",
-        f"{g.kept:,}",
+        *map(
+          "{:,}".format,
+          (g.prompts, g.overlapping, g.solved, g.attempts, g.kept),
+        ),
         ", ".join(
           f"{why} {n:,}"
           for why, n in sorted(g.refused.items(), key=lambda x: -x[1])

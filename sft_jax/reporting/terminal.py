@@ -97,9 +97,8 @@ def table(
   """Prints a table; numbers to the right, names to the left."""
   grid = Table(title=visible(title), title_justify="left", title_style="bold")
   for i, name in enumerate(header):
-    grid.add_column(
-      visible(name), justify="right" if i else "left", no_wrap=True
-    )
+    side = "right" if i else "left"
+    grid.add_column(visible(name), justify=side, no_wrap=True)
   for row in rows:
     grid.add_row(*[Text(visible(cell)) for cell in row])
   # As wide as it is, also on a narrow terminal: a squeezed one loses figures.

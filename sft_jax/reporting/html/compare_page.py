@@ -7,6 +7,7 @@ import itertools
 import os
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sft_jax.data.store import fingerprint
@@ -32,7 +33,7 @@ def compare(workdirs: Sequence[str | os.PathLike]) -> dict[str, list[dict]]:
     'before', 'after', 'change'}; 'config': {'key', and each run's value} of the
     keys that differ; 'metrics': {'run', 'name', 'last', 'median'}.
   """
-  return _tables({os.fspath(path): run_files.read(path) for path in workdirs})
+  return _tables({str(path): run_files.read(Path(path)) for path in workdirs})
 
 
 def _tables(runs: Runs) -> dict[str, list[dict]]:

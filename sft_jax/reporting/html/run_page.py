@@ -199,9 +199,9 @@ def time_rows(account: Mapping[str, float]) -> list[tuple[str, str, str]]:
   ]
 
 
-def forgetting(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def forgetting(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
   """(figure, before, after) of what was lost, overfitted and memorized."""
-  rows = [
+  rows: list[tuple[str, ...]] = [
     (
       label(one["name"]),
       *(
@@ -225,8 +225,8 @@ def forgetting(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
   return rows + _memorization(result.get("memorization") or {})
 
 
-def _memorization(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-  rows = []
+def _memorization(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+  rows: list[tuple[str, ...]] = []
   if repeats := found.get("repeats"):
     sides = [repeats["before"], repeats["after"]]
     held_out = sides[1].get("held_out_answers")
