@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -134,7 +135,9 @@ def load_leaves(leaves: Iterable[Leaf]) -> Iterator[tuple[str, jax.Array]]:
   with ThreadPoolExecutor(_WORKERS) as pool:
     try:
       array = None
-      for group in _ahead(_groups(pool, leaves)):
+      # Each group is asked for before the last one is handed out.
+      for group, _ in pairwise(chain(_groups(pool, leaves), [None])):
+        assert group is not None  # Which is the end alone.
         for read in group.reads:
           read.result()
         array = _put(group, array)
@@ -145,17 +148,6 @@ def load_leaves(leaves: Iterable[Leaf]) -> Iterator[tuple[str, jax.Array]]:
     except BaseException:
       pool.shutdown(cancel_futures=True)
       raise
-
-
-def _ahead(groups: Iterator[_Group]) -> Iterator[_Group]:
-  """The same, the next one asked for before the last one is handed out."""
-  last = None
-  for group in groups:
-    if last is not None:
-      yield last
-    last = group
-  if last is not None:
-    yield last
 
 
 def _groups(

@@ -236,10 +236,9 @@ def write_folder(
   """Fills a folder that is there; see `save_pretrained`."""
   dtype = export_dtype(params, dtype)
   params = merged(model, params, dtype)
-  raw = dict(model.config.raw)
   # Neither few bits nor code of its own are in the folder that is written.
-  for gone in ("quantization_config", "auto_map"):
-    raw.pop(gone, None)
+  gone = ("quantization_config", "auto_map")
+  raw = {k: v for k, v in model.config.raw.items() if k not in gone}
   raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = dtype.name
   tensors = _pending(model, params, dtype)
   if jax.process_index():
