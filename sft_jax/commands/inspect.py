@@ -118,16 +118,26 @@ def show(out: Console, found: dict[str, Any]) -> None:
       out.print(Text(f"        {terminal.visible(finding['message'])}"))
 
 
-def show_sample(out: Console, sample: dict[str, Any]) -> None:
+def show_sample(
+  out: Console,
+  sample: dict[str, Any],
+  where: str = "",
+  *,
+  brackets: bool = False,
+) -> None:
+  """Prints an example; what is trained in [[brackets]] if so asked."""
   trained = sum(weight > 0 for weight in sample["loss_weights"])
-  title = f"\n{sample['place']}: {len(sample['tokens'])} tokens, {trained} "
-  out.print(Text(terminal.visible(title) + "trained", style="underline"))
+  title = f"{where}{sample['place']}: {len(sample['tokens'])} tokens, "
+  title = terminal.visible(f"\n{title}{trained} trained")
+  out.print(Text(title, style="underline"))
   text = Text()
   for span in sample["spans"]:
     weight = span["weight"]
     style = "dim" if not weight else "green" if weight == 1 else "yellow"
     bold = " bold" if span["special"] else ""
-    text.append(terminal.visible(span["text"]), style=style + bold)
+    shown = terminal.visible(span["text"])
+    shown = f"[[{shown}]]" if weight and brackets else shown
+    text.append(shown, style=style + bold)
   out.print(text)
 
 

@@ -14,35 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
-from rich.console import Console
 from rich.text import Text
 
 from sft_jax.commands import command
+from sft_jax.commands.inspect import show_sample
 from sft_jax.common.workdir import read_json
 from sft_jax.data.audit.summary import step_rows
 from sft_jax.data.store import fingerprint
 from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.reporting import terminal
 from sft_jax.training.build import data, model
-
-
-def show(out: Console, row: dict[str, Any]) -> None:
-  """Prints one example."""
-  trained = sum(weight > 0 for weight in row["loss_weights"])
-  title = (
-    f"\npack {row['pack']}  {row['place']}  {len(row['tokens'])} tokens, "
-    f"{trained} trained"
-  )
-  out.print(Text(terminal.visible(title), style="underline"))
-  text = Text()
-  for span in row["spans"]:
-    weight = span["weight"]
-    style = "dim" if not weight else "green" if weight == 1 else "yellow"
-    said = terminal.visible(span["text"])
-    if weight and not out.color_system:
-      said = f"[[{said}]]"
-    text.append(said, style + (" bold" if span["special"] else ""))
-  out.print(text)
 
 
 def main() -> None:
@@ -75,7 +56,9 @@ def main() -> None:
       + "\nexpected the same. Undo the change to see the rows."
     )
   for row in step_rows(stream, tokenizer, args.step):
-    show(out, row)
+    show_sample(
+      out, row, f"pack {row['pack']}  ", brackets=not out.color_system
+    )
 
 
 def cli() -> None:

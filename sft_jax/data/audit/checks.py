@@ -98,13 +98,9 @@ def check_store(
   store: Store, known: token_checks.Facts, *, of: str = "train"
 ) -> list[Finding]:
   """Findings on the examples of a store, as `cache.build` returns it."""
-  findings = [_nothing(store, of)]
-  if len(store.index):
-    findings += _of_tokens(store, known)
-  return [finding._replace(of=of) for finding in findings]
-
-
-def _of_tokens(store: Store, known: token_checks.Facts) -> list[Finding]:
+  nothing = _nothing(store, of)._replace(of=of)
+  if not len(store.index):
+    return [nothing]
   noted = _Noted(store)
   begins: list[np.ndarray] = []
   for documents in token_checks.batches(store):
@@ -124,7 +120,8 @@ def _of_tokens(store: Store, known: token_checks.Facts) -> list[Finding]:
   without = token_checks.without_bos(store, np.concatenate(begins), known)
   if len(without) and not noted.rows["bos"]:
     noted.rows["bos"] = without.tolist()
-  return [noted.finding(name, known) for name in _FAULTS]
+  found = [noted.finding(name, known)._replace(of=of) for name in _FAULTS]
+  return [nothing, *found]
 
 
 def overlap(train: Store, held_out: Store, *, own_files: bool) -> Finding:

@@ -114,32 +114,21 @@ class Texts:
   def words(self, column: str) -> Words:
     """The words of a column, on disk; 'row' is prompt, reasoning, answer."""
     if column not in self._words:
-      parts = ("prompt", "reasoning", "answer")
-      self._words[column] = (
-        self._joined([self.words(part) for part in parts])
+      path = self._folder / f"{column}.words"
+      made = (
+        self._joined()
         if column == "row"
-        else self._split(column)
+        else (words_lib.split(texts) for _, texts in self.batches(column))
       )
+      self._words[column] = _spool(path, made)
     return self._words[column]
 
-  def _split(self, column: str) -> Words:
-    path = self._folder / f"{column}.words"
-    batches = self.batches(column)
-    return _spool(path, (words_lib.split(texts) for _, texts in batches))
-
-  def _joined(self, parts: list[Words]) -> Words:
+  def _joined(self) -> Iterator[Words]:
+    parts = [self.words(part) for part in ("prompt", "reasoning", "answer")]
     sizes = np.sum([part.counts for part in parts], axis=0)
-    batches = (
-      np.arange(some.start, some.stop)
-      for some in words_lib.batches(sizes, _BATCH)
-    )
-    return _spool(
-      self._folder / "row.words",
-      (
-        words_lib.join([words_lib.take(part, some) for part in parts])
-        for some in batches
-      ),
-    )
+    for some in words_lib.batches(sizes, _BATCH):
+      rows = np.arange(some.start, some.stop)
+      yield words_lib.join([words_lib.take(part, rows) for part in parts])
 
 
 def collect(
