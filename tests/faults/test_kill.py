@@ -194,11 +194,11 @@ def test_replay_shows_the_rows_of_a_step(place):
   rows = [
     json.loads(x) for x in (place / "rows.jsonl").read_text().splitlines()
   ]
-  blocks = done.stdout.split("\nrow ")[1:]
+  blocks = done.stdout.split("\npack ")[1:]
   assert len(blocks) >= 8
   for block in blocks:
     title, text = block.split("\n", 1)
-    row = rows[int(title.split("rows.jsonl:")[1].split()[0]) - 1]
+    row = rows[int(title.split("rows.jsonl:")[1].split(":")[0]) - 1]
     text = text.replace("\n", " ")
     assert row["instruction"] in text
     prompt, trained = text.split("[[", 1)
