@@ -62,11 +62,11 @@ def select(
     store: rows to train on; its sources say what to select, see
       `sources.Source`.
     folder: that holds the scores; '' = beside the rows.
-    seed: drew the rows of sources with a limit; see `cache.build`.
+    seed: drew the rows of sources with a limit; see `build.build`.
     log: called with a line for each source that is weighted.
 
   Returns:
-    A store of other fingerprint, in whose causes are the conditions and the
+    A store of other fingerprint, whose inputs hold the conditions and the
     digests of the scores; the same one where no source selects.
 
   Raises:
@@ -76,7 +76,7 @@ def select(
   """
   weights = np.ones(len(store.index), np.float32)
   reasons: dict[str, np.ndarray] = {}
-  causes: dict[str, dict[str, Any]] = {}
+  inputs: dict[str, dict[str, Any]] = {}
   for number, source in enumerate(store.sources):
     filters, weighting = source.conditions, source.weighting
     examples = np.flatnonzero(store.source == number)
@@ -86,40 +86,39 @@ def select(
     first = np.diff(store.index["row"][examples], prepend=-1) > 0
     of_row = np.cumsum(first) - 1
     table = _Table(store, source, examples[first], folder, seed)
-    reason, weight = _judge(table, filters, weighting)
+    reason, weight = _weigh(table, filters, weighting)
     for why in dict.fromkeys(filter(None, reason)):
       mask = reasons.setdefault(why, np.zeros(len(weights), bool))
       mask[examples] = (reason == why)[of_row]
     if weighting:
       kept = (reason == "")[of_row]
       weights[examples] = _scaled(weight[of_row], store.trained[examples], kept)
+      spread = weights[examples][kept]
+      if not all(map(is_weight, spread.tolist())):
+        raise ValueError(
+          f"data source {source.label}: got weights so far apart that, with a "
+          f"mean of 1, they are {spread.min():g} to {spread.max():g}; expected "
+          f"each to be {WEIGHTS}. Correct data.weight_by."
+        )
       if kept.any():
-        spread = weights[examples][kept]
         log(
           f"data: rows of {source.label} weigh {spread.min():.3g} to "
           f"{spread.max():.3g} by {weighting.name}"
         )
-    scaled = weights[examples][(reason == "")[of_row]]
-    if not all(map(is_weight, scaled.tolist())):
-      raise ValueError(
-        f"data source {source.label}: got weights so far apart that, with a "
-        f"mean of 1, they are {scaled.min():g} to {scaled.max():g}; expected "
-        f"each to be {WEIGHTS}. Correct data.weight_by."
-      )
     if not (reason == "").any():
       raise ValueError(
         f"data source {source.label}: got no row that data.filter and "
         f"data.weight_by keep of {len(reason):,}, expected at least one. Relax "
         f"{', '.join(dict.fromkeys(reason))}."
       )
-    causes[f"source {number + 1}"] = {
+    inputs[f"source {number + 1}"] = {
       "filter": json.loads(json.dumps(filters)),
       "weight_by": json.loads(json.dumps(weighting)),
       **table.digests,
     }
-  if not causes:
+  if not inputs:
     return store
-  return store.select(reasons, weights, causes)
+  return store.select(reasons, weights, inputs)
 
 
 class _Table:
@@ -211,7 +210,7 @@ class _Table:
     return found
 
 
-def _judge(
+def _weigh(
   table: _Table, filters: tuple[Condition, ...], weighting: Weighting | None
 ) -> tuple[np.ndarray, Float64[np.ndarray, " rows"]]:
   """Of each row why it is dropped, or '', and its weight before scaling."""
@@ -282,7 +281,7 @@ class RowScore(NamedTuple):
 
   Attributes:
     place: 'rows.jsonl:12'.
-    content: hash of the row, `chunks.content_of`.
+    content: hash of the row, `shards.content_of`.
     values: of each of `SCORES`; None where a row has no such score.
   """
 

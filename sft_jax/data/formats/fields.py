@@ -228,17 +228,13 @@ def json_text(value: Any, where: str) -> str:
 
 def weight(item: Row, where: str) -> float | None:
   """The item's own weight, under any of its names; None where it has none."""
-  if item.keys().isdisjoint(WEIGHTS):
-    return None
   found = [key for key in WEIGHTS if item.get(key) is not None]
   if not found:
     return None
   value = item[only(item, found, where)]
-  try:
-    if isinstance(value, bool | int | float):
-      return float(value)
-  except OverflowError:
-    pass  # An integer beyond every float: no weight either.
+  # An integer beyond every float is no weight either.
+  if isinstance(value, bool | int | float) and value <= 1e308:
+    return float(value)
   raise RowError(
     where, f"weight {shown(value)}", "a number or a boolean", "Correct it."
   )

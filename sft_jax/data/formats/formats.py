@@ -1,6 +1,7 @@
 """Rows to Conversations: one function per format, one table."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -86,14 +87,14 @@ def to_conversation(
   return conversation.check(made)
 
 
-def from_messages(row: Row, source: str, names: Names) -> Conversation:
-  """messages: turns of {role, content}, with tools, thinking and weights."""
-  return _from_turns(row, ("messages", "contents"), source, names)
-
-
-def from_sharegpt(row: Row, source: str, names: Names) -> Conversation:
-  """conversations: turns of {from, value}, or of {role, content}."""
-  return _from_turns(row, ("conversations", "conversation"), source, names)
+def _from_turns(
+  row: Row, source: str, names: Names, *, keys: tuple[str, ...]
+) -> Conversation:
+  """Turns of {role, content} or {from, value}, with tools and weights."""
+  where = source or "row"
+  key = fields.only(row, keys, where)
+  messages = chat.read(row[key], key, where, names)
+  return instruction.finished(messages, row, source)
 
 
 def from_text(row: Row, source: str, names: Names) -> Conversation:
@@ -144,14 +145,14 @@ FORMATS = {
       ("messages" in row or isinstance(row.get("contents"), list))
       and not _has_chosen(row)
     ),
-    from_messages,
+    functools.partial(_from_turns, keys=("messages", "contents")),
   ),
   "sharegpt": Format(
     "conversations",
     lambda row: (
       ("conversations" in row or "conversation" in row) and not _has_chosen(row)
     ),
-    from_sharegpt,
+    functools.partial(_from_turns, keys=("conversations", "conversation")),
   ),
   "preference": Format(
     "chosen, rejected, prompt | messages | conversations",
@@ -165,15 +166,6 @@ FORMATS = {
     pretokenized.from_tokens,
   ),
 }
-
-
-def _from_turns(
-  row: Row, keys: tuple[str, ...], source: str, names: Names
-) -> Conversation:
-  where = source or "row"
-  key = fields.only(row, keys, where)
-  messages = chat.read(row[key], key, where, names)
-  return instruction.finished(messages, row, source)
 
 
 def _format_of(row: Row, where: str, nulls: list[str]) -> str:
