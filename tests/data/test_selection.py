@@ -269,7 +269,7 @@ def test_the_audit_looks_at_the_rows_that_are_left(load, tmp_path):
     assert [said.place(i) for i in range(len(said))] == [
       "rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:3"
     ]  # fmt: skip
-    assert said.dropped.count["not selected"] == N - 3
+    assert said.num_dropped["not selected"] == N - 3
 
 
 SCORED = [
