@@ -119,15 +119,10 @@ class Stream:
     numbers = np.bincount(store.source, minlength=len(store.sources))
     # Rows that an epoch takes of each source: whole copies, and some more.
     self._taken = [
-      divmod(max(1, round(copies * int(number))), max(1, int(number)))
-      if number
-      else (0, 0)
-      for copies, number in zip(store.copies, numbers, strict=True)
+      divmod(max(1, round(copies * number)), number) if number else (0, 0)
+      for copies, number in zip(store.copies, numbers.tolist(), strict=True)
     ]
-    self._rows_per_epoch = sum(
-      copies * int(number) + more
-      for (copies, more), number in zip(self._taken, numbers, strict=True)
-    )
+    self._rows_per_epoch = len(self._ids(0))
     # With whole copies all epochs have the same rows, in other packs.
     self._whole = not any(more for _, more in self._taken)
     self._scales = [float(source.loss_weight) for source in store.sources]

@@ -30,8 +30,7 @@ class Folder(NamedTuple):
   """What a tokenizer folder holds beside the vocabulary.
 
   Attributes:
-    path: the folder.
-    files: those of it that belong to the tokenizer.
+    path, files: the folder, and its files that belong to the tokenizer.
     fingerprint: a digest of what decides ids.
     config: tokenizer_config.json.
     named_tokens: {'bos_token': '<s>', ...}.

@@ -6,13 +6,7 @@ from collections.abc import Sequence
 import sentencepiece
 
 from sft_jax.data.tokenizers import files
-from sft_jax.data.tokenizers.literal import (
-  Encoded,
-  Ranges,
-  any_of,
-  overlaps,
-  refusal,
-)
+from sft_jax.data.tokenizers import literal as literals
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
 
 # Appended to a SentencePiece model, this overrides one field of it (protocol
@@ -47,39 +41,28 @@ class SentencePieceTokenizer(Tokenizer):
     pieces = {model.id_to_piece(i): i for i in range(model.vocab_size())}
     added = {text: number for text, (number, _) in read.added.items()}
     ids = pieces | added
-    defaults = {
-      "bos_token": model.bos_id(),
-      "eos_token": model.eos_id(),
-      "pad_token": model.pad_id(),
-      "unk_token": model.unk_id(),
-    }
-    named = {
-      name: model.id_to_piece(number)
-      for name, number in defaults.items()
-      if number >= 0
-    }
     # What the config says wins over what the model says, null included.
-    named = {k: v for k, v in named.items() if k not in read.config}
+    named = {
+      f"{name}_token": model.id_to_piece(number)
+      for name in ("bos", "eos", "pad", "unk")
+      if (number := getattr(model, f"{name}_id")()) >= 0
+      and f"{name}_token" not in read.config
+    }
     read = read._replace(named_tokens=named | read.named_tokens)
     super().__init__(read, ids)
-    control = {text: i for text, i in pieces.items() if model.is_control(i)}
-    structure = {
+    special = {
+      x for x, (_, flags) in read.added.items() if flags.get("special")
+    }
+    special |= {x for x, i in pieces.items() if model.is_control(i)}
+    special |= {*read.special}
+    self.special_tokens = {
       text: number
       for text, number in ids.items()
-      if text in read.special or number in self.stop_ids
+      if text in special or number in self.stop_ids
     }
-    self.special_tokens = (
-      control
-      | structure
-      | {
-        text: number
-        for text, (number, flags) in read.added.items()
-        if flags.get("special")
-      }
-    )
     self._whole = self.special_tokens | added
     self._texts = {number: text for text, number in self._whole.items()}
-    self._split = re.compile(f"({any_of(self._whole).pattern})")
+    self._split = re.compile(f"({literals.any_of(self._whole).pattern})")
     unknown = self.named_tokens.get("unk_token")
     # Pieces of text that the model's own encoder may find are among them.
     self._forbidden = frozenset(
@@ -87,7 +70,9 @@ class SentencePieceTokenizer(Tokenizer):
     )
     self._pieces = ids
 
-  def encode_with_offsets(self, text: str, literal: Ranges = ()) -> Encoded:
+  def encode_with_offsets(
+    self, text: str, literal: literals.Ranges = ()
+  ) -> literals.Encoded:
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
 
@@ -101,7 +86,7 @@ class SentencePieceTokenizer(Tokenizer):
         # The model takes such a token for a piece of text: cut it.
         token = self._split.search(text, start, end)
         if token is None or token.start() + 1 == end:
-          raise refusal(self.folder, text)
+          raise literals.refusal(self.folder, text)
         read(start, token.start() + 1)
         read(token.start() + 1, end)
         return
@@ -110,7 +95,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     at = 0
     for token in self._split.finditer(text):
-      if token[0] in self.special_tokens and overlaps(token.span(), literal):
+      if token[0] in self.special_tokens and literals.overlaps(
+        token.span(), literal
+      ):
         continue
       read(at, token.start())
       ids.append(self._whole[token[0]])

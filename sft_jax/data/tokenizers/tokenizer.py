@@ -104,14 +104,12 @@ class Tokenizer(abc.ABC):
     """This tokenizer with more special tokens, which an export writes.
 
     Args:
-      texts: of the tokens. One that the vocabulary has keeps its id, and is
-        special from now on.
-      stop: those of them at which generation stops, too.
+      texts: of the tokens; one that the vocabulary has keeps its id.
+      stop: tokens at which generation stops, too.
 
     Returns:
       The tokenizer, and {text: id} of the tokens that are new to it: the ids
-      from `vocab_size` on. A model may have rows for them, if its vocabulary
-      is padded; nothing has been trained into these.
+      from `vocab_size` on. A padded model may have (untrained) rows for them.
 
     Raises:
       ValueError: an empty text or one with white space at its edges; `stop`
