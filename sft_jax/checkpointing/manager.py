@@ -139,7 +139,7 @@ class Checkpoints:
   ) -> None:
     """Starts a save of a tree of arrays and a JSON-like dict.
 
-    The arrays are copied before this returns; writing goes on behind. One
+    The arrays are copied before this returns; writing continues behind. One
     save is under way at a time: this waits for the one before.
 
     Args:

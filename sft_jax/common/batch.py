@@ -1,4 +1,4 @@
-"""Batch: the one thing the data wing hands to the training wing."""
+"""Batch: what data hands to training."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ AnyArray = jax.Array | np.ndarray
 
 
 class Batch(NamedTuple):
-  """Packed rows of tokens, ready for one optimiser step.
+  """Packed rows of tokens, ready for one optimizer step.
 
   One row of T = 8 slots holding two documents, `[10 11 12]` whose token 12
   is trained and `[20 21 22]` whose tokens 21 and 22 are trained:

@@ -101,7 +101,7 @@ def joined(
 
 def _detected() -> bool:
   """Whether this process is one of several that a cluster started."""
-  # JAX looks by itself, but only once it is told that there is something.
+  # JAX looks by itself, but only where it knows that there is something.
   from jax._src.clusters import ClusterEnv
 
   return any(
@@ -115,7 +115,7 @@ def _leave(code: int) -> None:
   """Ends this process at once: at the usual end it would wait for others."""
   print(
     f"process {jax.process_index()} of {jax.process_count()} ends with code "
-    f"{code}; the others cannot go on without it.",
+    f"{code}; the others cannot continue without it.",
     file=sys.stderr,
   )
   sys.stdout.flush()

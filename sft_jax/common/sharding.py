@@ -1,4 +1,4 @@
-"""The device mesh, and where parameters, optimiser state and batches lie."""
+"""The device mesh, and where parameters, optimizer state and batches are."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

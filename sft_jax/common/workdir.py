@@ -1,4 +1,4 @@
-"""The folder of a run: one process at a time, files whole, incidents told."""
+"""The folder of a run: one process at a time, files whole, incidents kept."""
 
 import contextlib
 import datetime
@@ -114,7 +114,8 @@ class Incidents:
 
   One object per line: 'time' (of the clock on the wall, for people), 'kind',
   'step' and 'said'. Kinds are resumed, rejected (a checkpoint), halted and
-  skipped (bad steps), forced (another config or data), and stopped.
+  skipped (bad steps), records lost, forced (another config or data), and
+  stopped.
   """
 
   def __init__(self, workdir: Path):

@@ -218,7 +218,7 @@ def measurer(
 ) -> Callable[[Batch, int], Measured]:
   """Returns (batch, number of micro-batches) -> what the step makes of it.
 
-  It is `train_step` itself, with an optimiser that moves nothing and keeps a
+  It is `train_step` itself, with an optimizer that moves nothing and keeps a
   sketch of the gradient that it is handed.
   """
 
@@ -326,7 +326,7 @@ def stops(
 
 
 def table(findings: list[Finding]) -> list[tuple[Any, ...]]:
-  """(law, difference, tolerance, verdict) of each, ready to print."""
+  """(law, difference, tolerance, outcome) of each, ready to print."""
   return [
     (
       one.law,
@@ -348,8 +348,8 @@ def refuse(findings: list[Finding]) -> None:
       "selfcheck: on these devices the model or the step is not what it "
       "should be:\n"
       + "\n".join(
-        f"  {law}: got {got}, expected at most {most} {verdict}"
-        for law, got, most, verdict in failed
+        f"  {law}: got {got}, expected at most {most} {outcome}"
+        for law, got, most, outcome in failed
       )
       + "\nTry model.attention=xla, another mesh or another version of JAX; "
       "tools/selfcheck.py tells more. selfcheck=off trains all the same."

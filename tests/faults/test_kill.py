@@ -115,7 +115,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(place):
   codes, error = drive(place, "interrupted", "Ctrl-C", "whole")
   assert codes == [75, 0], error
   assert "stopped by signal after step 5, which is saved" in error
-  assert "Run the same command again to go on from there." in error
+  assert "Run the same command again to continue from there." in error
   assert "Traceback" not in error
   check_same(place, "interrupted")
   run = place / "interrupted" / "run"

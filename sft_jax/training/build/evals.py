@@ -187,9 +187,9 @@ def make_repeats(
 
   def measured(replies: list[dict[str, Any]]) -> dict[str, Any]:
     for reply in replies:
-      said = reply["reply"].split()
-      reply["overlap"] = index.overlap(said)
-      reply["novelty"] = index.novelty(said, memorization.GRAM)
+      words = reply["reply"].split()
+      reply["overlap"] = index.overlap(words)
+      reply["novelty"] = index.novelty(words, memorization.GRAM)
     found = memorization.repeats((r["reply"] for r in replies), index)
     return {
       "answers": len(known),
@@ -221,8 +221,8 @@ def answer_texts(
     if taken >= words:
       return texts, read
     example = store.example(int(i))
-    told = (example.loss_weights > 0) & (example.roles != of_text)
-    edges = np.flatnonzero(np.diff(np.pad(told, 1).astype(np.int8)))
+    trained = (example.loss_weights > 0) & (example.roles != of_text)
+    edges = np.flatnonzero(np.diff(np.pad(trained, 1).astype(np.int8)))
     for start, end in zip(edges[::2], edges[1::2], strict=True):
       texts.append(tokenizer.decode(example.tokens[start:end].tolist()))
       taken += len(texts[-1].split())

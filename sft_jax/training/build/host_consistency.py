@@ -1,4 +1,4 @@
-"""Same: several processes begin a run only if all of them were given the same.
+"""Several processes begin a run only if all of them were given the same.
 
 What they do together must match call for call: how many steps there are, of
 which shapes, what is measured and when. All of it follows from the config, the
@@ -33,9 +33,11 @@ def check_config(config: Config) -> None:
     key.replace("/", "."): x for key, x in keys.items() if key not in _OWN
   }
   for name in ("general_text", "behaviours", "knowledge"):
-    # 'auto' is what lies beside the rows, here.
+    # 'auto' is what is beside the rows, here.
     mine[f"eval.{name}"] = data.beside(config, name, lambda line: None)
-  _check("the config", mine, "Give all of them the same flags.")
+  check_same_on_all_hosts(
+    "the config", mine, "Give all of them the same flags."
+  )
 
 
 def check_data(built: BuiltRun) -> None:
@@ -63,10 +65,13 @@ def check_data(built: BuiltRun) -> None:
       for name, items in prompts.items()
     },
   }
-  _check("what it has read", mine, "Copy the same files to every host.")
+  check_same_on_all_hosts(
+    "what it has read", mine, "Copy the same files to every host."
+  )
 
 
-def _check(what: str, mine: dict[str, Any], cure: str) -> None:
+def check_same_on_all_hosts(what: str, mine: dict[str, Any], cure: str) -> None:
+  """Raises ValueError where a process has other values than the first."""
   first = distributed.first_says(mine)
   lines = differences(first, json.loads(json.dumps(mine)))
   if lines:

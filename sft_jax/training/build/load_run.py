@@ -46,7 +46,7 @@ def load(
       digests they were saved with, and the model's folder those it had.
     dtype: of a Hugging Face folder's parameters and activations. A run's are
       what its config says.
-    say: told what is loaded.
+    say: called with what is loaded.
 
   Raises:
     ValueError: a folder that is none of these, a run without checkpoints, a

@@ -41,7 +41,7 @@ class Step(NamedTuple):
     row_nats: (all parameters, batch [B, T]) -> nats of each row's trained
       tokens [B].
     trained: whether the parameter of a path is trained.
-    tx: the optimiser over the trained parameters.
+    tx: the optimizer over the trained parameters.
     train_step: (state, batch) -> (state, metrics), not yet compiled.
     document_loss: (all parameters, batch, most documents of a row) -> sums of
       each document; see `loss_groups.documents`.
@@ -290,7 +290,7 @@ def state_shardings(step: Step, params: trees.Tree, mesh: Mesh) -> TrainState:
   """Where every leaf of the state is stored.
 
   Args:
-    step: whose optimiser and choice of what trains make the state.
+    step: whose optimizer and choice of what trains make the state.
     params: arrays or shapes, trained and frozen.
     mesh: the devices.
   """
