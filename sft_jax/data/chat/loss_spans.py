@@ -15,7 +15,12 @@ from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.chat.renderer import ConversationRenderer
 from sft_jax.data.chat.template import ChatTemplate
 from sft_jax.data.chat.trained_turn import TrainedTurn, divergence
-from sft_jax.data.conversation import Conversation, NothingToTrain, RowError
+from sft_jax.data.conversation import (
+  Conversation,
+  Message,
+  NothingToTrain,
+  RowError,
+)
 
 # (index of a message, token role, text without white space around it).
 _Text = tuple[int, str, str]
@@ -275,35 +280,25 @@ def _refuse_dropped_content(
   the escapes of JSON. Of what was asked, a template may make what it likes,
   for inference sees the same; but it must be there. Earlier replies and the
   answers of tools may be gone.
-
-  Args:
-    renderer: of the row.
-    last: the rendering.
-    cut: the trained turns in it.
-
-  Raises:
-    RowError: with the first text that is missing.
   """
+  messages = renderer.conversation.messages
   asked = [
     text
-    for index, message in enumerate(
-      renderer.conversation.messages[: last.index]
-    )
+    for index, message in enumerate(messages[: last.index])
     if message.role in ("system", "user")
-    for text in _texts(renderer, index)
+    for text in _texts(messages, index)
   ]
-  missing = _missing(asked, last, 0, last.start, changed=True)
+  missing = _missing(asked, last, 0, last.start, True)
   for one in cut:
     missing = missing or _missing(
-      _texts(renderer, one.index), last, one.start, one.stop, changed=False
+      _texts(messages, one.index), last, one.start, one.stop, False
     )
   if missing is not None:
     index, role, text = missing
     cure = "Use a template that renders it, or drop it from the row."
     if role == "reasoning":
-      ways = (
-        "strip" if renderer.options.reasoning == "write" else "strip or write"
-      )
+      writes = renderer.options.reasoning == "write"
+      ways = "strip" if writes else "strip or write"
       cure = f"Set data.reasoning to {ways}, or use a template that renders it."
     raise RowError(
       renderer.conversation.where(index),
@@ -313,22 +308,14 @@ def _refuse_dropped_content(
     )
 
 
-def _texts(renderer: ConversationRenderer, index: int) -> list[_Text]:
+def _texts(messages: Sequence[Message], index: int) -> list[_Text]:
   """The texts of a message."""
-  message = renderer.conversation.messages[index]
-  pairs = (
-    (role, text.strip()) for role, text in template_messages.texts(message)
-  )
-  return [(index, role, text) for role, text in pairs if text]
+  texts = template_messages.texts(messages[index])
+  return [(index, role, text.strip()) for role, text in texts if text.strip()]
 
 
 def _missing(
-  texts: Sequence[_Text],
-  last: TrainedTurn,
-  start: int,
-  end: int,
-  *,
-  changed: bool,
+  texts: Sequence[_Text], last: TrainedTurn, start: int, end: int, changed: bool
 ) -> _Text | None:
   """The first text that [start, end) of a rendering does not hold, or holds
   less often; where `changed`, it may be there in other words."""

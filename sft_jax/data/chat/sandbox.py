@@ -93,7 +93,7 @@ def render(
       (*jobs[i][:2], [jobs[i].cuts[number] for number in cuts])
       for i, cuts in some
     ]
-    reply = _ask((source, asked))
+    reply: Any = _ask((source, asked))
     if isinstance(reply, str):
       raise ValueError(reply)
     if reply is None:
@@ -144,9 +144,8 @@ def _ask(request: Any) -> Any:
   with _lock:
     if _child is None or _owner != os.getpid() or _child.poll() is not None:
       _child, _owner = _start(), os.getpid()
-    child, timer = _child, None
-    assert child.stdin is not None
-    assert child.stdout is not None
+    child: Any = _child
+    timer = None
     if not hasattr(signal, "setitimer"):
       timer = threading.Timer(_WALL_SECONDS, child.kill)
       timer.start()

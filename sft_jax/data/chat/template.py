@@ -47,7 +47,6 @@ class ChatTemplate:
     self.control_tokens = tuple(control_tokens)
     self.reads_reasoning = bool(_READS_REASONING.search(source))
     self.writes_bos = bool(re.search(r"\bbos_token\b", source))
-    self.reads_date = "strftime_now" in source
     self.reads_tools = bool(re.search(r"\btools\b", source))
     self.name = name
     sandbox.check(source)
@@ -151,8 +150,6 @@ def choose(tokenizer: Tokenizer, template: str, name: str) -> Tokenizer:
     ValueError: no such template; one that needs an EOS, and there is none.
   """
   if not template:
-    if name == "default" and not tokenizer.chat_templates:
-      return tokenizer
     if name not in tokenizer.chat_templates:
       if name == "default":  # `chat_template` refuses, where one is needed.
         return tokenizer
@@ -193,17 +190,14 @@ def with_tokens(tokenizer: Tokenizer, source: str) -> ChatTemplate:
   which is no structure.
   """
   unknown = tokenizer.named_tokens.get("unk_token")
+  special = tokenizer.special_tokens
   return ChatTemplate(
     source,
     tokenizer.named_tokens,
     stop_tokens=[
-      text
-      for text, number in tokenizer.special_tokens.items()
-      if number in tokenizer.stop_ids
+      text for text in special if special[text] in tokenizer.stop_ids
     ],
-    control_tokens=[
-      text for text in tokenizer.special_tokens if text != unknown
-    ],
+    control_tokens=[text for text in special if text != unknown],
     name=f"the chat template of {tokenizer.folder}",
   )
 

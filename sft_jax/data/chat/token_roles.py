@@ -49,11 +49,7 @@ def masked_spans(
       "Train the whole turn, or drop the row.",
     )
 
-  own = [
-    span
-    for span in spans or ()
-    if one.start <= span.start and span.end <= one.stop
-  ]
+  own = [s for s in spans or () if one.start <= s.start and s.end <= one.stop]
   if message.spans is not None:
     answer = [span for span in own if span.role == "answer"]
     core = message.content.strip()
@@ -201,12 +197,6 @@ def notes(
     )
     if put and put in last.text:
       happened.add("injected system prompt")
-  for span in last.spans or ():
-    shown = last.text[span.start : span.end]
-    if span.end <= last.start and not template_messages.as_written(
-      span.written, shown
-    ):
-      happened.add(CHANGED)
   happened |= _rewritten(renderer, last, cut)
   for one in cut:
     ends = [p.end for p in last.spans or () if p.end <= one.start]
@@ -232,6 +222,9 @@ def _rewritten(
   for span in last.spans or ():
     mine = texts.get((span.role, span.written))
     text = mine.pop(0) if mine else span.written
+    shown = last.text[span.start : span.end]
+    if not template_messages.as_written(span.written, shown):
+      found.add(CHANGED)  # Of what was asked; replies must be as written.
     if not keeps_white_space(last.text, span.start, span.end, text):
       found.add(WHITE_SPACE_CUT)
   for one in cut:
