@@ -170,7 +170,7 @@ class HeadRows(NamedTuple):
 
 
 # The base's hidden states and head; its width C may be another.
-Base = tuple[Float[AnyArray, "B T C"], Float[AnyArray, "V C"]]
+Base = tuple[Float[AnyArray, "B T C"], Any]
 
 
 class _Static(NamedTuple):
@@ -275,26 +275,16 @@ def linear_cross_entropy(
 
 
 def _local_sums(
-  hidden: Array,
-  head: Array | HeadRows,
-  targets: Array,
-  weights: Array,
-  groups: Array,
-  base: tuple[Array, Array] | None,
-  extras: dict[str, Array],
-  *,
-  static: _Static,
-  to_hidden: bool,
-  to_head: bool,
+  *arrays: Any, static: _Static, to_hidden: bool, to_head: bool
 ) -> tuple[Array, Array, Array | None, dict, Array | None, Array | None]:
   """(objective, table, base's, named, d hidden, d head) of a device's tokens.
 
   Gradients that are not requested are None.
   """
+  hidden, head, targets, weights, groups, base, extras = arrays
   shape, n, axes = hidden.shape, targets.size, _axes(static.rows)
-  ids = None
-  if isinstance(head, HeadRows):
-    head, ids, _ = head
+  ids = head.ids if isinstance(head, HeadRows) else None
+  head = head if ids is None else arrays[1].table
   hidden, y, w, groups, extras = jax.tree.map(
     lambda x: jnp.reshape(x, (n, *x.shape[2:])),
     (hidden, targets, weights, groups, extras),
@@ -332,7 +322,8 @@ def _local_sums(
       was = _logits(take(base_hidden), base[1], y_, static.softcap)
       known = _compare(was, found)
       versus += (w_ * known.table).sum(axis=-1)
-    d_h = d_e = None
+    d_h: Any = None
+    d_e: Any = None
     if isinstance(static.objective, Objective):
       loss = static.objective.loss(found.z, found.log_z, found.nll)
       value += (w_ * loss).sum()
@@ -371,6 +362,7 @@ def _local_sums(
   if axes:
     # As many on every device: collectives inside must meet.
     chunks = jax.lax.pmax(chunks, axes)
+  rows = len(head if ids is None else ids)
   names: dict[str, Any] = {}
   if not isinstance(static.objective, Objective):
     cut = lambda x: jax.ShapeDtypeStruct((width, *x.shape[1:]), x.dtype)
@@ -382,9 +374,7 @@ def _local_sums(
     None if base is None else jnp.zeros(len(BaseSums._fields), jnp.float32),
     {name: jnp.zeros((), jnp.float32) for name in names},
     jnp.zeros((n + width, shape[-1]), hidden.dtype) if to_hidden else None,
-    jnp.zeros((len(head if ids is None else ids), shape[-1]), jnp.float32)
-    if to_head
-    else None,
+    jnp.zeros((rows, shape[-1]), jnp.float32) if to_head else None,
   )
   *sums, d_hidden, d_head = jax.lax.fori_loop(0, chunks, step, carry)
   if to_hidden:
@@ -404,15 +394,15 @@ def _axes(rows: NamedSharding | None) -> tuple[str, ...]:
   return tuple(axes) if any(rows.mesh.shape[a] > 1 for a in axes) else ()
 
 
-def _on_devices(hidden, head, targets, weights, groups, base, extras, **static):
+def _on_devices(*arrays, **choices):
   """`_local_sums`, where `rows` says so on each device with its own tokens."""
-  local_sums = partial(_local_sums, **static)
-  rows = static["static"].rows
+  local_sums = partial(_local_sums, **choices)
+  rows = choices["static"].rows
   axes = _axes(rows)
   if not axes:
-    return local_sums(hidden, head, targets, weights, groups, base, extras)
+    return local_sums(*arrays)
   none = PartitionSpec()
-  of_base = None if base is None else (rows.spec, none)
+  of_base = None if arrays[5] is None else (rows.spec, none)
   # Axes that are not named, such as 'tensor', are left to XLA.
   return jax.shard_map(
     local_sums,
@@ -421,7 +411,7 @@ def _on_devices(hidden, head, targets, weights, groups, base, extras, **static):
     in_specs=(rows.spec, none, *[rows.spec] * 3, of_base, rows.spec),
     out_specs=(none, none, none, none, rows.spec, none),
     check_vma=False,
-  )(hidden, head, targets, weights, groups, base, extras)
+  )(*arrays)
 
 
 def _sums_only(*arguments):
@@ -429,12 +419,12 @@ def _sums_only(*arguments):
   return _on_devices(*arrays, static=static, to_hidden=False, to_head=False)[:4]
 
 
-def _sums_with_gradients(hidden, head, *arguments):
-  *rest, static = arguments
-  values = jax.tree.map(
-    lambda x: x.value, (hidden, head, *rest), is_leaf=_given
-  )
-  trained = head.rows if isinstance(head, HeadRows) else head
+def _sums_with_gradients(*arguments):
+  *arrays, static = arguments
+  hidden, head = arrays[:2]
+  given = lambda x: hasattr(x, "perturbed")
+  values = jax.tree.map(lambda x: x.value, arrays, is_leaf=given)
+  trained: Any = head.rows if isinstance(head, HeadRows) else head
   *sums, d_hidden, d_head = _on_devices(
     *values,
     static=static,
@@ -444,13 +434,9 @@ def _sums_with_gradients(hidden, head, *arguments):
   if d_head is not None:
     d_head = d_head.astype(trained.value.dtype)
     if isinstance(head, HeadRows):
-      d_head = HeadRows(None, None, d_head)
+      nothing: Any = None
+      d_head = HeadRows(nothing, nothing, d_head)
   return tuple(sums), (d_hidden, d_head)
-
-
-def _given(x: Any) -> bool:
-  """True for the arguments of `custom_vjp` that hold an array."""
-  return hasattr(x, "perturbed")
 
 
 def _scale_gradients(static, gradients, cotangents):

@@ -268,20 +268,20 @@ def _muon(moments: Moments) -> optax.GradientTransformation:
   square of AdamW's, so that its learning rates stay right (Liu et al. 2025,
   arXiv 2502.16982).
   """
-  resize = optax.stateless_with_tree_map(
-    lambda update, _: 0.2 * max(update.shape) ** 0.5 * update
-  )
+  scale = lambda update: 0.2 * max(jnp.shape(update)) ** 0.5 * update
+  resize = optax.stateless(lambda updates, _: jax.tree.map(scale, updates))
   muon = optax.contrib.scale_by_muon(beta=moments.b1, mu_dtype=jnp.float32)
   matrices = per_matrix(optax.chain(muon, resize))
   others = _adam(moments)
-  halves = lambda tree: trees.partition(tree, is_matrix)
 
   def init(params):
-    mine, rest = halves(params)
+    mine, rest = trees.partition(params, is_matrix)
     return {"muon": matrices.init(mine), "adam": others.init(rest)}
 
   def update(updates, state, params=None):
-    mine, rest = halves(updates)
+    mine: Any
+    rest: Any
+    mine, rest = trees.partition(updates, is_matrix)
     mine, muon = matrices.update(mine, state["muon"])
     rest, adam = others.update(rest, state["adam"])
     return trees.merge(mine, rest), {"muon": muon, "adam": adam}

@@ -544,16 +544,16 @@ def _take(
   return np.stack(parts)
 
 
-# What we read, or what says nothing of the arithmetic.
-_READ = {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern"}
-_READ |= {"use_rslora", "use_dora", "modules_to_save", "ensure_weight_tying"}
-_READ |= {"target_parameters", "trainable_token_indices"}
-_SAY_NOTHING = {"target_modules", "exclude_modules", "task_type"}
-_SAY_NOTHING |= {"peft_version", "eva_config"}  # Of a start.
-_SAY_NOTHING |= {"base_model_name_or_path", "revision", "inference_mode"}
-_SAY_NOTHING |= {"auto_mapping", "megatron_core", "qalora_group_size"}
-_SAY_NOTHING |= {"fan_in_fan_out"}  # Conv1D or Linear: the family knows.
-_SAY_NOTHING |= {"layers_pattern", "runtime_config"}
+# What we read, what the tensors say too, and what says nothing of the
+# arithmetic. Conv1D or Linear (fan_in_fan_out): the family knows.
+_KEYS = (
+  "r lora_alpha lora_dropout rank_pattern alpha_pattern use_rslora use_dora "
+  "modules_to_save ensure_weight_tying target_parameters target_modules "
+  "trainable_token_indices exclude_modules task_type peft_version eva_config "
+  "base_model_name_or_path revision inference_mode auto_mapping megatron_core "
+  "qalora_group_size fan_in_fan_out layers_pattern runtime_config"
+)
+_UNDERSTOOD = frozenset(_KEYS.split())
 # Starts that leave the base model as it is.
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
@@ -563,7 +563,7 @@ def _check_config(folder: Path, theirs: dict[str, Any]) -> None:
   odd = {
     key: value
     for key, value in theirs.items()
-    if key not in _READ | _SAY_NOTHING and value
+    if key not in _UNDERSTOOD and value
   }
   if odd.pop("peft_type", None) != "LORA":
     odd["peft_type"] = theirs.get("peft_type")
