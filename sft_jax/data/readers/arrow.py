@@ -151,7 +151,8 @@ def _not_finite(batch: pyarrow.RecordBatch) -> str | None:
   def finite(values: pyarrow.Array) -> bool:
     kind = values.type
     if pyarrow.types.is_floating(kind):
-      return compute.all(compute.is_finite(values), min_count=0).as_py()
+      finite_ones = compute.call_function("is_finite", [values]).drop_null()
+      return finite_ones.true_count == len(finite_ones)
     if pyarrow.types.is_struct(kind):
       return all(map(finite, values.flatten()))
     if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
