@@ -296,7 +296,7 @@ def table(after: Scores, before: Scores | None = None) -> list[tuple[str, ...]]:
   pairs = {c.group: c for c in compare(before, after)} if before else {}
   head = ("before", "after") if pairs else ("passed",)
   more = ("+ / -", "p") if pairs else ()
-  rows = [("behavior", "n", *head, "stops", "form / content", *more)]
+  rows = [("behavior", "n", *head, "stops", "format / content", *more)]
   for group, score in after.groups.items():
     c = pairs.get(group)
     kinds = (score.format, score.content)

@@ -85,14 +85,14 @@ def test_a_row_is_of_the_run(tmp_path, monkeypatch, capsys):
     result["gap"]["gap"], abs=1e-3
   )
   for words in (
-    "general text, KL(base || tuned), nats/token │ 0.0000 │",
-    "general text, likeliest token still the base's │ 100.0% │",
-    "what the base knows, answered (2 texts) │ 100.0% │ 100.0% │",
+    "general text, KL(base || tuned), nats per token │ 0.0000 │",
+    "general text, most likely token is the base's │ 100.0% │",
+    "what the base knows, answered (2 texts) │ 100 % (34 to 100) │",
     "of what it answered, still answered │",
     "canaries planted, exposure of 8 bits │",
     "canaries kept back, exposure of 8 bits │",
-    "replies that stand in an answer (of held-out rows: ",
+    "replies found whole in a training answer (held-out answers: ",
   ):
     assert words in " ".join(shown.split()), words
   page = (tmp_path / "a_b" / "report.html").read_text()
-  assert "general_text/kl" in page
+  assert "general text, KL(base || tuned)" in page

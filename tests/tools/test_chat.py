@@ -61,7 +61,7 @@ def test_a_control_token_typed_in_is_an_error_and_the_talk_goes_on(
   tokenizer = load_run.load(folder).tokenizer
   (stop, *_) = tokenizer.stop_ids
   special = tokenizer.decode([stop], skip_special=False)
-  flags = [f"--model={folder}", "--max_new_tokens=2"]
+  flags = [f"--model={folder}", "--max_new_tokens=2", "--control_tokens=error"]
   shown = talk(monkeypatch, capsys, [f"a{special}b", "Hi"], *flags)
   assert "error:" in shown
   assert shown.count("(cut off at --max_new_tokens)") == 1
