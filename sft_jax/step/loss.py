@@ -281,10 +281,12 @@ def _local_sums(
 
   Gradients that are not requested are None.
   """
-  hidden, head, targets, weights, groups, base, extras = arrays
+  hidden, whole_head, targets, weights, groups, base, extras = arrays
   shape, n, axes = hidden.shape, targets.size, _axes(static.rows)
-  ids = head.ids if isinstance(head, HeadRows) else None
-  head = head if ids is None else arrays[1].table
+  head: Any = whole_head
+  ids = None
+  if isinstance(whole_head, HeadRows):
+    head, ids = whole_head.table, whole_head.ids
   hidden, y, w, groups, extras = jax.tree.map(
     lambda x: jnp.reshape(x, (n, *x.shape[2:])),
     (hidden, targets, weights, groups, extras),

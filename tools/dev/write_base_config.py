@@ -11,6 +11,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from sft_jax.training.config import RunConfig
 
@@ -46,7 +47,7 @@ def text() -> str:
   return re.sub(r"\n{3,}(?!def)", "\n\n", text)
 
 
-def _lines(kind: type, name: str) -> Iterator[str]:
+def _lines(kind: Any, name: str) -> Iterator[str]:
   """Assignments with their comments; a block for each section."""
   body = inspect.getsource(kind).split('"""')[-1].strip("\n")
   fields = {field.name: field for field in dataclasses.fields(kind)}
@@ -56,12 +57,13 @@ def _lines(kind: type, name: str) -> Iterator[str]:
       yield line
       continue
     key, rest = match.groups()
-    if dataclasses.is_dataclass(fields[key].type):
+    section: Any = fields[key].type
+    if dataclasses.is_dataclass(section):
       # An evaluation is not Python's eval; and some keys have several types.
       short = "evaluation" if key == "eval" else key
       loose = "type_safe=False" if key in ("data", "eval") else ""
       yield f"\n  config.{key} = {short} = ml_collections.ConfigDict({loose})"
-      yield from _lines(fields[key].type, short)
+      yield from _lines(section, short)
       yield ""
       continue
     value, mark, meaning = rest.partition("  # ")
