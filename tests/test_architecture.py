@@ -69,3 +69,110 @@ def test_only_models_knows_flax():
     if top != "models":
       assert "import flax" not in text, path
       assert "from flax" not in text, path
+
+
+def _folders() -> list[Path]:
+  inits = sorted(PACKAGE.rglob("__init__.py"))
+  return [init.parent for init in inits if init.parent.name != "__pycache__"]
+
+
+def test_folders_have_at_most_twelve_entries():
+  beside = {"__init__.py", "__pycache__", "py.typed"}
+  wide = {
+    folder.name: len(names)
+    for folder in _folders()
+    if len(names := {x.name for x in folder.iterdir()} - beside) > MOST_ENTRIES
+  }
+  assert not wide
+
+
+def test_every_folder_says_what_comes_in_and_what_goes_out():
+  for folder in _folders():
+    text = (folder / "__init__.py").read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(text)), folder
+
+
+# Modules under 80 lines with one importer, and why they are files of their own.
+ALONE = {
+  "commands/compare.py": "a command",
+  "commands/export.py": "a command",
+  "commands/replay.py": "a command",
+  "data/audit/languages.py": "the only user of a library",
+  "data/readers/memory.py": "a reader, beside those of files",
+  "evals/checks/refusals.py": "lists of words, beside the other checks",
+  "main.py": "where a process starts",
+}
+
+
+def _importers() -> dict[str, set[str]]:
+  """{module: those that import it}, by paths below the package."""
+  paths = {path.relative_to(PACKAGE).as_posix() for path, _ in _files()}
+  found: dict[str, set[str]] = {path: set() for path in paths}
+  for path in sorted(PACKAGE.rglob("*.py")):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+      if not isinstance(node, ast.ImportFrom) or not node.module:
+        continue
+      base = node.module.replace(".", "/").removeprefix("sft_jax")
+      for name in (f"{base}.py", *(f"{base}/{a.name}.py" for a in node.names)):
+        if name.lstrip("/") in found:
+          found[name.lstrip("/")].add(path.relative_to(PACKAGE).as_posix())
+  return found
+
+
+def test_small_modules_are_not_split_off():
+  small = {
+    name
+    for name, importers in _importers().items()
+    if len(importers) <= 1
+    and not name.endswith("__init__.py")
+    and len((PACKAGE / name).read_text(encoding="utf-8").splitlines()) < 80
+  }
+  assert small == ALONE.keys()
+
+
+# Words that say nothing by themselves, and words of an older vocabulary.
+BANNED = {
+  *("find", "parts", "piece", "pieces", "place", "rows", "same", "table"),
+  *("announce", "ink", "look", "muted", "said", "say", "seams", "settle"),
+  *("Judge", "Policy", "Script", "box", "hull", "spread", "told", "unsaid"),
+}
+
+
+def test_public_names_say_what_they_are():
+  found = [
+    f"{path.relative_to(PACKAGE)}: {node.name}"
+    for path, _ in _files()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body
+    if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in BANNED
+  ]
+  assert not found
+
+
+def test_the_map_of_the_documents_is_the_tree():
+  page = PACKAGE.parent / "docs" / "architecture.md"
+  text = page.read_text(encoding="utf-8").split("## The map")[1]
+  names, folder = {}, ""
+  for line in text.split("## ")[0].splitlines():
+    if not line.startswith("    "):
+      continue
+    words = line.split("  # ")[0].split()
+    if words and words[0].endswith("/"):
+      folder, *words = words
+      folder = "." if folder == "sft_jax/" else folder.rstrip("/")
+    names.setdefault(folder, set()).update(words)
+  assert names == {
+    folder.relative_to(PACKAGE).as_posix(): {
+      path.stem for path in folder.glob("*.py") if path.stem != "__init__"
+    }
+    for folder in _folders()
+  }
+
+
+def test_the_pages_are_short():
+  for name, most in (
+    ("README.md", 150),
+    ("AGENTS.md", 60),
+    ("docs/architecture.md", 150),
+  ):
+    text = (PACKAGE.parent / name).read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= most, name

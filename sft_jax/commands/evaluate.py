@@ -135,8 +135,8 @@ def main() -> None:
   before = scores(baseline, items, args)[0] if baseline else None
   asked = load(args.model)
   after, replied = scores(asked, items, args)
-  head, *rows = behaviours.table(after, before)
-  terminal.table(terminal.console(), args.model, head, rows)
+  head, *rows = behaviours.summary_table(after, before)
+  terminal.print_table(terminal.console(), args.model, head, rows)
   if figures := behaviours.ifeval_accuracy(after):
     shares = ", ".join(f"{name} {x:.1%}" for name, x in figures.items())
     terminal.console().print(Text(f"IFEval: {shares}"))

@@ -43,7 +43,7 @@ def main() -> None:
   machines.prepare(TOPOLOGY.value)
   out = terminal.console()
   config = CONFIG.value
-  machine = machines.find(TOPOLOGY.value)
+  machine = machines.find_machine(TOPOLOGY.value)
   shape = find_shape(config.model.path)
 
   lengths, fill, whence = documents(config, lambda x: out.print(Text(x)))

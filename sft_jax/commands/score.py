@@ -152,7 +152,7 @@ def show_figures(out: Console, found: dict[str, Any]) -> None:
     )
     for name, of_name in found["spread"].items()
   ]
-  terminal.table(out, "Scores, by percentile", head, lines)
+  terminal.print_table(out, "Scores, by percentile", head, lines)
   for end in found["ends"]:
     out.print(Text(f"\n{end['name']}", style="bold"))
     for row in end["rows"]:

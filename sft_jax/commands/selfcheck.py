@@ -152,7 +152,9 @@ def main() -> None:
   out = terminal.console()
   findings = check(CONFIG.value, lambda line: out.print(Text(line)))
   header = ("law", "difference", "tolerance", "verdict")
-  terminal.table(out, "Self-check", header, selfcheck.table(findings))
+  terminal.print_table(
+    out, "Self-check", header, selfcheck.findings_table(findings)
+  )
   failed = sum(not one.passed for one in findings)
   devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
   out.print(f"{len(findings) - failed} of {len(findings)} hold on {devices}")

@@ -118,7 +118,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   write(ledger, json.dumps(made.to_json(), indent=2) + "\n")
   head, *body = synthesis.lines(made)
   out = terminal.console()
-  terminal.table(out, f"{len(made.rows):,} rows in {args.out}", head, body)
+  terminal.print_table(
+    out, f"{len(made.rows):,} rows in {args.out}", head, body
+  )
 
 
 def cli() -> None:

@@ -87,7 +87,7 @@ def _parse(name: str) -> tuple[str, int]:
   return found.group(2) or "", int(found.group(3) or 1)
 
 
-def find(name: str) -> Machine:
+def find_machine(name: str) -> Machine:
   """The machine of this name; '' is what JAX sees here.
 
   Raises:

@@ -104,7 +104,7 @@ def make_mesh(
   )
 
 
-def place(path: str, shape: Sequence[int], mesh: Mesh) -> Placement:
+def place_parameter(path: str, shape: Sequence[int], mesh: Mesh) -> Placement:
   """The placement of one parameter: the first rule, where sizes divide.
 
   Raises:
@@ -119,15 +119,19 @@ def place(path: str, shape: Sequence[int], mesh: Mesh) -> Placement:
   return Placement(path, tuple(shape), PartitionSpec(*axes), "; ".join(whole))
 
 
-def table(params: trees.Tree, mesh: Mesh) -> list[Placement]:
+def placements(params: trees.Tree, mesh: Mesh) -> list[Placement]:
   """Placements of all parameters, in order of paths."""
-  return [place(p, x.shape, mesh) for p, x in trees.flatten(params).items()]
+  return [
+    place_parameter(p, x.shape, mesh) for p, x in trees.flatten(params).items()
+  ]
 
 
 def param_shardings(params: trees.Tree, mesh: Mesh) -> trees.Tree:
   """The tree of shardings of a parameter tree (arrays or shapes)."""
   return trees.map_paths(
-    lambda path, x: NamedSharding(mesh, place(path, x.shape, mesh).spec),
+    lambda path, x: NamedSharding(
+      mesh, place_parameter(path, x.shape, mesh).spec
+    ),
     params,
   )
 
@@ -152,7 +156,7 @@ def state_shardings(state: Any, params: trees.Tree, mesh: Mesh) -> Any:
     paths = ("/".join(names[i:]) for i in range(len(names)))
     for path in filter(flat.__contains__, paths):
       shape = flat[path].shape
-      spec = [*place(path, shape, mesh).spec]
+      spec = [*place_parameter(path, shape, mesh).spec]
       spec += [None] * (len(shape) - len(spec))
       axes = iter([*zip(shape, spec, strict=True)])
       # The first axis of each size, after those that are taken.
@@ -169,7 +173,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def rows(mesh: Mesh, *, leading_axes: int = 0) -> NamedSharding:
+def row_sharding(mesh: Mesh, *, leading_axes: int = 0) -> NamedSharding:
   """Of arrays [B, T, ...], after `leading_axes` others.
 
   Rows are divided over `data` and `fsdp`, their slots over `context`.

@@ -291,7 +291,9 @@ def compare(before: Scores, after: Scores) -> list[Comparison]:
   return result
 
 
-def table(after: Scores, before: Scores | None = None) -> list[tuple[str, ...]]:
+def summary_table(
+  after: Scores, before: Scores | None = None
+) -> list[tuple[str, ...]]:
   """Header and rows of text, of one model or of two on the same items."""
   pairs = {c.group: c for c in compare(before, after)} if before else {}
   head = ("before", "after") if pairs else ("passed",)

@@ -120,7 +120,7 @@ def score(
   plan = packing.plan(made.lengths, seq_len, seed=0)
   segments = int(np.diff(plan.starts).max())
   sums = jax.jit(
-    _group_sums(model, segments, chunk_tokens, sharding.rows(mesh))
+    _group_sums(model, segments, chunk_tokens, sharding.row_sharding(mesh))
   )
   # Of each document: all trained tokens, and those that are scored alone too.
   nats, tokens = np.zeros((2, 2, len(made.lengths)))
@@ -139,7 +139,9 @@ def score(
       )
       for i in own
     ]
-    batch = sharding.put_rows(packing.stack_rows(rows), sharding.rows(mesh))
+    batch = sharding.put_rows(
+      packing.stack_rows(rows), sharding.row_sharding(mesh)
+    )
     found: GroupSums = jax.device_get(sums(params, batch))
     for row, pack in enumerate(packs):
       for kind in range(2):

@@ -86,7 +86,7 @@ def overlapping(
   """
   if not against:
     return [False] * len(items)
-  return overlap.find([_asked(against)], [_asked(items)]).found.tolist()
+  return overlap.find_overlap([_asked(against)], [_asked(items)]).found.tolist()
 
 
 def _asked(items: Sequence[Item]) -> overlap.Rows:
@@ -95,7 +95,9 @@ def _asked(items: Sequence[Item]) -> overlap.Rows:
 
 
 def _prompt(conversation: Conversation) -> str:
-  return "\n\n".join(row_texts.said(one) for one in conversation.messages)
+  return "\n\n".join(
+    row_texts.message_text(one) for one in conversation.messages
+  )
 
 
 def synthesise(

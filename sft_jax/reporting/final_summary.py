@@ -48,7 +48,7 @@ def show_result(out: Console, result: dict[str, Any], samples: int) -> None:
     return "{:4.0%}  [{:.0%}, {:.0%}]".format(*value)
 
   if result["behaviours"]:
-    terminal.table(
+    terminal.print_table(
       out,
       "Behavior, share passed with 95 % interval",
       ("behavior", "n", "before", "after", "stops by itself"),
@@ -65,7 +65,7 @@ def show_result(out: Console, result: dict[str, Any], samples: int) -> None:
     )
   for one in run_page.figures(result):
     if one.title not in _ELSEWHERE:
-      terminal.table(out, one.title, [*map(str, one.head)], one.rows)
+      terminal.print_table(out, one.title, [*map(str, one.head)], one.rows)
   if "export" in result:
     evidence = export.Evidence(**result["export"])
     out.print(Text(f"{terminal.visible(evidence.path)}: {evidence}"))

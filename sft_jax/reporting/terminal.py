@@ -91,7 +91,7 @@ def lines(out: Console, title: str, body: Iterable[str]) -> None:
     out.print(Text(f"  {visible(line)}"))
 
 
-def table(
+def print_table(
   out: Console, title: str, header: Sequence[str], rows: Iterable[Sequence]
 ) -> None:
   """Prints a table; numbers to the right, names to the left."""

@@ -262,7 +262,7 @@ class _Loop:
   def _next_batch(self) -> Batch:
     cut = split_micro_batches(next(self._batches), self._config.accum_steps)
     return sharding.put_rows(
-      cut, sharding.rows(self._built.mesh, leading_axes=1)
+      cut, sharding.row_sharding(self._built.mesh, leading_axes=1)
     )
 
   def take_step(self) -> None:

@@ -164,7 +164,9 @@ def place_batch(batch: Batch, mesh: Mesh) -> Batch:
   leading = batch.tokens.ndim - 2
   own = sharding.own_rows(mesh, batch.tokens.shape[leading])
   mine = jax.tree.map(lambda x: np.take(x, own, axis=leading), batch)
-  return sharding.put_rows(mine, sharding.rows(mesh, leading_axes=leading))
+  return sharding.put_rows(
+    mine, sharding.row_sharding(mesh, leading_axes=leading)
+  )
 
 
 def leaks(
@@ -325,7 +327,7 @@ def stops(
   )
 
 
-def table(findings: list[Finding]) -> list[tuple[Any, ...]]:
+def findings_table(findings: list[Finding]) -> list[tuple[Any, ...]]:
   """(law, difference, tolerance, outcome) of each, ready to print."""
   return [
     (
@@ -341,8 +343,7 @@ def table(findings: list[Finding]) -> list[tuple[Any, ...]]:
 
 def refuse(findings: list[Finding]) -> None:
   """Raises ValueError, with all that failed, where a law does not hold."""
-  failed = [row for row, one in zip(table(findings), findings, strict=True)
-            if not one.passed]  # fmt: skip
+  failed = findings_table([one for one in findings if not one.passed])
   if failed:
     raise ValueError(
       "selfcheck: on these devices the model or the step is not what it "

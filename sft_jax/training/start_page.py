@@ -55,7 +55,7 @@ def show(
     if all(line[2] == _WHOLE for line in lines):
       out.print("Sharding: every device holds all parameters.")
     else:
-      terminal.table(out, "Sharding", header, lines)
+      terminal.print_table(out, "Sharding", header, lines)
 
 
 def write(
@@ -206,7 +206,7 @@ def _sharding(built: BuiltRun) -> Iterator[tuple[str, ...]]:
   """A line per parameter; a layer's stand for those of all layers."""
   params = trees.merge(built.state.params, built.state.frozen)
   leaves = trees.flatten(params)
-  for path, shape, spec, note in sharding.table(params, built.mesh):
+  for path, shape, spec, note in sharding.placements(params, built.mesh):
     leaf = leaves[path]
     part = leaf.sharding.shard_shape(leaf.shape)
     size = int(np.prod(part)) * leaf.dtype.itemsize

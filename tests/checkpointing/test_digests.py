@@ -33,7 +33,7 @@ def test_every_single_bit_changes_the_digest():
 def test_digest_sees_order_and_not_sharding():
   x = jnp.arange(64, dtype=jnp.float32).reshape(8, 8)
   mesh = sharding.make_mesh(2, 4, 1)
-  spread = jax.device_put(x, sharding.rows(mesh))
+  spread = jax.device_put(x, sharding.row_sharding(mesh))
   whole = lambda x: digests.describe({"x": x})["['x']"]["digest"]
   assert whole(x) == whole(spread)
   assert whole(x) != whole(x[::-1])
@@ -56,7 +56,7 @@ def test_the_digest_of_an_array_is_the_sum_of_its_shards(spec):
 def test_a_damaged_shard_is_named():
   mesh = sharding.make_mesh(1, 8, 1)
   x = np.arange(64, dtype=np.float32).reshape(8, 8)
-  spread = jax.device_put(x, sharding.rows(mesh))
+  spread = jax.device_put(x, sharding.row_sharding(mesh))
   expected = digests.describe({"x": spread, "y": jnp.ones(3)})
   assert digests.damaged(expected, {"x": x, "y": jnp.ones(3)}) == []
   x[5, 1] = np.nextafter(x[5, 1], np.float32(np.inf))

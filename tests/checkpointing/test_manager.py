@@ -67,12 +67,12 @@ def test_restores_onto_another_mesh(tmp_path):
   mesh = sharding.make_mesh(1, 8, 1)
   target = {
     "w": jax.ShapeDtypeStruct(
-      (64, 128), jnp.float32, sharding=sharding.rows(mesh)
+      (64, 128), jnp.float32, sharding=sharding.row_sharding(mesh)
     )
   }
   restored = Checkpoints(tmp_path / "c", keep=1).restore(target, pytest.fail)
   assert restored is not None
-  assert restored.state["w"].sharding == sharding.rows(mesh)
+  assert restored.state["w"].sharding == sharding.row_sharding(mesh)
   assert equal(restored.state, state)
 
 
@@ -270,7 +270,7 @@ def test_what_lies_beside_must_be_what_it_was(tmp_path):
 def test_restored_arrays_are_donated(tmp_path):
   """Warnings are errors here, and JAX warns of what it cannot donate."""
   mesh = sharding.make_mesh(1, 8, 1)
-  state = {"w": jax.device_put(make_state(1)["w"], sharding.rows(mesh))}
+  state = {"w": jax.device_put(make_state(1)["w"], sharding.row_sharding(mesh))}
   checkpoints = Checkpoints(tmp_path / "c", keep=1)
   checkpoints.save(1, state, {})
   restored = checkpoints.restore(abstract(state), pytest.fail)

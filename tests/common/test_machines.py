@@ -9,20 +9,20 @@ from sft_jax.common import flops, machines
 
 
 def test_this_machine():
-  found = machines.find("")
+  found = machines.find_machine("")
   assert list(found.devices) == jax.devices()
   assert found.chip.memory > 1e8
   assert not found.estimate
 
 
 def test_processors_share_the_memory_of_the_machine():
-  one, four = machines.find("cpu"), machines.find("cpu:4")
+  one, four = machines.find_machine("cpu"), machines.find_machine("cpu:4")
   assert len(four.devices) == 4
   assert one.chip.memory == 4 * four.chip.memory
 
 
 def test_a_gpu_is_an_estimate():
-  found = machines.find("gpu-80GB:8")
+  found = machines.find_machine("gpu-80GB:8")
   assert len(found.devices) == 8
   assert found.chip == flops.CHIPS["H100"]
   assert "an estimate" in found.estimate
@@ -40,20 +40,20 @@ def test_a_gpu_is_an_estimate():
 )
 def test_refused(name, message):
   with pytest.raises(ValueError, match=message):
-    machines.find(name)
+    machines.find_machine(name)
 
 
 def test_a_slice_of_tpus():
   pytest.importorskip("libtpu", reason="needs the [tpu] extra")
-  found = machines.find("v5e:2x4")
+  found = machines.find_machine("v5e:2x4")
   assert len(found.devices) == 8
   assert found.chip.name == "TPU v5e"
   with pytest.raises(ValueError, match=r"sft_jax\[tpu\]"):
-    machines.find("v5e:3x5")
+    machines.find_machine("v5e:3x5")
 
 
 def test_a_tpu_without_its_compiler():
   if importlib.util.find_spec("libtpu"):
     pytest.skip("libtpu is here")
   with pytest.raises(ValueError, match=r"Install sft_jax\[tpu\]"):
-    machines.find("v5e:2x4")
+    machines.find_machine("v5e:2x4")

@@ -27,25 +27,27 @@ def test_sizes_that_cannot_be_are_refused(sizes):
 
 def test_rules_divide_what_can_be_divided():
   mesh = sharding.make_mesh(1, 4, 2)
-  kernel = sharding.place("layers/attn/q/kernel", (3, 16, 32), mesh)
+  kernel = sharding.place_parameter("layers/attn/q/kernel", (3, 16, 32), mesh)
   assert kernel.spec == PartitionSpec(None, "fsdp", "tensor")
   assert kernel.note == ""
-  odd = sharding.place("layers/attn/o/kernel", (3, 7, 16), mesh)
+  odd = sharding.place_parameter("layers/attn/o/kernel", (3, 7, 16), mesh)
   assert odd.spec == PartitionSpec(None, None, "fsdp")
   assert odd.note == "7 is not a multiple of tensor"
 
 
 def test_a_parameter_without_a_rule_is_an_error():
   with pytest.raises(ValueError, match=r"no pattern matches .*'router/gate'"):
-    sharding.place("router/gate", (4,), sharding.make_mesh(8, 1, 1))
+    sharding.place_parameter("router/gate", (4,), sharding.make_mesh(8, 1, 1))
 
 
 def test_rows_are_divided_over_both_data_axes():
   mesh = sharding.make_mesh(2, 4, 1)
   x = np.arange(16 * 3).reshape(16, 3)
-  placed = sharding.put_rows(x, sharding.rows(mesh))
+  placed = sharding.put_rows(x, sharding.row_sharding(mesh))
   assert {s.data.shape for s in placed.addressable_shards} == {(2, 3)}
   np.testing.assert_array_equal(placed, x)
-  stacked = sharding.put_rows(x[None], sharding.rows(mesh, leading_axes=1))
+  stacked = sharding.put_rows(
+    x[None], sharding.row_sharding(mesh, leading_axes=1)
+  )
   assert {s.data.shape for s in stacked.addressable_shards} == {(1, 2, 3)}
   assert len(jax.devices()) == 8

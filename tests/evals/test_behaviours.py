@@ -192,7 +192,7 @@ def test_comparison_is_paired_by_item():
   assert (found.gained, found.lost) == (3, 1)
   assert found.p == 2 * (1 + 4) / 2**4
   assert (found.before.passed, found.after.passed) == (2, 4)
-  header, row = behaviours.table(after, before)
+  header, row = behaviours.summary_table(after, before)
   assert len(header) == len(row)
   assert row[:2] == ("facts", "5")
   assert row[2].startswith("40%")
@@ -249,7 +249,7 @@ def test_form_and_matter_are_scored_apart(tmp_path):
     for group in ("all", "facts")
     for name, value in want.items()
   }
-  _, row = behaviours.table(scores)
+  _, row = behaviours.summary_table(scores)
   assert row == ("facts", "4", "25% [5%, 70%]", "75%", "75% / 75%")
 
 

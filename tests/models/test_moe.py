@@ -186,7 +186,7 @@ def test_devices_do_not_matter(told):
     None, None, "tensor", "fsdp"
   )
   placed = jax.tree.map(lambda a: a[0], placed)
-  rows = jax.device_put(x, sharding.rows(mesh))
+  rows = jax.device_put(x, sharding.row_sharding(mesh))
   got = call(layer.clone(mesh=mesh if told else None), placed, rows, weigh)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
@@ -200,7 +200,7 @@ def test_on_a_mesh_no_device_sees_the_others_tokens():
   mesh = sharding.make_mesh(8, 1, 1)
   layer, params = make(mesh=mesh)
   params = jax.device_put(params, sharding.replicated(mesh))
-  x = jax.device_put(inputs(), sharding.rows(mesh))
+  x = jax.device_put(inputs(), sharding.row_sharding(mesh))
 
   def gathers(layer):
     apply = jax.jit(lambda p, x: layer.apply({"params": p}, x))
@@ -347,7 +347,7 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device():
     params=jax.device_put(state.params, places),
     step=jax.device_put(state.step, whole),
   )
-  rows = sharding.rows(mesh, leading_axes=1)
+  rows = sharding.row_sharding(mesh, leading_axes=1)
   got, pairs = jax.jit(step)(state, sharding.put_rows(batch, rows))
   np.testing.assert_allclose(
     pairs["loss/nats_per_token"], metrics["loss/nats_per_token"], rtol=1e-5

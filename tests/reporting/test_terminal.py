@@ -74,7 +74,7 @@ def test_durations(seconds, said):
 def test_a_table_keeps_its_figures_however_narrow_the_terminal(width):
   out = io.StringIO()
   cells = ["a name " * 9, "1 x 2 x 3", "0.123456789"]
-  terminal.table(
+  terminal.print_table(
     Console(file=out, width=width, soft_wrap=True, markup=False),
     "Figures",
     ("name", "shape", "value"),
@@ -110,7 +110,7 @@ def test_the_console_obeys_no_text(capsys):
   out.print(Text(name, style="bold"))
   terminal.facts(out, name, {"a": name})
   terminal.lines(out, name, [name])
-  terminal.table(out, name, ("a",), [[name]])
+  terminal.print_table(out, name, ("a",), [[name]])
   shown = capsys.readouterr().out
   assert not set(shown) & set("\x1b\u202e\r")
   assert shown.count("run␛[2J<202E>") == 8

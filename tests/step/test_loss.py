@@ -376,9 +376,9 @@ def test_devices_do_not_matter(sizes, capfd):
   of_base = base_hidden, base_head
   want = run(None, hidden, head, *of_base, targets, weights, groups)
   mesh = sharding.make_mesh(*sizes)
-  rows = sharding.rows(mesh)
+  rows = sharding.row_sharding(mesh)
   put = lambda x: jax.device_put(x, rows)
-  where = sharding.place("head/embedding", head.shape, mesh).spec
+  where = sharding.place_parameter("head/embedding", head.shape, mesh).spec
   spread = jax.device_put(head, jax.NamedSharding(mesh, where))
   of_base = put(base_hidden), jax.device_put(base_head, spread.sharding)
   args = (put(targets), put(weights), put(groups))
@@ -393,11 +393,11 @@ def test_devices_do_not_matter(sizes, capfd):
 def test_the_head_is_gathered_and_added_up_once():
   """Nothing as large as the head crosses devices inside the loop."""
   mesh = sharding.make_mesh(2, 4, 1)
-  rows = sharding.rows(mesh)
+  rows = sharding.row_sharding(mesh)
   put = lambda shape, spec, dtype=jnp.float32: jax.ShapeDtypeStruct(
     shape, dtype, sharding=jax.NamedSharding(mesh, spec)
   )
-  where = sharding.place("head/embedding", (64, 16), mesh).spec
+  where = sharding.place_parameter("head/embedding", (64, 16), mesh).spec
 
   def loss(hidden, head, targets, weights):
     return linear_cross_entropy(
@@ -541,7 +541,7 @@ def test_a_loss_of_ones_own_is_its_dense_formula(case, devices):
   sums = check_own(
     *(case, own_nats, formula),
     extras={"segment_ids": jnp.asarray(segments)},
-    rows=sharding.rows(mesh) if mesh else None,
+    rows=sharding.row_sharding(mesh) if mesh else None,
   )
   np.testing.assert_allclose(sums.objective, sums.nats, rtol=1e-6)
   _, log_p, hot, w = dense(case)

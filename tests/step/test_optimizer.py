@@ -333,7 +333,7 @@ def test_draws_are_of_seed_step_tree_and_leaf_and_of_no_mesh():
   assert (first["a"] != first["c"]).any()
   for other in (draw(x, step=3), draw(x, what=0)):
     assert (other["a"] != first["a"]).any()
-  spread = jax.device_put(x, sharding.rows(sharding.make_mesh(2, 4, 1)))
+  spread = jax.device_put(x, sharding.row_sharding(sharding.make_mesh(2, 4, 1)))
   jax.tree.map(np.testing.assert_array_equal, draw(spread), first)
 
 

@@ -95,7 +95,7 @@ def make(
       batch.loss_weights,
       loss_groups.of(batch, len(PARTS)),
       num_groups=len(NAMES),
-      rows=sharding.rows(mesh) if mesh else None,
+      rows=sharding.row_sharding(mesh) if mesh else None,
     )
 
   step = make_train_step(
@@ -337,7 +337,7 @@ def test_devices_do_not_matter_to_adapters(batch, choices, codec):
     },
   )
   rows = sharding.put_rows(
-    split_micro_batches(batch, 2), sharding.rows(mesh, leading_axes=1)
+    split_micro_batches(batch, 2), sharding.row_sharding(mesh, leading_axes=1)
   )
   got, _ = jax.jit(step)(spread, rows)
   assert_close(got.params, want.params, atol=5e-6)

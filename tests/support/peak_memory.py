@@ -59,7 +59,7 @@ def main() -> None:
   libc.mallopt(_MMAP_THRESHOLD, 1 << 16)
   libc.mallopt(_TRIM_THRESHOLD, 1 << 16)
   machines.prepare("cpu")
-  machine, nowhere = machines.find("cpu"), Path("nowhere")
+  machine, nowhere = machines.find_machine("cpu"), Path("nowhere")
   sizes, changes = CASES[sys.argv[1]]
   config = tiny.config(
     *(nowhere, nowhere, nowhere),

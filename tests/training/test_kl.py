@@ -109,7 +109,7 @@ def test_neither_accumulation_nor_the_mesh_matters():
         step, trees.merge(state.params, state.frozen), mesh
       )
       state = jax.device_put(state, shardings)
-      cut = sharding.put_rows(cut, sharding.rows(mesh, leading_axes=1))
+      cut = sharding.put_rows(cut, sharding.row_sharding(mesh, leading_axes=1))
     new, pairs = jax.jit(step.train_step)(state, cut)
     found.append((new.params, pairs["loss/kl"], pairs["optim/grad_norm"]))
     jax.tree.map(np.testing.assert_array_equal, new.frozen, state.frozen)

@@ -73,7 +73,7 @@ def compiled(sizes, config=CONFIG):
       batch.targets,
       batch.loss_weights,
       chunk_tokens=16,
-      rows=sharding.rows(mesh) if mesh else None,
+      rows=sharding.row_sharding(mesh) if mesh else None,
     )
 
   step = make_train_step(loss_fn, optax.sgd(1.0), lambda step: 0.5)
@@ -85,7 +85,9 @@ def compiled(sizes, config=CONFIG):
       params=jax.device_put(params, sharding.param_shardings(params, mesh)),
       step=jax.device_put(state.step, sharding.replicated(mesh)),
     )
-    batch = sharding.put_rows(batch, sharding.rows(mesh, leading_axes=1))
+    batch = sharding.put_rows(
+      batch, sharding.row_sharding(mesh, leading_axes=1)
+    )
   return jax.jit(step).lower(state, batch).compile(), state, batch
 
 

@@ -197,7 +197,7 @@ def ours(case: Case, overrides: dict[str, Any]) -> dict[str, Any]:
   batch, lengths = batch_of(case)
   outline = abstract.outline(config, shape, mesh)
   rows = sharding.put_rows(
-    split_micro_batches(batch, 1), sharding.rows(mesh, leading_axes=1)
+    split_micro_batches(batch, 1), sharding.row_sharding(mesh, leading_axes=1)
   )
   step = jax.jit(outline.step.train_step, donate_argnums=0)
   started = time.perf_counter()

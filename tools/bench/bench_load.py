@@ -85,7 +85,7 @@ def main() -> None:
         seconds.setdefault(("load", state), []).append(found["seconds"])
         memory.append(found)
   speed = {key: sum(sizes) / 1e9 / min(all_) for key, all_ in seconds.items()}
-  terminal.table(
+  terminal.print_table(
     out,
     f"{sum(sizes) / 1e9:.2f} GB of {args.dtype} as {args.param_dtype}, GB/s",
     ("files are", "read()", "kept", "load_pretrained", "load / read()"),

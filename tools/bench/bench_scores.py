@@ -156,7 +156,9 @@ def main() -> None:
   folder = Path(config.workdir) / "planted"
   table = measure(config, folder, print)
   head = ("model", "ranked by", "found", *KINDS, "AUC", *KINDS)
-  terminal.table(out, "Planted rows among as many of the top", head, table)
+  terminal.print_table(
+    out, "Planted rows among as many of the top", head, table
+  )
 
 
 if __name__ == "__main__":

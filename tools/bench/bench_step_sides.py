@@ -150,7 +150,7 @@ def ours(folder: Path, settings: dict[str, Any]) -> None:
   config.optim.b2, config.optim.weight_decay = 0.999, 0.0
   config.update_from_flattened_dict(settings["config"])
   run = build_run(config, lambda line: print(line, file=sys.stderr))
-  devices = sharding.rows(run.mesh, leading_axes=1)
+  devices = sharding.row_sharding(run.mesh, leading_axes=1)
 
   def gate() -> Iterator[Batch]:
     B, rows = settings["batch_size"], read_rows(folder)

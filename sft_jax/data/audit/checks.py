@@ -128,9 +128,11 @@ def overlap(train: Store, held_out: Store, *, own_files: bool) -> Finding:
   """The finding on held-out rows that training rows give away.
 
   Prompts are compared token by token, texts by runs of 13 tokens; see
-  `overlap.find`, and `overlap_finding`.
+  `overlap.find_overlap`, and `overlap_finding`.
   """
-  found = overlaps.find(overlaps.of_store(train), overlaps.of_store(held_out))
+  found = overlaps.find_overlap(
+    overlaps.of_store(train), overlaps.of_store(held_out)
+  )
   return overlap_finding(found, held_out.place, own_files=own_files)
 
 

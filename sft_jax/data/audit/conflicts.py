@@ -32,7 +32,7 @@ _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _YES_NO = re.compile(r"\W*(yes|no|true|false|correct|incorrect)\b", re.I)
 
 
-def find(texts: Texts) -> list[tuple[int, int]]:
+def find_conflicts(texts: Texts) -> list[tuple[int, int]]:
   """Pairs of rows that conflict, those with equal questions first.
 
   Of many rows with one question, neighbours are compared and not all pairs.
@@ -54,7 +54,7 @@ def find(texts: Texts) -> list[tuple[int, int]]:
   unique = np.zeros(len(texts), bool)
   unique[rows[first]] = True
   common = near_duplicates.boilerplate(prompts, n=_SHINGLE, among=unique)
-  pairs = near_duplicates.find(
+  pairs = near_duplicates.find_near_duplicates(
     prompts, n=_SHINGLE, threshold=_NEAR, ignored=common, among=unique
   )
   for a, b in zip(pairs.first.tolist(), pairs.second.tolist(), strict=True):

@@ -90,7 +90,7 @@ def boilerplate(
   return seen > max(_COMMON_ROWS, _COMMON_SHARE * total)
 
 
-def find(
+def find_near_duplicates(
   words: Words,
   *,
   n: int,

@@ -50,7 +50,7 @@ class Overlap(NamedTuple):
     return self.same_prompt | (self.share >= SHARE)
 
 
-def find(train: Iterable[Rows], held_out: Iterable[Rows]) -> Overlap:
+def find_overlap(train: Iterable[Rows], held_out: Iterable[Rows]) -> Overlap:
   """Compares held-out rows with training rows; reads each once.
 
   The runs of the held-out rows are kept in memory (8 bytes each), those of

@@ -209,17 +209,17 @@ def of_conversation(conversation: Conversation, place: str) -> Row:
   answer = messages[at] if answers else Message("assistant", "")
   system = [m.content for m in messages if m.role == "system"]
   system += [json.dumps(tool) for tool in conversation.tools]
-  asked = [said(m) for m in messages[:at] if m.role != "system"]
+  asked = [message_text(m) for m in messages[:at] if m.role != "system"]
   return Row(
     place,
     "\n".join(system),
     "\n\n".join(asked),
     answer.reasoning or "",
-    said(answer),
+    message_text(answer),
   )
 
 
-def said(message: Message) -> str:
+def message_text(message: Message) -> str:
   """A turn's content and the calls it makes, as text."""
   calls = [
     f"{call.name} {json.dumps(call.arguments, ensure_ascii=False)}"

@@ -82,7 +82,7 @@ def inspect(
     # Templates may strip the reasoning of turns before the last.
     if options.reasoning != "strip" and options.train_on != "last_turn":
       findings.append(reasoning.check(train, tokenizer, seed=rows_seed))
-    warnings = warnings_.find(said)
+    warnings = warnings_.find_warnings(said)
     if held_out:
       finding, like = _overlap(said, own_files=own_files)
       findings.append(finding)
@@ -105,8 +105,8 @@ def inspect(
       "batch_size": stream.batch_size,
     },
     "lengths": {
-      "tokens": spread(train.lengths),
-      "trained": spread(train.trained),
+      "tokens": length_quantiles(train.lengths),
+      "trained": length_quantiles(train.trained),
     },
     "scores": score_summary.of_store(
       train,
@@ -120,7 +120,7 @@ def inspect(
   }
 
 
-def spread(lengths: Int32[np.ndarray, " rows"]) -> dict[str, Any]:
+def length_quantiles(lengths: Int32[np.ndarray, " rows"]) -> dict[str, Any]:
   """Quantiles of lengths, and their histogram."""
   if not len(lengths):
     return {"total": 0, "histogram": []}
@@ -221,7 +221,7 @@ def _overlap(
 ) -> tuple[checks.Finding, warnings_.DataWarning]:
   """Overlap by words, which sees prompts that differ in case or spacing."""
   held = np.flatnonzero(said.held_out)
-  found = overlap.find(
+  found = overlap.find_overlap(
     _rows(said, np.flatnonzero(~said.held_out)), _rows(said, held)
   )
   finding = checks.overlap_finding(

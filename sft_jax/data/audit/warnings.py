@@ -103,7 +103,7 @@ class DataWarning(NamedTuple):
   examples: tuple[Example, ...]
 
 
-def find(texts: Texts) -> list[DataWarning]:
+def find_warnings(texts: Texts) -> list[DataWarning]:
   """All warnings about training rows; those about none are left out."""
   rows = texts.words("row")
   # Rows without a word have nothing to share.
@@ -168,7 +168,7 @@ def _near_duplicates(
   rows = texts.words("row")
   unique = texts.watched & (first == np.arange(len(first)))
   common = near_duplicates.boilerplate(rows, n=SHINGLE, among=unique)
-  pairs = near_duplicates.find(
+  pairs = near_duplicates.find_near_duplicates(
     rows, n=SHINGLE, threshold=NEAR, ignored=common, among=unique
   )
   count, _ = _groups(pairs.group, "")
@@ -189,7 +189,7 @@ def _near_duplicates(
 
 
 def _conflicts(texts: Texts) -> DataWarning:
-  found = conflicts.find(texts)
+  found = conflicts.find_conflicts(texts)
   rows = {row for pair in found for row in pair}
   return DataWarning(
     "conflicts",

@@ -588,7 +588,7 @@ def _by_pattern(patterns: dict | None, module: str, default: Any) -> Any:
   return default
 
 
-def place(params: Tree, leaves: dict[str, np.ndarray]) -> Tree:
+def place_adapter(params: Tree, leaves: dict[str, np.ndarray]) -> Tree:
   """Puts a loaded adapter's leaves in the place of the fresh ones.
 
   Raises:

@@ -87,7 +87,7 @@ def outline(config: Config, shape: ModelConfig, mesh: Mesh) -> Outline:
 def batch_shapes(config: Config, mesh: Mesh) -> Batch:
   """The shapes and shardings of a run's batches, in micro-batches."""
   size = (config.accum_steps, config.batch_size // config.accum_steps)
-  rows = sharding.rows(mesh, leading_axes=1)
+  rows = sharding.row_sharding(mesh, leading_axes=1)
 
   def slots(dtype: Any) -> Any:
     shape = (*size, config.data.seq_len)

@@ -123,7 +123,7 @@ def build_run(config: Config, log: Log, own: Own = NOTHING) -> BuiltRun:
   )(params)
   return BuiltRun(
     source=source,
-    machine=machines.find(""),
+    machine=machines.find_machine(""),
     mesh=mesh,
     tokenizer=tokenizer,
     model=model,
@@ -177,4 +177,4 @@ def batches_on(mesh: Mesh, stream: Stream) -> Iterator[Batch]:
   """The batches of a stream, their rows on the devices of a mesh."""
   own = sharding.own_rows(mesh, stream.batch_size)
   for batch in stream.batches(rows=own):
-    yield sharding.put_rows(batch, sharding.rows(mesh))
+    yield sharding.put_rows(batch, sharding.row_sharding(mesh))

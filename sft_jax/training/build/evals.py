@@ -136,7 +136,7 @@ def make_canaries(
     return None
   row_nats = jax.jit(built.row_nats)
   own = sharding.own_rows(built.mesh, config.batch_size)
-  rows = sharding.rows(built.mesh)
+  rows = sharding.row_sharding(built.mesh)
 
   def measured(params: trees.Tree) -> dict[str, Any]:
     def nats(batch: Batch) -> np.ndarray:

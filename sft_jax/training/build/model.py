@@ -185,7 +185,7 @@ def load_model(
       new_rows=config.model.new_rows,
       **built.choices,
     )
-  return model, peft.place(params, built.leaves)
+  return model, peft.place_adapter(params, built.leaves)
 
 
 def _adapters(

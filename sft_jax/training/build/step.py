@@ -188,7 +188,7 @@ def make_step(
       extras=extras,
       chunk_tokens=config.loss.chunk_tokens,
       softcap=model.config.logit_softcap,
-      rows=sharding.rows(mesh) if mesh else None,
+      rows=sharding.row_sharding(mesh) if mesh else None,
     )
 
   def loss_fn(

@@ -72,5 +72,5 @@ def test_planted_conflicts(texts):
     add(f"{prompt} {say(3)}", say(5), system="Be rude.")
     add(prompt := f"{say(20)} 12 {say(10)}", say(5))
     add(prompt.replace("12", "13"), say(5))
-  found = {tuple(sorted(pair)) for pair in conflicts.find(texts)}
+  found = {tuple(sorted(pair)) for pair in conflicts.find_conflicts(texts)}
   assert found == planted

@@ -56,7 +56,9 @@ def test_recall_and_precision_on_a_planted_set(n):
     for i, j in itertools.combinations(range(len(texts)), 2)
     if (similarity := jaccard(sets[i], sets[j])) >= 0.8
   }
-  found = near_duplicates.find(text_hashing.split(texts), n=n, threshold=0.8)
+  found = near_duplicates.find_near_duplicates(
+    text_hashing.split(texts), n=n, threshold=0.8
+  )
   # Precision is 1: every pair is compared set with set.
   for a, b, similarity in zip(*found[:3], strict=True):
     assert truth[a, b] == pytest.approx(similarity)
@@ -66,7 +68,7 @@ def test_recall_and_precision_on_a_planted_set(n):
 
 
 def test_groups_join_pairs_and_nothing_else():
-  found = near_duplicates.find(
+  found = near_duplicates.find_near_duplicates(
     text_hashing.split(planted(seed=9)), n=3, threshold=0.8
   )
   links = {(a, found.group[a]) for a in range(len(found.group))}
@@ -78,11 +80,17 @@ def test_groups_join_pairs_and_nothing_else():
 
 def test_a_large_bucket_of_copies_is_one_group():
   texts = ["one two three four five six"] * 3000 + ["", "", "seven eight"]
-  found = near_duplicates.find(text_hashing.split(texts), n=3, threshold=0.8)
+  found = near_duplicates.find_near_duplicates(
+    text_hashing.split(texts), n=3, threshold=0.8
+  )
   assert set(found.group[:3000]) == {0}
   assert found.group[3000:].tolist() == [3000, 3001, 3002]
   assert (
-    len(near_duplicates.find(text_hashing.split([]), n=3, threshold=0.8).group)
+    len(
+      near_duplicates.find_near_duplicates(
+        text_hashing.split([]), n=3, threshold=0.8
+      ).group
+    )
     == 0
   )
 
@@ -95,9 +103,16 @@ def test_boilerplate_does_not_make_rows_alike():
   texts = [f"{preamble} {ask()}" for _ in range(300)]
   texts += texts[:5]
   made = text_hashing.split(texts)
-  assert len(set(near_duplicates.find(made, n=2, threshold=0.8).group)) < 10
+  assert (
+    len(
+      set(near_duplicates.find_near_duplicates(made, n=2, threshold=0.8).group)
+    )
+    < 10
+  )
   common = near_duplicates.boilerplate(made, n=2)
-  found = near_duplicates.find(made, n=2, threshold=0.8, ignored=common)
+  found = near_duplicates.find_near_duplicates(
+    made, n=2, threshold=0.8, ignored=common
+  )
   assert len(set(found.group)) == 300
   assert found.group[300:].tolist() == [0, 1, 2, 3, 4]
 
@@ -106,7 +121,9 @@ def test_boilerplate_does_not_make_rows_alike():
 def test_near_duplicates_of_gpteacher():
   rows = json.loads((SHARED / "gpteacher_codegen.json").read_text())
   texts = ["\n".join(map(str, row.values())) for row in rows]
-  found = near_duplicates.find(text_hashing.split(texts), n=3, threshold=0.8)
+  found = near_duplicates.find_near_duplicates(
+    text_hashing.split(texts), n=3, threshold=0.8
+  )
   sizes = np.bincount(found.group, minlength=len(texts))
   assert (sizes[found.group] > 1).sum() >= 40
   for a, b in zip(found.first[:10], found.second[:10], strict=True):

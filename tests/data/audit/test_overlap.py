@@ -55,7 +55,7 @@ def test_prompts_and_shares(seed, size):
   rng = np.random.default_rng(seed)
   rows = _rows(rng, 60)
   train, held_out = rows[:40], rows[40:]
-  found = overlap.find(_batches(train, size), _batches(held_out, 3))
+  found = overlap.find_overlap(_batches(train, size), _batches(held_out, 3))
   same_prompt, share = zip(*_plain(train, held_out), strict=True)
   assert found.same_prompt.tolist() == list(same_prompt)
   assert found.share.tolist() == pytest.approx(list(share))
@@ -70,5 +70,5 @@ def test_prompts_and_shares(seed, size):
 
 def test_of_no_rows():
   row = [((1,), (1, 2))]
-  assert not overlap.find([], _batches(row, 1)).found.any()
-  assert not len(overlap.find(_batches(row, 1), []).found)
+  assert not overlap.find_overlap([], _batches(row, 1)).found.any()
+  assert not len(overlap.find_overlap(_batches(row, 1), []).found)

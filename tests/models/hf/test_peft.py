@@ -120,7 +120,7 @@ def test_what_we_write_we_read(name, tmp_path):
   found = peft.load_adapter(tmp_path, model.config)
   assert all(map(found.lora.trains, found.leaves))
   again, fresh = load_save.load_pretrained(GOLDENS / "qwen3", lora=found.lora)
-  placed = peft.place(fresh, found.leaves)
+  placed = peft.place_adapter(fresh, found.leaves)
   want = merge.merge(params, model.lora).params
   got = merge.merge(placed, again.lora).params
   jax.tree.map(
@@ -146,7 +146,7 @@ def test_modules_that_hold_several_kernels(name, tmp_path):
   found = peft.load_adapter(tmp_path, model.config)
   assert found.leaves["layers/attn/q/lora_a"].shape[-1] == 9
   again, fresh = load_save.load_pretrained(GOLDENS / "phi3", lora=found.lora)
-  placed = peft.place(fresh, found.leaves)
+  placed = peft.place_adapter(fresh, found.leaves)
   np.testing.assert_allclose(logits(again, placed, "phi3"), want, atol=1e-4)
 
 
@@ -170,7 +170,7 @@ def test_adapters_of_experts(case, name, tmp_path):
   assert np.abs(want - start).max() > 0.5
   found = peft.load_adapter(tmp_path, model.config)
   again, fresh = load_save.load_pretrained(GOLDENS / case, lora=found.lora)
-  params = peft.place(fresh, found.leaves)
+  params = peft.place_adapter(fresh, found.leaves)
   np.testing.assert_allclose(logits(again, params, case), want, atol=1e-4)
 
 
@@ -221,7 +221,7 @@ def test_we_compute_the_same_from_an_adapter_of_peft(kind, tmp_path):
   assert found.lora.dropout == 0.1
   assert found.lora.also_train == ("^final_norm/scale$",)
   model, fresh = load_save.load_pretrained(GOLDENS / "qwen3", lora=found.lora)
-  params = peft.place(fresh, found.leaves)
+  params = peft.place_adapter(fresh, found.leaves)
   np.testing.assert_allclose(logits(model, params), want, atol=1e-4)
 
 
@@ -329,7 +329,7 @@ def test_an_embedding_trained_apart_from_its_tied_head_is_refused(
     return
   found = peft.load_adapter(tmp_path, config)
   model, fresh = load_save.load_pretrained(GOLDENS / "qwen3", lora=found.lora)
-  got = logits(model, peft.place(fresh, found.leaves))
+  got = logits(model, peft.place_adapter(fresh, found.leaves))
   np.testing.assert_allclose(got, logits_of(adapted), atol=1e-4)
 
 
@@ -350,7 +350,7 @@ def test_rows_that_peft_trained_alone_are_read(tmp_path):
   found = peft.load_adapter(tmp_path, read_config(GOLDENS / "qwen3"))
   assert found.lora.token_rows == (5, 17)
   model, fresh = load_save.load_pretrained(GOLDENS / "qwen3", lora=found.lora)
-  got = logits(model, peft.place(fresh, found.leaves))
+  got = logits(model, peft.place_adapter(fresh, found.leaves))
   np.testing.assert_allclose(got, logits_of(adapted), atol=1e-4)
 
 
@@ -382,7 +382,7 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path):
 def test_leaves_that_are_not_the_models_are_refused():
   model, params = load("plain")
   with pytest.raises(ValueError, match=r"lora\.path: layers/attn/q/lora_a is"):
-    peft.place(params, {"layers/attn/q/lora_a": np.zeros((2, 3, 4))})
+    peft.place_adapter(params, {"layers/attn/q/lora_a": np.zeros((2, 3, 4))})
   del model
 
 
@@ -415,7 +415,7 @@ def test_we_compute_the_same_from_peft_s_adapter_of_experts(
   want = logits_of(adapted, case)
   found = peft.load_adapter(tmp_path, read_config(GOLDENS / case))
   model, fresh = load_save.load_pretrained(GOLDENS / case, lora=found.lora)
-  params = peft.place(fresh, found.leaves)
+  params = peft.place_adapter(fresh, found.leaves)
   np.testing.assert_allclose(logits(model, params, case), want, atol=1e-4)
 
 

@@ -50,7 +50,7 @@ def test_the_planned_step_is_the_one_that_runs(world, changes):
   assert said(outline.state) == said(run.state)
   # The batch, as the loop makes it.
   batch = split_micro_batches(next(run.stream.batches()), config.accum_steps)
-  rows = sharding.rows(run.mesh, leading_axes=1)
+  rows = sharding.row_sharding(run.mesh, leading_axes=1)
   batch = sharding.put_rows(batch, rows)
   assert said(outline.batch) == said(batch)
   # But for the names of the data's sources, which a plan does not know.

@@ -27,7 +27,7 @@ def outline_of(tmp_path, machine, shape=tiny.SHAPE, **changes):
 
 
 def test_memory_by_kind(tmp_path):
-  machine = machines.find("cpu:4")
+  machine = machines.find_machine("cpu:4")
   _, outline = outline_of(tmp_path, machine, mesh__fsdp=4, mesh__data=1)
   found = plan.plan(outline, machine, model_flops=1.0)
   memory, whole = found.memory, trees.count(outline.params)
@@ -45,7 +45,7 @@ def test_memory_by_kind(tmp_path):
 
 
 def test_recomputing_keeps_less_and_executes_more(tmp_path):
-  machine = machines.find("cpu")
+  machine = machines.find_machine("cpu")
   plans = [
     plan.plan(outline_of(tmp_path, machine, model__remat=remat)[1], machine)
     for remat in ("none", "full")
@@ -89,7 +89,7 @@ def test_what_a_tpu_asks_for_in_vain():
 
 def test_alternatives_are_configs_of_their_own(tmp_path):
   config, outline = outline_of(
-    tmp_path, machines.find("cpu:2"), batch_size=16, model__remat="none"
+    tmp_path, machines.find_machine("cpu:2"), batch_size=16, model__remat="none"
   )
   names = []
   for change in plan.alternatives(config, outline.mesh.shape):
@@ -137,7 +137,7 @@ def test_four_trials_find_a_straight_line():
 def test_a_tpu_elsewhere(tmp_path):
   """Compiled by the TPUs' own compiler, with the kernel that is theirs."""
   pytest.importorskip("libtpu", reason="needs the [tpu] extra")
-  machine = machines.find("v5e:2x2")
+  machine = machines.find_machine("v5e:2x2")
   changes = {"data__seq_len": 128, "model__dtype": "bfloat16"}
   _, outline = outline_of(
     tmp_path, machine, mesh__fsdp=4, mesh__data=1, **changes
