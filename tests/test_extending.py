@@ -87,7 +87,9 @@ def test_the_step_takes_a_loss_and_an_optimizer_of_ones_own(page):
   model = transformer.build(tiny.SPECK)
   mesh = sharding.make_mesh(2, 2, 2)
   params = jax.jit(model.init)(jax.random.key(0))
-  step = page["custom_step"](config, model, mesh, 100)
+  step = build_step.make_step(
+    config, model, mesh, 100, loss=page["focal"], tx=page["mine"]
+  )
   where = build_step.state_shardings(step, params, mesh)
   state = jax.jit(
     lambda p: init_state(p, step.trained, step.tx), out_shardings=where
@@ -104,6 +106,17 @@ def test_the_step_takes_a_loss_and_an_optimizer_of_ones_own(page):
   assert "optim/learning_rate" not in metrics  # The transformation's own.
   moved = jax.tree.map(lambda a, b: (a != b).any(), after.params, params)
   assert all(jax.tree.leaves(moved))
+
+
+def test_a_run_of_ones_own_rows_loss_optimizer_and_callback(page, tmp_path):
+  folder = tiny.model_folder(tmp_path / "model")
+  config = tiny.config(
+    tmp_path, folder, "", steps=4, log__every=2, data__holdout=0.0
+  )
+  result = page["run_mine"](config)
+  assert [step for step, _ in page["curve"]] == [2, 4]
+  assert all(0 <= easy <= 1 for _, easy in page["curve"])
+  assert (result.workdir / "export" / "model.safetensors").exists()
 
 
 def test_rates_and_freeze_choose_parameters_by_pattern(page):
