@@ -1,7 +1,7 @@
 """Sampling: prompts in, replies out, as they come; token ids only.
 
 The model arrives as three functions (`decode`, `logits`, `init_cache`; see
-docs/design.md), so this file knows no model, no text and no template.
+docs/architecture.md), so this file knows no model, no text and no template.
 
 A batch has `batch_size` rows. Prompts enter in groups of a quarter of that;
 then all rows decode together until a group's worth of them is done, and the

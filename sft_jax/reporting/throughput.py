@@ -102,7 +102,7 @@ class Throughput:
       clock: of the run; what is neither waiting for data, saving, evaluating
         nor writing records is entered as 'compute'.
       before: what earlier processes of this run did.
-      flops_per_token: see `fit.model_flops_per_token`.
+      flops_per_token: see `flops.model_flops_per_token`.
       num_devices: that share the work.
       chip: the peak of each.
       published: the peak is the vendor's, and not what was measured here.

@@ -13,6 +13,7 @@ from typing import Any
 
 import ml_collections
 
+from sft_jax.step import optimizer
 from sft_jax.training.config import RunConfig
 
 # Old key -> the key that took its place.
@@ -37,8 +38,8 @@ _CHOICES = {
   "data.merge": " turns system all",
   "data.on_bad_row": "error skip",
   "loss.normalize": "token example",
-  "optim.name": "adamw adafactor lion sgd muon",
-  "optim.schedule": "cosine linear constant wsd",
+  "optim.name": " ".join(optimizer.OPTIMIZERS),
+  "optim.schedule": " ".join(optimizer.SCHEDULES),
   "optim.mu_dtype": _FLOATS,
   "optim.nu_dtype": _FLOATS,
   "optim.rounding": "nearest stochastic",

@@ -31,7 +31,7 @@ from sft_jax.common.workdir import (
   write_jsonl,
 )
 from sft_jax.data.sources import MemoryRows
-from sft_jax.evals import suite as measure
+from sft_jax.evals import suite as evaluation
 from sft_jax.models.hf import peft
 from sft_jax.models.lora import base_model, merge
 from sft_jax.reporting import (
@@ -300,7 +300,7 @@ def _report_finished(
 
 
 def _measure_before(
-  session: Session, built: BuiltRun, suite: measure.Suite, state: TrainState
+  session: Session, built: BuiltRun, suite: evaluation.Suite, state: TrainState
 ) -> dict[str, Any]:
   """Measures the model before training, unless that was done already."""
   path = session.workdir / "evals" / "before.json"
@@ -339,7 +339,7 @@ def _train(
   built: BuiltRun,
   resumed: Resumed,
   checkpoints: Checkpoints,
-  suite: measure.Suite,
+  suite: evaluation.Suite,
 ) -> TrainState:
   try:
     return train_steps(session, built, resumed, checkpoints, suite)
@@ -386,7 +386,7 @@ def _choose(
 def _measure_after(
   session: Session,
   built: BuiltRun,
-  suite: measure.Suite,
+  suite: evaluation.Suite,
   params: trees.Tree,
   before: dict[str, Any],
 ) -> tuple[dict[str, Any], trees.Tree]:
@@ -440,7 +440,7 @@ def _compare(
   early_stop: dict[str, Any],
 ) -> dict[str, Any]:
   """Shows before beside after; returns the figures of result.json."""
-  result = measure.compare(before, after)
+  result = evaluation.compare(before, after)
   if early_stop:
     result["early_stop"] = early_stop
   result["samples"] = result["samples"] or evals.paired_samples(before, after)

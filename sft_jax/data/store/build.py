@@ -1,4 +1,4 @@
-"""Cache: rows encoded once, kept on disk under the hash of what made them.
+"""Builds a store: rows encoded once, on disk under the hash of what made them.
 
 The key of a store is the bytes of its files, the tokenizer with its template,
 all options, and the code that encodes: change one, and the rows are encoded

@@ -1,4 +1,4 @@
-"""Chunks: some rows, and the examples they become, as arrays.
+"""Shards: some rows, and the examples they become, as arrays.
 
 The unit of work of a build. It is encoded here or in another process, by the
 same code to the same bytes; only counts from the start of the store are

@@ -312,7 +312,7 @@ def flops_per_token(
   params: trees.Tree,
   lengths: Sequence[int] | np.ndarray,
 ) -> float:
-  """FLOPs per token of documents of these lengths; see `fit`."""
+  """FLOPs per token of documents of these lengths; see common/flops.py."""
   c = model.config
   num_trained, num_frozen = flops.matmul_params(
     base_model.own(params), step.trained, experts_per_token=c.experts_per_token
