@@ -158,7 +158,7 @@ def matmul_params(
   the whole router. Looking an embedding up, norms and biases are no matmul.
 
   Args:
-    params: arrays or `jax.ShapeDtypeStruct`s, by the paths of models/transformer.py.
+    params: arrays or `jax.ShapeDtypeStruct`s, by parameter paths.
     is_trained: whether the parameter of a path is trained.
     experts_per_token: how many of the experts [L, E, in, out] multiply a token.
   """
