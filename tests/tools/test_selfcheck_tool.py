@@ -29,7 +29,7 @@ def test_every_law_holds_on_a_mesh(tmp_path, folders, rank):
   assert all(one.passed for one in found.values()), found
   laws = " ".join(found)
   for word in (
-    *("documents apart", "no look ahead", "packed = alone", "rows dealt"),
+    *("documents apart", "no look ahead", "packed = alone", "rows shuffled"),
     *("cut in 2", "cut in 4", "remat full", "slices"),
     *("one device", "stop token", "export: logits"),
   ):
