@@ -18,10 +18,16 @@ PACKAGE = ROOT / "sft_jax"
 # a format in whose cells spreadsheets see programs.
 READERS = {
   *("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"),
-  *("yaml", "torch", "tarfile", "zipfile", "csv", "xml", "code", "runpy"),
+  *("yaml", "torch", "tarfile", "zipfile", "xml", "code", "runpy"),
 }
 # Own processes tell one another of rows and faults in pickles, by pipes.
-BY_PIPE = {"shards.py imports pickle", "workers.py imports pickle"}
+BY_PIPE = {
+  "shards.py imports pickle",
+  "workers.py imports pickle",
+  # To the child that renders; back come marshalled texts, which run nothing.
+  "sandbox.py imports pickle",
+  "sandbox.py imports marshal",
+}
 CALLS = {"eval", "exec", "__import__"}
 
 

@@ -273,7 +273,7 @@ def _wrong_pairs(c: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _wrong_patterns(c: Mapping[str, Any]) -> Iterator[str]:
-  """A line for each regular expression that is none."""
+  """A line for each regular expression, or token, that is none."""
   lora, optim = c["lora"], c["optim"]
   single = [("lora.targets", lora["targets"])]
   for name, values in (
@@ -294,6 +294,15 @@ def _wrong_patterns(c: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name}: got {_short(pair)}, expected (regex, a number)"
       else:
         single.append((name, pair[0]))
+  model = c["model"]
+  for name, values in (
+    ("lora.new_token_rows", lora["new_token_rows"]),
+    ("model.new_tokens", model["new_tokens"]),
+    ("model.stop_tokens", model["stop_tokens"]),
+  ):
+    for value in values:
+      if not isinstance(value, str):
+        yield f"{name}: got {_short(value)}, expected the text of a token"
   for name, pattern in single:
     try:
       re.compile(pattern)

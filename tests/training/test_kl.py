@@ -128,7 +128,7 @@ def test_packing_does_not_matter():
   params = trees.merge(state.params, state.frozen)
   loss = jax.jit(step.loss_fn)
   together, alone = (
-    loss(params, one).base for one in (rows, selfcheck.alone(rows))
+    loss(params, one).base for one in (rows, selfcheck.unpack(rows))
   )
   np.testing.assert_allclose(together, alone, rtol=1e-5)
 

@@ -111,8 +111,10 @@ def test_a_run_leaves_what_it_says(tmp_path, model, rows, capsys):
   ledger = json.loads((workdir / "ledger.json").read_text())
   (source,) = ledger["sources"].values()
   assert source["rows_in"] == 16
-  assert source["rows_in"] == source["rows_trained"] + sum(
-    source["dropped"].values()
+  assert source["rows_in"] == (
+    source["rows_trained"]
+    + source["rows_held_out"]
+    + sum(source["dropped"].values())
   )
   of_steps = [r for r in records(workdir) if "loss/nats_per_token" in r]
   assert len(of_steps) > 1

@@ -88,7 +88,7 @@ def test_the_columns_of_a_source_reach_its_rows(tmp_path):
     RenderOptions(),
     directory=tmp_path / "cache",
     max_length=64,
-    announce=lambda line: None,
+    log=lambda line: None,
   )
   first, second = store.example(0), store.example(1)
   assert first.tokens.tolist() == second.tokens.tolist()

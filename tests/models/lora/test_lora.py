@@ -138,7 +138,7 @@ def test_rank_and_alpha_by_pattern():
 )
 def test_rules_that_match_nothing_are_refused(name, value):
   adapters = lora.LoraConfig(rank=2, alpha=6.0, **{name: value})
-  with pytest.raises(ValueError, match=rf"Mend lora\.{name}"):
+  with pytest.raises(ValueError, match=rf"Change lora\.{name}"):
     lora.check(build()[1], adapters)
 
 
