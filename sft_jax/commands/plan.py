@@ -30,7 +30,7 @@ TOPOLOGY = flags.DEFINE_string("topology", "", "v5e:2x4, cpu:8, gpu-80GB, ...")
 SEARCH = flags.DEFINE_bool("search", False, "Find the largest batch_size.")
 QUICK = flags.DEFINE_bool("quick", False, "Optimise less; figures 10 % off.")
 MEAN_LENGTH = flags.DEFINE_integer(
-  "mean_length", 0, "Tokens per document where no data is at hand; 0: a row."
+  "mean_length", 0, "Tokens per document where there is no data; 0: a row."
 )
 
 # config.json of public models, by their names on the hub.

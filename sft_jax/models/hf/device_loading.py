@@ -254,7 +254,7 @@ def copy_into(out: np.ndarray, x: np.ndarray, *, transpose: bool) -> None:
   """out[...] = x or x.T, cast; the latter several times as fast as NumPy.
 
   NumPy would visit a cache line of the target once per element. Sixteen rows
-  at a time fill it while it is at hand, in a scratch that stays in the cache.
+  at a time fill it while it is in memory, in a scratch that stays in the cache.
   Bits are moved as plain integers: NumPy moves a bfloat16 by a function call.
   """
   if not transpose:

@@ -321,7 +321,7 @@ def write_tensors(
 
 
 def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-  """Writes arrays that are at hand as one file."""
+  """Writes arrays in memory as one file."""
   write_file(
     path,
     [
