@@ -54,7 +54,7 @@ def test_a_case_that_fails_is_a_line_of_the_table():
 
 @pytest.mark.slow
 def test_a_tiny_table():
-  script = str(ROOT / "tools" / "bench_gpu.py")
+  script = str(ROOT / "tools" / "bench" / "bench_gpu.py")
   done = subprocess.run(
     [sys.executable, script, "--tiny", "--models", "8B", "--methods", "lora"],
     cwd=ROOT,
