@@ -55,7 +55,7 @@ class Stream:
   """Batches as a pure function of (store, arguments, step).
 
   A source seen 2.5 times per epoch gives every row twice, and a random half
-  of its rows, drawn anew each epoch, once more.
+  of its rows, drawn again each epoch, once more.
 
   Attributes:
     num_steps: steps until `epochs` are done, the last one filled up with

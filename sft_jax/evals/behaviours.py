@@ -123,7 +123,7 @@ def _from_ifeval(row: dict[str, Any], where: str) -> dict[str, Any]:
   ):
     raise ValueError(
       f"{where}: got instruction_id_list {names!r} with kwargs {kwargs!r}; "
-      "expected a prompt and two lists of one length. Mend the row."
+      "expected a prompt and two lists of one length. Correct the row."
     )
   return {
     "group": "ifeval",

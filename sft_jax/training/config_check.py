@@ -16,8 +16,6 @@ import ml_collections
 from sft_jax.step import optimizer
 from sft_jax.training.config import RunConfig
 
-# Old key -> the key that took its place.
-RENAMED: dict[str, str] = {}
 # The only values of a text; '' is the first where nothing else is.
 _FLOATS = "float32 bfloat16"
 _CHOICES = {
@@ -149,8 +147,6 @@ def _wrong_keys(values: Any, kind: Any, prefix: str) -> Iterator[str]:
 
 
 def _unknown(key: str) -> str:
-  if key in RENAMED:
-    return f"{key}: is called {RENAMED[key]} now"
   known = list(_all_keys())
   last = {name.rpartition(".")[2]: name for name in reversed(known)}
   near = difflib.get_close_matches(key, known, 3, 0.7) or [

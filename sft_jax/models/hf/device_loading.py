@@ -58,7 +58,7 @@ class Source(NamedTuple):
     )
     rows, *columns = (range(n)[cut][one] for n, cut, one in axes)
     # Rows are contiguous in the file; what is not wanted of them is dropped.
-    # Some at a time: no second copy of a large tensor lies beside the first.
+    # Some at a time: memory holds no second copy of a large tensor.
     row_bytes = self.tensor.num_bytes // max(self.tensor.shape[0], 1)
     step = max(1, _CHUNK_BYTES // max(row_bytes * rows.step, 1))
     if isinstance(self.tensor, Decoded):
