@@ -19,7 +19,7 @@ PROGRAM = """
 import json, os, sys, tempfile, time
 from sft_jax.data.chat import sandbox
 from sft_jax.data.chat.options import RenderOptions
-from sft_jax.data.store import build, shards
+from sft_jax.data.store import build, fingerprint, shards
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
 
 folder, rows, directory, delay, user = sys.argv[1:]
@@ -30,6 +30,8 @@ tokenizer.files = ()
 with tempfile.TemporaryDirectory() as first:
   build.build(rows, tokenizer, RenderOptions(), directory=first,
               max_length=64, num_workers=1, log=lambda line: None)
+version = fingerprint.code_version()
+fingerprint.code_version = lambda: version
 read = shards.read
 
 def slow(*args, **kwargs):
