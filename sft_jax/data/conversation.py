@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -33,6 +34,7 @@ def _printable(text: str) -> str:
   )
 
 
+_BLANK = re.compile(r"[\s\u00ad\u200b-\u200d\u2060\ufeff]*")
 # What a weight may be, in words: a row's, its turn's and its source's are
 # multiplied, and the product must neither overflow a float32 nor vanish in it.
 WEIGHTS = "0, or a number from 1e-12 to 1e12"
@@ -264,7 +266,8 @@ def _fault(
     return (
       f"role {role!r}",
       f"one of {', '.join(ROLES)}",
-      "Rename the role or drop the turn.",
+      "Rename it (data.columns: {'role': {'bot': 'assistant'}}), or drop the "
+      "turn.",
     )
   if role == "system" and before is not None:
     return (
@@ -272,7 +275,8 @@ def _fault(
       "a system turn only as the first",
       "Move it to the start or merge it into a user turn.",
     )
-  says = message.content.strip() or message.reasoning or message.tool_calls
+  said = not is_blank(message.content)
+  says = said or message.reasoning or message.tool_calls
   if role == "assistant" and not says:
     return (
       "an empty assistant turn",
@@ -344,6 +348,14 @@ def _span_fault(message: Message) -> tuple[str, str, str] | None:
   return None
 
 
+def is_blank(text: str) -> bool:
+  """Whether a text shows nothing: white space, and characters of no width."""
+  return not text.strip() or bool(_BLANK.fullmatch(text))
+
+
 def one_line(name: str) -> str:
   """The name of a file or source, which may hold any character, as one line."""
-  return name.replace("\n", "\u240a").replace("\r", "\u240d")
+  name = name.replace("\n", "\u240a").replace("\r", "\u240d")
+  if name.isprintable():
+    return name
+  return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)

@@ -24,6 +24,7 @@ import dataclasses
 import itertools
 import math
 import operator
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -234,12 +235,12 @@ class Source:
       object.__setattr__(self, "rows", MemoryRows(self.rows))
     limit = 1 if self.limit is None else self.limit
     positive = (self.repeat, self.loss_weight, limit)
-    finite = all(0 < number < math.inf for number in positive)
+    finite = all(0 < number < 1e9 for number in positive)
     if not finite or not is_weight(self.loss_weight):
       raise ValueError(
         f"data source {self.label}: got repeat {self.repeat}, loss_weight "
         f"{self.loss_weight} and limit {self.limit}; expected numbers above "
-        "0. To train on none of its rows leave it out."
+        "0 and below 1e9. To train on none of its rows leave it out."
       )
     if self.share is not None and not (0 < self.share <= 1 == self.repeat):
       raise ValueError(
@@ -310,7 +311,7 @@ def to_sources(sources: Sources) -> tuple[Source, ...]:
   ):
     many = [many]
   made = tuple(map(_to_source, many))
-  labels = [source.label for source in made]
+  labels = [one.name or os.path.normpath(one.label) for one in made]
   if not made or len(set(labels)) < len(labels):
     raise ValueError(
       f"data sources: got {labels}; expected one or more, of different names. "
@@ -328,7 +329,7 @@ def _split(text: str) -> Any:
     with contextlib.suppress(ValueError, SyntaxError):
       return ast.literal_eval(text)
   parts = [part.strip() for part in text.split(",")]
-  return parts if len(parts) > 1 else text
+  return [part for part in parts if part] if len(parts) > 1 else text
 
 
 def _to_source(one: Any) -> Source:
@@ -363,7 +364,8 @@ def settle_weights(source: Source) -> Source:
     for _, row in source.read(lambda error: None):
       if isinstance(row, Mapping):
         for name in names:
-          if (value := row.get(name)) is not None:
+          value = row.get(name)
+          if isinstance(value, bool | int | float | str):
             ends.setdefault(name, []).append(value)
             if len(ends[name]) > 1000:
               ends[name] = _ends(ends[name])

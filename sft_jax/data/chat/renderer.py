@@ -40,6 +40,8 @@ class ConversationRenderer:
     if options.reasoning == "strip":
       conversation = _without_reasoning(conversation)
     self.escapes = refuse_control_tokens(conversation, template, options)
+    if self.escapes:
+      _refuse_rendered(conversation, template, options)
     self.reasoning = [""] * len(conversation.messages)
     if (
       options.reasoning == "write"
@@ -184,6 +186,27 @@ def _without_reasoning(conversation: Conversation) -> Conversation:
     for message in conversation.messages
   )
   return dataclasses.replace(conversation, messages=messages)
+
+
+def _refuse_rendered(
+  conversation: Conversation, template: ChatTemplate, options: RenderOptions
+) -> None:
+  """Raises where a turn ends with what opens the assistant's turns: its row
+  was rendered already, and would be twice."""
+  opening = template_probes.opening(template, options.template_kwargs).strip()
+  for index, message in enumerate(conversation.messages):
+    if (
+      message.role == "user"
+      and template.control.search(opening)
+      and message.content.rstrip().endswith(opening)
+    ):
+      raise RowError(
+        conversation.where(index),
+        f"a rendered prompt, which ends with {opening!r}",
+        "what the user says",
+        "Give the row as messages; or join prompt and answer in a column "
+        "named text, and set data.text to rendered.",
+      )
 
 
 def refuse_surrogates(text: str, conversation: Conversation) -> None:

@@ -199,6 +199,9 @@ def notes(
       happened.add("injected system prompt")
   happened |= _rewritten(renderer, last, cut)
   for one in cut:
+    content = messages[one.index].content.rstrip()
+    if content.endswith(renderer.template.stop_tokens):
+      happened.add("stop token written in an answer")
     ends = [p.end for p in last.spans or () if p.end <= one.start]
     opens = max(ends, default=one.start)
     if not messages[one.index].reasoning and _EMPTY_THINK_BLOCK.search(

@@ -225,7 +225,8 @@ def prompt_ids(
   """
   if conversation.text is not None:
     ids, _ = _text_ids(conversation, tokenizer, options)
-    return _bos(tokenizer) + ids
+    bos = _bos(tokenizer)
+    return ids if bos == ids[:1] else bos + ids
   if conversation.ids:
     return list(conversation.ids)
   conversation = merged(conversation, options.merge)
@@ -338,7 +339,17 @@ def _text_ids(
   template = with_tokens(tokenizer, tokenizer.chat_template or "")
   if tokenizer.chat_template and options.control_tokens != "allow":
     loss_spans.refuse_rendered(conversation, template, options)
-  escapes = renderer.refuse_control_tokens(conversation, template, options)
-  literal = ((0, len(text)),) if escapes else ()
-  notes = frozenset({"escaped control token"} if escapes else ())
-  return tokenizer.encode_with_offsets(text, literal)[0], notes
+  if not renderer.refuse_control_tokens(conversation, template, options):
+    return tokenizer.encode_with_offsets(text)[0], frozenset()
+  # At its ends, they are what a text begins and ends with.
+  bos = tokenizer.named_tokens.get("bos_token", "")
+  start = len(bos) if bos and text.startswith(bos) else 0
+  ends = [one for one in template.stop_tokens if text.endswith(one)]
+  end = len(text) - max(map(len, ends), default=0)
+  notes = {"BOS or stop token written in a text"} if start or ends else set()
+  if template.control.search(text[start:end]):
+    notes.add("escaped control token")
+  return (
+    tokenizer.encode_with_offsets(text, ((start, end),))[0],
+    frozenset(notes),
+  )

@@ -105,11 +105,20 @@ def reasoning(item: Mapping[str, Any], where: str, names: Names) -> str | None:
   found = {}
   for key in REASONINGS:
     if (value := item.get(key)) is not None:
-      listed = isinstance(value, list)
-      found[key] = _parts(value, where, names).reasoning if listed else value
-  if all(value is None for value in found.values()):
+      plain = not isinstance(value, list | Mapping)
+      found[key] = value if plain else _thought(_parts(value, where, names))
+  found = {key: value for key, value in found.items() if value is not None}
+  # In parts, and whole: the parts do not say what was between them.
+  if len({"".join(str(value).split()) for value in found.values()}) == 1:
+    found = dict(list(found.items())[:1])
+  if not found:
     return None
   return fields.text(found, fields.only(found, list(found), where), where)
+
+
+def _thought(parts: "_Parts") -> str | None:
+  """The reasoning in parts, or what parts of plain text say in its place."""
+  return parts.text or None if parts.reasoning is None else parts.reasoning
 
 
 def as_prompt(messages: Iterable[Message]) -> list[Message]:
@@ -149,11 +158,14 @@ def _messages(item: Any, where: str, names: Names) -> list[Message]:
   role = fields.text(item, fields.only(item, ("role", "from"), where), where)
   # An unknown role passes through to be refused by the grammar.
   role = names.roles.get(role, role)
-  role = ROLES.get(role.lower(), role)
+  role = ROLES.get(role.strip().lower(), role)
   is_call = role.lower() in CALLS
-  found = [key for key in ("content", "value", "parts") if key in item]
-  said = item[fields.only(item, found, where)] if found else ""
-  if role == "tool" and isinstance(said, dict | int | float):
+  keys = ("content", "value", "parts")
+  found = [key for key in keys if key in item] or ["refusal"]
+  said = item[fields.only(item, found, where)] if found[0] in item else ""
+  if role == "tool" and (
+    isinstance(said, dict | int | float) or _is_data(said)
+  ):
     said = fields.json_text(said, where)
   parts = _Parts(said) if isinstance(said, str) else _parts(said, where, names)
   found = [key for key in ("tool_calls", "function_call") if key in item]
@@ -178,10 +190,17 @@ def _messages(item: Any, where: str, names: Names) -> list[Message]:
     made = dataclasses.replace(made, content="", tool_calls=calls)
   if made.role != "assistant" and made.spans == ():
     made = dataclasses.replace(made, spans=None)
-  if made.role == "assistant":
-    names.notes.update(map(NOT_READ.format, fields.unread(item)))
+  names.notes.update(map(NOT_READ.format, fields.unread(item)))
   alone = parts.results and not made.content and made.role != "assistant"
   return [*parts.results, *([] if alone else [made])]
+
+
+def _is_data(said: Any) -> bool:
+  """Whether a list is what a tool gave, and no list of parts."""
+  kinds = {"type", "text", "functionResponse", "function_response"}
+  return isinstance(said, list) and not any(
+    isinstance(one, Mapping) and kinds & one.keys() for one in said
+  )
 
 
 def _parts(value: Any, where: str, names: Names) -> _Parts:
@@ -191,6 +210,8 @@ def _parts(value: Any, where: str, names: Names) -> _Parts:
     RowError: a part that is no text; an order that would change, since a
       Message has reasoning, text and calls in this order.
   """
+  if isinstance(value, Mapping):
+    value = [value]
   if not isinstance(value, list):
     raise RowError(
       where, f"content of {fields.kind(value)}", "a string", "Make it a string."
@@ -202,8 +223,9 @@ def _parts(value: Any, where: str, names: Names) -> _Parts:
     held = fields.present(part, where) if isinstance(part, Mapping) else {}
     kind = held.get("type")
     text = next((held[x] for x in _SAYS if isinstance(held.get(x), str)), None)
-    if isinstance(held.get("summary"), list):  # OpenAI's responses.
-      text = _parts(held["summary"], where, names).reasoning
+    for key in ("summary", "thinking"):  # OpenAI's responses, Mistral's.
+      if isinstance(held.get(key), list):
+        text = _thought(_parts(held[key], where, names))
     if kind is None and not held.keys() <= _PLAIN_PART:
       text = None
     call = held.get("functionCall") or held.get("function_call")
@@ -265,12 +287,20 @@ def _result(part: Mapping[str, Any], where: str, names: Names) -> Message:
 
 def _loose_item(item: Any, where: str, names: Names) -> Message | None:
   """A part of a turn that OpenAI's responses have as an item of their own."""
-  if not isinstance(item, Mapping) or "role" in item or "from" in item:
+  if not isinstance(item, Mapping):
+    return None
+  if item.get("channel") == "analysis" and item.get("role") == "assistant":
+    said = item.get("content")  # OpenAI's harmony.
+    if isinstance(said, list):
+      said = _thought(_parts(said, where, names))
+    if isinstance(said, str):
+      return Message("assistant", "", reasoning=said)
+  if "role" in item or "from" in item:
     return None
   call_id = item.get("call_id")
   if (kind := item.get("type")) == "reasoning":
     listed = item.get("content") or item.get("summary") or []
-    thought = _parts(listed, where, names).reasoning
+    thought = _thought(_parts(listed, where, names))
     if thought is None:
       names.notes.add(NOT_READ.format("reasoning.encrypted_content"))
     return Message("assistant", "", reasoning=thought)

@@ -21,7 +21,7 @@ _ABOUT = re.compile(
   r"(.*[_-])?(ids?|uuid|hash|md5|sha\d*|url|uri|lang(uage)?|source|origin|dataset"
   r"|split|categor(y|ies)|topics?|tags?|task|type|kind|model|licen[cs]e|version"
   r"|date|time|timestamp|created(_at)?|status|name|author|index|idx|domain"
-  r"|difficulty|level|role|(finish|stop)_reason|object|signature|rejected)",
+  r"|difficulty|level|role|channel|(finish|stop)_reason|object|signature|rejected)",
   re.IGNORECASE,
 )
 
@@ -184,25 +184,27 @@ def tools(row: Row, where: str) -> tuple[dict[str, Any], ...]:
     return ()
   value = row[only(row, found, where)]
   if isinstance(value, str):
-    value = loads(value, where) if value.strip() else []
+    absent = value.strip() in ("", "None")
+    value = [] if absent else loads(value, f"{where} tools")
   else:
     value = as_json(value, where)
-  if value is None:
-    return ()
-  value = value if isinstance(value, list) else [value]
+  value = value if isinstance(value, list) else [value] if value else []
+  as_text = [isinstance(one, str) and one.startswith("{") for one in value]
   value = [
     declared
-    for tool in value
+    for text, one in zip(as_text, value, strict=True)
+    for tool in [loads(one, f"{where} tools") if text else one]
     for declared in (
       (isinstance(tool, dict) and tool.get("functionDeclarations")) or [tool]
     )
   ]
-  if not all(isinstance(tool, dict) for tool in value):
+  named = {"name", "function", "type"}
+  if not all(isinstance(tool, dict) and named & tool.keys() for tool in value):
     raise RowError(
       where,
       f"tools {shown(value)}",
-      "a list of JSON schemas",
-      "Wrap the schemas in a list.",
+      "a list of JSON schemas, each with the name of its function",
+      "Write [{'type': 'function', 'function': {'name': ...}}].",
     )
   return tuple(value)
 

@@ -102,7 +102,7 @@ def from_text(row: Row, source: str, names: Names) -> Conversation:
   del names  # It has no turns.
   where = source or "row"
   text = fields.text(row, fields.only(row, ("text",), where), where)
-  if not text.strip():
+  if conversation.is_blank(text):
     raise NothingToTrain("empty text", source)
   return Conversation(text=text, source=source)
 

@@ -8,9 +8,11 @@ from sft_jax.data.conversation import (
   Message,
   NothingToTrain,
   RowError,
+  is_blank,
 )
 from sft_jax.data.formats import chat, fields
 from sft_jax.data.formats.fields import Names
+from sft_jax.data.readers.json import loads
 
 Row = Mapping[str, Any]
 
@@ -126,7 +128,7 @@ def reply(row: Row, key: str, source: str, names: Names) -> list[Message]:
     return chat.read(value, key, where, names)
   answer = fields.text(row, key, where)
   thought = chat.reasoning(row, where, names)
-  if not answer.strip():
+  if is_blank(answer):
     raise NothingToTrain("empty answer", source)
   return [chat.spoken("assistant", answer, reasoning=thought)]
 
@@ -136,6 +138,8 @@ def finished(messages: list[Message], row: Row, source: str) -> Conversation:
   where = source or "row"
   chat.refuse_media(row, where)
   kwargs = row.get("chat_template_kwargs") or {}
+  if isinstance(kwargs, str):
+    kwargs = loads(kwargs, f"{where} chat_template_kwargs")
   if not isinstance(kwargs, Mapping) or any(
     value is not None for value in kwargs.values()
   ):

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from sft_jax.common import hub
-from sft_jax.data.conversation import RowError
+from sft_jax.data.conversation import RowError, one_line
 from sft_jax.data.readers import arrow, json
 from sft_jax.data.readers.json import OnBadRow, Rows
 
@@ -16,6 +16,7 @@ SCORES_ENDING = ".scores.jsonl"
 _TEXT = {
   ".jsonl": json.read_jsonl,
   ".ndjson": json.read_jsonl,
+  ".jsonlines": json.read_jsonl,
   ".json": json.read_json,
   ".csv": json.read_csv,
   ".tsv": json.read_tsv,
@@ -36,7 +37,8 @@ _NO_ROWS = re.compile(
   r"(dataset_infos?|dataset_dict|state)\.json|cache-.*\.arrow"
 )
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})")
-_SLICE = re.compile(r"(.+)\[(-?\d+%?)?:(-?\d+%?)?\]")
+_END = r"(-?\d+|-?\d+(?:\.\d+)?%)?"
+_SLICE = re.compile(rf"(.+)\[{_END}:{_END}\]")
 
 
 def stop(error: RowError) -> None:
@@ -138,14 +140,16 @@ def find_files(path: str | Path) -> list[Path]:
     found = _one_split(folder, part, named)
   if not found:
     raise ValueError(
-      f"{path}: got no such file; expected a file, a folder, or a glob that "
-      "matches a file. Check the path."
+      f"{one_line(str(path))}: got no such file; expected a file, a folder, or "
+      "a glob that matches a file. Check the path."
     )
   for file in found:
     if not _ending(file):
       raise ValueError(
-        f"{file}: got suffix {file.suffix!r}; expected one of "
-        f"{', '.join(READERS)}. Rename or convert the file."
+        f"{one_line(str(file))}: got suffix {file.suffix!r}; expected one of "
+        f"{', '.join(_TEXT)}, each alone or with one of "
+        f"{', '.join(json.COMPRESSIONS)}; or .parquet or .arrow. Rename or "
+        "convert the file."
       )
   return found
 
@@ -195,10 +199,14 @@ def _one_split(folder: Path, part: str, path: str) -> list[Path]:
     for file in sorted(folder.rglob("*"))
     if _ending(file) and not _NO_ROWS.fullmatch(file.name)
     if not _is_scores(file)
+    # As of git, notebooks and downloads.
+    if not any(x.startswith(".") for x in file.relative_to(folder).parts)
   }
 
   def with_part(part: str) -> tuple[list[Path], list[str]]:
-    wanted = re.compile(rf"(^|[/.-]){re.escape(part)}([/.-]|$)" if part else "")
+    wanted = re.compile(
+      rf"(^|[/._-]){re.escape(part)}([/._-]|$)" if part else "", re.IGNORECASE
+    )
     chosen = [file for file, inner in found.items() if wanted.search(inner)]
     return chosen, sorted({_SHARD.sub("", found[file]) for file in chosen})
 
@@ -207,17 +215,19 @@ def _one_split(folder: Path, part: str, path: str) -> list[Path]:
     train, its_sets = with_part("train")
     chosen, sets = (train, its_sets) if len(its_sets) == 1 else (chosen, sets)
   if len(sets) != 1:
-    listed = (sets or with_part("")[1])[:20]
+    listed = list(map(one_line, (sets or with_part("")[1])[:20]))
+    part = Path(listed[-1]).name.partition(".")[0] if listed else "train"
     raise ValueError(
-      f"{path}: got {len(sets)} sets of files, of "
+      f"{one_line(path)}: got {len(sets)} sets of files, of "
       f"{', '.join(listed) or 'none'}; expected one, of one split. Append "
-      f"a part of its name, as in {path.partition('#')[0]}#train, or write a "
-      "glob."
+      f"a part of its name, as in {one_line(path).partition('#')[0]}#{part}, "
+      "or write a glob."
     )
   shard = _SHARD.search(found[chosen[0]])
   if shard and len(chosen) != (wanted := int(shard[1])):
     raise ValueError(
-      f"{path}: got {len(chosen)} files of {sets[0]}, expected {wanted} as "
+      f"{one_line(path)}: got {len(chosen)} files of {one_line(sets[0])}, "
+      f"expected {wanted} as "
       "their names say. Fetch the others, or write a glob."
     )
   return chosen
