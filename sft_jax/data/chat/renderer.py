@@ -3,13 +3,23 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sft_jax.data.chat import sandbox, template_messages, template_probes
 from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.chat.template import ChatTemplate
 from sft_jax.data.chat.template_messages import RoleSpan, Sentinels
 from sft_jax.data.conversation import Conversation, RowError
+
+
+class _Cut(NamedTuple):
+  """What is rendered of a conversation: its first `count` turns, and perhaps
+  the generation prompt, a turn that follows, and sentinels around texts."""
+
+  count: int
+  prompt: bool
+  followed: bool = False
+  wrapped: bool = False
 
 
 class ConversationRenderer:
@@ -61,9 +71,8 @@ class ConversationRenderer:
       )
     self.conversation, self.template = conversation, template
     self.options = options
-    self._planned: list[tuple[int, bool]] = []
-    self._rendered: dict[tuple[int, bool], str | Exception | None] = {}
-    self._last_wrapped: dict[int, str | Exception | None] = {}
+    self._planned: list[int] = []
+    self._texts: dict[_Cut, str | Exception | None] = {}
 
   @functools.cached_property
   def form(self) -> template_messages.Form:
@@ -85,9 +94,7 @@ class ConversationRenderer:
 
   def plan(self, trained: Sequence[int]) -> None:
     """Announces the trained turns, whose renderings then travel together."""
-    self._planned = [
-      cut for index in trained for cut in ((index, True), (index + 1, False))
-    ]
+    self._planned = list(trained)
 
   def job(self, cuts: Sequence[tuple[int, bool]]) -> sandbox.Job:
     """The renderings of first turns; see `take`."""
@@ -100,13 +107,12 @@ class ConversationRenderer:
     texts: Sequence[str | Exception | None],
   ) -> None:
     """Accepts the texts of `job(cuts)`."""
-    self._rendered.update(zip(cuts, texts, strict=True))
+    for cut, text in zip(cuts, texts, strict=True):
+      self._texts[_Cut(*cut)] = text
 
-  def turns(self, count: int, then: Sequence[dict[str, Any]] = ()) -> str:
-    """The text of the first `count` turns, and of the messages after them."""
-    if then:
-      return self._render([*self._messages[:count], *then], count)
-    return self._text(count, False)
+  def turns(self, count: int, followed: bool = False) -> str:
+    """The text of the first `count` turns, and of a turn that might follow."""
+    return self._text(_Cut(count, False, followed))
 
   def prompt(self, count: int) -> str:
     """The text of the first `count` turns and what opens the assistant's.
@@ -114,55 +120,73 @@ class ConversationRenderer:
     With generation_prompt='omit', without the end that no reply begins after
     (`template_probes.omitted`).
     """
-    return self._cut(self._text(count, True))
+    return self._without_omitted(self._text(_Cut(count, True)))
 
   def spans(
-    self, count: int, text: str, then: Sequence[dict[str, Any]] = ()
+    self, count: int, text: str, followed: bool = False
   ) -> list[RoleSpan] | None:
-    """The role spans of `turns(count, then)`, if they are certain."""
-    sentinels, made = self._wrapped
-    if self._last_wrapped.get(count) is not None and not then:
-      wrapped = self._checked(self._last_wrapped[count], count)
-    else:
-      wrapped = self._render([*made[:count], *then], count)
-    return sentinels.find(wrapped, text)
+    """The role spans of `turns(count, followed)`, if they are certain."""
+    wrapped = self._text(_Cut(count, False, followed, True))
+    return self._wrapped[0].find(wrapped, text)
 
   def prompt_spans(self, count: int, text: str) -> list[RoleSpan] | None:
     """The role spans of `prompt(count)`, if they are certain."""
-    sentinels, made = self._wrapped
-    wrapped = self._cut(self._render(made[:count], count, True))
-    return sentinels.find(wrapped, text)
+    wrapped = self._text(_Cut(count, True, wrapped=True))
+    return self._wrapped[0].find(self._without_omitted(wrapped), text)
 
-  def _cut(self, prompt: str) -> str:
+  def _without_omitted(self, prompt: str) -> str:
     if self.options.generation_prompt == "omit":
       kwargs = self.options.template_kwargs
       return prompt.removesuffix(template_probes.omitted(self.template, kwargs))
     return prompt
 
-  def _text(self, count: int, prompt: bool) -> str:
-    """messages[:count], rendered with what is planned to come next."""
-    cut = (count, prompt)
-    if cut not in self._rendered:
-      # All that is planned travels together, since each request has a price.
-      cuts = self._planned if cut in self._planned else [cut]
-      jobs = [self.job(cuts)]
-      if self._planned and not self._last_wrapped:
-        last = self._planned[-1]
-        jobs.append(jobs[0]._replace(messages=self._wrapped[1], cuts=[last]))
-      texts, *wrapped = sandbox.render(self.template.source, jobs)
-      self.take(cuts, texts)
-      if wrapped:
-        self._last_wrapped = {self._planned[-1][0]: wrapped[0][0]}
-    if self._rendered[cut] is None:
-      return self._render(self._messages[:count], count, prompt)
-    return self._checked(self._rendered[cut], count)
+  def _text(self, cut: "_Cut") -> str:
+    if cut not in self._texts:
+      self._render(self._with_it(cut))
+    if self._texts[cut] is None:
+      self._render([cut])
+    return self._checked(self._texts[cut], cut.count)
 
-  def _render(
-    self, messages: list[dict[str, Any]], count: int, prompt: bool = False
-  ) -> str:
-    job = self.job([(len(messages), prompt)])._replace(messages=messages)
-    texts = sandbox.render(self.template.source, [job])
-    return self._checked(texts[0][0], count)
+  def _with_it(self, cut: "_Cut") -> list["_Cut"]:
+    """The cuts of all planned turns that will be asked for if this one is,
+    since each request has a price."""
+    if cut.count - (not cut.prompt) not in self._planned:
+      return [cut]
+    if cut.wrapped or cut.followed:
+      return [cut._replace(count=i + (not cut.prompt)) for i in self._planned]
+    made = [
+      one for i in self._planned for one in (_Cut(i, True), _Cut(i + 1, False))
+    ]
+    return [*made, _Cut(self._planned[-1] + 1, False, wrapped=True)]
+
+  def _render(self, cuts: Sequence["_Cut"]) -> None:
+    parts = [[x for x in cuts if x.wrapped == flag] for flag in (False, True)]
+    jobs = [
+      self.job(
+        [
+          (x.count, x.prompt, *([self._following(x.count)] * x.followed))
+          for x in some
+        ]
+      )
+      for some in parts
+    ]
+    if parts[1]:
+      jobs[1] = jobs[1]._replace(messages=self._wrapped[1])
+    made = sandbox.render(self.template.source, jobs)
+    for some, texts in zip(parts, made, strict=True):
+      self._texts.update(zip(some, texts, strict=True))
+
+  def _following(self, count: int) -> dict[str, Any]:
+    """A turn that might come after the first `count`."""
+    calls = self.conversation.messages[count - 1].tool_calls
+    if not calls:
+      return {"role": "user", "content": "Go on."}
+    return {
+      "role": "tool",
+      "content": "Done.",
+      "name": calls[0].name,
+      **({} if calls[0].id is None else {"tool_call_id": calls[0].id}),
+    }
 
   def _checked(self, text: str | Exception | None, count: int) -> str:
     """A refusal of the template is a RowError."""

@@ -4,30 +4,16 @@ Templates come with models of strangers. Jinja's immutable sandbox, configured
 as transformers configures its own, stops code that reaches out. It stops
 neither a template that never ends nor one that fills the memory: to sort or
 compare long texts is one call in C, which nothing in Python interrupts. So a
-process renders in a child of its own, which the operating system ends:
-
-    parent                          child
-    render(source, jobs)  --pipe->  compile, render   CPU time: SIGPROF
-    texts or failures     <-pipe--                    memory: RLIMIT_AS
-
-The parent only waits. A child that dies is replaced, and what it rendered is
-refused. Many renderings travel together, so that a pipe costs nearly nothing.
-The child is a limit, not a wall: Jinja's sandbox alone keeps code out.
+process renders in a child of its own, which the operating system ends
+(`common.child`), and what it died of is refused. Many renderings travel
+together, so that a pipe costs nearly nothing.
 """
 
-import atexit
-import contextlib
+import bisect
 import datetime
 import functools
+import itertools
 import json
-import marshal
-import os
-import pickle
-import signal
-import struct
-import subprocess
-import sys
-import threading
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -38,14 +24,14 @@ import jinja2.runtime
 import jinja2.sandbox
 from jinja2 import nodes
 
+from sft_jax.common import child
+
 CPU_SECONDS = 1.0  # Of one rendering; a thousand turns take 0.02.
 MEMORY = 400 << 20  # Bytes of address space of the child.
 MAX_CHARACTERS = 1 << 24  # Of one text, and of all that travel together.
 _MAX_SOURCE = 1 << 20
 # So often in a row may a template exceed a limit, until it is given up.
 _STRIKES = 3
-_HEADER = struct.Struct("<q")
-_WALL_SECONDS = 10.0  # Where a platform cannot limit CPU time.
 
 
 class TemplateFailed(ValueError):
@@ -59,12 +45,12 @@ class Job(NamedTuple):
     messages: template messages (dicts).
     variables: of the template, but for `messages` and `add_generation_prompt`.
     cuts: (count, prompt): render messages[:count], with the generation prompt
-      or without it.
+      or without it; or (count, prompt, message), which comes after them.
   """
 
   messages: Sequence[Mapping[str, Any]]
   variables: Mapping[str, Any]
-  cuts: Sequence[tuple[int, bool]]
+  cuts: Sequence[tuple[Any, ...]]
 
 
 def render(
@@ -87,20 +73,21 @@ def render(
     if _strikes.get(source, 0) >= _STRIKES:
       raise ValueError(
         f"chat template {source[:40]!r}...: got {_STRIKES} renderings that "
-        f"exceeded {_limits()}; expected one that ends. Use another template."
+        f"exceeded {CHILD.limits}; expected one that ends. Use another "
+        "template."
       )
     asked = [
       (*jobs[i][:2], [jobs[i].cuts[number] for number in cuts])
       for i, cuts in some
     ]
-    reply: Any = _ask((source, asked))
+    reply: Any = CHILD.ask((source, asked))
     if isinstance(reply, str):
       raise ValueError(reply)
     if reply is None:
       _strikes[source] = _strikes.get(source, 0) + 1
       if len(some) > 1 or len(some[0][1]) > 1:
         return made
-      reply = [[("failed", f"a rendering that exceeds {_limits()}")]]
+      reply = [[("failed", f"a rendering that exceeds {CHILD.limits}")]]
     else:
       _strikes.pop(source, None)
     for (i, cuts), texts in zip(some, reply, strict=True):
@@ -118,118 +105,46 @@ def render(
 
 def check(source: str) -> None:
   """Raises a ValueError, with its line, where a template does not compile."""
-  reply = _ask((source, []))
+  reply = CHILD.ask((source, []))
   if reply is None:
-    reply = f"chat template: got a source that exceeds {_limits()}; expected "
-    reply += "less nesting. Correct chat_template.jinja in the model folder."
+    reply = (
+      f"chat template: got a source that exceeds {CHILD.limits}; expected less "
+      "nesting. Correct chat_template.jinja in the model folder."
+    )
   if isinstance(reply, str):
     raise ValueError(reply)
 
 
-def _limits() -> str:
-  return f"{CPU_SECONDS:g} s or {MEMORY >> 20} MiB"
-
-
 _KINDS = {"failed": TemplateFailed, "date": ValueError}
 _strikes: dict[str, int] = {}
-_lock = threading.Lock()
-_child: subprocess.Popen[bytes] | None = None
-_owner = 0
-
-
-def _ask(request: Any) -> Any:
-  """The child's reply; None where it has died of the request."""
-  global _child, _owner
-  data = pickle.dumps(request, protocol=5)
-  with _lock:
-    if _child is None or _owner != os.getpid() or _child.poll() is not None:
-      _child, _owner = _start(), os.getpid()
-    child: Any = _child
-    timer = None
-    if not hasattr(signal, "setitimer"):
-      timer = threading.Timer(_WALL_SECONDS, child.kill)
-      timer.start()
-    try:
-      child.stdin.write(_HEADER.pack(len(data)) + data)
-      child.stdin.flush()
-      header = child.stdout.read(_HEADER.size)
-      reply = header and child.stdout.read(*_HEADER.unpack(header))
-    except (BrokenPipeError, struct.error):
-      reply = b""
-    except BaseException:  # An interrupt: the reply must not meet a question.
-      child.kill()
-      raise
-    finally:
-      if timer is not None:
-        timer.cancel()
-    if not reply:
-      _stop()
-      _child = None
-      return None
-  return marshal.loads(reply)
-
-
-def _start() -> subprocess.Popen[bytes]:
-  code = (
-    "import sys; sys.path[:] = sys.argv[1:]; "
-    f"from {__name__} import serve; serve()"
-  )
-  return subprocess.Popen(
-    [sys.executable, "-I", "-c", code, *filter(None, sys.path), os.getcwd()],
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.DEVNULL,
-  )
-
-
-@atexit.register
-def _stop() -> None:
-  if _child is not None and _owner == os.getpid():
-    _child.kill()
-    with contextlib.suppress(BrokenPipeError):  # What was not yet written.
-      _child.communicate()
+CHILD = child.Child(__name__, CPU_SECONDS, MEMORY)
 
 
 def serve() -> None:
-  """The child: answers requests on its standard streams until they end."""
-  for name in ("SIGINT", "SIGTERM"):  # The parent decides when it ends.
-    signal.signal(getattr(signal, name), signal.SIG_IGN)
-  with contextlib.suppress(ImportError, ValueError, OSError):
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-  stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
-  while header := stdin.read(_HEADER.size):
-    source, jobs = pickle.loads(stdin.read(*_HEADER.unpack(header)))
-    reply = marshal.dumps(_reply(source, jobs))
-    stdout.write(_HEADER.pack(len(reply)) + reply)
-    stdout.flush()
+  """The child: renders until its streams end."""
+  child.serve(lambda request: _reply(*request), MEMORY)
 
 
 def _reply(source: str, jobs: list[tuple]) -> Any:
   """(kind, text) by job and cut, as many as fit; else what is wrong with it."""
-  _limit_time()
+  child.limit_time(CPU_SECONDS)
   try:
     template = compile(source)
   except ValueError as error:
     return str(error)
   made, length = [], 0
   for messages, variables, cuts in jobs:
-    made.append(_by_increments(source, template, messages, variables, cuts))
+    made.append(
+      _by_increments(source, template, messages, variables, cuts)
+      or _by_windows(template, messages, variables, cuts)
+    )
     length += sum(len(text) for _, text in made[-1])
-    for count, prompt in cuts[len(made[-1]) :]:
+    for cut in cuts[max(0, len(made[-1]) - 1) :]:
       if length > MAX_CHARACTERS:  # The rest travels by itself.
         break
-      _limit_time()
-      made[-1].append(_rendered(template, messages[:count], variables, prompt))
+      made[-1].append(_rendered_cut(template, messages, variables, cut))
       length += len(made[-1][-1][1])
   return made
-
-
-def _limit_time() -> None:
-  if hasattr(signal, "setitimer"):
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
 
 
 class _Unstable(BaseException):  # Which no test of Jinja's catches.
@@ -299,8 +214,10 @@ class _WatchedLoop(jinja2.runtime.LoopContext):
 def _has_constant_end(source: str) -> bool:
   """Whether what follows the last loop reads nothing that a loop changes."""
   tree = compile(source).environment.parse(source)
-  names = tree.find_all(nodes.Name)
-  changed = {node.name for node in names if node.ctx == "store"} | {"messages"}
+  # What a loop sets outside of itself, it sets in a namespace.
+  changed = {"messages"}
+  for loop in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+    changed |= {node.name for node in loop.find_all(nodes.NSRef)}
   loops = [i for i, x in enumerate(tree.body) if isinstance(x, nodes.For)]
   end = tree.body[loops[-1] + 1 :] if loops else tree.body
   return bool(loops) and not any(
@@ -319,7 +236,11 @@ def _by_increments(
   and then ends as every cut does. The first and last cuts are compared with
   renderings of their own.
   """
-  if len(cuts) < 8 or not _has_constant_end(source):
+  if (
+    len(cuts) < 8
+    or any(len(cut) > 2 for cut in cuts)
+    or not _has_constant_end(source)
+  ):
     return []
   made: dict[tuple[int, bool], Any] = {}
   base, whole = "", max(count for count, _ in cuts)
@@ -329,7 +250,7 @@ def _by_increments(
     watched = _Watched(messages[:whole], watch)
     given = {**variables, "add_generation_prompt": prompt, "messages": watched}
     names["LoopContext"] = _WatchedLoop
-    _limit_time()
+    child.limit_time(CPU_SECONDS)
     try:
       text = render_here(template, given, watch)
     except (TemplateFailed, _Unpinned, _Unstable):
@@ -347,11 +268,107 @@ def _by_increments(
       made[count, prompt] = ("cut", (watch.reached[count], end))
     for count in {*mine[:1], *mine[len(mine) // 2 :][:1], *mine[-1:]}:
       cut = base[: watch.reached[count]] + end
-      _limit_time()
+      child.limit_time(CPU_SECONDS)
       shown = _rendered(template, messages[:count], variables, prompt)
       if shown != ("text", cut):
         return []
   return [("base", base), *(made[tuple(cut)] for cut in cuts)]
+
+
+# Before the content of a user's turn; a character that no text may have.
+_MARK = "\U0010fffe"
+# How many of the user's turns before a cut are rendered with it.
+_WINDOW = 4
+
+
+def _by_windows(
+  template: Any, messages: Any, variables: Any, cuts: Any
+) -> list[tuple[str, Any]]:
+  """Cuts of a long conversation from their last turns; [] where these differ.
+
+      messages  s u a u a u a u a u a u a u a
+      base      ---------------------             rendered once, with the rest
+      a cut     s u a       u a u a u a u a       and from its second u on, set
+                                                  after base up to there
+
+  What a template makes of a turn may depend on the turns that follow it soon,
+  or on whether the user speaks again. That it depends on no turns far away is
+  seen in cuts of each kind, first, last and between, which are rendered whole.
+  """
+  whole = max((cut[0] for cut in cuts), default=0)
+  asked = [
+    i
+    for i, one in enumerate(messages[:whole])
+    if isinstance(one, dict)
+    and one.get("role") == "user"
+    and isinstance(one["content"], str)
+    and one["content"].strip()
+    and _MARK not in one["content"]
+  ]
+  if len(cuts) < 16 or len(asked) < 3 * _WINDOW or asked[1] > 8 * _WINDOW:
+    return []
+  marked = list(messages[:whole])
+  for i in asked[1:]:
+    text = messages[i]["content"]
+    at = len(text) - len(text.lstrip())
+    marked[i] = {**messages[i], "content": text[:at] + _MARK + text[at:]}
+  (kind, base), (_, shown) = (
+    _rendered_cut(template, some, variables, (whole, False))
+    for some in (messages, marked)
+  )
+  if kind != "text" or shown.replace(_MARK, "") != base:
+    return []
+  pieces = shown.split(_MARK)
+  if len(pieces) != len(asked):
+    return []
+  ends = itertools.accumulate(map(len, pieces[:-1]))
+  starts = dict(zip(asked[1:], ends, strict=True))
+
+  def short(cut: Any) -> tuple[str, Any]:
+    first = asked[bisect.bisect_left(asked, cut[0]) - _WINDOW]
+    turns = [*messages[: asked[1]], *marked[first : cut[0]]]
+    turns[asked[1] + 1 :] = messages[first + 1 : cut[0]]
+    kind, text = _rendered_cut(
+      template, turns, variables, (len(turns), *cut[1:])
+    )
+    if kind != "text" or text.count(_MARK) != 1:
+      raise _Unstable
+    return "cut", (starts[first], text.partition(_MARK)[2])
+
+  far = asked[2 + _WINDOW]  # From here on there is something to leave out.
+  kinds: dict[tuple, list[Any]] = {}
+  for cut in cuts:
+    if cut[0] > far:
+      kinds.setdefault((cut[1], len(cut)), []).append(cut)
+  sample = [
+    some[i]
+    for some in kinds.values()
+    for i in {0, len(some) // 4, len(some) // 2, len(some) - 2, len(some) - 1}
+  ]
+  made: list[tuple[str, Any]] = [("base", base)]
+  try:
+    for cut in cuts:
+      if cut[0] > far:
+        made.append(short(cut))
+        if cut not in sample:
+          continue
+        start, end = made[-1][1]
+        truth = ("text", base[:start] + end)
+        if truth != _rendered_cut(template, messages, variables, cut):
+          return []
+      else:
+        made.append(_rendered_cut(template, messages, variables, cut))
+  except _Unstable:
+    return []
+  return made
+
+
+def _rendered_cut(
+  template: Any, messages: Any, variables: Any, cut: Any
+) -> tuple[str, str]:
+  count, prompt, *then = cut
+  child.limit_time(CPU_SECONDS)
+  return _rendered(template, [*messages[:count], *then], variables, prompt)
 
 
 def _rendered(
@@ -431,7 +448,7 @@ def render_here(
   except (_Unpinned, TemplateFailed):
     raise
   except MemoryError:
-    raise TemplateFailed(f"a rendering that exceeds {_limits()}") from None
+    raise TemplateFailed(f"a rendering that exceeds {CHILD.limits}") from None
   # A template is code by others: whatever it raises is its refusal.
   except Exception as error:
     raise TemplateFailed(f"{type(error).__name__}: {error}"[:4000]) from error

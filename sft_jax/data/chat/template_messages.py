@@ -158,6 +158,10 @@ class Sentinels:
   def __init__(self) -> None:
     self._numbers: dict[tuple[str, str], int] = {}
     self._keys: list[tuple[str, str]] = []
+    # Of the rendering before, up to a few spans from its end: the text, how
+    # many of its characters are sentinels, and the spans. The next one often
+    # begins with the same.
+    self._known: tuple[str, int, list[RoleSpan]] = ("", 0, [])
 
   def wrap(self, role: str, text: str) -> str:
     """The text between two sentinels; blank text as it is."""
@@ -177,8 +181,11 @@ class Sentinels:
     None where that is not certain: the sentinels have changed the rendering,
     or the text has such characters of its own.
     """
-    spans, opened, removed = [], {}, 0
-    for sentinel in _SENTINEL.finditer(wrapped):
+    known, removed, spans = self._known
+    if not wrapped.startswith(known):
+      known, removed, spans = "", 0, []
+    spans, opened, closed = spans.copy(), {}, []
+    for sentinel in _SENTINEL.finditer(wrapped, len(known)):
       number = ord(_character(sentinel[0])) - _FIRST
       at = sentinel.start() - removed
       removed += len(sentinel[0])
@@ -187,10 +194,15 @@ class Sentinels:
       elif number // 2 < len(self._keys) and number // 2 in opened:
         start = opened.pop(number // 2)
         spans.append(RoleSpan(start, at, *self._keys[number // 2]))
+        if not opened:
+          closed.append((sentinel.end(), removed, len(spans)))
       else:  # Cut off by the template.
         return None
     if opened or _SENTINEL.search(text) or _SENTINEL.sub("", wrapped) != text:
       return None
+    if len(closed) > 8:
+      end, removed, count = closed[-8]
+      self._known = (wrapped[:end], removed, spans[:count])
     spans.sort()
     return spans
 

@@ -1,15 +1,13 @@
 """One trained turn: where it starts after its prompt, and where it stops."""
 
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sft_jax.data.chat import template_probes
 from sft_jax.data.chat.renderer import ConversationRenderer
 from sft_jax.data.chat.template_messages import RoleSpan
 from sft_jax.data.conversation import RowError
 
-# A turn that might come next, by whether a tool is called.
-_NEXT = {"role": "user", "content": "Go on."}
 _REPLIES = ("answer", "reasoning", "tool_call")
 _OPENED = re.compile(r"<think>\s*\Z")
 _EMPTY = re.compile(r"<think>(\s*)</think>\s*")
@@ -172,9 +170,8 @@ class TrainedTurn:
     if not own:
       raise refusal
     try:
-      then = [self._next()]
-      text = renderer.turns(self.index + 1, then)
-      after = renderer.spans(self.index + 1, text, then)
+      text = renderer.turns(self.index + 1, True)
+      after = renderer.spans(self.index + 1, text, True)
     except RowError:
       raise refusal from None
     same = [
@@ -193,17 +190,6 @@ class TrainedTurn:
           self.text = self.text[:begin] + stop[0]
           return begin, begin + len(stop[0])
     raise refusal
-
-  def _next(self) -> dict[str, Any]:
-    calls = self._renderer.conversation.messages[self.index].tool_calls
-    if not calls:
-      return _NEXT
-    return {
-      "role": "tool",
-      "content": "Done.",
-      "name": calls[0].name,
-      **({} if calls[0].id is None else {"tool_call_id": calls[0].id}),
-    }
 
 
 def divergence(one: str, other: str) -> str:

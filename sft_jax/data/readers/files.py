@@ -204,10 +204,14 @@ def _one_split(folder: Path, part: str, path: str) -> list[Path]:
   }
 
   def with_part(part: str) -> tuple[list[Path], list[str]]:
-    wanted = re.compile(
-      rf"(^|[/._-]){re.escape(part)}([/._-]|$)" if part else "", re.IGNORECASE
-    )
-    chosen = [file for file, inner in found.items() if wanted.search(inner)]
+    chosen: list[Path] = []
+    for ends in ("/.-", "/._-"):  # train, or else train_sft.
+      wanted = rf"(^|[{ends}]){re.escape(part)}([{ends}]|$)" if part else ""
+      chosen = chosen or [
+        file
+        for file, inner in found.items()
+        if re.search(wanted, inner, re.IGNORECASE)
+      ]
     return chosen, sorted({_SHARD.sub("", found[file]) for file in chosen})
 
   chosen, sets = with_part(part)

@@ -30,6 +30,8 @@ _DEFAULTS = {
 # Characters that a normalizer or decoder may make of one. Unicode's own
 # normal forms make at most 18.
 _MAX_GROWTH = 256
+# Of a text, as the normalizer makes it: the library keeps 17 bytes of each.
+_MOST_CHARACTERS = 1 << 28
 _GROWTH = {"NFKC": 18, "NFKD": 18, "NFD": 4, "NFC": 3, "Lowercase": 3}
 
 
@@ -39,15 +41,19 @@ class HuggingFaceTokenizer(Tokenizer):
   def __init__(self, read: files.Folder):
     path = read.path / "tokenizer.json"
     if path.is_file():
-      self._model = _from_json(path)
+      self._model, growth = _from_json(path)
     else:
+      growth = _GROWTH["NFC"]
       self._model, named = _from_vocab_and_merges(read.path, read.config)
       named = named | read.named_tokens
       special = tuple(dict.fromkeys([*named.values(), *read.special]))
       read = read._replace(named_tokens=named, special=special)
+    self._longest = int(_MOST_CHARACTERS / growth)
     # What a file says of padding and cutting is for other uses of it.
     self._model.no_padding()
     self._model.no_truncation()
+    if getattr(self._model.model, "dropout", None):
+      self._model.model.dropout = None  # pyright: ignore  # Random ids.
     by_id = sorted(read.added.items(), key=lambda added: added[1][0])
     for text, (number, flags) in by_id:
       if self._model.token_to_id(text) is None:
@@ -97,21 +103,31 @@ class HuggingFaceTokenizer(Tokenizer):
     return encoding.ids, encoding.offsets
 
   def _searched(self, encode: Callable[..., Any], text: Any) -> Any:
-    """What the library encodes; no BOS is added, for templates write it.
+    """What the library encodes; no BOS is added, for templates write it."""
+    for one in [text] if isinstance(text, str) else text:
+      if len(one) > self._longest:
+        raise ValueError(
+          f"{self.folder}: got a text of {len(one)} characters; expected at "
+          f"most {self._longest}, for its tokenizer may make many of one. Cut "
+          "the row, or use the tokenizer of another model."
+        )
+    return self._guarded(lambda: encode(text, add_special_tokens=False), text)
 
-    Its regular expressions come with models of others. The library gives one
-    up after ten million steps, in half a second, by a panic that is no
-    Exception.
+  def _guarded(self, function: Callable[[], Any], given: Any) -> Any:
+    """The library's answer, or what it gave up on.
+
+    It raises bare Exceptions, and panics that are none, such as after ten
+    million steps, in half a second, of one of its regular expressions.
     """
     try:
-      return encode(text, add_special_tokens=False)
+      return function()
     except BaseException as error:
-      if type(error).__name__ != "PanicException":
+      if type(error).__name__ not in ("PanicException", "Exception"):
         raise
       raise ValueError(
-        f"{self.folder}: its tokenizer gave up on {str(text)[:60]!r} "
-        f"({error}); expected one that reads any text. Its regular "
-        "expressions may be an attack: use the tokenizer of a model you trust."
+        f"{self.folder}: its tokenizer gave up on {str(given)[:60]!r} "
+        f"({error}); expected one that reads any text. It may be an attack: "
+        "use the tokenizer of a model you trust."
       ) from None
 
   @functools.cached_property
@@ -122,11 +138,15 @@ class HuggingFaceTokenizer(Tokenizer):
     )
 
   def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-    return self._model.decode(list(ids), skip_special_tokens=skip_special)
+    return self._guarded(
+      lambda: self._model.decode(list(ids), skip_special_tokens=skip_special),
+      ids,
+    )
 
 
-def _from_json(path: Path) -> tokenizers.Tokenizer:
-  """The library's tokenizer, unless it would exhaust the memory.
+def _from_json(path: Path) -> tuple[tokenizers.Tokenizer, float]:
+  """The library's tokenizer, unless it would exhaust the memory, and how many
+  characters its normalizer may make of one.
 
   The library aborts the process where it cannot allocate, at loading (a
   precompiled map that claims more than it holds) or in encoding (replacements
@@ -134,13 +154,13 @@ def _from_json(path: Path) -> tokenizers.Tokenizer:
   """
   try:
     state = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("normalizer", "decoder"):
+    for key in ("decoder", "normalizer"):
       if (growth := _growth(state[key])) > _MAX_GROWTH:
         raise ValueError(
           f"a {key} that makes up to {growth:g} characters of one, more than "
           f"{_MAX_GROWTH}"
         )
-    return tokenizers.Tokenizer.from_file(str(path))
+    return tokenizers.Tokenizer.from_file(str(path)), growth
   except BaseException as error:  # Bare ones, and panics that are no Exception.
     if isinstance(error, KeyboardInterrupt | SystemExit):
       raise
@@ -166,6 +186,8 @@ def _growth(part: dict[str, Any] | None) -> float:
     if not pattern:
       return 1 + len(part["content"])
     return max(1.0, len(part["content"]) / len(pattern))
+  if part.get("type") == "Prepend":
+    return 1.0 + len(part["prepend"])
   if part.get("type") == "Precompiled":
     # The size of a trie in bytes, the trie, and texts that end in 0.
     data = base64.b64decode(part["precompiled_charsmap"] or "")

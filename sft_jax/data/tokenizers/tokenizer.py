@@ -7,9 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
-from sft_jax.common import hub
+from sft_jax.common import child, hub
 from sft_jax.data.tokenizers import files
 from sft_jax.data.tokenizers.literal import Encoded, Ranges
+
+# The largest vocabularies have some 260,000.
+_MOST_TOKENS = 2**24
+# Tried on a tokenizer before it is trusted.
+_PROBES = (
+  "The cat's 12 × 3 = 36!\n\t\r\n x² ﬁ ﷺ 漢字 한국어 ไทย नि 👩\u200d👧 \ufeff",
+  *(one * 5000 for one in ("a", "0", "é", ".", "漢", "ab ")),
+)
 
 
 class Tokenizer(abc.ABC):
@@ -43,7 +51,13 @@ class Tokenizer(abc.ABC):
     self.fingerprint = read.fingerprint
     self.chat_templates = read.chat_templates
     self.chat_template = read.chat_templates.get("default")
-    self.vocab_size = max(ids.values()) + 1
+    self.vocab_size = max(ids.values(), default=0) + 1
+    if not ids or self.vocab_size > _MOST_TOKENS:
+      raise ValueError(
+        f"{read.path}: got {len(ids)} tokens with ids up to "
+        f"{self.vocab_size - 1}; expected ids below {_MOST_TOKENS}. Use the "
+        "tokenizer of a model you trust."
+      )
     for text in read.special:
       if text not in ids:
         raise ValueError(
@@ -165,19 +179,83 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
   of generation_config.json (or else of config.json) and at the eos_token of
   tokenizer_config.json.
 
+  The libraries abort the process where they cannot allocate, or break in other
+  ways on files that were made to. So a child process loads and uses each
+  tokenizer first, within limits of time and memory.
+
   Raises:
     ValueError: no folder, or neither file in it; a token that the folder's
-      files number differently, or that the vocabulary does not hold.
+      files number differently, or that the vocabulary does not hold; files
+      that exceed the limits.
   """
-  from sft_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
-  from sft_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
-
   path = hub.find_model(folder).folder
   if not path.is_dir():
     raise ValueError(
       f"{path}: got no such folder; expected a model folder. Check model.path."
     )
   read = files.read(path)
+  if (key := (str(path), read.fingerprint)) not in _trusted:
+    reply = TRIAL.ask(str(path))
+    if reply is None:
+      reply = [
+        f"{path}: got a tokenizer that exceeds {TRIAL.limits}, or crashes, "
+        "where it is loaded and reads short texts; expected one that does "
+        "not. Use the tokenizer of a model you trust."
+      ]
+    elif not reply[0] and reply[1] != read.fingerprint:
+      reply = [
+        f"{path}: got files that change while they are read; expected a "
+        "tokenizer that stays. Run the same command again."
+      ]
+    if reply[0]:
+      raise ValueError(reply[0])
+    _trusted.add(key)
+  return _build(read)
+
+
+TRIAL = child.Child(
+  __name__, 60.0, 3 << 30, RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"
+)
+_trusted: set[tuple[str, str]] = set()
+
+
+def serve() -> None:
+  """The child: tries folders until its streams end."""
+  child.serve(_tried, TRIAL.memory)
+
+
+def _tried(folder: str) -> list[str]:
+  """What is wrong with a folder's tokenizer, or '' and its fingerprint."""
+  child.limit_time(TRIAL.seconds)
+  try:
+    read = files.read(Path(folder))
+    one = _build(read)
+    for text in _PROBES:
+      try:
+        ids = one.encode(text)
+        one.decode(ids)
+      except ValueError as error:  # It may not know a character.
+        if type(error.__context__).__name__ == "PanicException":
+          raise
+      else:
+        if not ids:
+          raise ValueError(
+            f"{folder}: got a tokenizer that makes no tokens of {text[:20]!r}; "
+            "expected ids. Use the tokenizer of a model you trust."
+          )
+  except ValueError as error:
+    return [str(error)]
+  except Exception:  # A mistake of ours: the parent shows its trace.
+    pass
+  return ["", read.fingerprint]
+
+
+def _build(read: files.Folder) -> Tokenizer:
+  """The tokenizer of a folder; see `load_tokenizer`."""
+  from sft_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
+  from sft_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
+
+  path = read.path
   names = sorted(file.name for file in path.iterdir())
   if "tokenizer.json" in names:
     return HuggingFaceTokenizer(read)

@@ -381,8 +381,49 @@ def test_what_looks_ahead_or_back_is_rendered_cut_by_cut(source):
     assert [[text]] == sandbox.render(source, [job._replace(cuts=[cut])])
 
 
-def test_a_thousand_turns_take_no_more_than_their_length(tmp_path):
-  one = load_tokenizer(byte_level(tmp_path / "m", CHATML))
+@pytest.mark.parametrize(
+  ("body", "windowed"),
+  [
+    # As GLM: what is before the last question.
+    ("{{ '<>' if loop.index0 > ns.last else '[]' }}{{ m.content }}", True),
+    ("{{ m.content }}{% if loop.last %}!{% endif %}", True),
+    # What is far away decides.
+    ("{{ loop.index }}{{ m.content }}", False),
+    ("{{ m.content }}{{ messages | length }}", False),
+    ("{{ m.content if loop.revindex > 30 else m.content | upper }}", False),
+    ("{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ m.content }}", False),
+  ],
+)
+def test_windows_are_the_renderings_of_each_cut(body, windowed):
+  source = (
+    "{% set ns = namespace(last=0, n=0) %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}"
+    "{% endfor %}{% for m in messages %}" + body + "{% endfor %}"
+    "{% if add_generation_prompt and ns.last %}:{% endif %}"
+  )
+  messages = _long(80)
+  more = {"role": "user", "content": "Go on."}
+  cuts: list = [(i, i % 2 == 1) for i in range(1, 81)]
+  cuts += [(i, False, more) for i in range(2, 81, 2)]
+  job = sandbox.Job(messages, {}, cuts)
+  (made,) = sandbox.render(source, [job])
+  for cut, text in zip(cuts, made, strict=True):
+    assert [[text]] == sandbox.render(source, [job._replace(cuts=[cut])])
+  template = sandbox.compile(source)
+  assert bool(sandbox._by_windows(template, messages, {}, cuts)) == windowed
+
+
+# Which asks where the last question is, as many of today's do.
+_LOOKS_AHEAD = (
+  "{% set ns = namespace(last=0) %}{% for m in messages %}"
+  "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}"
+  "{% endfor %}" + CHATML + "{{ '' if ns.last else '' }}"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, _LOOKS_AHEAD])
+def test_a_thousand_turns_take_no_more_than_their_length(tmp_path, template):
+  one = load_tokenizer(byte_level(tmp_path / "m", template))
   row = chat(*(f"{'ua'[i % 2]}:turn {i}" for i in range(1000)))
   encode.encode_row(chat("u:Hi", "a:Yo"), one, RenderOptions(), max_length=99)
   begin = time.perf_counter()
@@ -399,7 +440,7 @@ def test_the_child_is_under_the_limit_of_memory(tmp_path):
   """The kernel's own word: no rendering can take more."""
   one = load_tokenizer(byte_level(tmp_path / "model", CHATML))
   encode.encode_row(chat("u:Hi", "a:Yo"), one, RenderOptions(), max_length=99)
-  assert sandbox._child is not None
-  found = resource.prlimit(sandbox._child.pid, resource.RLIMIT_AS)
+  assert sandbox.CHILD.process is not None
+  found = resource.prlimit(sandbox.CHILD.process.pid, resource.RLIMIT_AS)
   assert found == (sandbox.MEMORY, sandbox.MEMORY)
   assert sandbox.MEMORY < 500e6

@@ -141,3 +141,16 @@ def test_every_character_is_rendered_or_a_note_says_why_not(source, stops, how):
 
 
 NOTE = "text changed by the template"
+
+
+def test_a_long_rendering_after_another():
+  """What is known of the rendering before counts only where they begin alike."""
+  sentinels = template_messages.Sentinels()
+  texts = [f"text {i}" for i in range(30)]
+  wrapped = [sentinels.wrap("user", text) for text in texts]
+  for order in (texts, texts[::-1], texts[1:], texts[:29], texts):
+    shown = "|".join(wrapped[texts.index(text)] for text in order)
+    plain = "|".join(order)
+    found = sentinels.find(shown, plain)
+    assert found
+    assert [plain[one.start : one.end] for one in found] == order

@@ -566,3 +566,55 @@ def test_ids_of_calls_are_renamed_for_templates_that_demand_it(tmp_path):
   text = tokenizer.decode(row.examples[-1].tokens.tolist())
   ids = re.findall(r'"id": "(\w{9})"', text)
   assert re.findall(r'"call_id": "(\w{9})"', text) == ids[::-1]
+
+
+@pytest.mark.parametrize(
+  ("text", "notes"),
+  [
+    ("<s>the cat", {"BOS or stop token written in a text"}),
+    ("the cat</s>", {"BOS or stop token written in a text"}),
+    ("<s>the cat</s>", {"BOS or stop token written in a text"}),
+    (
+      "<s>the </s> cat",
+      {"BOS or stop token written in a text", "escaped control token"},
+    ),
+  ],
+)
+def test_a_text_has_one_bos_and_one_stop(tiny, text, notes):
+  one = tiny["byte_level"]
+  row = Conversation(text=text, source="rows.jsonl:3")
+  made = encode.encode_row(row, one, RenderOptions(), max_length=99)
+  (example,) = made.examples
+  ids = example.tokens.tolist()
+  assert (ids[0], ids[-1]) == (one.bos_id, one.eos_id)
+  assert not {*ids[1:-1]} & {one.bos_id, one.eos_id}
+  assert {*made.notes} == notes
+  # Inference sees one BOS, too.
+  ids = encode.prompt_ids(row, one)
+  assert ids[0] == one.bos_id != ids[1]
+
+
+def test_a_stop_token_written_in_an_answer_is_noted(tiny):
+  row = chat("u:Hi", "a:Hello.</s>")
+  made = encode.encode_row(
+    row, tiny["byte_level"], RenderOptions(), max_length=99
+  )
+  assert made.notes["stop token written in an answer"] == 1
+
+
+def test_a_prompt_that_is_rendered_already_is_refused(tiny):
+  prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+  row = chat(f"u:{prompt}", "a:Hello.<|im_end|>")
+  with pytest.raises(RowError, match="rendered prompt, which ends with"):
+    encode.encode_row(row, tiny["byte_level"], RenderOptions(), max_length=99)
+  (made,) = encode.encode_rows(
+    [row], tiny["byte_level"], RenderOptions(), max_length=99
+  )
+  assert isinstance(made, RowError)
+
+
+@pytest.mark.parametrize("said", ["\u200b", "\xa0\ufeff ", "\u00ad\n"])
+def test_an_answer_that_shows_nothing_is_empty(said):
+  row = {"prompt": "Hi", "completion": said}
+  with pytest.raises(NothingToTrain, match="empty answer"):
+    formats.to_conversation(row)

@@ -72,6 +72,68 @@ def test_calls_in_every_spelling(said, role):
   assert made[2] == Message("tool", "Done", name="f")
 
 
+@pytest.mark.parametrize(
+  ("said", "reasoning"),
+  [
+    ({"reasoning_content": [{"type": "text", "text": "Hm."}]}, "Hm."),
+    ({"reasoning_details": {"type": "reasoning.text", "text": "Hm."}}, "Hm."),
+    (
+      {
+        "reasoning": "Hm. So.",
+        "reasoning_details": [
+          {"type": "reasoning.text", "text": "Hm."},
+          {"type": "reasoning.text", "text": " So."},
+        ],
+      },
+      "Hm. So.",
+    ),
+    (
+      {
+        "content": [
+          {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]},
+          {"type": "text", "text": "Yes."},
+        ]
+      },
+      "Hm.",
+    ),
+  ],
+)
+def test_reasoning_in_parts(said, reasoning):
+  made = messages(USER, {"role": "assistant", "content": "Yes."} | said)
+  assert made[1] == Message("assistant", "Yes.", reasoning)
+
+
+def test_harmonys_analysis_is_reasoning():
+  made = messages(
+    USER,
+    {"role": "assistant", "channel": "analysis", "content": "Hm."},
+    {"role": "assistant", "channel": "final", "content": "Yes."},
+  )
+  assert made[1:] == [Message("assistant", "Yes.", "Hm.")]
+
+
+def test_refusals_data_of_tools_and_roles_with_space():
+  made = messages(
+    {"role": " User ", "content": {"type": "text", "text": "Hi"}},
+    {"role": "assistant", "content": None, "tool_calls": CALLS},
+    {"role": "tool", "content": [1, {"a": 2}]},
+    {"role": "assistant", "content": None, "refusal": "No."},
+  )
+  assert [one.content for one in made] == ["Hi", "", '[1, {"a": 2}]', "No."]
+
+
+@pytest.mark.parametrize("written", ["None", "{}", " ", "null"])
+def test_tools_that_are_none(written):
+  assert not to_conversation({"messages": [USER], "tools": written}).tools
+
+
+def test_tools_as_texts_and_without_a_name():
+  row = {"messages": [USER], "tools": ['{"name": "f"}']}
+  assert to_conversation(row).tools == ({"name": "f"},)
+  with pytest.raises(RowError, match="each with the name of its function"):
+    to_conversation({"messages": [USER], "tools": {"f": {}}})
+
+
 def test_a_call_after_thinking():
   value = "<think>\nHm.\n</think>\n\n" + json.dumps(CALLS[0])
   made = messages(USER, {"from": "function_call", "value": value})[1]

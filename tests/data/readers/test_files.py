@@ -301,3 +301,21 @@ def test_files_of_the_wild(name):
   path = SHARED.parent / "cases" / "files" / name
   for where, row in files.read_rows(path):
     assert formats.to_conversation(row, source=where).messages
+
+
+def test_splits_in_any_case_and_hidden_folders(tmp_path):
+  for name in ("TRAIN.jsonl", "Test.jsonl", ".git/x.jsonl"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}\n")
+  assert files.find_files(tmp_path) == [tmp_path / "TRAIN.jsonl"]
+  (tmp_path / "TRAIN.jsonl").rename(tmp_path / "train_sft.jsonlines")
+  assert files.find_files(tmp_path) == [tmp_path / "train_sft.jsonlines"]
+  with pytest.raises(ValueError, match=r"as in .*#train_sft, or"):
+    files.find_files(f"{tmp_path}#validation")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[2Jb", "a\ud800b", "a\0b"])
+def test_names_in_errors_are_one_printable_line(name, tmp_path):
+  with pytest.raises(ValueError, match="no such file") as caught:
+    files.find_files(f"{name}.jsonl")
+  assert str(caught.value).isprintable()

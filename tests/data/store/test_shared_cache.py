@@ -49,7 +49,6 @@ log = lambda line: print(line, flush=True)
 store = build.build(rows, tokenizer, RenderOptions(), directory=directory,
                     max_length=64, num_workers=1, log=log)
 print(json.dumps([store.fingerprint, store.tokens.tolist()]))
-sandbox._owner = 0  # Another user's process cannot be ended: its pipe is.
 """
 
 

@@ -4,6 +4,7 @@ import base64
 import itertools
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_jax.data.chat.template import chat_template
+from sft_jax.data.tokenizers import tokenizer
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
 from tiny_tokenizers import (
   SHARED,
@@ -122,6 +124,9 @@ def _replace(pattern, content):
     ([(b"\xf0\xff\xff\xff" + b"\0" * 16)], "precompiled map of 20 bytes, not"),
     ([(b"\4\0\0\0" + b"\0" * 4 + b"a" * 300)], "300 characters of one"),
     (["none"], "expected a file of the tokenizers library"),
+    ([{"type": "Prepend", "prepend": "a" * 999}] * 3, "1e.09 characters of"),
+    # A trie of 64 bytes that leads nowhere: the library panics.
+    ([(b"\x40\0\0\0" + b"\x5a" * 64 + b"abc\0")], "its tokenizer gave up on"),
   ],
 )
 def test_a_tokenizer_that_would_fill_the_memory(tmp_path, normalizer, said):
@@ -140,6 +145,78 @@ def test_a_tokenizer_that_would_fill_the_memory(tmp_path, normalizer, said):
   path.write_text(json.dumps(state))
   with pytest.raises(ValueError, match=said):
     load_tokenizer(tmp_path)
+
+
+def _changed(folder: Path, **changes) -> Path:
+  path = byte_level(folder) / "tokenizer.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+  return folder
+
+
+def test_a_tokenizer_that_ends_its_child_is_refused_by_name(
+  tmp_path, monkeypatch
+):
+  class Dead:
+    limits = "1 s or 2 MiB"
+    ask = staticmethod(lambda path: None)
+
+  monkeypatch.setattr(tokenizer, "TRIAL", Dead)
+  with pytest.raises(ValueError, match=r"tmp.*exceeds 1 s or 2 MiB, or crash"):
+    load_tokenizer(byte_level(tmp_path))
+
+
+def test_a_tokenizer_that_changes_after_its_trial_is_refused(
+  tmp_path, monkeypatch
+):
+  ask = tokenizer.TRIAL.ask
+  monkeypatch.setattr(
+    tokenizer.TRIAL, "ask", lambda path: [*ask(path)[:1], "another"]
+  )
+  with pytest.raises(ValueError, match="files that change while they are read"):
+    load_tokenizer(byte_level(tmp_path))
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    ({"model": {"type": "BPE", "vocab": {}, "merges": []}}, "makes no tokens"),
+    (
+      {"model": {"type": "BPE", "vocab": {"a": 2**32 - 1}, "merges": []}},
+      "ids up to 4294967295",
+    ),
+    (
+      {"decoder": {"type": "Strip", "content": "a", "start": 9, "stop": 9**9}},
+      "its tokenizer gave up on",
+    ),
+  ],
+)
+def test_tokenizers_that_cannot_be_used(tmp_path, changes, said, capfd):
+  with pytest.raises(ValueError, match=said):
+    load_tokenizer(_changed(tmp_path, **changes))
+  assert not capfd.readouterr().err  # The panic was the child's.
+
+
+def test_an_unknown_word_is_named_and_dropout_gives_the_same_ids(tmp_path):
+  model = {"type": "WordLevel", "vocab": {"the": 0}, "unk_token": "?"}
+  one = load_tokenizer(_changed(tmp_path / "a", model=model))
+  with pytest.raises(ValueError, match=r"gave up on 'cat'.*Missing"):
+    one.encode("cat")
+  plain = load_tokenizer(byte_level(tmp_path / "b"))
+  state = json.loads((tmp_path / "b" / "tokenizer.json").read_text())
+  dropping = load_tokenizer(
+    _changed(tmp_path / "c", model=state["model"] | {"dropout": 0.5})
+  )
+  assert dropping.encode("the cat sat" * 9) == plain.encode("the cat sat" * 9)
+
+
+def test_a_text_that_a_normalizer_may_blow_up_is_refused(tmp_path):
+  normalizer = _replace({"String": "a"}, "a" * 200)
+  one = load_tokenizer(_changed(tmp_path, normalizer=normalizer))
+  assert one.encode("aa")
+  text = "b" * (2**28 // 200 + 1)
+  for encode in (one.encode, lambda text: one.encode_batch([text])):
+    with pytest.raises(ValueError, match="expected at most 1342177"):
+      encode(text)
 
 
 WORDS = ["the cat", " ", "\n", "ü", "😀", "a", "house."]
