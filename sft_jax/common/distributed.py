@@ -2,7 +2,7 @@
 
 Every process runs the same program on its own devices and rows; the first one
 writes what people read. A process that dies takes the others with it, within a
-minute: the coordinator (a thread of the first process) misses its heartbeat.
+minute, and they name it (`lifeline`).
 """
 
 import collections
@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Container, Iterator
 from typing import Any
@@ -20,8 +21,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Seconds without a sign of life after which a process counts as dead.
-_HEARTBEAT = 20
+from sft_jax.common import lifeline
+
+# Seconds without a sign of life after which JAX ends all processes: after
+# the lifeline, which names the one that gave none.
+_HEARTBEAT = 45
+# Seconds in which it names a process for want of which a sum has failed.
+_NEWS = 5
 # Seconds that processes at their end wait for one another.
 _SHUTDOWN = 30
 # Milliseconds to wait for the first process: it may be encoding the data.
@@ -86,17 +92,44 @@ def joined(
       f"{processes or 'all of them'} at {coordinator or 'the coordinator'} "
       "within 5 minutes. Look at the first process and at the network."
     ) from error
+  line = _lifeline()
   try:
     yield
   except SystemExit as ending:
     if isinstance(ending.code, int) and ending.code in together:
       jax.distributed.shutdown()
+      line.close()
       raise
     _leave(ending.code if isinstance(ending.code, int) else 1)
-  except BaseException:
+  except BaseException as error:
+    if isinstance(error, jax.errors.JaxRuntimeError):
+      time.sleep(_NEWS)
     traceback.print_exc()
     _leave(1)
   jax.distributed.shutdown()
+  line.close()
+
+
+def _lifeline() -> lifeline.Lifeline:
+  """This process's, once all have met.
+
+  Raises:
+    ValueError: the first process cannot be reached.
+  """
+  from jax._src import distributed
+
+  state = distributed.global_state
+  host = str(state.coordinator_address).rpartition(":")[0].strip("[]")
+  try:
+    return lifeline.Lifeline(
+      state.client, state.process_id, state.num_processes, host
+    )
+  except OSError as error:
+    raise ValueError(
+      f"hosts: process {state.process_id} cannot reach the first one on {host} "
+      f"({error}), expected a network in which processes reach one another at "
+      "any port. Correct its rules."
+    ) from error
 
 
 def _detected() -> bool:

@@ -144,7 +144,7 @@ NOTE = "text changed by the template"
 
 
 def test_a_long_rendering_after_another():
-  """What is known of the rendering before counts only where they begin alike."""
+  """What is known of the one before counts only where they begin alike."""
   sentinels = template_messages.Sentinels()
   texts = [f"text {i}" for i in range(30)]
   wrapped = [sentinels.wrap("user", text) for text in texts]

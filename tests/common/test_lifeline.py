@@ -1,0 +1,88 @@
+"""Processes learn which of them is gone: here several in one process."""
+
+import queue
+import socket
+import time
+
+import pytest
+
+from sft_jax.common import lifeline
+
+
+class Coordinator(dict):
+  key_value_set = dict.__setitem__
+
+  def blocking_key_value_get(self, key, milliseconds):
+    del milliseconds
+    return self[key]
+
+
+@pytest.fixture
+def lines():
+  """Of three processes, with what each was told."""
+  client, told = Coordinator(), [queue.Queue() for _ in range(3)]
+  made = [
+    lifeline.Lifeline(client, i, 3, "localhost", told[i].put) for i in range(3)
+  ]
+  deadline = time.monotonic() + 10
+  while len(made[0]._others) < 2:
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  yield made, told
+  for one in made:
+    one.close()
+
+
+def _vanish(one):
+  """As the system does where a process is killed."""
+  one._closing = True
+  one._thread.join()
+  for line in list(one._others):
+    one._selector.unregister(line)
+    one._others.pop(line)
+    line.close()
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_the_others_name_who_is_gone(lines, victim):
+  made, told = lines
+  _vanish(made[victim])
+  for i in range(3):
+    if i != victim:
+      said = told[i].get(timeout=10)
+      assert said.startswith(f"process {victim} of 3, on ")
+      assert "its connection is closed" in said
+  assert told[victim].empty()
+
+
+def test_who_says_goodbye_is_not_missed(lines):
+  made, told = lines
+  for one in made[::-1]:
+    one.close()
+  time.sleep(0.2)
+  assert all(one.empty() for one in told)
+
+
+def test_who_is_stopped_is_missed(lines, monkeypatch):
+  made, told = lines
+  monkeypatch.setattr(lifeline, "SILENCE", 3.0)
+  made[2]._closing = True  # Its thread ends, and its connection stays.
+  for i in (0, 1):
+    said = told[i].get(timeout=20)
+    assert said.startswith("process 2 of 3")
+    assert "no sign of life for 3 s" in said
+
+
+def test_strangers_are_no_processes(lines):
+  made, told = lines
+  (server,) = (
+    key.fileobj
+    for key in made[0]._selector.get_map().values()
+    if key.fileobj not in made[0]._others
+  )
+  for text in (b"", b"\xff\n", b'["wrong", 1, "h"]\n', b"{}\n", b"[" * 999):
+    with socket.create_connection(server.getsockname()[:2]) as stranger:
+      stranger.sendall(text)
+  time.sleep(0.3)
+  assert len(made[0]._others) == 2
+  assert all(one.empty() for one in told)
