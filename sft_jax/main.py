@@ -5,6 +5,7 @@ Each name is a module of `sft_jax.commands`, imported only when it is asked for.
 """
 
 import importlib
+import os
 import sys
 
 COMMANDS = {
@@ -31,6 +32,20 @@ def main() -> None:
   Exit codes: 0 done; 2 what a user can correct, in one line; 75 stopped by a
   signal: the same command resumes.
   """
+  for name in ("stdout", "stderr"):
+    if getattr(sys, name) is None:  # Closed by whoever started us.
+      setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+  try:
+    try:
+      _run()
+    finally:
+      sys.stdout.flush()
+  except BrokenPipeError:  # As of "| head"; nobody reads what follows.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit("error: stdout: got no reader; expected one until the end.")
+
+
+def _run() -> None:
   name = "train"
   if sys.argv[1:] and not sys.argv[1].startswith("-"):
     name = sys.argv.pop(1)

@@ -174,6 +174,54 @@ def test_a_setting_that_cannot_be_is_refused(tmp_path, model, change, words):
     sft_jax.train(tiny.config(tmp_path, model, rows, **change))
 
 
+_NO_HOME = """
+import os, pwd, sys
+for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
+  os.environ.pop(name, None)
+
+def unknown(uid):
+  raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+pwd.getpwuid = unknown
+sys.argv[0] = "sft-jax"
+from sft_jax import main
+main.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stdout", ["closed", "read a line", "whole"])
+def test_no_home_no_user_and_nobody_who_reads(tmp_path, model, stdout):
+  """A dry run of a user that the system does not know."""
+  rows = tiny.rows_file(tmp_path / "rows.jsonl")
+  command = [
+    *(sys.executable, "-c", _NO_HOME, "train", "--dry-run"),
+    *("--config=configs/base.py", f"--config.workdir={tmp_path / 'run'}"),
+    *(f"--config.model.path={model}", f"--config.data.train={rows}"),
+  ]
+  with subprocess.Popen(
+    command,
+    cwd=ROOT,
+    env={**os.environ, "XLA_FLAGS": ""},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    preexec_fn=(lambda: os.close(1)) if stdout == "closed" else None,
+  ) as process:
+    assert process.stdout
+    assert process.stderr
+    if stdout == "read a line":
+      assert process.stdout.readline()
+      process.stdout.close()
+      said = process.stderr.read()
+      assert said.startswith("error: stdout was closed"), said
+    else:
+      shown, said = process.communicate()
+      assert not said
+      assert bool(shown) == (stdout == "whole")
+  assert process.returncode == (2 if stdout == "read a line" else 0)
+
+
 def test_the_package_is_lazy_and_its_api_is_whole():
   code = (
     "import sys, sft_jax, sft_jax.data.store.shards\n"

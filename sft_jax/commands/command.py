@@ -28,7 +28,7 @@ def run(main: Callable[[], None]) -> None:
   try:
     main()
   except USER_ERRORS as error:
-    if debug:
+    if debug or isinstance(error, BrokenPipeError):  # `main` says it.
       raise
     # Only here, as it imports JAX.
     from sft_jax.reporting import terminal

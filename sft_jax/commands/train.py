@@ -65,8 +65,6 @@ def _refuse(what: str) -> NoReturn:
 
 def main(argv: Sequence[str]) -> None:
   """Trains as the config says."""
-  if sys.stdout is None:  # Closed by whoever started us.
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
   if len(argv) > 1:
     _refuse(f"unexpected argument {argv[1]!r}")
   logging.set_verbosity(logging.WARNING)  # Orbax and JAX narrate at INFO.

@@ -171,18 +171,79 @@ def test_what_two_processes_began_one_finishes(tmp_path, inputs):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_one_is_killed_the_other_ends(tmp_path, inputs, victim):
+def test_when_one_is_gone_the_other_names_it(tmp_path, inputs, victim, how):
   workdir = tmp_path / "two"
   processes = start(workdir, CHOICES | inputs | {"steps": 100_000})
   wait_for_step(workdir, processes, 2)
-  processes[victim].kill()
-  killed = time.monotonic()
-  (code, said) = finish(processes, workdir, 60)[1 - victim]
-  assert time.monotonic() - killed < 60
-  assert code not in (0, 75)
-  # Which comes first: a sum that fails for want of a partner, or the news.
-  assert "ends with code" in said or "another task died" in said, said
+  processes[victim].send_signal(how)
+  begin = time.monotonic()
+  try:
+    code = processes[1 - victim].wait(60)
+  finally:
+    (_, said) = finish(processes, workdir, 0)[1 - victim]
+  assert time.monotonic() - begin < 60
+  assert code == 1
+  assert f"error: process {victim} of 2, on " in said, said
+  assert "is gone" in said
+
+
+@pytest.mark.slow
+def test_a_late_start_and_a_signal_while_waiting(tmp_path, inputs):
+  workdir = tmp_path / "two"
+  choices = CHOICES | _others(inputs) | _keys(inputs) | {"steps": 2}
+  choices |= {"eval__behaviours": "", "export": False}
+
+  def waits(first):
+    time.sleep(15)
+    assert first.poll() is None
+
+  def asked_to_end(first):
+    waits(first)
+    first.terminate()
+    assert first.wait(20) in (-signal.SIGTERM, 75)
+
+  first, second = start(workdir, choices, between=asked_to_end)
+  second.kill()
+  finish([first, second], workdir, 20)
+  # Nothing remains of it that would hinder the next.
+  for code, said in finish(
+    start(workdir, choices, between=waits), workdir, 400
+  ):
+    assert code == 0, said
+
+
+@pytest.mark.slow
+def test_signals_while_saving_change_nothing(tmp_path, inputs):
+  """A save is always under way; the end is that of an undisturbed pair."""
+  choices = CHOICES | _others(inputs) | _keys(inputs)
+  choices |= {"checkpoint__every": 1, "eval__behaviours": "", "steps": 8}
+  whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+  for code, said in finish(start(whole, choices), whole, 500):
+    assert code == 0, said
+  for step, victim in ((2, 0), (4, 1)):
+    processes = start(stopped, choices)
+    wait_for_step(stopped, processes, step)
+    processes[victim].terminate()
+    for code, said in finish(processes, stopped, 200):
+      assert code == 75, said
+  for code, said in finish(start(stopped, choices), stopped, 500):
+    assert code == 0, said
+  timeless = lambda folder: [
+    {k: v for k, v in one.items() if not k.startswith(_CLOCK)}
+    for one in records(folder)
+  ]
+  assert timeless(stopped) == timeless(whole)
+  one, other = (x / "export" / "model.safetensors" for x in (whole, stopped))
+  assert one.read_bytes() == other.read_bytes()
+
+
+_CLOCK = ("time/", "speed/", "memory/")
+
+
+def _keys(inputs: dict) -> dict:
+  return {k: inputs[k] for k in ("model__path", "data__train")}
 
 
 @pytest.mark.parametrize("given", [("h:1", 0, -1), ("", 2, 0), ("h:1", 2, -1)])

@@ -7,8 +7,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tiny
 from sft_jax.common import trees
@@ -23,7 +24,11 @@ def free_port() -> int:
 
 
 def start(
-  workdir: Path, choices: dict, *, folders: Sequence[Path] = (ROOT, ROOT)
+  workdir: Path,
+  choices: dict,
+  *,
+  folders: Sequence[Path] = (ROOT, ROOT),
+  between: Callable[[subprocess.Popen], Any] = lambda first: None,
 ) -> list[subprocess.Popen]:
   """Two processes of the door, which share a workdir.
 
@@ -31,6 +36,7 @@ def start(
     workdir: of both.
     choices: keys of a config.
     folders: where each of them runs.
+    between: called with the first before the second is started.
   """
   folder = workdir.parent
   arguments = _arguments(workdir, choices)
@@ -55,6 +61,8 @@ def start(
           stderr=subprocess.STDOUT,
         )
       )
+    if i == 0:
+      between(processes[0])
   return processes
 
 
