@@ -5,7 +5,7 @@ as transformers configures its own, stops code that reaches out. It stops
 neither a template that never ends nor one that fills the memory: to sort or
 compare long texts is one call in C, which nothing in Python interrupts. So a
 process renders in a child of its own, which the operating system ends
-(`common.child`), and what it died of is refused. Many renderings travel
+(`tokenizers.child`), and what it died of is refused. Many renderings travel
 together, so that a pipe costs nearly nothing.
 """
 
@@ -24,7 +24,7 @@ import jinja2.runtime
 import jinja2.sandbox
 from jinja2 import nodes
 
-from sft_jax.common import child
+from sft_jax.data.tokenizers import child
 
 CPU_SECONDS = 1.0  # Of one rendering; a thousand turns take 0.02.
 MEMORY = 400 << 20  # Bytes of address space of the child.

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
-from sft_jax.common import child, hub
-from sft_jax.data.tokenizers import files
+from sft_jax.common import hub
+from sft_jax.data.tokenizers import child, files
 from sft_jax.data.tokenizers.literal import Encoded, Ranges
 
 # The largest vocabularies have some 260,000.

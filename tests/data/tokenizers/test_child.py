@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from sft_jax.common import child
+from sft_jax.data.tokenizers import child
 
 SECONDS, MEMORY = 0.5, 400 << 20
 
