@@ -16,11 +16,11 @@ if TYPE_CHECKING:
   from sft_jax.evals.checks.checks import register_check
   from sft_jax.inference.generate import Reply, generate
   from sft_jax.inference.logprobs import logprobs
+  from sft_jax.models.hf.load_save import load_pretrained
   from sft_jax.models.transformer import Model
   from sft_jax.reporting.html.compare_page import compare
   from sft_jax.reporting.run_files import read as read_run
   from sft_jax.reporting.trackers import register_writer
-  from sft_jax.training.build.model import load_pretrained
   from sft_jax.training.config import default as default_config
   from sft_jax.training.run import Result, train
 
@@ -60,7 +60,7 @@ _HOME = {
   "default_config": "training.config:default",
   "encode": "data.encoding.encode",
   "generate": "inference.generate",
-  "load_pretrained": "training.build.model",
+  "load_pretrained": "models.hf.load_save",
   "load_tokenizer": "data.tokenizers.tokenizer",
   "logprobs": "inference.logprobs",
   "read_run": "reporting.run_files:read",

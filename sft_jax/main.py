@@ -22,22 +22,22 @@ COMMANDS = {
   "export": "a Hugging Face folder of a run's checkpoint",
   "replay": "the rows of one step of a run",
 }
-# Where a command is not `cli` of the module of its name.
-MODULES = {"report": "compare:report_cli"}
+# Where a command is not `main` of the module of its name.
+MODULES = {"report": "compare:report", "train": "train:cli"}
 
 
-def main() -> None:
-  """Runs the command that the first argument names; `train` without one.
+def main(name: str = "") -> None:
+  """Runs a command: by its name, or the first argument; else `train`.
 
   Exit codes: 0 done; 2 what a user can correct, in one line; 75 stopped by a
   signal: the same command resumes.
   """
-  for name in ("stdout", "stderr"):
-    if getattr(sys, name) is None:  # Closed by whoever started us.
-      setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+  for stream in ("stdout", "stderr"):
+    if getattr(sys, stream) is None:  # Closed by whoever started us.
+      setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
   try:
     try:
-      _run()
+      _run(name)
     finally:
       sys.stdout.flush()
   except BrokenPipeError:  # As of "| head"; nobody reads what follows.
@@ -45,17 +45,25 @@ def main() -> None:
     sys.exit("error: stdout: got no reader; expected one until the end.")
 
 
-def _run() -> None:
-  name = "train"
-  if sys.argv[1:] and not sys.argv[1].startswith("-"):
+def _run(name: str) -> None:
+  if not name and sys.argv[1:] and not sys.argv[1].startswith("-"):
     name = sys.argv.pop(1)
-  elif sys.argv[1:] in (["-h"], ["--help"]):
+  elif not name and sys.argv[1:] in (["-h"], ["--help"]):
     print(_usage())
     return
+  name = name or "train"
   if name not in COMMANDS:
     sys.exit(f"error: command line: got {name!r}\n{_usage()}")
-  module, _, function = MODULES.get(name, f"{name}:cli").partition(":")
-  getattr(importlib.import_module(f"sft_jax.commands.{module}"), function)()
+  module, _, function = MODULES.get(name, f"{name}:main").partition(":")
+  module = importlib.import_module(f"sft_jax.commands.{module}")
+  command = importlib.import_module("sft_jax.commands.command")
+  run = getattr(module, function)
+  if name == "train":
+    run()
+  elif hasattr(module, "CONFIG"):
+    command.run_with_flags(run)
+  else:
+    command.run(run)
 
 
 def _usage() -> str:

@@ -101,6 +101,7 @@ ALONE = {
   "data/readers/memory.py": "a reader, beside those of files",
   "evals/checks/refusals.py": "lists of words, beside the other checks",
   "main.py": "where a process starts",
+  "training/build/host_consistency.py": "what hosts must share, tested alone",
 }
 
 

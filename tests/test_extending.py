@@ -22,6 +22,7 @@ from sft_jax.reporting import trackers
 from sft_jax.step.loss import linear_cross_entropy
 from sft_jax.step.train_step import init_state, split_micro_batches
 from sft_jax.training import selfcheck
+from sft_jax.training.build import state as build_state
 from sft_jax.training.build import step as build_step
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
@@ -90,7 +91,7 @@ def test_the_step_takes_a_loss_and_an_optimizer_of_ones_own(page):
   step = build_step.make_step(
     config, model, mesh, 100, loss=page["focal"], tx=page["mine"]
   )
-  where = build_step.state_shardings(step, params, mesh)
+  where = build_state.state_shardings(step, params, mesh)
   state = jax.jit(
     lambda p: init_state(p, step.trained, step.tx), out_shardings=where
   )(params)
@@ -124,7 +125,7 @@ def test_rates_and_freeze_choose_parameters_by_pattern(page):
   model = transformer.build(tiny.SPECK)
   params = jax.eval_shape(model.init, jax.random.key(0))
   step = build_step.make_step(config, model, None, 100)
-  build_step.hold_base(config, step, params, lambda x: x)
+  build_state.hold_base(config, step, params, lambda x: x)
   frozen = [p for p in trees.flatten(params) if not step.trained(p)]
   assert frozen
   assert all("norm/scale" in path for path in frozen)
@@ -133,7 +134,7 @@ def test_rates_and_freeze_choose_parameters_by_pattern(page):
       wrong = config.copy_and_resolve_references()
       wrong.optim[key] = value
     with pytest.raises(ValueError, match=rf"optim\.{key}: 'emb/' matches noth"):
-      build_step.hold_base(
+      build_state.hold_base(
         wrong, build_step.make_step(wrong, model, None, 100), params, None
       )
 

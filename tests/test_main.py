@@ -92,7 +92,8 @@ def test_out_of_memory_is_an_error_with_a_cure(monkeypatch, capsys):
     ("DEBUG", False),
   ):
     monkeypatch.setattr(main, name, says(value))
-  assert main._run() == main.USER_EXIT
+  with pytest.raises(SystemExit, match=str(main.USER_EXIT)):
+    main._run()
   said = capsys.readouterr().err
   assert said.startswith("error: out of memory: RESOURCE_EXHAUSTED: Out of")
   assert "More." not in said

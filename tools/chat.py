@@ -1,6 +1,6 @@
 """The command `sft-jax chat`: see sft_jax/commands/chat.py."""
 
-from sft_jax.commands.chat import cli
+from sft_jax.main import main
 
 if __name__ == "__main__":
-  cli()
+  main("chat")

@@ -1,6 +1,6 @@
 """The command `sft-jax compare`: see sft_jax/commands/compare.py."""
 
-from sft_jax.commands.compare import cli
+from sft_jax.main import main
 
 if __name__ == "__main__":
-  cli()
+  main("compare")

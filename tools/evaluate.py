@@ -1,6 +1,6 @@
 """The command `sft-jax evaluate`: see sft_jax/commands/evaluate.py."""
 
-from sft_jax.commands.evaluate import cli
+from sft_jax.main import main
 
 if __name__ == "__main__":
-  cli()
+  main("evaluate")

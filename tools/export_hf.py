@@ -1,6 +1,6 @@
 """The command `sft-jax export`: see sft_jax/commands/export.py."""
 
-from sft_jax.commands.export import cli
+from sft_jax.main import main
 
 if __name__ == "__main__":
-  cli()
+  main("export")

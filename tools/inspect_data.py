@@ -1,6 +1,6 @@
 """The command `sft-jax inspect`: see sft_jax/commands/inspect.py."""
 
-from sft_jax.commands.inspect import cli
+from sft_jax.main import main
 
 if __name__ == "__main__":
-  cli()
+  main("inspect")

@@ -1,6 +1,6 @@
 """The command `sft-jax plan`: see sft_jax/commands/plan.py."""
 
-from sft_jax.commands.plan import cli
+from sft_jax.main import main
 
 if __name__ == "__main__":
-  cli()
+  main("plan")

@@ -1,6 +1,6 @@
 """The command `sft-jax replay`: see sft_jax/commands/replay.py."""
 
-from sft_jax.commands.replay import cli
+from sft_jax.main import main
 
 if __name__ == "__main__":
-  cli()
+  main("replay")

@@ -1,6 +1,6 @@
 """The command `sft-jax report`: see sft_jax/commands/compare.py."""
 
-from sft_jax.commands.compare import report_cli
+from sft_jax.main import main
 
 if __name__ == "__main__":
-  report_cli()
+  main("report")

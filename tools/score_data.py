@@ -1,6 +1,6 @@
 """The command `sft-jax score`: see sft_jax/commands/score.py."""
 
-from sft_jax.commands.score import cli
+from sft_jax.main import main
 
 if __name__ == "__main__":
-  cli()
+  main("score")

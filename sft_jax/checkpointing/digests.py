@@ -51,9 +51,7 @@ def digest(
   the same on any sharding and device, and that of an array is the sum of those
   of its blocks. It guards against decay, not against an adversary.
 
-  Args:
-    x: any array, also of random keys.
-    blocks: into how many each axis is cut; () is one block of all.
+  `blocks`: into how many each axis is cut; () is one block of all.
 
   Returns:
     [*blocks, 2], on every device.
@@ -82,11 +80,8 @@ def _digest(x: Array, blocks: tuple[int, ...]) -> Array:
     )
   # [a * m, b] in (a, 1) blocks is [a, m, 1, b]; the sums are over m and b.
   counts = [*blocks, *[1] * (bits.ndim - len(blocks))]
-  cut = [
-    n
-    for c, size in zip(counts, bits.shape, strict=True)
-    for n in (c, size // c)
-  ]
+  pairs = zip(counts, bits.shape, strict=True)
+  cut = [n for c, size in pairs for n in (c, size // c)]
   inside = tuple(range(1, len(cut), 2))
 
   def mixed_sums(odd: int) -> Array:
@@ -108,11 +103,9 @@ def describe(
 ) -> dict[str, Any]:
   """{path of leaf: {'shape', 'dtype', 'digest', 'blocks'?}} of a tree.
 
-  Args:
-    tree: any tree of arrays.
-    blocks: how to cut the leaves; by default as they lie on the devices, so
-      that 'blocks', of arrays divided among devices, has a digest per shard:
-      {'cut': [2, 1], 'digests': [...]}, first axis slowest.
+  `blocks`: how to cut the leaves; by default as they lie on the devices, so
+  that 'blocks', of arrays divided among devices, has a digest per shard:
+  {'cut': [2, 1], 'digests': [...]}, first axis slowest.
   """
   leaves = {
     jax.tree_util.keystr(path): jnp.asarray(x)
@@ -127,24 +120,18 @@ def describe(
   found = {
     path: jax.device_get(digest(x, cuts[path])) for path, x in leaves.items()
   }
-  return {
-    path: {
+  entries = {}
+  for path, x in leaves.items():
+    words = found[path].reshape(-1, 2)
+    entries[path] = {
       "shape": list(x.shape),
       "dtype": str(x.dtype),
-      "digest": _hex(found[path].reshape(-1, 2).sum(0, dtype=np.uint32)),
-      **(
-        {
-          "blocks": {
-            "cut": list(cuts[path]),
-            "digests": [_hex(d) for d in found[path].reshape(-1, 2)],
-          }
-        }
-        if cuts[path]
-        else {}
-      ),
+      "digest": _hex(words.sum(0, dtype=np.uint32)),
     }
-    for path, x in leaves.items()
-  }
+    if cuts[path]:
+      parts = {"cut": list(cuts[path]), "digests": [_hex(d) for d in words]}
+      entries[path]["blocks"] = parts
+  return entries
 
 
 def _shards(x: jax.Array) -> tuple[int, ...]:
@@ -170,19 +157,12 @@ def damaged(expected: Mapping[str, Any], tree: Any) -> list[str]:
   got = describe(tree, cuts)
   wrong = []
   for path, entry in expected.items():
-    if path not in got or entry["digest"] == got[path]["digest"]:
-      continue
-    if "blocks" in entry:
-      pairs = zip(
-        entry["blocks"]["digests"],
-        got[path]["blocks"]["digests"],
-        strict=True,
-      )
-      bad = [i for i, (a, b) in enumerate(pairs) if a != b]
-      wrong.append(
-        f"{path} (shards {bad} of {len(got[path]['blocks']['digests'])})"
-      )
-    else:
+    if path in got and entry["digest"] != got[path]["digest"]:
+      if "blocks" in entry:
+        here = got[path]["blocks"]["digests"]
+        pairs = zip(entry["blocks"]["digests"], here, strict=True)
+        bad = [i for i, (a, b) in enumerate(pairs) if a != b]
+        path += f" (shards {bad} of {len(here)})"
       wrong.append(path)
   return wrong + sorted(expected.keys() - got.keys())
 
@@ -193,10 +173,7 @@ def differences(expected: Mapping[str, Any], got: Any) -> list[str]:
   ["['w']: shape [4] -> [8]", "['b']: dtype float32 -> bfloat16"]
   """
   asked = {
-    jax.tree_util.keystr(path): {
-      "shape": list(x.shape),
-      "dtype": str(x.dtype),
-    }
+    jax.tree_util.keystr(path): {"shape": list(x.shape), "dtype": str(x.dtype)}
     for path, x in jax.tree_util.tree_leaves_with_path(got)
   }
   lines = [f"{path}: not asked for" for path in expected.keys() - asked.keys()]
@@ -248,9 +225,6 @@ def digest_rows(batch: Batch) -> UInt32[Array, "2"]:
 
   with x_ft the 32 bits of field f in slot t. A step does not depend on the
   order of its rows, which accumulation and processes change.
-
-  Args:
-    batch: with any leading axes before T.
   """
   fields = [
     x.astype(jnp.int32) if x.dtype.itemsize < 4 else x
@@ -259,10 +233,8 @@ def digest_rows(batch: Batch) -> UInt32[Array, "2"]:
   fields = jnp.stack(
     [jax.lax.bitcast_convert_type(x, jnp.uint32) for x in fields], axis=-2
   )
-  places = np.arange(
-    1, 1 + fields.shape[-2] * fields.shape[-1], dtype=np.uint32
-  )
-  places = places.reshape(fields.shape[-2:])
+  shape = fields.shape[-2:]
+  places = np.arange(np.prod(shape), dtype=np.uint32).reshape(shape) + 1
 
   def mixed_sum(odd: int) -> Array:
     words = _mix(fields + places * np.uint32(odd))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sft_jax.common import distributed, trees
+from sft_jax.common.files import replace_folder
 from sft_jax.data.chat import template as templates
 from sft_jax.data.chat import template_export
 from sft_jax.data.chat.options import DEFAULT, RenderOptions
@@ -23,10 +24,7 @@ from sft_jax.data.encoding import encode
 from sft_jax.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from sft_jax.models import transformer
 from sft_jax.models.hf import load_save
-from sft_jax.models.hf.safetensors_files import (
-  replace_folder,
-  write_checksums,
-)
+from sft_jax.models.hf.safetensors_files import write_checksums
 from sft_jax.models.transformer import Model
 
 # What both tokenizers render. Not every template takes every one.
@@ -49,8 +47,6 @@ class Evidence(NamedTuple):
   """What an export was found to be.
 
   Attributes:
-    path: the folder.
-    dtype: of its weights.
     logit_difference: the largest |difference| between the logits of the merged
       weights and of the model in memory, both computed in float32.
     tolerance: what the difference may be, whatever the dtype: the folder's
@@ -99,11 +95,6 @@ def save_pretrained(
 
   Args:
     path: the folder to write; a model folder that is there is replaced.
-    model: the model.
-    params: its parameters.
-    tokenizer: whose files to copy and whose stop ids to write.
-    dtype: of the written tensors; by default that of the parameters.
-    max_shard_bytes: size above which the tensors are split over files.
     options: that prompts were trained with.
     shardings: where the folder's parameters shall lie while they are compared,
       see `models.hf.load_pretrained`.
@@ -111,10 +102,9 @@ def save_pretrained(
       what is written is a copy in which this model's weights alone are others,
       of the dtype that they have there; `tokenizer` and `dtype` have no say.
 
-  Raises:
-    ValueError: parameters that are not this model's, a path that holds
-      something else than a model; or what was written is not what was meant:
-      it is then kept beside `path` as `<name>.rejected`.
+  Raises ValueError: parameters that are not this model's, a path that holds
+  something else than a model; or what was written is not what was meant: it is
+  then kept beside `path` as `<name>.rejected`.
   """
   path = Path(path)
   written = load_save.export_dtype(params, dtype)
@@ -123,14 +113,8 @@ def save_pretrained(
 
   def fill(folder: Path) -> None:
     if export_into is None:
-      load_save.write_folder(
-        folder,
-        model,
-        params,
-        tokenizer,
-        dtype=written,
-        max_shard_bytes=max_shard_bytes,
-      )
+      sizes = {"dtype": written, "max_shard_bytes": max_shard_bytes}
+      load_save.write_folder(folder, model, params, tokenizer, **sizes)
     else:
       load_save.write_into(folder, Path(export_into), model, params)
     if tokenizer:
@@ -138,9 +122,7 @@ def save_pretrained(
     distributed.barrier("sft_jax.export")
     try:
       found.append(
-        _verify(
-          path, folder, model, params, tokenizer, written, options, shardings
-        )
+        _verify(folder, model, params, tokenizer, written, options, shardings)
       )
     except ValueError as error:
       rejected = _keep_aside(folder, path)
@@ -153,7 +135,7 @@ def save_pretrained(
 
   found: list[Evidence] = []
   replace_folder(path, "config.json", fill)
-  return found[0]
+  return found[0]._replace(path=str(path))
 
 
 def _write_template(
@@ -169,7 +151,6 @@ def _write_template(
 
 
 def _verify(
-  path: Path,
   folder: Path,
   model: Model,
   params: trees.Tree,
@@ -209,7 +190,7 @@ def _verify(
       f"logits differ by {difference:.3g}, more than {tolerance:.3g}"
     )
   return Evidence(
-    path=str(path),
+    path=str(folder),
     dtype=written.name,
     logit_difference=difference,
     tolerance=tolerance,

@@ -16,18 +16,12 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from sft_jax.checkpointing import digests
-from sft_jax.common import distributed, trees
-from sft_jax.step.train_step import TrainState
+from sft_jax.common import distributed
 
 
 class Restored(NamedTuple):
-  """What a checkpoint held.
-
-  Attributes:
-    step: the number of steps taken when it was saved.
-    state: the tree of arrays, on the shardings asked for.
-    meta: the JSON-like dict saved with it.
-  """
+  """What a checkpoint held: the arrays are on the shardings asked for, `meta`
+  is the JSON-like dict saved with them, `step` the number of steps taken."""
 
   step: int
   state: Any
@@ -52,19 +46,15 @@ class Checkpoints:
     """Opens (or creates) the folder.
 
     Args:
-      directory: holds a folder per step.
-      keep: the newest so many are kept.
+      keep: the newest so many are kept, 1 or more.
       keep_every: and those of steps that this divides; 0 = none.
       keep_best: and the one of the 'lowest' or 'highest' score; '' = none.
     """
-    if keep < 1 or keep_best not in ("", "lowest", "highest"):
-      raise ValueError(
-        f"{directory}: got keep={keep} and keep_best={keep_best!r}, expected "
-        "1 or more, and '', 'lowest' or 'highest'. Change checkpoint.keep or "
-        "checkpoint.best_is."
-      )
     self._directory = directory
-    self._keep, self._every, self._best_is = keep, keep_every, keep_best
+    self._rejected = directory.with_name(f"{directory.name}_rejected")
+    self._keep, self._every = keep, keep_every
+    self._scored = bool(keep_best)
+    self._sign = -1 if keep_best == "highest" else 1
     self._scores: dict[int, float] = {}
     self._saving = 0  # The step being written.
     self._open()
@@ -85,7 +75,7 @@ class Checkpoints:
       save_decision_policy=every_save,
       preservation_policy=retention,
     )
-    for step in self.steps() if self._best_is else ():
+    for step in self.steps() if self._scored else ():
       with contextlib.suppress(ValueError):  # Restoring it will say so.
         score = self._manifest(step)["score"]
         if score is not None:
@@ -97,15 +87,13 @@ class Checkpoints:
 
   def best(self) -> tuple[int, float] | None:
     """(step, score) of the best that was scored; the oldest of equals."""
-    there = {s: x for s, x in self._scores.items() if s in self.steps()}
-    return self._best(there)
+    ranked = self._ranked(self.steps())
+    return (ranked[0], self._scores[ranked[0]]) if ranked else None
 
-  def _best(self, scores: dict[int, float]) -> tuple[int, float] | None:
-    if not scores:
-      return None
-    sign = -1 if self._best_is == "highest" else 1
-    step = min(scores, key=lambda step: (sign * scores[step], step))
-    return step, scores[step]
+  def _ranked(self, steps: list[int]) -> list[int]:
+    """Those that were scored, the best first; of equals the oldest."""
+    scored = [step for step in steps if step in self._scores]
+    return sorted(scored, key=lambda s: (self._sign * self._scores[s], s))
 
   def should_preserve(
     self, checkpoints: Sequence[Any], *, context: Any
@@ -120,10 +108,7 @@ class Checkpoints:
     kept = set(sorted(steps)[-self._keep :])
     if self._every:
       kept |= {step for step in steps if step % self._every == 0}
-    if best := self._best(
-      {s: self._scores[s] for s in steps if s in self._scores}
-    ):
-      kept.add(best[0])
+    kept.update(self._ranked(steps)[:1])
     return [step in kept for step in steps]
 
   # -- Saving ---------------------------------------------------------------
@@ -137,21 +122,17 @@ class Checkpoints:
     beside: Any = None,
     score: float | None = None,
   ) -> None:
-    """Starts a save of a tree of arrays and a JSON-like dict.
+    """Starts a save of a tree of arrays and, sealed, of a JSON-like dict.
 
     The arrays are copied before this returns; writing continues behind. One
     save is under way at a time: this waits for the one before.
 
     Args:
-      step: the number of steps taken.
-      state: what is saved.
-      meta: saved with it, and sealed.
       beside: a tree of arrays of which the digests are saved alone: whoever
         restores has them already, and proves it.
       score: what `keep_best` compares; None = this one is not compared.
 
-    Raises:
-      OSError: the save before failed.
+    Raises OSError: the save before failed.
     """
     self.wait()
     sealed: Any = digests.seal(
@@ -164,7 +145,7 @@ class Checkpoints:
         "code": digests.code(),
       }
     )
-    if score is not None and self._best_is:
+    if score is not None and self._scored:
       self._scores[step] = score
     self._saving = step
     with self._explained():
@@ -229,12 +210,7 @@ class Checkpoints:
     """
     self.wait()
     steps = self.steps()
-    if best:
-      sign = 1 if self._best_is == "highest" else -1
-      scored = [step for step in steps if step in self._scores]
-      # The best last; of equals the oldest.
-      steps = sorted(scored, key=lambda s: (sign * self._scores[s], -s))
-    for step in reversed(steps):
+    for step in self._ranked(steps) if best else reversed(steps):
       try:
         return self._load(step, abstract, beside, cast)
       except (Mismatch, MemoryError, PermissionError):
@@ -253,7 +229,7 @@ class Checkpoints:
       raise ValueError(
         f"{self._directory}: none of the checkpoints {steps} could be "
         "restored, expected one that verifies. They are in "
-        f"{self._rejected()}; start again in a new workdir."
+        f"{self._rejected}; start again in a new workdir."
       )
     return None
 
@@ -288,36 +264,30 @@ class Checkpoints:
         "in a new workdir."
       )
     if changed := digests.damaged(held["beside"], beside):
-      raise Mismatch(_other_base(f"checkpoint {step}", changed))
-    as_saved = jax.tree_util.tree_map_with_path(
-      lambda path, x: jax.ShapeDtypeStruct(
-        x.shape,
-        held["arrays"][jax.tree_util.keystr(path)]["dtype"]
-        if cast
-        else x.dtype,
-        sharding=x.sharding,
-      ),
-      abstract,
-    )
-    state = self._orbax.load_checkpointables(step, {"state": as_saved})["state"]
+      raise Mismatch(other_base(f"checkpoint {step}", changed))
+
+    def as_saved(path: Any, x: Any) -> jax.ShapeDtypeStruct:
+      saved = held["arrays"][jax.tree_util.keystr(path)]["dtype"]
+      dtype = saved if cast else x.dtype
+      return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+
+    asked = {"state": jax.tree_util.tree_map_with_path(as_saved, abstract)}
+    state = self._orbax.load_checkpointables(step, asked)["state"]
     if wrong := digests.damaged(held["arrays"], state):
       raise ValueError(f"digest mismatch in {wrong[:3]} ({len(wrong)} arrays)")
     if cast:
       state = jax.tree.map(lambda x, y: x.astype(y.dtype), state, abstract)
     return Restored(step, state, held["meta"])
 
-  def _rejected(self) -> Path:
-    return self._directory.with_name(self._directory.name + "_rejected")
-
   def _set_aside(self, step: int) -> Path:
     self._orbax.close()
-    target, number = self._rejected() / str(step), 0
+    target, number = self._rejected / str(step), 0
     while target.exists():
       number += 1
-      target = self._rejected() / f"{step}.{number}"
+      target = self._rejected / f"{step}.{number}"
     distributed.barrier("names of rejected checkpoints")
     if jax.process_index() == 0:
-      self._rejected().mkdir(exist_ok=True)
+      self._rejected.mkdir(exist_ok=True)
       shutil.move(self._directory / str(step), target)
     distributed.barrier("a checkpoint is set aside")
     self._scores.pop(step, None)
@@ -332,57 +302,8 @@ class Checkpoints:
     distributed.barrier("unfinished checkpoints are removed")
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-  """What a checkpoint's folder says of itself; a ValueError if damaged."""
-  metadata = ocp.checkpointables_metadata(str(path.absolute()))
-  try:
-    return digests.unseal(metadata.custom_metadata)
-  except ValueError as error:
-    raise ValueError(
-      f"{path}: {error}; expected one that is whole. Name another checkpoint."
-    ) from error
-
-
-def read_parameters(
-  path: Path, manifest: dict[str, Any], base: trees.Tree
-) -> dict[str, jax.Array]:
-  """{path: parameter} of a checkpoint's folder, on the first device, verified.
-
-  Args:
-    path: the folder.
-    manifest: by `read_manifest`.
-    base: the parameters of the model's folder, beside which it was trained.
-
-  Raises:
-    ValueError: the base is another one, or a digest is wrong.
-  """
-  if changed := digests.damaged(manifest["beside"], base):
-    raise ValueError(_other_base(str(path), changed))
-  metadata = ocp.checkpointables_metadata(str(path.absolute()))
-  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  abstract = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-    metadata.metadata["state"],
-  )
-  asked = {"state": abstract}
-  state = ocp.load_checkpointables(str(path.absolute()), asked)["state"]
-  # As they were named when saved; the optimizer's arrays are not needed.
-  named = TrainState(None, state["params"], state["frozen"], None)
-  saved = {
-    name: x
-    for name, x in manifest["arrays"].items()
-    if name.startswith((".params", ".frozen"))
-  }
-  if wrong := digests.damaged(saved, named):
-    raise ValueError(
-      f"{path}: the digests of {wrong[:3]} ({len(wrong)} arrays) are not "
-      "those they were saved with, expected the same: the files are damaged. "
-      "Name another checkpoint."
-    )
-  return trees.flatten(state["params"]) | trees.flatten(state["frozen"] or {})
-
-
-def _other_base(where: str, changed: list[str]) -> str:
+def other_base(where: str, changed: list[str]) -> str:
+  """What to say of frozen parameters that have changed."""
   return (
     f"{where}: the frozen parameters {changed[:3]} ({len(changed)} arrays) are "
     "not those it was trained beside, expected the same: the model's folder "

@@ -9,7 +9,7 @@ import jax
 
 from sft_jax.checkpointing.manager import Checkpoints
 from sft_jax.common import trees
-from sft_jax.common.workdir import find_json
+from sft_jax.common.files import find_json
 from sft_jax.data.store.fingerprint import differences
 from sft_jax.step.train_step import TrainState
 
@@ -20,7 +20,6 @@ class Origin(NamedTuple):
   The files of the workdir that say the same are copies for people.
 
   Attributes:
-    config: its keys, nested.
     data: the fingerprint of the training data.
     data_fingerprint_inputs: what that is made from, to name a difference.
     model: config.json of the model's folder; its weights are compared by
@@ -39,7 +38,6 @@ class Resumed(NamedTuple):
   """Where a run continues.
 
   Attributes:
-    state: on its devices.
     loop: what the loop saved besides arrays; {} at the start.
     changes: how what the run is made from differs from what the checkpoint
       was made from, where that was forced.
@@ -71,14 +69,11 @@ def restore(
   """The newest state that verifies; the fresh one if there is none.
 
   Args:
-    checkpoints: of the run.
     fresh: what training would start from; its arrays make room.
-    origin: what the run is made from now.
     log: called with a line for each checkpoint that is rejected.
     force: continues with another config, other data and other dtypes.
 
-  Raises:
-    ValueError: the checkpoint is of another run, or holds other arrays.
+  Raises ValueError: the checkpoint is of another run, or holds other arrays.
   """
   own, base = split_stored(fresh)
   abstract = _abstract(own)
@@ -90,16 +85,14 @@ def restore(
   meta, step = restored.meta, restored.step
   changed = config_changes(meta["config"], origin.config, step)
   if changed and not force:
-    raise ValueError(_refusal(f"checkpoint {step}", "config", changed))
+    check_same_config(changed, f"checkpoint {step}")
+  now = origin._asdict()
   other = []
   if meta["data"] != origin.data:
-    other += differences(
-      meta["data_fingerprint_inputs"], origin.data_fingerprint_inputs
-    )
-  other += differences(
-    {"config.json": meta["model"], "own": meta["own"]},
-    {"config.json": origin.model, "own": origin.own},
-  )
+    name = "data_fingerprint_inputs"
+    other += differences(meta[name], now[name])
+  model = lambda of: {"config.json": of["model"], "own": of["own"]}
+  other += differences(model(meta), model(now))
   if other and not force:
     raise ValueError(
       f"checkpoint {step}: made from other data or another model than the "
@@ -113,13 +106,8 @@ def restore(
 def restore_best(
   checkpoints: Checkpoints, state: TrainState, log: Callable[[str], None]
 ) -> TrainState:
-  """The state of the best checkpoint, in place of the one given.
-
-  Args:
-    checkpoints: of the run, some of them scored.
-    state: the newest; its arrays make room unless it is itself the best.
-    log: called with a line for each checkpoint that is rejected.
-  """
+  """The state of the best checkpoint that was scored, in place of the newest,
+  whose arrays make room; `log` is called as by `restore`."""
   best = checkpoints.best()
   if best is None or best[0] == int(state.step):
     return state
@@ -180,16 +168,11 @@ def config_changes(
   return lines
 
 
-def check_same_config(changed: list[str], workdir: Path) -> None:
-  """Raises ValueError with the difference if the workdir has another config."""
+def check_same_config(changed: list[str], where: str) -> None:
+  """Raises ValueError with the difference if there is another config."""
   if changed:
-    raise ValueError(_refusal(str(workdir), "config", changed))
-
-
-def _refusal(where: str, what: str, changed: list[str]) -> str:
-  return (
-    f"{where}: holds a run with another {what}:\n  "
-    + "\n  ".join(changed)
-    + "\nexpected the same. Undo the change, choose another workdir, or "
-    "continue with --force."
-  )
+    lines = "\n  ".join(changed)
+    raise ValueError(
+      f"{where}: holds a run with another config:\n  {lines}\nexpected the "
+      "same. Undo the change, choose another workdir, or continue with --force."
+    )

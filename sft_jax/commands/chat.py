@@ -3,8 +3,8 @@
     sft-jax chat --model=runs/demo/export [--compare=BASE_FOLDER]
 
 A model is a Hugging Face folder, the workdir of a run, or one of its
-checkpoints. With --compare both answer every turn side by side, each going on
-from what it said itself. `/new` starts over, an empty line or Ctrl-D ends.
+checkpoints. With --compare both answer every turn side by side, each
+after its own replies. `/new` starts over, an empty line or Ctrl-D ends.
 """
 
 import argparse
@@ -43,14 +43,12 @@ class Talk:
     The last form tells calls of tools and a cut apart; both turns are then
     remembered.
 
-    Raises:
-      ValueError: what was said cannot be asked; nothing is remembered.
+    Raises ValueError: what was said cannot be asked; nothing is remembered.
     """
     args, asked = self._args, self._asked
     turns = (*self._turns, Message("user", said))
     pieces = generate.stream(
-      asked.model, asked.params, asked.tokenizer,
-      [Conversation(messages=turns)],
+      *asked[:3], [Conversation(messages=turns)],
       max_new_tokens=args.max_new_tokens, temperature=args.temperature,
       top_p=args.top_p, min_p=args.min_p, seed=seed,
       stop_strings=args.stop or (),
@@ -76,7 +74,7 @@ def one_by_one(
   """Prints each model's reply as its text comes."""
   for path, talk in talks.items():
     if len(talks) > 1:
-      out.print(Text(f"{path}:", style="bold"))
+      out.print(f"{path}:", style="bold")
     shown = 0
     for text in talk.answer(said, seed):
       out.print(text[shown:], end="", soft_wrap=True)
@@ -145,9 +143,4 @@ def main() -> None:
     try:
       show(out, talks, said, seed)
     except ValueError as error:  # A control token typed in, say: ask again.
-      out.print(Text(f"error: {error}", style="red"))
-
-
-def cli() -> None:
-  """The command as a program."""
-  command.run(main)
+      out.print(f"error: {error}", style="red")

@@ -12,6 +12,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sft_jax.data.chat.options import CHOICES, DEFAULT, RenderOptions
+from sft_jax.reporting import terminal
+from sft_jax.training import config_check
 
 # As in train.py: anything else is our mistake and keeps its trace.
 USER_ERRORS = (ValueError, OSError)
@@ -30,9 +32,6 @@ def run(main: Callable[[], None]) -> None:
   except USER_ERRORS as error:
     if debug or isinstance(error, BrokenPipeError):  # `main` says it.
       raise
-    # Only here, as it imports JAX.
-    from sft_jax.reporting import terminal
-
     print(f"error: {terminal.visible(error)}", file=sys.stderr)
     sys.exit(2)
 
@@ -47,13 +46,10 @@ def _debug() -> bool:
 @functools.cache
 def config_flag() -> flags.FlagHolder:
   """The --config of a tool; once, also where a process has two, or main."""
-  holder = config_flags.DEFINE_config_file(
-    "config",
-    DEFAULT_CONFIG,
-    "A file with get_config(); the demo by default.",
-    allow_override=True,
+  what = "A file with get_config(); the demo by default."
+  return config_flags.DEFINE_config_file(
+    "config", DEFAULT_CONFIG, what, allow_override=True
   )
-  return holder
 
 
 def run_with_flags(main: Callable[[], None]) -> None:
@@ -65,7 +61,12 @@ def run_with_flags(main: Callable[[], None]) -> None:
     if argv[1:]:
       sys.exit(f"error: command line: unexpected argument {argv[1]!r}")
     sys.argv += ["--debug"] * debug  # For `run`.
-    run(main)
+    run(checked)
+
+  def checked() -> None:
+    if "config" in flags.FLAGS:
+      config_check.check(flags.FLAGS.config)
+    main()
 
   app.run(parsed)
 
@@ -89,5 +90,5 @@ def render_options(
   """A model's own options, with what `add_render_options`'s arguments tell."""
   names = ("template_kwargs", *_OF_PROMPTS)
   given = {name: getattr(args, name) for name in names}
-  told = {name: x for name, x in given.items() if x is not None}
-  return dataclasses.replace(ours, **told)
+  given = {name: x for name, x in given.items() if x is not None}
+  return dataclasses.replace(ours, **given)

@@ -11,7 +11,6 @@ curves, config, data, speed. A finished run has its `report.html` already;
 import argparse
 from pathlib import Path
 
-from sft_jax.commands import command
 from sft_jax.reporting import run_files
 from sft_jax.reporting.html import compare_page, run_page
 
@@ -43,8 +42,7 @@ def report() -> None:
 def _names(paths: list[str]) -> list[str]:
   """The folders' own names, where they tell the runs apart.
 
-  Raises:
-    ValueError: a run given twice.
+  Raises ValueError: a run given twice.
   """
   if len(set(paths)) < len(paths):
     raise ValueError(
@@ -52,13 +50,3 @@ def _names(paths: list[str]) -> list[str]:
     )
   short = [Path(path).resolve().name for path in paths]
   return short if len(set(short)) == len(short) else paths
-
-
-def cli() -> None:
-  """`sft-jax compare` as a program."""
-  command.run(main)
-
-
-def report_cli() -> None:
-  """`sft-jax report` as a program."""
-  command.run(report)

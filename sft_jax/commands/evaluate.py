@@ -14,7 +14,6 @@ import functools
 from pathlib import Path
 
 import numpy as np
-from rich.text import Text
 
 from sft_jax.commands import command
 from sft_jax.data.conversation import Conversation
@@ -38,9 +37,7 @@ def scores(
 
   def generate(prompts: list[Conversation]) -> list[replies.Reply]:
     replied[:] = replies.generate(
-      asked.model,
-      asked.params,
-      asked.tokenizer,
+      *asked[:3],
       prompts,
       max_new_tokens=args.max_new_tokens,
       stop_strings=args.stop or (),
@@ -51,17 +48,14 @@ def scores(
     return replied
 
   found = behaviours.run(items, generate)
-  rows_ = [
-    _row(encode.prompt_ids(item.prompt, asked.tokenizer, options), reply.tokens)
-    for item, reply in zip(items, replied, strict=True)
-  ]
-  return found, rows_
-
-
-def _row(prompt: list[int], reply: list[int]) -> encode.Example:
-  weights = np.array([0] * len(prompt) + [1] * len(reply), np.float32)
-  tokens = np.array(prompt + reply, np.int32)
-  return encode.Example(tokens, weights, np.zeros(len(tokens), np.uint8))
+  rows = []
+  for item, reply in zip(items, replied, strict=True):
+    prompt = encode.prompt_ids(item.prompt, asked.tokenizer, options)
+    tokens = np.array(prompt + list(reply.tokens), np.int32)
+    weights = np.arange(len(tokens)) >= len(prompt)
+    roles = np.zeros(len(tokens), np.uint8)
+    rows.append(encode.Example(tokens, weights.astype(np.float32), roles))
+  return found, rows
 
 
 def texts(
@@ -93,7 +87,7 @@ def show_text(
   if baseline and (
     baseline.tokenizer.fingerprint != asked.tokenizer.fingerprint
   ):
-    out.print(Text(f"{what}: no KL, as the tokenizers differ."))
+    out.print(f"{what}: no KL, as the tokenizers differ.")
     baseline = None
   base = baseline and (baseline.model, baseline.params)
   found = forgetting.compare_models(
@@ -109,7 +103,7 @@ def show_text(
     )
     if "both_correct" in left:
       line += f"; of what it had right {left['both_correct']:.1%} still is"
-  out.print(Text(f"{line}."))
+  out.print(f"{line}.")
 
 
 def main() -> None:
@@ -139,7 +133,7 @@ def main() -> None:
   terminal.print_table(terminal.console(), args.model, head, rows)
   if figures := behaviours.ifeval_accuracy(after):
     shares = ", ".join(f"{name} {x:.1%}" for name, x in figures.items())
-    terminal.console().print(Text(f"IFEval: {shares}"))
+    terminal.console().print(f"IFEval: {shares}")
   if baseline and any(one.loss_weights.any() for one in replied):
     show_text("its replies", replied, asked, baseline, args)
   for path in args.text or ():
@@ -149,8 +143,3 @@ def main() -> None:
     after.write(out)
     if before:
       before.write(out.with_suffix(f".baseline{out.suffix}"))
-
-
-def cli() -> None:
-  """The command as a program."""
-  command.run(main)

@@ -8,15 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
-from rich.text import Text
 
 from sft_jax.checkpointing.resume import restore
-from sft_jax.commands import command
-from sft_jax.common.workdir import read_json
+from sft_jax.common.files import read_json
 from sft_jax.reporting import terminal
-from sft_jax.training.build import build
-from sft_jax.training.loop import find_origin
-from sft_jax.training.run import export_run, open_checkpoints, own_params
+from sft_jax.training.build import build, outputs
 
 
 def main() -> None:
@@ -26,32 +22,24 @@ def main() -> None:
   parser.add_argument("--dtype", help="of the weights; as trained by default")
   args = parser.parse_args()
   out = terminal.console()
-  say = lambda line: out.print(Text(line))
+  say = out.print
   workdir = Path(args.workdir)
   read = read_json(workdir / "config.json")
   config: Any = ml_collections.ConfigDict(read, type_safe=False)
   run = build.build_run(config, say)
-  checkpoints = open_checkpoints(config, workdir)
+  checkpoints = outputs.open_checkpoints(config, workdir)
   if not checkpoints.steps():
     raise ValueError(
       f"{workdir}/checkpoints: got no checkpoint; expected at least one. "
       "Train first, or name another workdir."
     )
   state = restore(
-    checkpoints,
-    run.state,
-    find_origin(config, run),
-    say,
+    checkpoints, run.state, outputs.find_origin(config, run), say
   ).state
   checkpoints.close()
-  params = own_params(state)
+  params = outputs.own_params(state)
   if args.dtype:
     config.export_dtype = args.dtype
   say(f"Writing step {int(state.step)} to {args.out} ...")
   del state  # The moments make room for the folder's parameters.
-  say(f"{args.out}: {export_run(config, run, params, Path(args.out))}")
-
-
-def cli() -> None:
-  """The command as a program."""
-  command.run(main)
+  say(f"{args.out}: {outputs.export_run(config, run, params, Path(args.out))}")

@@ -37,7 +37,7 @@ HTML = flags.DEFINE_string("html", None, "Write a page to this path.")
 
 
 def inspect(config: data.Config, say: data.Log) -> dict[str, Any]:
-  """Everything about the data of a config; see `inspection.inspect`."""
+  """Everything about the data of a config; see `summary.inspect`."""
   tokenizer = data.load_tokenizer(config, model.find_model(config).folder, say)
   fault = None
   try:
@@ -49,9 +49,8 @@ def inspect(config: data.Config, say: data.Log) -> dict[str, Any]:
       config.data.on_bad_row = "skip"
     stores = data.load_stores(config, tokenizer, say)
   findings = [*stores.findings, checks.malformed(stores.train, fault)]
-  stream = None
-  if len(stores.train.index):
-    stream = data.make_stream(config, stores.train)
+  some = len(stores.train.index)
+  stream = data.make_stream(config, stores.train) if some else None
   return summary.inspect(
     stores.train,
     stores.held_out,
@@ -92,10 +91,8 @@ def show(out: Console, found: dict[str, Any]) -> None:
     out.print()
     score.show_figures(out, scored)
     out.print(
-      Text(
-        f"\n{scored['rows']:,} rows have scores, {scored['unscored']:,} have "
-        f"none, {scored['changed']:,} have changed since they were scored"
-      )
+      f"\n{scored['rows']:,} rows have scores, {scored['unscored']:,} have "
+      f"none, {scored['changed']:,} have changed since they were scored"
     )
   for warning in found["warnings"]:
     title = f"\nwarning: {warning['name']} ({warning['count']:,})"
@@ -108,14 +105,14 @@ def show(out: Console, found: dict[str, Any]) -> None:
       passed.setdefault(finding["of"], []).append(finding["name"])
   out.print()
   for of, names in passed.items():
-    out.print(Text(f"passed  {of}: {', '.join(names)}", style="green"))
+    out.print(f"passed  {of}: {', '.join(names)}", style="green")
   for finding in found["findings"]:
     if not finding["passed"]:
       word, style = "FAILED ", "bold red"
       if finding["allowed"]:
         word, style = "allowed", "yellow"
-      out.print(Text(f"{word} {finding['name']} ({finding['of']})", style))
-      out.print(Text(f"        {terminal.visible(finding['message'])}"))
+      out.print(f"{word} {finding['name']} ({finding['of']})", style=style)
+      out.print(f"        {finding['message']}")
 
 
 def show_sample(
@@ -128,8 +125,7 @@ def show_sample(
   """Prints an example; what is trained in [[brackets]] if so asked."""
   trained = sum(weight > 0 for weight in sample["loss_weights"])
   title = f"{where}{sample['place']}: {len(sample['tokens'])} tokens, "
-  title = terminal.visible(f"\n{title}{trained} trained")
-  out.print(Text(title, style="underline"))
+  out.print(f"\n{title}{trained} trained", style="underline")
   text = Text()
   for span in sample["spans"]:
     weight = span["weight"]
@@ -142,17 +138,16 @@ def show_sample(
 
 
 def _row(row: dict[str, str]) -> str:
-  one_line = lambda text: " / ".join(filter(None, text.splitlines()))[:110]
-  return f"{row['place']}: {one_line(row['prompt'])} -> " + one_line(
-    row["answer"]
+  prompt, answer = (
+    " / ".join(filter(None, row[name].splitlines()))[:110]
+    for name in ("prompt", "answer")
   )
+  return f"{row['place']}: {prompt} -> {answer}"
 
 
 def main() -> None:
   out = terminal.console()
-  say = lambda line: (
-    None if JSON.value else out.print(Text(terminal.visible(line)))
-  )
+  say = (lambda line: None) if JSON.value else out.print
   found = inspect(CONFIG.value, say)
   if HTML.value:
     audit_page.write(HTML.value, found)
@@ -161,8 +156,3 @@ def main() -> None:
   else:
     show(out, found)
   sys.exit(0 if found["passed"] else 1)
-
-
-def cli() -> None:
-  """The command as a program."""
-  command.run_with_flags(main)

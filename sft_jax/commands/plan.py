@@ -13,16 +13,14 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from rich.text import Text
 
 from sft_jax.commands import command
-from sft_jax.common import hub, machines, sharding
-from sft_jax.common.trees import Tree, flatten
+from sft_jax.common import hub, machines, sharding, trees
 from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.models.config import ModelConfig, read_config
 from sft_jax.models.lora.quantize import num_scalars
 from sft_jax.reporting import terminal
-from sft_jax.training.build import abstract, data, step
+from sft_jax.training.build import abstract, data, state
 from sft_jax.training.planning import plan
 
 CONFIG = command.config_flag()
@@ -46,7 +44,7 @@ def main() -> None:
   machine = machines.find_machine(TOPOLOGY.value)
   shape = find_shape(config.model.path)
 
-  lengths, fill, whence = documents(config, lambda x: out.print(Text(x)))
+  lengths, fill, whence = documents(config, out.print)
 
   def outline(config):
     mesh = sharding.make_mesh(**config.mesh, devices=machine.devices)
@@ -54,16 +52,20 @@ def main() -> None:
 
   def tried(config) -> plan.Plan:
     one = outline(config)
-    useful = tokens_of(config, fill) * step.flops_per_token(
+    useful = tokens_of(config, fill) * state.flops_per_token(
       one.step, one.model, one.params, lengths
     )
-    quick = QUICK.value
-    return plan.plan(one, machine, model_flops=useful, quick=quick)
+    return plan.plan(one, machine, model_flops=useful, quick=QUICK.value)
 
   first = outline(config)
+  trained, frozen = (
+    terminal.number(
+      sum(num_scalars(*leaf) for leaf in trees.flatten(tree).items())
+    )
+    for tree in (first.state.params, first.state.frozen)
+  )
   facts = {
-    "model": f"{terminal.number(count(first.state.params))} trained, "
-    f"{terminal.number(count(first.state.frozen))} frozen parameters, "
+    "model": f"{trained} trained, {frozen} frozen parameters, "
     f"{config.model.param_dtype}; computes in {config.model.dtype}",
     "machine": f"{first.mesh.size} x {machine.chip.name}, mesh "
     + " x ".join(f"{a}={n}" for a, n in first.mesh.shape.items()),
@@ -99,12 +101,6 @@ def find_shape(path: str) -> ModelConfig:
   return read_config(path)
 
 
-def count(tree: Tree) -> int:
-  """Parameters, however they are stored."""
-  leaves = flatten(tree)
-  return sum(num_scalars(path, leaves[path]) for path in leaves)
-
-
 def documents(config, say) -> tuple[list[int], float, str]:
   """(lengths, share of slots that hold a token, where this is from)."""
   files = ("tokenizer.json", "tokenizer.model")
@@ -113,8 +109,7 @@ def documents(config, say) -> tuple[list[int], float, str]:
     stream = data.load_data(config, tokenizer, say).stream
     return list(stream.store.lengths), stream.fill, f"{config.data.train}"
   length = MEAN_LENGTH.value or config.data.seq_len
-  whence = f"assumed: documents of {length} tokens, no padding"
-  return [length], 1.0, whence
+  return [length], 1.0, f"assumed: documents of {length} tokens, no padding"
 
 
 def show(out, config, outline, found: plan.Plan, fill: float) -> None:
@@ -193,13 +188,5 @@ def search(out, config, outline, tried, limit) -> None:
     return size
 
   best = plan.largest_batch(total, limit) * unit
-  out.print(
-    f"Largest batch_size that fits: {best}"
-    if best
-    else f"Not even batch_size={unit} fits."
-  )
-
-
-def cli() -> None:
-  """The command as a program."""
-  command.run_with_flags(main)
+  none = f"Not even batch_size={unit} fits."
+  out.print(f"Largest batch_size that fits: {best}" if best else none)

@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
-from rich.text import Text
 
-from sft_jax.commands import command
 from sft_jax.commands.inspect import show_sample
-from sft_jax.common.workdir import read_json
+from sft_jax.common.files import read_json
 from sft_jax.data.audit.summary import step_rows
 from sft_jax.data.store import fingerprint
 from sft_jax.data.tokenizers import tokenizer as tokenizers
@@ -41,10 +39,9 @@ def main() -> None:
     config.workdir = str(workdir)
   folder = model.find_model(config).folder
   tokenizer = tokenizers.load_tokenizer(folder)
-  say = lambda line: out.print(Text(terminal.visible(line)))
-  stream = data.make_train_stream(
-    config, data.load_stores(config, tokenizer, say).train
-  )
+  say = out.print
+  store = data.load_stores(config, tokenizer, say).train
+  stream = data.make_train_stream(config, store)
   made_from = read_json(workdir / "data.json")
   if made_from["fingerprint"] != stream.fingerprint:
     changed = fingerprint.differences(
@@ -55,12 +52,6 @@ def main() -> None:
       + "\n  ".join(changed)
       + "\nexpected the same. Undo the change to see the rows."
     )
+  plain = not out.color_system
   for row in step_rows(stream, tokenizer, args.step):
-    show_sample(
-      out, row, f"pack {row['pack']}  ", brackets=not out.color_system
-    )
-
-
-def cli() -> None:
-  """The command as a program."""
-  command.run(main)
+    show_sample(out, row, f"pack {row['pack']}  ", brackets=plain)

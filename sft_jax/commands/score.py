@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from absl import flags
 from rich.console import Console
-from rich.text import Text
 
 from sft_jax.commands import command
 from sft_jax.common import sharding
@@ -33,6 +32,7 @@ from sft_jax.evals import row_scores
 from sft_jax.reporting import terminal
 from sft_jax.training.build import data
 from sft_jax.training.build import model as setup_model
+from sft_jax.training.build.sources import make_sources
 
 CONFIG = command.config_flag()
 SHOWN = flags.DEFINE_integer("shown", 3, "Rows to show of each kind.")
@@ -47,9 +47,8 @@ def score(config: Config, say: data.Log) -> dict[str, list[RowScore]]:
   Returns:
     {file: its scores}, as in data.train.
 
-  Raises:
-    ValueError: a file that two sources read in two ways, or two files whose
-      scores would have one name.
+  Raises ValueError: a file that two sources read in two ways, or two files
+  whose scores would have one name.
   """
   mesh = sharding.make_mesh(**config.mesh)
   sharding.check_rows(mesh, config.batch_size, 1)
@@ -97,7 +96,7 @@ def files_of(config: Config) -> list[Source]:
   """Every file of data.train once, whatever of it is trained on."""
   made: dict[str, Source] = {}
   columns = config.data.columns.to_dict()
-  for source in data.make_sources(config.data.train, columns):
+  for source in make_sources(config.data.train, columns):
     for file in files.find_files(source.path):
       plain = dataclasses.replace(
         Source(str(file)), format=source.format, columns=source.columns
@@ -154,24 +153,17 @@ def show_figures(out: Console, found: dict[str, Any]) -> None:
   ]
   terminal.print_table(out, "Scores, by percentile", head, lines)
   for end in found["ends"]:
-    out.print(Text(f"\n{end['name']}", style="bold"))
+    out.print(f"\n{end['name']}", style="bold")
     for row in end["rows"]:
       known = [f"{x} {row[x]:.3g}" for x in selection.SCORES if x in row]
       line = f"{row['place']}  {', '.join(known)}"
-      out.print(Text(terminal.visible(line), style="underline"))
+      out.print(line, style="underline")
       for text in (row["prompt"], row["answer"]):
         cut = " / ".join(text.split("\n"))
         cut = cut if len(cut) <= _CUT else cut[:_CUT] + " ..."
-        out.print(Text(f"  {terminal.visible(cut)}"))
+        out.print(f"  {cut}")
 
 
 def main() -> None:
   out = terminal.console()
-  config: Any = CONFIG.value
-  say = lambda line: out.print(Text(terminal.visible(line)))
-  show(out, config, score(config, say), SHOWN.value)
-
-
-def cli() -> None:
-  """The command as a program."""
-  command.run_with_flags(main)
+  show(out, CONFIG.value, score(CONFIG.value, out.print), SHOWN.value)

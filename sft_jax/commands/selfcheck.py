@@ -20,17 +20,16 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
-from rich.text import Text
 
-from sft_jax.checkpointing import export
 from sft_jax.commands import command
 from sft_jax.common import sharding, trees
-from sft_jax.models import transformer
 from sft_jax.reporting import terminal
 from sft_jax.training import selfcheck
 from sft_jax.training.build import build
 from sft_jax.training.build import step as setup_step
-from sft_jax.training.build.data import Config, Log, make_render_options
+from sft_jax.training.build.data import Config, Log
+from sft_jax.training.build.model import build_model
+from sft_jax.training.build.outputs import export_run
 from sft_jax.training.selfcheck import Finding, quick_of_run, toy_shape
 
 CONFIG = command.config_flag()
@@ -49,15 +48,7 @@ def check(config: Config, say: Log) -> list[Finding]:
   findings.append(_stops(built))
   say("The export ...")
   with tempfile.TemporaryDirectory() as folder:
-    found = export.save_pretrained(
-      Path(folder) / "export",
-      built.model,
-      params,
-      built.tokenizer,
-      dtype=config.export_dtype or config.model.param_dtype,
-      options=make_render_options(config),
-      shardings=lambda shapes: sharding.param_shardings(shapes, built.mesh),
-    )
+    found = export_run(config, built, params, Path(folder) / "export")
   difference, most = found.logit_difference, found.tolerance
   return [*findings, Finding("export: logits", difference, most)]
 
@@ -87,16 +78,9 @@ def _invariances(
     other = config.copy_and_resolve_references()
     with other.unlocked():
       other.loss.chunk_tokens = slices or config.loss.chunk_tokens
-    model = transformer.build(
-      built.model.config,
-      dtype=config.model.dtype,
-      param_dtype=config.model.param_dtype,
-      attention=config.model.attention,
-      remat=remat or config.model.remat,
-      scan=config.model.scan,
-      lora=built.model.lora,
-      mesh=mesh,
-    )
+      other.model.remat = remat or config.model.remat
+    rows = built.model.lora.token_rows if built.model.lora else ()
+    model = build_model(other, built.model.config, mesh, rows).model
     step = setup_step.make_step(other, model, mesh, built.num_steps)
     put = lambda batch: selfcheck.place_batch(batch, mesh)
     return selfcheck.measurer(step.loss_fn, params, step.trained, put)
@@ -150,7 +134,7 @@ def _stops(built: build.BuiltRun) -> Finding:
 
 def main() -> None:
   out = terminal.console()
-  findings = check(CONFIG.value, lambda line: out.print(Text(line)))
+  findings = check(CONFIG.value, out.print)
   header = ("law", "difference", "tolerance", "verdict")
   terminal.print_table(
     out, "Self-check", header, selfcheck.findings_table(findings)
@@ -159,8 +143,3 @@ def main() -> None:
   devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
   out.print(f"{len(findings) - failed} of {len(findings)} hold on {devices}")
   sys.exit(1 if failed else 0)
-
-
-def cli() -> None:
-  """The command as a program."""
-  command.run_with_flags(main)

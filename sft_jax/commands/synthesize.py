@@ -14,13 +14,11 @@ check, is printed and written to OUT.ledger.json. See docs/selection.md.
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.text import Text
-
 from sft_jax.commands import command
+from sft_jax.common import files
 from sft_jax.data.conversation import Conversation, NothingToTrain
 from sft_jax.data.encoding import encode
 from sft_jax.evals import behaviours, synthesis
@@ -32,8 +30,11 @@ from sft_jax.training.build import load_run
 def make(args: argparse.Namespace) -> synthesis.Synthesis:
   """Asks the teacher as the arguments say."""
   out = terminal.console()
-  say = lambda line: out.print(Text(terminal.visible(line)))
-  items, against = _items(args.prompts), _items(args.against)
+  say = out.print
+  items, against = (
+    [one for path in paths for one in behaviours.load_sets(path)]
+    for paths in (args.prompts, args.against)
+  )
   if not against:
     say("--against: no evaluation set is named, so none was compared with.")
   asked = load_run.load(args.teacher, dtype=args.dtype, say=say)
@@ -43,9 +44,7 @@ def make(args: argparse.Namespace) -> synthesis.Synthesis:
     prompts: list[Conversation], seeds: list[int]
   ) -> list[generate.Reply]:
     return generate.generate(
-      asked.model,
-      asked.params,
-      asked.tokenizer,
+      *asked[:3],
       prompts,
       max_new_tokens=args.max_new_tokens,
       temperature=args.temperature,
@@ -77,18 +76,6 @@ def make(args: argparse.Namespace) -> synthesis.Synthesis:
   )
 
 
-def _items(paths: Sequence[str]) -> list[behaviours.Item]:
-  return [one for path in paths for one in behaviours.load_sets(path)]
-
-
-def write(path: Path, text: str) -> None:
-  """Writes a file whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f".{path.name}.{os.getpid()}.part")
-  part.write_text(text, encoding="utf-8")
-  part.replace(path)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs the tool, on the command line's arguments where none are given."""
   parser = argparse.ArgumentParser(description=__doc__)
@@ -113,16 +100,11 @@ def main(argv: Sequence[str] | None = None) -> None:
   rows = "".join(
     json.dumps(row, ensure_ascii=False) + "\n" for row in made.rows
   )
-  write(args.out, rows)
+  files.write_text(args.out, rows)
   ledger = args.out.with_name(args.out.name + ".ledger.json")
-  write(ledger, json.dumps(made.to_json(), indent=2) + "\n")
+  files.write_text(ledger, json.dumps(made.to_json(), indent=2) + "\n")
   head, *body = synthesis.lines(made)
   out = terminal.console()
   terminal.print_table(
     out, f"{len(made.rows):,} rows in {args.out}", head, body
   )
-
-
-def cli() -> None:
-  """The command as a program."""
-  command.run(main)

@@ -33,8 +33,7 @@ PROCESSES = flags.DEFINE_integer("processes", 0, "How many there are.")
 PROCESS = flags.DEFINE_integer("process", -1, "Which of them this is, from 0.")
 DEBUG = flags.DEFINE_bool("debug", False, "Show the trace of an error.")
 
-# What a user or a file can cause; anything else is our mistake and keeps its
-# trace.
+# What a user or a file can cause; else it is our mistake and keeps its trace.
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again.
 STOPPED_EXIT = 75
@@ -53,44 +52,42 @@ def _parse(argv: Sequence[str]) -> list[str]:
   ) as error:
     got = " ".join(str(error.args[0] if error.args else error).split())
     _refuse(
-      f"{got}; expected flags like --config=configs/base.py "
+      f"command line: {got}; expected flags like --config=configs/base.py "
       "--config.optim.learning_rate=1e-4; every key is in configs/base.py"
     )
 
 
-def _refuse(what: str) -> NoReturn:
-  print(f"error: command line: {what}", file=sys.stderr)
+def _refuse(what: object) -> NoReturn:
+  print(visible(f"error: {what}"), file=sys.stderr)
   sys.exit(USER_EXIT)
 
 
 def main(argv: Sequence[str]) -> None:
   """Trains as the config says."""
   if len(argv) > 1:
-    _refuse(f"unexpected argument {argv[1]!r}")
+    _refuse(f"command line: unexpected argument {argv[1]!r}")
   logging.set_verbosity(logging.WARNING)  # Orbax and JAX narrate at INFO.
-
   try:
     with distributed.joined(
       *(COORDINATOR.value, PROCESSES.value, PROCESS.value),
       together=(0, STOPPED_EXIT),
     ):
-      sys.exit(_run())
+      _run()
+      sys.exit(0)
   except ValueError as error:
     if DEBUG.value:
       raise
-    print(visible(f"error: {error}"), file=sys.stderr)
-    sys.exit(USER_EXIT)
+    _refuse(error)
 
 
 def _command(arguments: Sequence[str]) -> str:
   """What was typed, to be typed again; one argument per line."""
-  return " \\\n  ".join(
-    ["python -m sft_jax.main", *map(shlex.quote, arguments)]
-  )
+  words = ["python -m sft_jax.main", *map(shlex.quote, arguments)]
+  return " \\\n  ".join(words)
 
 
-def _run() -> int:
-  """The run, and its exit code."""
+def _run() -> None:
+  """The run; ends the process where it does not come to its end."""
   try:
     train(
       CONFIG.value,
@@ -100,32 +97,25 @@ def _run() -> int:
     )
   except Stopped as stopped:
     print(stopped, file=sys.stderr)
-    return STOPPED_EXIT
+    sys.exit(STOPPED_EXIT)
   except BrokenPipeError:  # As of "| head"; nobody reads what follows.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    print(
-      "error: stdout was closed while the run printed to it, expected a "
-      "reader. Run the same command again to continue.",
-      file=sys.stderr,
+    _refuse(
+      "stdout was closed while the run printed to it, expected a reader. Run "
+      "the same command again to continue."
     )
-    return USER_EXIT
   except USER_ERRORS as error:
     if DEBUG.value:
       raise
-    print(visible(f"error: {error}"), file=sys.stderr)
-    return USER_EXIT
+    _refuse(error)
   except jax.errors.JaxRuntimeError as error:
     if DEBUG.value or "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    first = str(error).splitlines()[0]
-    print(
-      f"error: out of memory: {first}\nThe start page and sft-jax plan say "
-      "what takes it; docs/troubleshooting.md what to change, in order. Then "
-      "the same command continues from the last step saved.",
-      file=sys.stderr,
+    _refuse(
+      f"out of memory: {str(error).splitlines()[0]}\nThe start page and "
+      "sft-jax plan say what takes it; docs/troubleshooting.md what to change, "
+      "in order. Then the same command continues from the last step saved."
     )
-    return USER_EXIT
-  return 0
 
 
 def cli() -> None:

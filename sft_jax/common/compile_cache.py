@@ -35,8 +35,7 @@ def opened(path: str, log: Callable[[str], None]) -> Iterator[None]:
       JAX's settings, such as JAX_COMPILATION_CACHE_DIR, are left alone.
     log: called if others may write there: what is read there is executed.
 
-  Raises:
-    OSError: the folder cannot be made.
+  Raises OSError: the folder cannot be made.
   """
   if not path:
     yield
@@ -89,9 +88,7 @@ def compiled(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, bool]:
   finally:
     jax.monitoring.unregister_event_listener(listen)
   if sys.platform == "linux":
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-      trim(0)
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
   return program, _HIT in heard
 
 

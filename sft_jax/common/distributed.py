@@ -49,21 +49,16 @@ def joined(
 
   Args:
     coordinator: host:port of the first process, which others can reach.
-    processes: how many there are.
-    process: which one this is, from 0.
     together: exit codes that all processes come to, and wait for one another.
       With any other this one ends at once.
 
-  Raises:
-    ValueError: some of the three and not all, or the others did not come.
+  Raises ValueError: some of the three and not all, or the others did not come.
   """
   given = (bool(coordinator), processes > 0, process >= 0)
   if any(given) and not all(given):
     raise ValueError(
       f"--coordinator, --processes, --process: got {coordinator!r}, "
-      f"{processes} and {process}, expected all or none: host:port of the "
-      "first process, their number, and which of them this is, from 0. Give "
-      "the others."
+      f"{processes} and {process}, expected all or none. Give the others."
     )
   if not all(given) and not _detected():
     yield
@@ -73,13 +68,9 @@ def joined(
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   who = {}
   if all(given):
-    who = {
-      "coordinator_address": coordinator,
-      "num_processes": processes,
-      "process_id": process,
-      # Else SLURM's variables would tell it which devices are its own.
-      "cluster_detection_method": "deactivate",
-    }
+    who = {"coordinator_address": coordinator, "num_processes": processes}
+    # Else SLURM's variables would tell it which devices are its own.
+    who |= {"process_id": process, "cluster_detection_method": "deactivate"}
   try:
     jax.distributed.initialize(
       **who,
@@ -169,14 +160,12 @@ def first_alone() -> Iterator[None]:
   if jax.process_count() == 1:
     yield
     return
-  client = _client()
-  name = f"sft_jax first_alone {next(_turns)}"
-  if jax.process_index():
-    client.wait_at_barrier(name, _A_DAY)
+  name, first = f"sft_jax first_alone {next(_turns)}", not jax.process_index()
+  if first:
     yield
-  else:
+  _client().wait_at_barrier(name, _A_DAY)
+  if not first:
     yield
-    client.wait_at_barrier(name, _A_DAY)
 
 
 def barrier(name: str) -> None:
@@ -191,12 +180,10 @@ def first_says(value: Any) -> Any:
   It goes by way of the coordinator, and waits for the first process alone.
   """
   text, name = json.dumps(value), f"sft_jax first_says {next(_turns)}"
-  if jax.process_count() > 1:
-    client = _client()
-    if jax.process_index():
-      text = client.blocking_key_value_get(name, _A_DAY)
-    else:
-      client.key_value_set(name, text)
+  if jax.process_index():
+    text = _client().blocking_key_value_get(name, _A_DAY)
+  elif jax.process_count() > 1:
+    _client().key_value_set(name, text)
   return json.loads(text)
 
 

@@ -20,7 +20,6 @@ class Chip(NamedTuple):
   """One device as JAX sees it: published peaks, dense bfloat16.
 
   Attributes:
-    name: the marketing name.
     flops: multiply and add counted apart, per second.
     memory: bytes of device memory, of which a TPU's compiler keeps a little.
     bandwidth: bytes per second between memory and cores; None: not known.
@@ -100,8 +99,7 @@ class Program(NamedTuple):
     arguments, outputs, temporaries, aliased: bytes; `aliased` of the outputs
       reuse donated arguments.
     memory: bytes needed at once: arguments + outputs + temporaries - aliased.
-    xla_flops: XLA's count, a loop's body taken once; None if it gives none.
-    xla_bytes: bytes moved, counted likewise.
+    xla_flops, xla_bytes: XLA's counts, a loop's body taken once.
   """
 
   arguments: int
@@ -118,31 +116,23 @@ def program(compiled: jax.stages.Compiled) -> Program:
 
   Nothing runs and no array is made: lower with `jax.ShapeDtypeStruct`s.
 
-  Raises:
-    ValueError: this backend reports no memory.
+  Raises ValueError: this backend reports no memory.
   """
   memory = compiled.memory_analysis()
   if memory is None:
     raise ValueError(
-      "fit.program: the compiled program has no memory analysis; expected a "
-      "backend that reports it (CPU, GPU, TPU). Compile for one of those."
+      "flops.program: got no memory analysis; expected a backend that reports "
+      "it. Compile for CPU, GPU or TPU."
     )
   cost = compiled.cost_analysis() or {}
-  arguments, outputs, temporaries, aliased = (
+  sizes = (
     memory.argument_size_in_bytes,
     memory.output_size_in_bytes,
     memory.temp_size_in_bytes,
     memory.alias_size_in_bytes,
   )
-  return Program(
-    arguments=arguments,
-    outputs=outputs,
-    temporaries=temporaries,
-    aliased=aliased,
-    memory=arguments + outputs + temporaries - aliased,
-    xla_flops=cost.get("flops"),
-    xla_bytes=cost.get("bytes accessed"),
-  )
+  needed = sum(sizes[:3]) - sizes[3]
+  return Program(*sizes, needed, cost.get("flops"), cost.get("bytes accessed"))
 
 
 def matmul_params(
@@ -157,10 +147,7 @@ def matmul_params(
   tied to the embedding or not; of experts those that a token goes through, and
   the whole router. Looking an embedding up, norms and biases are no matmul.
 
-  Args:
-    params: arrays or `jax.ShapeDtypeStruct`s, by parameter paths.
-    is_trained: whether the parameter of a path is trained.
-    experts_per_token: how many of the experts [L, E, in, out] multiply a token.
+  `experts_per_token`: how many of the experts [L, E, in, out] multiply a token.
   """
   flat = trees.flatten(params)
   tied = not any(path.startswith("head/") for path in flat)
@@ -214,10 +201,9 @@ def model_flops_per_token(
   of its input, and, if trained, 2 for its own. Queries against keys and shares
   against values take 2 H each per head and pair; the backward pass is twice
   that. This is PaLM's 6N + 12LHQT (Chowdhery et al. 2022, arXiv:2204.02311,
-  appendix B) with T replaced by what is attended to: PaLM's own number has
-  `context=T`, a whole causal row (T + 1) / 2, packed documents less. A frozen
-  model is counted 4N and not 6N. Recomputation (remat) is not counted, and the
-  head is counted for every token, trained on or not, as others count it.
+  appendix B) with T replaced by what is attended to (T there, (T + 1) / 2 in a
+  causal row). Recomputation (remat) is not counted, and the head is counted for
+  every token, trained on or not, as others count it.
 
   Args:
     trained_matmul_params, frozen_matmul_params: see `matmul_params`.

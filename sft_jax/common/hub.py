@@ -13,24 +13,14 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 # What a model folder needs here; everything else in a repository stays there.
+TOKENIZER_FILES = (
+  *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"),
+  *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+  *("chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
 MODEL_FILES = (
-  "*.safetensors",
-  "*.safetensors.index.json",
-  "config.json",
-  "generation_config.json",
-  "tokenizer.json",
-  "tokenizer.model",
-  "vocab.json",
-  "merges.txt",
-  "tokenizer_config.json",
-  "special_tokens_map.json",
-  "added_tokens.json",
-  "vocab.json",
-  "merges.txt",
-  "chat_template.json",
-  "chat_template.jinja",
-  "chat_template.json",
-  "adapter_config.json",
+  *("*.safetensors", "*.safetensors.index.json", "config.json"),
+  *("adapter_config.json", *TOKENIZER_FILES),
 )
 # Formats whose reading runs code, and code.
 _NEVER = tuple(
@@ -51,7 +41,6 @@ class Snapshot(NamedTuple):
   """A folder and where it came from.
 
   Attributes:
-    folder: on this machine.
     repo_id: 'org/name', or '' for a folder that was here already.
     commit: the 40 digits that the revision stood for, or ''.
   """
@@ -77,8 +66,7 @@ def is_id(text: str) -> bool:
 def find_model(path: str | Path) -> Snapshot:
   """A model folder: the local one of this path, else the hub's of this id.
 
-  Raises:
-    ValueError: neither; see `fetch`.
+  Raises ValueError: neither; see `fetch`.
   """
   if Path(path).exists() or not is_id(str(path)):
     return Snapshot(Path(path))
@@ -96,13 +84,11 @@ def fetch(
   Args:
     repo_id: 'org/name' for the newest commit of its main branch, or
       'org/name@revision' with a commit, tag or branch.
-    kind: of the repository.
     patterns: of file paths as `fnmatch` reads them, such as '*.jsonl'.
 
-  Raises:
-    ValueError: not an id; the [hub] extra is not installed; no such
-      repository or revision, no access to it or no network; none of its files
-      match.
+  Raises ValueError: not an id; the [hub] extra is not installed; no such
+  repository or revision, no access to it or no network; none of its files
+  match.
   """
   match = _ID.fullmatch(repo_id)
   if match is None:
@@ -115,9 +101,8 @@ def fetch(
     import huggingface_hub
   except ImportError as error:
     raise ValueError(
-      f"{repo_id}: there is no such local path, and ids of the hub need "
-      "huggingface_hub; expected it installed. Correct the path, or pip "
-      "install 'sft_jax[hub]'."
+      f"{repo_id}: no such local path, and for ids of the hub huggingface_hub "
+      "is expected. Correct the path, or pip install 'sft_jax[hub]'."
     ) from error
   models_only = _NEVER_OF_MODELS if kind == "model" else ()
   try:
@@ -132,10 +117,10 @@ def fetch(
   except Exception as error:
     first = (str(error).strip().splitlines() or [""])[0]
     raise ValueError(
-      f"{repo_id}: there is no such local path, and the hub's {kind} did not "
-      f"come ({type(error).__name__}: {first}); expected a repository that "
-      "this machine can reach or has in its cache. Correct the name, check the "
-      "network and your token, or give the path of a local copy."
+      f"{repo_id}: no such local path, and the hub's {kind} did not come "
+      f"({type(error).__name__}: {first}); expected a repository that this "
+      "machine can reach or has in its cache. Correct the name, check network "
+      "and token, or give the path of a local copy."
     ) from error
   folder = Path(folder)
   if not folder.is_dir() or not any(p.is_file() for p in folder.rglob("*")):

@@ -24,7 +24,6 @@ class Machine(NamedTuple):
   Attributes:
     name: as asked for, or the kind of device that is here.
     devices: what a mesh is made of; they may be elsewhere.
-    chip: peaks of one device.
     estimate: why its figures are not the compiler's own; '' where they are.
   """
 
@@ -43,12 +42,7 @@ _MEASURED = "this processor"
 _TPU = re.compile(r"v\d\w*:\d+(x\d+)+")
 _OTHER = re.compile(r"(cpu|gpu-(\d+)GB)(?::([1-9]\d*))?")
 # By their memory in GB; of several the fastest.
-_GPUS = {
-  "40": "A100-SXM4-40GB",
-  "80": "H100",
-  "94": "H100 NVL",
-  "141": "H200",
-}
+_GPUS = {"40": "A100-SXM4-40GB", "80": "H100", "94": "H100 NVL", "141": "H200"}
 _GPU_ESTIMATE = (
   "an estimate: compiled for the CPU, which computes bfloat16 in float32, so "
   "that temporaries of a bfloat16 model come out up to twice too large"
@@ -90,34 +84,26 @@ def _parse(name: str) -> tuple[str, int]:
 def find_machine(name: str) -> Machine:
   """The machine of this name; '' is what JAX sees here.
 
-  Raises:
-    ValueError: an unknown name; a TPU without libtpu; more CPU devices than
-      JAX has started with.
+  Raises ValueError: an unknown name; a TPU without libtpu; more CPU devices
+  than JAX has started with.
   """
   if not name:
-    return _here()
+    # Of several processes each has a processor of its own.
+    device, local = jax.devices()[0], jax.local_devices()
+    chip = flops.chip(device.device_kind) or _processor(local[0], len(local))
+    return Machine(device.device_kind, jax.devices(), chip)
   kind, count = _parse(name)
   if kind == "tpu":
     return _tpu(name)
   if not kind:
     devices = _cpus(count)
-    chip = _processor(devices[0], count)
-    return Machine(name, devices, chip)
+    return Machine(name, devices, _processor(devices[0], count))
   if kind not in _GPUS:
+    known = [f"gpu-{size}GB" for size in _GPUS]
     raise ValueError(
-      f"topology: got {name!r}, expected one of "
-      f"{[f'gpu-{size}GB' for size in _GPUS]}. Take the next smaller one."
+      f"topology: got {name!r}, expected one of {known}. Take a smaller one."
     )
   return Machine(name, _cpus(count), flops.CHIPS[_GPUS[kind]], _GPU_ESTIMATE)
-
-
-def _here() -> Machine:
-  devices = jax.devices()
-  kind = devices[0].device_kind
-  # Of several processes each has a processor of its own.
-  local = jax.local_devices()
-  chip = flops.chip(kind) or _processor(local[0], len(local))
-  return Machine(kind, devices, chip)
 
 
 def _processor(device: Any, count: int) -> flops.Chip:

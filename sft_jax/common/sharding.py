@@ -1,5 +1,6 @@
 """The device mesh, and where parameters, optimizer state and batches are."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -46,14 +47,8 @@ RULES: Sequence[tuple[str, PartitionSpec]] = (
 
 
 class Placement(NamedTuple):
-  """One line of the sharding table.
-
-  Attributes:
-    path: the parameter.
-    shape: its global shape.
-    spec: where its axes lie.
-    note: axes kept whole because the mesh does not divide them, or ''.
-  """
+  """One line of the sharding table; `note` names axes that are kept whole
+  because the mesh does not divide them."""
 
   path: str
   shape: tuple[int, ...]
@@ -75,28 +70,19 @@ def make_mesh(
     fsdp: devices that share a copy, and take a part of its rows each.
     tensor: devices that share each matrix product: heads, and widths of MLPs.
     context: devices that share each row: a part of its slots each.
-    devices: those of this program, or others that are elsewhere.
 
-  Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+  Raises ValueError: the sizes do not multiply to the number of devices.
   """
   sizes = [data, fsdp, context, tensor]
   devices = jax.devices() if devices is None else devices
-  num_devices = len(devices)
   got = ", ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
-  if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
-    raise ValueError(
-      f"mesh: got {got}, expected positive sizes, at most one of them -1. "
-      "Set mesh.data to -1 and the others to 1 or more."
-    )
   if -1 in sizes:
-    known = int(np.prod([s for s in sizes if s != -1]))
-    sizes[sizes.index(-1)] = num_devices // known
-  if int(np.prod(sizes)) != num_devices:
+    sizes[sizes.index(-1)] = len(devices) // abs(math.prod(sizes))
+  if math.prod(sizes) != len(devices) or min(sizes) < 1:
     raise ValueError(
-      f"mesh: got {got} for {num_devices} devices, expected sizes that "
-      f"multiply to {num_devices}. Set one of mesh.data, mesh.fsdp, "
-      "mesh.tensor, mesh.context to -1."
+      f"mesh: got {got} for {len(devices)} devices, expected sizes that "
+      f"multiply to {len(devices)}, at most one of them -1. Set one of "
+      "mesh.data, mesh.fsdp, mesh.tensor, mesh.context to -1."
     )
   # Auto: XLA propagates shardings from parameters and batch inwards.
   return jax.make_mesh(
@@ -107,8 +93,7 @@ def make_mesh(
 def place_parameter(path: str, shape: Sequence[int], mesh: Mesh) -> Placement:
   """The placement of one parameter: the first rule, where sizes divide.
 
-  Raises:
-    ValueError: no rule matches the path.
+  Raises ValueError: no rule matches the path.
   """
   spec = trees.first_match(RULES, path, "sharding")
   axes, whole = list(spec), []
@@ -128,12 +113,8 @@ def placements(params: trees.Tree, mesh: Mesh) -> list[Placement]:
 
 def param_shardings(params: trees.Tree, mesh: Mesh) -> trees.Tree:
   """The tree of shardings of a parameter tree (arrays or shapes)."""
-  return trees.map_paths(
-    lambda path, x: NamedSharding(
-      mesh, place_parameter(path, x.shape, mesh).spec
-    ),
-    params,
-  )
+  spec = lambda path, x: place_parameter(path, x.shape, mesh).spec
+  return trees.map_paths(lambda p, x: NamedSharding(mesh, spec(p, x)), params)
 
 
 def state_shardings(state: Any, params: trees.Tree, mesh: Mesh) -> Any:
@@ -143,11 +124,6 @@ def state_shardings(state: Any, params: trees.Tree, mesh: Mesh) -> Any:
   some of them in their order, are its axes: a moment [L, in, out], a factored
   one [L, in]. Each axis is divided as the parameter's; what belongs to none,
   such as a counter, is whole on every device.
-
-  Args:
-    state: arrays or shapes, in any tree.
-    params: what the optimizer trains.
-    mesh: the devices.
   """
   flat = trees.flatten(params)
 
@@ -203,8 +179,7 @@ def own_rows(
   are this process's, they are [2, 3, 6, 7]. Processes whose devices hold the
   same rows (other heads of them, other slots) read the same ones.
 
-  Raises:
-    ValueError: the mesh does not divide the rows.
+  Raises ValueError: the mesh does not divide the rows.
   """
   check_rows(mesh, num_rows, parts)
   part = num_rows // parts
@@ -217,13 +192,8 @@ def own_rows(
 
 
 def put_rows(tree: Any, sharding: NamedSharding) -> Any:
-  """Global arrays from the rows that each process read (NumPy leaves).
-
-  Args:
-    tree: of arrays [B, T, ...] after the leading axes of the sharding; their
-      rows are those of `own_rows`, in that order.
-    sharding: see `rows`.
-  """
+  """Global arrays from the rows that each process read, those of `own_rows` in
+  that order: a tree of [B, T, ...] after the leading axes of the sharding."""
   mesh, axis = sharding.mesh, list(sharding.spec).index(ROWS)
   assert isinstance(mesh, Mesh)
   blocks = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -8,7 +8,7 @@ decay, freezing, sharding, LoRA, Hugging Face keys) is a list of
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -24,19 +24,17 @@ def flatten(tree: Tree) -> dict[str, Any]:
   >>> flatten({'a': {'c': 2, 'b': 1}})
   {'a/b': 1, 'a/c': 2}
   """
-  flat: dict[str, Any] = {}
 
-  def walk(prefix: str, node: Any) -> None:
-    if isinstance(node, dict):
-      for key in node:
-        if "/" in key:
-          raise ValueError(f"parameter name {key!r} contains '/'")
-        walk(f"{prefix}/{key}" if prefix else key, node[key])
-    else:
-      flat[prefix] = node
+  def walk(prefix: str, node: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(node, dict):
+      yield prefix[:-1], node
+      return
+    for key in node:
+      if "/" in key:
+        raise ValueError(f"parameter name {key!r} contains '/'")
+      yield from walk(f"{prefix}{key}/", node[key])
 
-  walk("", tree)
-  return dict(sorted(flat.items()))
+  return dict(sorted(walk("", tree)))
 
 
 def unflatten(flat: dict[str, Any]) -> Tree:
@@ -63,8 +61,7 @@ def map_paths(fn: Callable[[str, Any], Any], tree: Tree) -> Tree:
 def first_match(rules: Sequence[tuple[str, V]], path: str, what: str) -> V:
   """Returns the value of the first rule whose pattern occurs in `path`.
 
-  Raises:
-    ValueError: no rule matches; `what` names the table in the message.
+  Raises ValueError: no rule matches; `what` names the table in the message.
   """
   for pattern, value in rules:
     if re.search(pattern, path):
@@ -86,11 +83,10 @@ def partition(tree: Tree, chosen: Callable[[str], bool]) -> tuple[Tree, Tree]:
   >>> partition({'a': 1, 'b': {'c': 2}}, lambda path: path == 'a')
   ({'a': 1}, {'b': {'c': 2}})
   """
-  flat = flatten(tree)
-  return (
-    unflatten({p: x for p, x in flat.items() if chosen(p)}),
-    unflatten({p: x for p, x in flat.items() if not chosen(p)}),
-  )
+  parts: tuple[dict, dict] = ({}, {})
+  for path, x in flatten(tree).items():
+    parts[0 if chosen(path) else 1][path] = x
+  return unflatten(parts[0]), unflatten(parts[1])
 
 
 def merge(*trees: Tree) -> Tree:
@@ -98,8 +94,7 @@ def merge(*trees: Tree) -> Tree:
   flat: dict[str, Any] = {}
   for tree in trees:
     part = flatten(tree)
-    both = flat.keys() & part.keys()
-    if both:
+    if both := flat.keys() & part.keys():
       raise ValueError(f"merge: leaves given twice: {sorted(both)}")
     flat |= part
   return unflatten(dict(sorted(flat.items())))
@@ -112,6 +107,5 @@ def count(tree: Any) -> int:
 
 def num_bytes(tree: Any) -> int:
   """Size of all leaves in bytes, sharding ignored."""
-  return sum(
-    int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-  )
+  leaves = jax.tree.leaves(tree)
+  return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in leaves)

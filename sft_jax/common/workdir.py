@@ -1,12 +1,11 @@
-"""The folder of a run: one process at a time, files whole, incidents kept."""
+"""The folder of a run: one process at a time, incidents kept."""
 
 import contextlib
 import datetime
 import json
 import os
 import socket
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,51 +63,6 @@ def _lock(file: int) -> None:
     locking.locking(file, locking.LK_NBLCK, 1)
 
 
-def read_json(path: Path) -> Any:
-  """What is in a JSON file of a workdir.
-
-  Raises:
-    ValueError: it is damaged.
-  """
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(
-      f"{path}: is damaged ({error}), expected JSON. Resuming the run writes "
-      "it again."
-    ) from error
-
-
-def find_json(path: Path) -> Any:
-  """The same; None where it is missing, or damaged, which stderr says."""
-  try:
-    return read_json(path)
-  except FileNotFoundError:
-    return None
-  except ValueError as error:
-    print(f"warning: {error}", file=sys.stderr)
-    return None
-
-
-def write_json(path: Path, value: Any) -> None:
-  """Writes a file whole or not at all; the first process writes for all."""
-  _write(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
-  """The same of a file of one value per line."""
-  _write(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _write(path: Path, text: str) -> None:
-  if jax.process_index():
-    return
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_suffix(".part")
-  part.write_text(text)
-  os.replace(part, path)
-
-
 class Incidents:
   """incidents.jsonl: what happened to a run that is not in its plan.
 
@@ -142,9 +96,8 @@ class Incidents:
     """All lines that are whole."""
     if not self._path.exists():
       return []
-    lines = self._path.read_text(errors="replace").splitlines()
     found = []
-    for line in lines:
+    for line in self._path.read_text(errors="replace").splitlines():
       with contextlib.suppress(ValueError):  # Cut short by a crash.
         found.append(json.loads(line))
     return found

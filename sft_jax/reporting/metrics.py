@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from sft_jax.common import files
+
 Pairs = Mapping[str, tuple[jax.Array, jax.Array]]
 
 # Sums of a window that a record holds besides the means: (of which pair, and
@@ -100,9 +102,7 @@ class JsonlWriter:
           lines.append(line + "\n")
         else:
           self.forgotten.append(record)
-    part = path.with_suffix(".part")
-    part.write_text("".join(lines))
-    part.replace(path)  # Whole or not at all: it is the run's only record.
+    files.write_text(path, "".join(lines))  # It is the run's only record.
     self._file = path.open("a")
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:

@@ -58,6 +58,7 @@ def console() -> Console:
     highlight=False,
     soft_wrap=True,
     markup=False,
+    emoji=False,
     # A notebook shows what a log shows.
     force_jupyter=False,
     force_terminal=False if "ipykernel" in sys.modules else None,

@@ -33,9 +33,8 @@ class Objective(NamedTuple):
 
       (f + 2 c log_z) p - f (1 - e) onehot(y) - f e / V + k (p - p_0).
 
-  By default all are off, and it is nll(y). The divergence, which alone needs
-  the base's logits, is in `_compare`; any other term of a token is one more
-  summand in `loss` and in `slopes`.
+  By default all are off, and it is nll(y). The divergence is in `_compare`; any
+  other term of a token is one more summand in `loss` and in `slopes`.
 
   Attributes:
     z_loss: c; keeps log_z near 0 (PaLM, arXiv 2204.02311, section 5).
@@ -43,10 +42,8 @@ class Objective(NamedTuple):
       (Szegedy et al., arXiv 1512.00567, section 7).
     dft: f is p[y] and not 1: dynamic fine-tuning, in which unlikely targets
       pull less (Wu et al., arXiv 2508.05629).
-    kl: k; keeps predictions near the base's. In this direction what the base
-      held likely must stay likely, which is what forgetting loses; the other
-      one, KL(p || p_0), would let the model drop all but one of the base's
-      answers at little cost.
+    kl: k; what the base held likely must stay likely, which forgetting loses;
+      KL(p || p_0) would let the model drop all but one of its answers.
   """
 
   z_loss: float | int = 0.0
@@ -64,17 +61,11 @@ class Objective(NamedTuple):
   def slopes(
     self, log_z: Array, nll: Array, size: int
   ) -> tuple[Array, Array, Array]:
-    """(a, b, s) of each token: the gradient is a p - b onehot(y) - s.
-
-    The gradient of the divergence is not among them.
-    """
+    """(a, b, s): the gradient is a p - b onehot(y) - s, but for divergence."""
     factor = jnp.exp(-nll) if self.dft else jnp.ones_like(nll)
     e = self.label_smoothing
-    return (
-      factor + 2 * self.z_loss * log_z,
-      factor * (1 - e),
-      factor * (e / size),
-    )
+    a = factor + 2 * self.z_loss * log_z
+    return a, factor * (1 - e), factor * (e / size)
 
 
 NATS = Objective()
@@ -83,8 +74,8 @@ NATS = Objective()
 # segment_ids [W]) -> (objective, {name: sum}), scalars over the W tokens of a
 # chunk. Every summand must be multiplied by the token's weight, which is 0
 # where a chunk is filled up. The step divides the sums by the weight of the
-# whole batch; the objective's gradient is JAX's. Keyword-only parameters are
-# given more arrays of the same tokens, see `extra_names`, and `softcap`.
+# whole batch. Keyword-only parameters are given more arrays of the same
+# tokens, see `extra_names`, and `softcap`.
 Loss = Callable[..., tuple[Array, dict[str, Array]]]
 
 
@@ -101,13 +92,7 @@ def extra_names(loss: Objective | Loss) -> tuple[str, ...]:
 
 
 class GroupSums(NamedTuple):
-  """The sums of `LossSums` for each group of tokens; see there.
-
-  Attributes:
-    nats: sum of w * nll over the group's tokens.
-    weight: sum of w.
-    correct: sum of w over those predicted rightly.
-  """
+  """The sums of `LossSums` for each group of tokens; see there."""
 
   nats: Float32[Array, " groups"]
   weight: Float32[Array, " groups"]
@@ -156,13 +141,8 @@ class LossSums(NamedTuple):
 
 
 class HeadRows(NamedTuple):
-  """A frozen head [V, D] of which some rows train.
-
-  Attributes:
-    table: with the trained rows in their places.
-    ids: of the trained rows.
-    rows: the same rows, float32; they alone receive the head's gradient.
-  """
+  """A frozen head of which some rows train: the table with these rows in their
+  places, their ids, and the rows alone, float32, which receive the gradient."""
 
   table: Float[AnyArray, "V D"]
   ids: Int32[AnyArray, " N"]
@@ -208,12 +188,10 @@ def linear_cross_entropy(
       weights [B T]    0 1 1 0 | 0 0 0 1
       listed           1 2 | 7 -        two chunks, and not four
 
-  so the work follows the data and nothing is compiled again. Each chunk's
-  gradient is formed while its logits exist, so that the backward pass only
-  scales (the idea of Liger Kernel, arXiv 2410.10989); no other chunk's
-  logits exist then. The head's own gradient, a third of the work, is formed
-  only where the head trains (`symbolic_zeros`). Metrics are sums of the same
-  chunks.
+  Each chunk's gradient is formed while its logits exist, so that the backward
+  pass only scales (the idea of Liger Kernel, arXiv 2410.10989). The head's own
+  gradient, a third of the work, is formed only where the head trains
+  (`symbolic_zeros`). Metrics are sums of the same chunks.
 
   Args:
     hidden: the model's last hidden states, any float dtype.
@@ -223,9 +201,7 @@ def linear_cross_entropy(
       stands there changes nothing, not even NaN.
     groups: the groups that each token belongs to, ids in [0, num_groups);
       -1 is none.
-    base: the base's hidden states of the same tokens, and its head: constants,
-      which receive no gradient. Their logits, too, exist a chunk at a time.
-    num_groups: number of groups.
+    base: the base's hidden states of the same tokens, and its head: constants.
     objective: what is minimized; its `kl` needs a base. A `Loss` of one's own
       is given each chunk, and its gradient taken there; what is measured stays
       the same, at the price of the chunk's logits once more.
@@ -236,12 +212,8 @@ def linear_cross_entropy(
       tokens, the head is gathered once, and its gradient added up once. None:
       one device, or XLA decides, which moves more.
 
-  Returns:
-    LossSums over all B * T predictions.
-
-  Raises:
-    ValueError: an objective that compares with the base, and no base; a loss
-      of one's own with a parameter that there is no array for.
+  Raises ValueError: an objective that compares with the base, and no base; a
+  loss of one's own with a parameter that there is no array for.
   """
   extras = {"segment_ids": jnp.zeros(targets.shape, jnp.int32)} | (extras or {})
   wanted = {"segment_ids", *extra_names(objective)}
@@ -254,8 +226,8 @@ def linear_cross_entropy(
   extras = jax.lax.stop_gradient(extras)
   if isinstance(objective, Objective) and objective.kl and base is None:
     raise ValueError(
-      f"linear_cross_entropy: objective.kl is {objective.kl} without a base; "
-      "expected its hidden states and head. Pass base, or set kl to 0."
+      f"loss: objective.kl is {objective.kl} without a base; expected its "
+      "hidden states and head. Pass base, or set kl to 0."
     )
   if groups is None:
     groups = jnp.zeros((*targets.shape, 0), jnp.int32)
@@ -281,12 +253,13 @@ def _local_sums(
 
   Gradients that are not requested are None.
   """
-  hidden, whole_head, targets, weights, groups, base, extras = arrays
+  hidden, head, targets, weights, groups, base, extras = arrays
   shape, n, axes = hidden.shape, targets.size, _axes(static.rows)
-  head: Any = whole_head
-  ids = None
-  if isinstance(whole_head, HeadRows):
-    head, ids = whole_head.table, whole_head.ids
+  objective: Any = static.objective
+  own_loss = None if isinstance(objective, Objective) else objective
+  ids: Any = None
+  if isinstance(head, HeadRows):
+    head, ids = jnp.asarray(head.table), head.ids
   hidden, y, w, groups, extras = jax.tree.map(
     lambda x: jnp.reshape(x, (n, *x.shape[2:])),
     (hidden, targets, weights, groups, extras),
@@ -302,15 +275,11 @@ def _local_sums(
 
   def own(h: Array, head: Array, y: Array, w: Array, extras: dict):
     """The loss of one's own, of a chunk."""
-    assert not isinstance(static.objective, Objective)
+    assert own_loss
     known = extras | {"softcap": static.softcap}
-    keywords = {name: known[name] for name in extra_names(static.objective)}
-    value, named = static.objective(
-      *(h, head, y, w, extras["segment_ids"]), **keywords
-    )
-    return value.astype(jnp.float32), {
-      name: jnp.asarray(x, jnp.float32) for name, x in named.items()
-    }
+    keywords = {name: known[name] for name in extra_names(objective)}
+    found = own_loss(h, head, y, w, extras["segment_ids"], **keywords)
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), found)
 
   def step(i, carry):
     value, table, versus, named, d_hidden, d_head = carry
@@ -326,16 +295,15 @@ def _local_sums(
       versus += (w_ * known.table).sum(axis=-1)
     d_h: Any = None
     d_e: Any = None
-    if isinstance(static.objective, Objective):
-      loss = static.objective.loss(found.z, found.log_z, found.nll)
-      value += (w_ * loss).sum()
-      if static.objective.kl and known is not None:
-        value += static.objective.kl * (w_ * known.kl).sum()
+    if own_loss is None:
+      value += (w_ * objective.loss(found.z, found.log_z, found.nll)).sum()
+      if objective.kl and known is not None:
+        value += objective.kl * (w_ * known.table[0]).sum()
       if to_hidden or to_head:
         # In the compute dtype: these products are as large as the forward's.
-        d_z = _gradient(
-          found, y_, w_, static.objective, static.softcap, known
-        ).astype(h.dtype)
+        d_z = _gradient(found, y_, w_, objective, static.softcap, known).astype(
+          h.dtype
+        )
       if to_hidden:
         d_h = jnp.einsum("wv,vd->wd", d_z, head)
       if to_head:
@@ -366,17 +334,18 @@ def _local_sums(
     chunks = jax.lax.pmax(chunks, axes)
   rows = len(head if ids is None else ids)
   names: dict[str, Any] = {}
-  if not isinstance(static.objective, Objective):
+  if own_loss:
     cut = lambda x: jax.ShapeDtypeStruct((width, *x.shape[1:]), x.dtype)
     chunk = jax.tree.map(cut, (hidden, y, w, extras))
     names = jax.eval_shape(own, chunk[0], head, *chunk[1:])[1]
+  zero = lambda *shape: jnp.zeros(shape, jnp.float32)
   carry = (
-    jnp.zeros((), jnp.float32),
-    jnp.zeros((4, 1 + static.num_groups), jnp.float32),
-    None if base is None else jnp.zeros(len(BaseSums._fields), jnp.float32),
-    {name: jnp.zeros((), jnp.float32) for name in names},
+    zero(),
+    zero(4, 1 + static.num_groups),
+    None if base is None else zero(len(BaseSums._fields)),
+    {name: zero() for name in names},
     jnp.zeros((n + width, shape[-1]), hidden.dtype) if to_hidden else None,
-    jnp.zeros((rows, shape[-1]), jnp.float32) if to_head else None,
+    zero(rows, shape[-1]) if to_head else None,
   )
   *sums, d_hidden, d_head = jax.lax.fori_loop(0, chunks, step, carry)
   if to_hidden:
@@ -472,10 +441,6 @@ class _Comparison(NamedTuple):
   softmax: Array
   table: Array
 
-  @property
-  def kl(self) -> Array:
-    return self.table[0]
-
 
 def _logits(h: Array, head: Array, y: Array, softcap) -> _Logits:
   """Of hidden states [W, D] under a head [V, D], in float32."""
@@ -513,10 +478,8 @@ def _compare(base: _Logits, tuned: _Logits) -> _Comparison:
   best = base.z.argmax(axis=-1)[:, None]
   agree = jnp.take_along_axis(tuned.z, best, axis=-1)[:, 0] >= tuned.z.max(-1)
   both = base.correct * tuned.correct
-  return _Comparison(
-    base.softmax,
-    jnp.stack([kl, agree.astype(jnp.float32), base.correct, both]),
-  )
+  table = jnp.stack([kl, agree.astype(jnp.float32), base.correct, both])
+  return _Comparison(base.softmax, table)
 
 
 def _gradient(
@@ -529,10 +492,8 @@ def _gradient(
 ) -> Array:
   """d (sum of w * objective) / d z, [W, V] float32, z before the soft cap."""
   size = found.z.shape[-1]
-  a, b, s = (
-    (w * slope)[:, None]
-    for slope in objective.slopes(found.log_z, found.nll, size)
-  )
+  slopes = objective.slopes(found.log_z, found.nll, size)
+  a, b, s = ((w * slope)[:, None] for slope in slopes)
   d_z = a * found.softmax - b * jax.nn.one_hot(y, size)
   if objective.label_smoothing:
     d_z -= s

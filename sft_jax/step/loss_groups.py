@@ -1,12 +1,12 @@
-"""Groups of tokens whose loss is told apart: by part, by source, by place.
+"""Groups of tokens with a loss of their own: by role, by source, by place.
 
-Every token belongs to its part (who says it), to its source, and some to
-'first_token': the first trained one after one that is not, so the first that
-the model must say of itself in a reply. The ids of P parts and S sources:
+Every token belongs to its role, to its source, and some to 'first_token': the
+first trained one after one that is not, so the first of a reply. The ids of R
+roles and S sources:
 
-    0 .. P - 1        parts
-    P                 first tokens
-    P + 1 .. P + S    sources
+    0 .. R - 1        roles
+    R                 first tokens
+    R + 1 .. R + S    sources
 """
 
 from collections.abc import Sequence
@@ -20,28 +20,28 @@ from sft_jax.common.batch import Batch
 from sft_jax.step.loss import GroupSums
 
 
-def names(parts: Sequence[str], sources: Sequence[str]) -> tuple[str, ...]:
+def names(roles: Sequence[str], sources: Sequence[str]) -> tuple[str, ...]:
   """What metrics call the groups, in the order of their ids.
 
   >>> names(["answer", "stop"], ["mine"])
-  ('part/answer', 'stop_token', 'first_token', 'source/mine')
+  ('role/answer', 'stop_token', 'first_token', 'source/mine')
   """
-  of_parts = ["stop_token" if p == "stop" else f"part/{p}" for p in parts]
-  return (*of_parts, "first_token", *(f"source/{s}" for s in sources))
+  of_roles = ["stop_token" if r == "stop" else f"role/{r}" for r in roles]
+  return (*of_roles, "first_token", *(f"source/{s}" for s in sources))
 
 
-def of(batch: Batch, num_parts: int) -> Int32[Array, "B T K"]:
+def of(batch: Batch, num_roles: int) -> Int32[Array, "B T K"]:
   """Ids of the groups of each token that is predicted; -1 is none."""
   with jax.named_scope("token_groups"):
     trained = jnp.asarray(batch.loss_weights) != 0
     before = jnp.pad(trained, ((0, 0), (1, 0)))[:, :-1]
     # A document's last slot predicts nothing: it parts neighbours, too.
-    first = jnp.where(trained & ~before, num_parts, -1)
+    first = jnp.where(trained & ~before, num_roles, -1)
     ids = [first]
     if batch.roles is not None:
       ids.append(jnp.asarray(batch.roles).astype(jnp.int32))
     if batch.sources is not None:
-      ids.append(num_parts + 1 + jnp.asarray(batch.sources))
+      ids.append(num_roles + 1 + jnp.asarray(batch.sources))
     return jnp.stack(ids, axis=-1)
 
 
@@ -60,9 +60,8 @@ def pairs(
 
   Groups beyond the names are not shown: a step may make room for more.
   """
-  found = {}
-  for i, name in enumerate(names):
-    weight = groups.weight[i]
-    found[f"loss/{name}"] = (groups.nats[i], weight)
-    found[f"acc/{name}"] = (groups.correct[i], weight)
-  return found
+  return {
+    f"{kind}/{name}": (sums[i], groups.weight[i])
+    for i, name in enumerate(names)
+    for kind, sums in (("loss", groups.nats), ("acc", groups.correct))
+  }

@@ -76,11 +76,8 @@ def make_train_step(
   With a `seed` the loss is given a key, fold_in(fold_in(key(seed), step), a):
   a function of the state, so a resumed run draws what it would have drawn, and
   another for every micro-batch a. So with dropout, and only then, the cut
-  matters: other draws, equally good.
-
-  Gradients and updates are float32 whatever the parameters are. With a
-  `rounding_seed` parameters in bfloat16 are rounded stochastically (see
-  `optimizer.stochastic_round`), drawn by the number of the step.
+  matters. Gradients and updates are float32 whatever the parameters are; with a
+  `rounding_seed` parameters in bfloat16 are rounded stochastically.
 
   Metrics are (sum, weight) pairs, to be added over steps and divided last:
   loss/nats_per_token (of plain nll, whatever the objective), acc/token,
@@ -103,33 +100,27 @@ def make_train_step(
       sums = loss_fn(trees.merge(params, state.frozen), batch, *keys)
       return sums.objective, sums
 
-    (_, sums), gradient = jax.value_and_grad(objective, has_aux=True)(
-      state.params
-    )
+    differentiate = jax.value_and_grad(objective, has_aux=True)
+    (_, sums), gradient = differentiate(state.params)
     return sums, gradient
 
   def train_step(
     state: TrainState, batch: Batch, loss_limit: Any = float("inf")
   ):
-    def add_micro(carry, micro):
-      return jax.tree.map(
-        lambda total, x: total + x.astype(jnp.float32),
-        carry,
-        micro_gradient(state, *micro),
-      ), None
+    number = batch.tokens.shape[0]
+    first = (state, jax.tree.map(lambda x: x[0], batch), 0)
 
-    if batch.tokens.shape[0] == 1:
-      sums, gradient = micro_gradient(
-        state, jax.tree.map(lambda x: x[0], batch), 0
-      )
+    def add_micro(carry, micro):
+      found = micro_gradient(state, *micro)
+      add = lambda total, x: total + x.astype(jnp.float32)
+      return jax.tree.map(add, carry, found), None
+
+    if number == 1:
+      sums, gradient = micro_gradient(*first)
     else:
-      zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, jnp.float32),
-        jax.eval_shape(
-          micro_gradient, state, jax.tree.map(lambda x: x[0], batch), 0
-        ),
-      )
-      micros = (batch, jnp.arange(batch.tokens.shape[0]))
+      wide = lambda x: jnp.zeros(x.shape, jnp.float32)
+      zeros = jax.tree.map(wide, jax.eval_shape(micro_gradient, *first))
+      micros = (batch, jnp.arange(number))
       (sums, gradient), _ = jax.lax.scan(add_micro, zeros, micros)
 
     with jax.named_scope("optimizer"):
@@ -140,9 +131,8 @@ def make_train_step(
       finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.objective)
       spike = finite & ~(sums.nats * scale <= loss_limit)
       updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-      params = jax.tree.map(
-        lambda p, u: p.astype(jnp.float32) + u, state.params, updates
-      )
+      add = lambda p, u: p.astype(jnp.float32) + u
+      params = jax.tree.map(add, state.params, updates)
       params = optimizer.round_tree(
         params, state.params, rounding_seed, state.step, 0
       )
@@ -155,15 +145,13 @@ def make_train_step(
       )
       ratio = optax.tree.norm(updates) / optax.tree.norm(state.params)
     # The optimizer counts the steps that were applied, and so the rate.
-    schedules = optax.tree.get_all_with_path(
-      state.opt_state, "ScaleByScheduleState"
-    )
+    name, one = "ScaleByScheduleState", jnp.ones((), jnp.float32)
+    schedules = optax.tree.get_all_with_path(state.opt_state, name)
     applied = schedules[0][1].count if schedules else state.step
-    one = jnp.ones((), jnp.float32)
     with jax.named_scope("metrics"):
       tokens = (batch.segment_ids > 0).sum()
       trained = (batch.loss_weights != 0).sum()
-    return new_state, {
+    values = {
       "loss/nats_per_token": (sums.nats, sums.weight),
       "acc/token": (sums.correct, sums.weight),
       "entropy/nats": (sums.entropy, sums.weight),
@@ -174,14 +162,13 @@ def make_train_step(
       "data/fill": (tokens, jnp.asarray(batch.segment_ids.size)),
       "optim/grad_norm": (grad_norm, one),
       "optim/update_ratio": (ratio, one),
-      **(
-        {"optim/learning_rate": (jnp.asarray(learning_rate(applied)), one)}
-        if learning_rate
-        else {}
-      ),
       "optim/nonfinite": (1.0 - finite, one),
       "optim/spike": (spike.astype(jnp.float32), one),
     }
+    if learning_rate:
+      rate = jnp.asarray(learning_rate(applied))
+      values["optim/learning_rate"] = (rate, one)
+    return new_state, values
 
   return train_step
 

@@ -48,39 +48,26 @@ _CHOICES = {
 }
 # Intervals of numbers; all others are in [0, 1e9].
 _BOUNDS = {
-  "seed": "[0, 2147483647]",
-  **dict.fromkeys(
-    (
-      *("epochs", "batch_size", "accum_steps", "loss.chunk_tokens"),
-      *("checkpoint.keep", "eval.max_new_tokens", "eval.batch_size"),
-      *("log.every", "profile.start"),
-    ),
-    "[1, 1e9]",
-  ),
-  **dict.fromkeys(
-    (
-      *("lora.dropout", "data.holdout", "loss.label_smoothing"),
-      *("optim.warmup_fraction", "optim.b1", "optim.b2"),
-    ),
-    "[0, 1)",
-  ),
-  **dict.fromkeys(
-    (
-      *("lora.alpha", "lora.plus_ratio", "data.canary_copies"),
-      "optim.learning_rate",
-    ),
-    "(0, 1e30]",
-  ),
-  "data.seq_len": "[2, 1e8]",
-  "data.workers": "[0, 1e4]",
-  "optim.decay_fraction": "(0, 1]",
-  "optim.warmup_steps": "[-1, 1e9]",
-  "optim.final_fraction": "[0, 1]",
-  "optim.eps": "[0, 1]",
-  "optim.clip_norm": "[0, 1e30]",
-  "faults.hang_seconds": "[0, 1e7]",
-  **{f"mesh.{axis}": "[-1, 1e6]" for axis in ("data", "fsdp", "tensor")},
-  "mesh.context": "[-1, 1e6]",
+  key: interval
+  for interval, keys in {
+    "[0, 2147483647]": "seed",
+    "[1, 1e9]": "epochs batch_size accum_steps loss.chunk_tokens "
+    "checkpoint.keep eval.max_new_tokens eval.batch_size log.every "
+    "profile.start",
+    "[0, 1)": "lora.dropout data.holdout loss.label_smoothing "
+    "optim.warmup_fraction optim.b1 optim.b2",
+    "(0, 1e30]": "lora.alpha lora.plus_ratio data.canary_copies "
+    "optim.learning_rate",
+    "[2, 1e8]": "data.seq_len",
+    "[0, 1e4]": "data.workers",
+    "(0, 1]": "optim.decay_fraction",
+    "[-1, 1e9]": "optim.warmup_steps",
+    "[0, 1]": "optim.final_fraction optim.eps",
+    "[0, 1e30]": "optim.clip_norm",
+    "[0, 1e7]": "faults.hang_seconds",
+    "[-1, 1e6]": "mesh.data mesh.fsdp mesh.tensor mesh.context",
+  }.items()
+  for key in keys.split()
 }
 # What a number may be besides.
 _WORDS = {"eval.max_seconds": ("auto",)}
@@ -89,11 +76,7 @@ _WORDS = {"eval.max_seconds": ("auto",)}
 def check(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
   """The config, typed.
 
-  Args:
-    config: as `default` gives it, or what JSON made of it.
-
-  Raises:
-    ValueError: with a line for every key that is wrong.
+  Raises ValueError: with a line for every key that is wrong.
   """
   if isinstance(config, ml_collections.ConfigDict):
     config = config.to_dict()
@@ -101,23 +84,17 @@ def check(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
   if not wrong:
     wrong = list(_wrong_pairs(config))
   if wrong:
-    raise ValueError(
-      "config: " + "\n  ".join(wrong)
-      if len(wrong) == 1
-      else f"config: {len(wrong)} keys are wrong:\n  " + "\n  ".join(wrong)
-    )
+    many = f"{len(wrong)} keys are wrong:\n  " if len(wrong) > 1 else ""
+    raise ValueError(f"config: {many}" + "\n  ".join(wrong))
   return _typed(config, RunConfig)
 
 
 def _typed(values: Mapping[str, Any], kind: Any) -> Any:
-  return kind(
-    **{
-      field.name: _typed(values[field.name], field.type)
-      if dataclasses.is_dataclass(field.type)
-      else values[field.name]
-      for field in dataclasses.fields(kind)
-    }
-  )
+  values = dict(values)
+  for field in dataclasses.fields(kind):
+    if dataclasses.is_dataclass(field.type):
+      values[field.name] = _typed(values[field.name], field.type)
+  return kind(**values)
 
 
 def _all_keys(kind: Any = RunConfig, prefix: str = "") -> Iterator[str]:
@@ -174,11 +151,8 @@ def _expected(value: Any, kind: Any, key: str) -> str:
       return ""
     number = int if kind is int else int | float
     interval = _BOUNDS.get(key, "[0, 1e9]")
-    if (
-      isinstance(value, number)
-      and not isinstance(value, bool)
-      and _is_inside(value, interval)
-    ):
+    known = isinstance(value, number) and not isinstance(value, bool)
+    if known and _is_inside(float(value), interval):
       return ""
     noun = "whole number" if kind is int else "number"
     return "".join(f"{x!r} or " for x in words) + f"a {noun} in {interval}"
@@ -196,16 +170,16 @@ def _expected(value: Any, kind: Any, key: str) -> str:
 
 def _is_inside(value: float, interval: str) -> bool:
   low, high = map(float, interval[1:-1].split(","))
-  if not low <= value <= high:  # So neither is NaN.
-    return False
-  return (value > low or interval[0] == "[") and (
-    value < high or interval[-1] == "]"
-  )
+  above = value > low or (value == low and interval[0] == "[")
+  below = value < high or (value == high and interval[-1] == "]")
+  return above and below  # So NaN is not.
 
 
 def _wrong_pairs(c: Mapping[str, Any]) -> Iterator[str]:
   """A line for each combination of keys that cannot be."""
-  optim, mesh, evals, lora = c["optim"], c["mesh"], c["eval"], c["lora"]
+  model, lora, data, optim = (c[x] for x in ("model", "lora", "data", "optim"))
+  mesh, evals, keep_best = c["mesh"], c["eval"], c["checkpoint"]["keep_best"]
+  spike_factor = c["faults"]["spike_factor"]
   if c["steps"] and optim["warmup_steps"] >= c["steps"]:
     yield (
       f"optim.warmup_steps: got {optim['warmup_steps']} with steps="
@@ -216,9 +190,9 @@ def _wrong_pairs(c: Mapping[str, Any]) -> Iterator[str]:
       f"mesh: got {dict(mesh)}, expected 1 or more of each, and -1 (the rest) "
       "at most once"
     )
-  if mesh["context"] > 0 and c["data"]["seq_len"] % mesh["context"]:
+  if mesh["context"] > 0 and data["seq_len"] % mesh["context"]:
     yield (
-      f"data.seq_len: got {c['data']['seq_len']} with mesh.context="
+      f"data.seq_len: got {data['seq_len']} with mesh.context="
       f"{mesh['context']}, expected a multiple"
     )
   parts = c["accum_steps"] * max(mesh["data"], 1) * max(mesh["fsdp"], 1)
@@ -233,73 +207,65 @@ def _wrong_pairs(c: Mapping[str, Any]) -> Iterator[str]:
       f"lora.path: got {lora['path']!r} with lora.rank={lora['rank']}, "
       "expected lora.rank=0: the folder has a rank"
     )
-  if c["model"]["quantize"] and not (lora["rank"] or lora["path"]):
+  if model["quantize"] and not (lora["rank"] or lora["path"]):
     yield (
-      f"model.quantize: got {c['model']['quantize']!r} with lora.rank=0, "
-      "expected adapters, as what is quantized cannot train"
+      f"model.quantize: got {model['quantize']!r} with lora.rank=0, expected "
+      "adapters, as what is quantized cannot train"
     )
-  if c["loss"]["kl"] and c["model"]["from_scratch"]:
+  if c["loss"]["kl"] and model["from_scratch"]:
     yield (
       f"loss.kl: got {c['loss']['kl']} with model.from_scratch=True, expected "
       "0, or a model that knows something"
     )
-  if 0 < c["faults"]["spike_factor"] <= 1:
+  if 0 < spike_factor <= 1:
     yield (
-      f"faults.spike_factor: got {c['faults']['spike_factor']}, expected more "
-      "than 1, or 0 for none"
+      f"faults.spike_factor: got {spike_factor}, expected more than 1, or 0 "
+      "for none"
     )
-  held_out = c["data"]["eval"] or c["data"]["holdout"]
-  if c["checkpoint"]["keep_best"] and not (evals["every"] or evals["patience"]):
+  if keep_best and not (evals["every"] or evals["patience"]):
     yield (
-      f"checkpoint.keep_best: got {c['checkpoint']['keep_best']!r} with "
-      "eval.every=0, expected evaluations while training: set eval.every"
+      f"checkpoint.keep_best: got {keep_best!r} with eval.every=0, expected "
+      "evaluations while training: set eval.every"
     )
-  if evals["patience"] and not (held_out or c["checkpoint"]["keep_best"]):
+  if evals["patience"] and not (data["eval"] or data["holdout"] or keep_best):
     yield (
       f"eval.patience: got {evals['patience']} without held-out rows, expected "
       "data.holdout, data.eval or checkpoint.keep_best, to have a figure"
     )
-  if not c["data"]["train"]:
-    yield f"data.train: got {c['data']['train']!r}, expected rows"
-  for name in ("log.writers", "data.allow"):
+  if not data["train"]:
+    yield f"data.train: got {data['train']!r}, expected rows"
+  yield from _wrong_items(c)
+
+
+def _wrong_items(c: Mapping[str, Any]) -> Iterator[str]:
+  """A line for each item of a tuple that is no name, token, pair or regex."""
+
+  def values(name: str) -> list[tuple[str, Any]]:
     section, _, key = name.partition(".")
-    if not all(isinstance(one, str) for one in c[section][key]):
-      yield f"{name}: got {_short(c[section][key])}, expected names"
-  yield from _wrong_patterns(c)
+    return [(name, value) for value in c[section][key]]
 
-
-def _wrong_patterns(c: Mapping[str, Any]) -> Iterator[str]:
-  """A line for each regular expression, or token, that is none."""
-  lora, optim = c["lora"], c["optim"]
-  single = [("lora.targets", lora["targets"])]
-  for name, values in (
-    ("lora.also_train", lora["also_train"]),
-    ("optim.freeze", optim["freeze"]),
-    ("optim.decay", optim["decay"]),
-  ):
-    single += [(name, value) for value in values]
-  for name, pairs in (
-    ("lora.rank_pattern", lora["rank_pattern"]),
-    ("lora.alpha_pattern", lora["alpha_pattern"]),
-    ("optim.rates", optim["rates"]),
-  ):
-    for pair in pairs:
+  patterns = [("lora.targets", c["lora"]["targets"])]
+  for name in ("lora.also_train", "optim.freeze", "optim.decay"):
+    patterns += values(name)
+  for key in ("lora.rank_pattern", "lora.alpha_pattern", "optim.rates"):
+    for name, pair in values(key):
       right = isinstance(pair, list | tuple) and len(pair) == 2
       value = pair[1] if right else None
       if not isinstance(value, int | float) or not 0 <= value < math.inf:
         yield f"{name}: got {_short(pair)}, expected (regex, a number)"
       else:
-        single.append((name, pair[0]))
-  model = c["model"]
-  for name, values in (
-    ("lora.new_token_rows", lora["new_token_rows"]),
-    ("model.new_tokens", model["new_tokens"]),
-    ("model.stop_tokens", model["stop_tokens"]),
+        patterns.append((name, pair[0]))
+  for key, expected in (
+    ("log.writers", "names"),
+    ("data.allow", "names"),
+    ("lora.new_token_rows", "the text of a token"),
+    ("model.new_tokens", "the text of a token"),
+    ("model.stop_tokens", "the text of a token"),
   ):
-    for value in values:
+    for name, value in values(key):
       if not isinstance(value, str):
-        yield f"{name}: got {_short(value)}, expected the text of a token"
-  for name, pattern in single:
+        yield f"{name}: got {_short(value)}, expected {expected}"
+  for name, pattern in patterns:
     try:
       re.compile(pattern)
     except (re.error, TypeError, RecursionError, OverflowError) as error:

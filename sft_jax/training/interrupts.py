@@ -29,8 +29,7 @@ class StopRequest:
   In a thread there are no signals: such a run ends with its process, and
   resumes from the last step saved.
 
-  Attributes:
-    requested: a signal has come.
+  `requested`: a signal has come.
   """
 
   def __init__(self) -> None:

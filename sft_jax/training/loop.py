@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from pathlib import Path
+from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
 import jax
 
 from sft_jax.checkpointing.manager import Checkpoints
-from sft_jax.checkpointing.resume import Origin, Resumed, split_stored
+from sft_jax.checkpointing.resume import Resumed, split_stored
 from sft_jax.common import distributed, sharding, trees
 from sft_jax.common.batch import Batch
 from sft_jax.data.audit.summary import step_rows
@@ -18,7 +17,8 @@ from sft_jax.reporting import profiling, terminal
 from sft_jax.step.train_step import TrainState, split_micro_batches
 from sft_jax.training import step_runner
 from sft_jax.training.build.build import BuiltRun
-from sft_jax.training.build.data import NOTHING, Config, Own
+from sft_jax.training.build.data import Config
+from sft_jax.training.build.outputs import find_origin, followed_metric
 from sft_jax.training.interrupts import Stopped, Watchdog
 from sft_jax.training.recorder import Records
 from sft_jax.training.session import Session
@@ -58,15 +58,8 @@ class Patience:
     best: float | None = None,
     since_best: int = 0,
   ) -> None:
-    """Starts, or continues from a `LoopState`.
-
-    Args:
-      limit: evaluations without a better figure that end training; 0 = none
-        do.
-      lowest: whether lower is better.
-      best: the best figure so far.
-      since_best: evaluations since then.
-    """
+    """Ends training after `limit` evaluations; 0 = never. The rest as it is in
+    a `LoopState`; `lowest`: whether lower is better."""
     self.limit, self._lowest = limit, lowest
     self.best, self.since_best = best, since_best
 
@@ -118,11 +111,8 @@ def train_steps(
 
 def is_finished(config: Config, built: BuiltRun, resumed: Resumed) -> bool:
   """Whether no step is left to take."""
-  state = LoopState(**resumed.loop)
-  return (
-    int(resumed.state.step) >= built.num_steps
-    or make_patience(config, state).exhausted
-  )
+  patience = make_patience(config, LoopState(**resumed.loop))
+  return int(resumed.state.step) >= built.num_steps or patience.exhausted
 
 
 def make_patience(config: Config, state: LoopState) -> Patience:
@@ -132,23 +122,6 @@ def make_patience(config: Config, state: LoopState) -> Patience:
     lowest=config.checkpoint.best_is == "lowest",
     best=state.best,
     since_best=state.since_best,
-  )
-
-
-def followed_metric(config: Config) -> str:
-  """The metric that says which checkpoint is best; '' if none does."""
-  default = "held_out/nats_per_token" if config.eval.patience else ""
-  return config.checkpoint.keep_best or default
-
-
-def find_origin(config: Config, built: BuiltRun, own: Own = NOTHING) -> Origin:
-  """What the run is made from."""
-  return Origin(
-    config=config.to_dict(),
-    data=built.stream.fingerprint,
-    data_fingerprint_inputs=built.stream.fingerprint_inputs,
-    model=built.model.config.raw,
-    own=own.names,
   )
 
 
@@ -177,17 +150,21 @@ class _Loop:
     self._built, self._checkpoints, self._suite = built, checkpoints, suite
     self._start = self._saved = int(resumed.state.step)
     self._records = Records(session, built, resume_step=self._start)
-    self._batches = built.stream.batches(
-      self._start,
-      sharding.own_rows(
-        built.mesh, self._config.batch_size, parts=self._config.accum_steps
-      ),
+    own = sharding.own_rows(
+      built.mesh, self._config.batch_size, parts=self._config.accum_steps
     )
+    self._batches = built.stream.batches(self._start, own)
     state = LoopState(**resumed.loop)
     self._records.check_chain(state.chain)
     self._patience = make_patience(self._config, state)
-    self._detector = _make_detector(self._config, state)
-    self._watchdog = Watchdog(self._config.faults.hang_seconds)
+    faults = self._config.faults
+    self._detector = SpikeDetector(
+      faults.spike_factor,
+      faults.skip_limit if faults.on_bad_step == "skip" else 0,
+      losses=list(state.losses),
+      skipped=state.skipped,
+    )
+    self._watchdog = Watchdog(faults.hang_seconds)
     with self._watchdog, session.clock.on("data_wait"):
       self._batch = self._next_batch()
     self.runner = self._compile(resumed.state, state.chain)
@@ -225,27 +202,22 @@ class _Loop:
   def opened(self) -> Iterator[None]:
     """Within, steps are recorded, watched and stopped only between two."""
     session = self._session
-    with ExitStack() as stack:
-      stack.enter_context(closing(self._records))
-      self._progress = stack.enter_context(
-        closing(
-          terminal.StepProgress(
-            session.out, total=self._built.num_steps, start=self._start
-          )
-        )
-      )
-      self._profile = stack.enter_context(
-        closing(
-          profiling.Profile(
-            session.workdir / "profile",
-            **self._config.profile,
-            left=range(self._start + 1, self._built.num_steps + 1),
-            log=session.out.print,
-          )
-        )
-      )
-      stack.enter_context(session.stop.deferred())
-      stack.enter_context(self._watchdog)
+    self._progress = terminal.StepProgress(
+      session.out, total=self._built.num_steps, start=self._start
+    )
+    self._profile = profiling.Profile(
+      session.workdir / "profile",
+      **self._config.profile,
+      left=range(self._start + 1, self._built.num_steps + 1),
+      log=session.out.print,
+    )
+    with (
+      closing(self._records),
+      closing(self._progress),
+      closing(self._profile),
+      session.stop.deferred(),
+      self._watchdog,
+    ):
       self._records.throughput.begin()
       yield
 
@@ -261,9 +233,8 @@ class _Loop:
 
   def _next_batch(self) -> Batch:
     cut = split_micro_batches(next(self._batches), self._config.accum_steps)
-    return sharding.put_rows(
-      cut, sharding.row_sharding(self._built.mesh, leading_axes=1)
-    )
+    rows = sharding.row_sharding(self._built.mesh, leading_axes=1)
+    return sharding.put_rows(cut, rows)
 
   def take_step(self) -> None:
     """Submits a step, and reads the next batch while the device works."""
@@ -323,9 +294,9 @@ class _Loop:
     params = trees.merge(state.params, state.frozen)
     with self._session.clock.on("evaluation"):
       if self._due.evaluation:
-        values = self._suite.scalars(
-          params, replies=_replies_path(self._config, step)
-        )
+        replies = self._session.workdir / "evals" / f"step_{step}.jsonl"
+        all_ = self._config.eval.during == "all"
+        values = self._suite.scalars(params, replies=replies if all_ else None)
         self._score = _find_score(followed_metric(self._config), values)
       else:
         values = self._suite.losses(params)
@@ -386,9 +357,8 @@ class _Loop:
         "with --force."
       )
     if self._stopping and not self._last:
-      self._session.incidents.add(
-        "stopped", step, "by a signal; its state is saved"
-      )
+      line = "by a signal; its state is saved"
+      self._session.incidents.add("stopped", step, line)
       raise Stopped(
         f"stopped by signal after step {step}, which is saved. Run the same "
         "command again to continue from there."
@@ -399,29 +369,12 @@ class _Loop:
     path = self._session.workdir / "bad_batch.jsonl"
     if jax.process_index() == 0:
       rows = step_rows(self._built.stream, self._built.tokenizer, bad.step)
+      lines = (json.dumps(row | {"reason": bad.reason}) + "\n" for row in rows)
       with path.open("a") as file:
-        for row in rows:
-          file.write(json.dumps(row | {"reason": bad.reason}) + "\n")
+        file.writelines(lines)
     message = f"{bad.reason}; its rows are in {path}"
     self._session.incidents.add(kind, bad.step, message)
     return message
-
-
-def _make_detector(config: Config, state: LoopState) -> SpikeDetector:
-  skips = config.faults.on_bad_step == "skip"
-  return SpikeDetector(
-    spike_factor=config.faults.spike_factor,
-    skip_limit=config.faults.skip_limit if skips else 0,
-    losses=list(state.losses),
-    skipped=state.skipped,
-  )
-
-
-def _replies_path(config: Config, step: int) -> Path | None:
-  """Where replies of an evaluation in training go; None: losses alone."""
-  if config.eval.during == "losses":
-    return None
-  return Path(config.workdir) / "evals" / f"step_{step}.jsonl"
 
 
 def _divides(every: int, step: int) -> bool:

@@ -44,9 +44,8 @@ class Records:
   def check_chain(self, chain: str) -> None:
     """Compares the records with the checkpoint that a run resumes from.
 
-    Raises:
-      ValueError: the last record is of other rows: one of the two was copied
-        from another run.
+    Raises ValueError: the last record is of other rows: one of the two was
+    copied from another run.
     """
     if not self.last or jax.process_index():
       return
@@ -61,8 +60,7 @@ class Records:
       raise ValueError(
         f"{self._path}: its records up to step {self.last} are of other rows "
         f"(chain {there[-1]}) than the checkpoint ({chain}), expected those "
-        "of one run: one of them was copied from another. Put the right file "
-        "back, or delete metrics.jsonl."
+        "of one run. Put the right file back, or delete metrics.jsonl."
       )
 
   def window(self, runner: StepRunner) -> dict[str, Any]:
@@ -73,13 +71,9 @@ class Records:
     values = runner.collect()
     if runner.number > self.last:
       consumed = self._built.stream.consumed(runner.number)
-      values |= {
-        "data/epoch": consumed.epochs,
-        "data/rows_seen": consumed.rows,
-        **self.throughput.take(
-          values["data/tokens"], values["data/trained_tokens"]
-        ),
-      }
+      values |= {"data/epoch": consumed.epochs, "data/rows_seen": consumed.rows}
+      tokens = ("data/tokens", "data/trained_tokens")
+      values |= self.throughput.take(*(values[name] for name in tokens))
     return values
 
   def write(self, step: int, values: dict[str, Any]) -> None:

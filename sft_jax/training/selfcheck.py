@@ -29,12 +29,8 @@ from jaxtyping import Float32, Int
 
 from sft_jax.common import sharding, trees
 from sft_jax.common.batch import Batch
-from sft_jax.step.train_step import (
-  LossFn,
-  init_state,
-  make_train_step,
-  split_micro_batches,
-)
+from sft_jax.step import train_step
+from sft_jax.step.train_step import LossFn
 from sft_jax.training.build.build import BuiltRun
 from sft_jax.training.build.data import Config, Log
 
@@ -93,13 +89,8 @@ def quick(
   Args:
     loss_fn: the run's (all parameters, batch) -> LossSums.
     hidden: the model's (params, tokens, positions, segment_ids) -> [B, T, D].
-    params: all parameters, as they lie on the devices.
-    trained: whether the parameter of a path trains.
     put: places rows [B, T], or micro-batches [A, B / A, T], on the devices.
     rows: B, a multiple of what the mesh divides rows by, and even.
-    length: T.
-    vocab_size: of the model.
-    dtype: of its activations.
   """
   packed = toy_batch(rows, length, vocab_size)
   measure = measurer(loss_fn, params, trained, put)
@@ -206,9 +197,8 @@ def leaks(
     inside, outside = map(float, largest(after, before, where))
     findings.append(Finding(f"{law}: hidden states", outside, 0.0))
     if not inside > 0:
-      findings.append(
-        Finding(f"{law}: the change itself", float("nan"), 0.0, "not seen")
-      )
+      law = f"{law}: the change itself"
+      findings.append(Finding(law, float("nan"), 0.0, "not seen"))
   return findings
 
 
@@ -224,18 +214,16 @@ def measurer(
   sketch of the gradient that it is handed.
   """
 
-  def look(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+  def keep(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
     del state, params
     return jax.tree.map(jnp.zeros_like, gradient), sketch(gradient)
 
-  def begin(params: Any) -> Any:
-    return sketch(jax.tree.map(jnp.zeros_like, params))
-
+  begin = lambda params: sketch(jax.tree.map(jnp.zeros_like, params))
   # Optax names the arguments of its protocol.
   make: Any = optax.GradientTransformation
-  tx = make(begin, look)
-  step = make_train_step(loss_fn, tx, lambda count: 0.0)
-  state = init_state(params, trained, tx)
+  tx = make(begin, keep)
+  step = train_step.make_train_step(loss_fn, tx, lambda count: 0.0)
+  state = train_step.init_state(params, trained, tx)
 
   @jax.jit
   def run(state, batch):
@@ -243,7 +231,7 @@ def measurer(
     return pairs["loss/nats_per_token"], after.opt_state
 
   def measure(batch: Batch, parts: int) -> Measured:
-    cut = put(split_micro_batches(batch, parts))
+    cut = put(train_step.split_micro_batches(batch, parts))
     (nats, weight), gradient = jax.device_get(run(state, cut))
     return Measured(float(nats), float(weight), gradient)
 
@@ -279,10 +267,8 @@ def distance(
   for path, x in one.items():
     gap = np.sqrt(np.mean(np.square(x[1:] - other[path][1:])))
     share = float(gap) / max(float(x[0]), 1e-3 * whole, 1e-30)
-    if not share <= worst:
+    if not share <= worst and not np.isnan(worst):
       worst, where = share, path
-    if np.isnan(worst):
-      break
   return worst, where
 
 
@@ -309,34 +295,28 @@ def stops(
 
   Args:
     tokens: those predicted, `Batch.targets`.
-    weights: of predicting them.
     segment_ids: documents, from 1; 0 where none should be looked at.
-    stop_ids: of the tokenizer.
   """
   ends = []
-  for row in range(len(tokens)):
-    for segment in np.unique(segment_ids[row][segment_ids[row] > 0]):
-      trained = np.flatnonzero(
-        (segment_ids[row] == segment) & (weights[row] > 0)
-      )
+  for row, (ids, w) in enumerate(zip(segment_ids, weights, strict=True)):
+    for segment in np.unique(ids[ids > 0]):
+      trained = np.flatnonzero((ids == segment) & (w > 0))
       if len(trained):
         ends.append(int(tokens[row, trained[-1]]) in stop_ids)
   missing = ends.count(False) / len(ends) if ends else 0.0
-  return Finding(
-    "stop token trained: documents without", missing, 0.0, f"{len(ends)} read"
-  )
+  law = "stop token trained: documents without"
+  return Finding(law, missing, 0.0, f"{len(ends)} read")
 
 
 def findings_table(findings: list[Finding]) -> list[tuple[Any, ...]]:
   """(law, difference, tolerance, outcome) of each, ready to print."""
+
+  def outcome(one: Finding) -> str:
+    detail = f" ({one.detail})" if one.detail else ""
+    return "ok" if one.passed else f"FAILED{detail}"
+
   return [
-    (
-      one.law,
-      f"{one.difference:.2g}",
-      f"{one.tolerance:.2g}",
-      ("ok" if one.passed else "FAILED")
-      + (f" ({one.detail})" if one.detail and not one.passed else ""),
-    )
+    (one.law, f"{one.difference:.2g}", f"{one.tolerance:.2g}", outcome(one))
     for one in findings
   ]
 
@@ -344,16 +324,16 @@ def findings_table(findings: list[Finding]) -> list[tuple[Any, ...]]:
 def refuse(findings: list[Finding]) -> None:
   """Raises ValueError, with all that failed, where a law does not hold."""
   failed = findings_table([one for one in findings if not one.passed])
+  lines = (
+    f"  {law}: got {got}, expected at most {most} {outcome}\n"
+    for law, got, most, outcome in failed
+  )
   if failed:
     raise ValueError(
       "selfcheck: on these devices the model or the step is not what it "
-      "should be:\n"
-      + "\n".join(
-        f"  {law}: got {got}, expected at most {most} {outcome}"
-        for law, got, most, outcome in failed
-      )
-      + "\nTry model.attention=xla, another mesh or another version of JAX; "
-      "tools/selfcheck.py tells more. selfcheck=off trains all the same."
+      f"should be:\n{''.join(lines)}Try model.attention=xla, another mesh or "
+      "another version of JAX; sft-jax selfcheck tells more. selfcheck=off "
+      "trains all the same."
     )
 
 
@@ -362,18 +342,16 @@ def check_at_start(
 ) -> None:
   """The quick form; where config.selfcheck is 'auto', on several devices.
 
-  Raises:
-    ValueError: a law does not hold.
+  Raises ValueError: a law does not hold.
   """
   alone = config.selfcheck == "auto" and built.mesh.size == 1
   if alone or config.selfcheck == "off":
     return
   findings = quick_of_run(config, built, params)
   refuse(findings)
-  worst = max(one.difference for one in findings)
   log(
     f"Self-check: {len(findings)} laws hold on {built.mesh.size} devices, "
-    f"largest difference {worst:.1g}."
+    f"largest difference {max(one.difference for one in findings):.1g}."
   )
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.text import Text
 
 from sft_jax.common.workdir import Incidents
 from sft_jax.reporting import throughput
@@ -16,9 +15,6 @@ class Session(NamedTuple):
   """One process's work on a run.
 
   Attributes:
-    config: of the run.
-    workdir: the folder that the run writes.
-    out: the terminal.
     messages: the lines logged so far, for the report.
     clock: what the seconds went into.
     incidents: what happened that was not planned.
@@ -38,7 +34,7 @@ class Session(NamedTuple):
   def log(self, message: str) -> None:
     """Prints a line, and keeps it for the report."""
     self.messages.append(message)
-    self.out.print(Text(message))
+    self.out.print(message)
 
   def reject(self, message: str) -> None:
     """Logs a checkpoint that was set aside, and records it."""

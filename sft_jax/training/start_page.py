@@ -12,9 +12,8 @@ import numpy as np
 from rich.console import Console
 
 from sft_jax.common import sharding, trees
-from sft_jax.common.workdir import write_json
+from sft_jax.common.files import write_json
 from sft_jax.data.audit import summary
-from sft_jax.data.pipeline import Stream
 from sft_jax.models.lora import quantize
 from sft_jax.reporting import terminal
 from sft_jax.training.build import abstract, evals
@@ -66,21 +65,9 @@ def write(
   messages: Sequence[str],
   command: str,
 ) -> None:
-  """Writes start.json and samples.json, for the report.
-
-  Args:
-    workdir: of the run.
-    built: the run.
-    words: its `facts`.
-    messages: the lines it has logged so far.
-    command: as it was typed; '' of a run that Python called.
-  """
-  start = {
-    "command": command,
-    "facts": words,
-    "said": list(messages),
-    "versions": installed_versions(),
-  }
+  """Writes start.json and samples.json, for the report."""
+  start = {"command": command, "facts": words, "said": list(messages)}
+  start["versions"] = installed_versions()
   write_json(workdir / "start.json", start)
   store = built.stream.store
   # The first examples of each source, so that each is seen.
@@ -100,11 +87,8 @@ def _model(config: Config, built: BuiltRun) -> dict[str, str]:
     sum(quantize.num_scalars(*leaf) for leaf in trees.flatten(tree).items())
     for tree in (state.params, state.frozen)
   )
-  experts = (
-    f"{c.experts_per_token} of {c.num_experts} experts, "
-    if c.num_experts
-    else ""
-  )
+  experts = f"{c.experts_per_token} of {c.num_experts} experts, "
+  experts = experts if c.num_experts else ""
   return {
     "from": str(built.source)
     + (" (new parameters)" if config.model.from_scratch else ""),
@@ -122,9 +106,8 @@ def _model(config: Config, built: BuiltRun) -> dict[str, str]:
 def _plan(config: Config, built: BuiltRun, start_step: int) -> dict[str, str]:
   epoch = built.stream.stats.epoch
   assert epoch is not None  # A Stream has planned its first epoch.
-  seconds = evals.training_seconds(
-    config, built, max(built.num_steps - start_step, 0)
-  )
+  steps = max(built.num_steps - start_step, 0)
+  seconds = evals.training_seconds(config, built, steps)
   return {
     "steps": f"{built.num_steps} of {config.batch_size} packs x "
     f"{config.data.seq_len} tokens"
@@ -134,8 +117,13 @@ def _plan(config: Config, built: BuiltRun, start_step: int) -> dict[str, str]:
     f"{epoch.packs} packs",
     "fill": f"{epoch.fill:.1%} of the slots hold a token",
     "learning rate": _schedule(config, built.num_steps),
-    "held out": _describe(built.held_out),
-    "general text": _describe(built.general_text),
+    **{
+      name: f"{len(stream.store.index):,} examples" if stream else "none"
+      for name, stream in (
+        ("held out", built.held_out),
+        ("general text", built.general_text),
+      )
+    },
     "behaviours": f"{len(built.items)} prompts",
     "expected time": f"about {terminal.duration(seconds)} of training",
     "evaluation": _evaluation(config, built),
@@ -149,20 +137,11 @@ def _evaluation(config: Config, built: BuiltRun) -> str:
   bound = evals.max_seconds(config, built)
   between = built.num_steps // config.eval.every if config.eval.every else 0
   text = f"about {terminal.duration(min(seconds, bound or seconds))} each time"
-  text += (
-    f", before and after and {between} times between"
-    if between
-    else (", before and after")
-  )
+  text += ", before and after"
+  text += f" and {between} times between" if between else ""
   if bound:
     text += f"; at most {terminal.duration(bound)} (eval.max_seconds)"
   return text
-
-
-def _describe(stream: Stream | None) -> str:
-  if stream is None:
-    return "none"
-  return f"{len(stream.store.index):,} examples"
 
 
 def _schedule(config: Config, num_steps: int) -> str:
@@ -190,14 +169,13 @@ def _memory(config: Config, built: BuiltRun) -> dict[str, str]:
   known = plan.known_bytes(built.loss_fn, state, batch)
   limit = built.machine.chip.memory
   total = sum(known)
-  names = ("trained parameters", "frozen", "optimizer", "gradients")
+  kinds = ("trained parameters", "frozen", "optimizer", "gradients")
+  sizes = zip((*kinds, "activations"), known, strict=True)
   return {
     "in all": f"{terminal.size(total)} or more, of {terminal.size(limit)}"
-    + ("" if total <= limit else ": DOES NOT FIT, see tools/plan.py"),
+    + ("" if total <= limit else ": DOES NOT FIT, see sft-jax plan"),
     "of it": ", ".join(
-      f"{name} {terminal.size(size)}"
-      for name, size in zip((*names, "activations"), known, strict=True)
-      if size
+      f"{k} {terminal.size(size)}" for k, size in sizes if size
     ),
   }
 
@@ -215,13 +193,8 @@ def _sharding(built: BuiltRun) -> Iterator[tuple[str, ...]]:
       for n, axis in zip(shape, spec, strict=False)
       if axis is not None and built.mesh.shape[axis] > 1
     ]
-    yield (
-      path,
-      " x ".join(map(str, shape)),
-      ", ".join(over) or _WHOLE,
-      terminal.size(size),
-      note,
-    )
+    over, shape = ", ".join(over) or _WHOLE, " x ".join(map(str, shape))
+    yield path, shape, over, terminal.size(size), note
 
 
 def installed_versions() -> dict[str, str]:
@@ -230,20 +203,17 @@ def installed_versions() -> dict[str, str]:
     *("sft_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"),
     *("grain", "numpy", "tokenizers"),
   )
-  device = jax.devices()[0]
-  return {
-    **{name: _version(name) for name in names},
-    "python": platform.python_version(),
-    "commit": _commit(),
-    "platform": f"{platform.system()} {platform.machine()}, {device.platform}",
-  }
-
-
-def _version(name: str) -> str:
-  try:
-    return importlib.metadata.version(name)
-  except importlib.metadata.PackageNotFoundError:
-    return "not installed"  # We may run from a checkout as it is.
+  found = {}
+  for name in names:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      found[name] = "not installed"  # We may run from a checkout as it is.
+  kind = (
+    f"{platform.system()} {platform.machine()}, {jax.devices()[0].platform}"
+  )
+  python = platform.python_version()
+  return found | {"python": python, "commit": _commit(), "platform": kind}
 
 
 def _commit() -> str:

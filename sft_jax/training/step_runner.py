@@ -30,13 +30,7 @@ _ENOUGH = 8  # Fewer losses have no useful median.
 
 
 class BadStep(NamedTuple):
-  """A step that was not applied.
-
-  Attributes:
-    step: its number.
-    reason: what was wrong, with the figures.
-    halts: the run ends here.
-  """
+  """A step that was not applied, and why; `halts`: the run ends here."""
 
   step: int
   reason: str
@@ -54,9 +48,9 @@ class SpikeDetector:
 
   def __init__(
     self,
-    *,
     spike_factor: float,
     skip_limit: int,
+    *,
     losses: list[list[float]],
     skipped: int,
   ):
@@ -66,14 +60,7 @@ class SpikeDetector:
       spike_factor: a loss of more than this many running medians is bad;
         0 = no loss is too high.
       skip_limit: steps that may be skipped in all; 0 = none.
-      losses: [step, nats per token] of recent steps.
-      skipped: steps skipped so far.
     """
-    if spike_factor and spike_factor <= 1:
-      raise ValueError(
-        f"faults.spike_factor: got {spike_factor}, expected more than 1, or 0 "
-        "for none. Set it to 3, say."
-      )
     self._factor = spike_factor
     self.losses = list(losses)
     self.skipped = skipped
@@ -110,13 +97,7 @@ class SpikeDetector:
 
 
 def lower(train_step: Any, state: Any, batch: Any) -> jax.stages.Lowered:
-  """The program of a run's step, not yet compiled; the state is donated.
-
-  Args:
-    train_step: from `train_step.make_train_step`.
-    state: arrays, or their shapes and shardings.
-    batch: likewise.
-  """
+  """The program of a run's step, not yet compiled; the state is donated."""
 
   def step(state: Any, batch: Any, limit: Any, skips_left: Any):
     # Below 0 no step is applied: the host hears of a bad step a few steps
@@ -156,13 +137,8 @@ class StepRunner:
   ):
     """Compiles the step for batches like this one; donates every state.
 
-    Args:
-      train_step: from `train_step.make_train_step`.
-      state: to start from.
-      batch: the first.
-      detector: of bad steps.
-      chain: of the rows before.
-      on_skip: called with each step that is skipped.
+    `chain` is that of the rows before; `on_skip` is called with each step that
+    is skipped.
     """
     self.state, self.number = state, int(state.step)
     self.halted: BadStep | None = None
@@ -172,7 +148,6 @@ class StepRunner:
     self._in_flight = collections.deque()
     self._window = metrics.Window()
     self._rows: list[Any] = []
-
     self._step, self.found = compile_cache.compiled(
       lower(train_step, state, batch)
     )

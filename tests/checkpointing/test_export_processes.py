@@ -32,7 +32,7 @@ place = lambda shapes: sharding.param_shardings(shapes, mesh)
 model, params = hf.load_pretrained(model_folder, shardings=place)
 assert not params["layers"]["mlp"]["up"]["kernel"].is_fully_addressable
 if index == "1":  # What the second writes must stay unwritten.
-  hf.write_json = hf.shutil.copyfile = None
+  hf.files.write_json = hf.shutil.copyfile = None
 asked = load_tokenizer(model_folder)
 print(export.save_pretrained(
   out, model, params, asked, max_shard_bytes=100_000, shardings=place

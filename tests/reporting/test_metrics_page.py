@@ -30,7 +30,7 @@ def general(name: str) -> str:
   """A name as the page has it, with what a user chose in capitals."""
   name = re.sub(r"^behaviour/[^/]+/", "behaviour/SET/", name)
   name = re.sub(r"^(held_out|general_text)/(loss|acc)/.*", r"\1/\2/GROUP", name)
-  name = re.sub(r"^(loss|acc)/part/.*", r"\1/part/PART", name)
+  name = re.sub(r"^(loss|acc)/role/.*", r"\1/role/ROLE", name)
   return re.sub(r"^(loss|acc)/source/.*", r"\1/source/NAME", name)
 
 
@@ -94,7 +94,7 @@ def test_training_records_are_on_the_page(records, monkeypatch):
   )
   names = {name for r in training for name in r}
   for kind in ("loss", "acc"):
-    groups = ("part/answer", "part/text", "source/rows_a.jsonl")
+    groups = ("role/answer", "role/text", "source/rows_a.jsonl")
     assert names >= {f"{kind}/{group}" for group in groups}
 
 

@@ -112,7 +112,7 @@ COMPARED = (
   "acc/token",
   "entropy/nats",
   "loss/source/b",
-  "acc/part/answer",
+  "acc/role/answer",
   "loss/first_token",
   "data/fill",
   "data/trained_fraction",
@@ -183,8 +183,8 @@ def test_each_group_has_its_own_mean(batch, whole):
   )[..., 0]
   trained = batch.loss_weights > 0
   members = {
-    "part/user": batch.roles == 0,
-    "part/answer": batch.roles == 1,
+    "role/user": batch.roles == 0,
+    "role/answer": batch.roles == 1,
     "stop_token": batch.roles == 2,
     "source/a": batch.sources == 0,
     "source/b": batch.sources == 1,

@@ -23,6 +23,7 @@ from sft_jax.step.train_step import (
   split_micro_batches,
 )
 from sft_jax.training.build import build
+from sft_jax.training.build import state as setup_state
 from sft_jax.training.build import step as setup_step
 from sft_jax.training.planning.cost_model import collectives
 
@@ -202,7 +203,7 @@ def test_moments_lie_where_their_parameters_lie():
   step = setup_step.Step(
     **{**unused, "trained": lambda path: "norm" not in path, "tx": tx}
   )
-  where = setup_step.state_shardings(step, params, mesh)
+  where = setup_state.state_shardings(step, params, mesh)
   (moments,) = (
     part
     for part in jax.tree.leaves(

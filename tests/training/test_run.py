@@ -19,7 +19,7 @@ from sft_jax.models.lora import lora
 from sft_jax.reporting import terminal
 from sft_jax.reporting.metrics import read_jsonl
 from sft_jax.training.build import data
-from sft_jax.training.run import save_adapters
+from sft_jax.training.build.outputs import save_adapters
 
 # What may differ between two runs of the same steps.
 CLOCK = ("time/", "speed/", "memory/")
@@ -119,8 +119,8 @@ def test_a_run_leaves_what_it_says(tmp_path, model, rows, capsys):
   of_steps = [r for r in records(workdir) if "loss/nats_per_token" in r]
   assert len(of_steps) > 1
   for record in of_steps:
-    parts = [name for name in record if name.startswith("loss/part/")]
-    assert parts == ["loss/part/answer"]
+    parts = [name for name in record if name.startswith("loss/role/")]
+    assert parts == ["loss/role/answer"]
     assert record["loss/source/rows.jsonl"] == record["loss/nats_per_token"]
     assert record["loss/first_token"] > 0
     assert 0 <= record["acc/stop_token"] <= 1

@@ -134,8 +134,3 @@ def test_no_spike_before_there_is_a_yardstick():
   steps, _, _ = make_steps(factor=1.5)
   take(steps, [*GOOD[:5], make_batch(3, scale=9)])
   assert steps.halted is None
-
-
-def test_a_spike_factor_below_one_is_refused():
-  with pytest.raises(ValueError, match=r"faults\.spike_factor: got 0\.5"):
-    SpikeDetector(spike_factor=0.5, skip_limit=0, losses=[], skipped=0)

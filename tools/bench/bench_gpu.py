@@ -38,7 +38,7 @@ from sft_jax.models.attention import attention
 from sft_jax.models.config import parse_config
 from sft_jax.step.train_step import init_state, split_micro_batches
 from sft_jax.training.build import abstract
-from sft_jax.training.build import step as setup_step
+from sft_jax.training.build import state as setup_state
 from sft_jax.training.build.model import build_model
 
 _LLAMA = {
@@ -220,7 +220,7 @@ def ours(case: Case, overrides: dict[str, Any]) -> dict[str, Any]:
   seconds = time.perf_counter() - started
   device = jax.devices()[0]
   params = trees.merge(state.params, state.frozen)
-  flops = setup_step.flops_per_token(
+  flops = setup_state.flops_per_token(
     outline.step, outline.model, params, lengths.tolist()
   )
   tokens = int(lengths.sum()) * case.steps / seconds

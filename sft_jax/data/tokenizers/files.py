@@ -7,19 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sft_jax.common import hub
+
 # What an export copies beside the weights, where the folder has it.
-FILES = (
-  "tokenizer.json",
-  "tokenizer.model",
-  "vocab.json",
-  "merges.txt",
-  "tokenizer_config.json",
-  "special_tokens_map.json",
-  "added_tokens.json",
-  "chat_template.jinja",
-  "chat_template.json",
-  "generation_config.json",
-)
+FILES = hub.TOKENIZER_FILES
 # Folders of more templates, each named after its file.
 _TEMPLATES = ("additional_chat_templates", "chat_templates")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")

@@ -27,10 +27,8 @@ from sft_jax.models.hf.safetensors_files import Tensor
 
 Array = np.ndarray
 Json = Mapping[str, Any]
-_METHODS = {
-  *("fp8", "fbgemm_fp8", "compressed-tensors", "mxfp4"),
-  *("bitsandbytes", "gptq", "awq"),
-}
+_METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "mxfp4", "gptq", "awq")
+_METHODS += ("bitsandbytes",)
 # Scales of activations and of caches, which say nothing of weights.
 _ACTIVATIONS = ("input_scale", "activation_scale", "k_scale", "v_scale")
 _ACTIVATIONS += ("output_scale", "weight_format", "input_zero_point")
@@ -40,8 +38,6 @@ class Decoded(NamedTuple):
   """A weight made of several tensors; stands in for a `Tensor`.
 
   Attributes:
-    path: the file of its codes.
-    name: the weight.
     shape: of the weight, [out, in] as in files that are not quantized.
     decode: gives all of it, float32, from its parts.
     parts: its tensors, None for one that this weight does without.
@@ -67,10 +63,10 @@ def check_method(config: Json, where: Path) -> str:
   found = config.get("quantization_config")
   if found is None:
     return ""
-  method = found.get("quant_method") if isinstance(found, Mapping) else found
-  if method is None and isinstance(found, Mapping):
+  method = found
+  if isinstance(found, Mapping):
     bits = found.get("load_in_4bit") or found.get("load_in_8bit")
-    method = "bitsandbytes" if bits else None
+    method = found.get("quant_method") or ("bitsandbytes" if bits else None)
   if not isinstance(method, str) or method not in _METHODS:
     raise ValueError(
       f"{where}: quantization_config.quant_method={method!r:.80} is not "
@@ -85,13 +81,8 @@ def dequantized(
 ) -> dict[str, Tensor | Decoded]:
   """The tensors of a checkpoint, with weights in place of their codes.
 
-  Args:
-    tensors: by name, as in the files.
-    config: its `quantization_config`.
-
-  Raises:
-    ValueError: a part of a weight is missing, or a variant is not supported;
-      the tensor is named.
+  Raises ValueError: a part of a weight is missing, or a variant is not
+  supported; the tensor is named.
   """
   left: dict[str, Tensor] = dict(tensors)
   made: dict[str, Tensor | Decoded] = {}
@@ -103,8 +94,7 @@ def dequantized(
     if name not in left:
       raise ValueError(
         f"{next(iter(tensors.values())).path.parent}: no tensor {name}; "
-        "expected it beside the other parts of its weight. Download the "
-        "checkpoint again."
+        "expected it beside the other parts of its weight. Download it again."
       )
     return left.pop(name)
 
@@ -130,9 +120,8 @@ def dequantized(
       shape = (scales.shape[1], rows)
     elif leaf == "weight_packed":
       parts = [take(name), take(f"{base}.weight_scale")]
-      parts += [
-        may(f"{base}.{s}") for s in ("weight_zero_point", "weight_g_idx")
-      ]
+      more = ("weight_zero_point", "weight_g_idx")
+      parts += [may(f"{base}.{s}") for s in more]
       shape = tuple(take(f"{base}.weight_shape").read().tolist())
       bits = codes.shape[1] * 32 // max(shape[1], 1)
       bits = _choice(bits, (2, 4, 8), "num_bits", name)

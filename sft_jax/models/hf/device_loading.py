@@ -39,7 +39,6 @@ class Source(NamedTuple):
   """What fills one layer of a parameter: a tensor, or a part of it.
 
   Attributes:
-    tensor: where it lies.
     cut: what of the tensor it is, one slice per axis.
     transpose: [out, in] in the file, [in, out] in the parameter.
   """
@@ -67,7 +66,8 @@ class Source(NamedTuple):
       some = rows[first : first + step]
       x = self.tensor.read(some.start, some.stop)
       _check_finite(x, self.tensor)
-      x = x[(slice(None, None, some.step), *map(_to_slice, columns))]
+      rest = (slice(one.start, one.stop, one.step) for one in columns)
+      x = x[(slice(None, None, some.step), *rest)]
       at = slice(first, first + len(some))
       part = out[:, at] if self.transpose else out[at]
       copy_into(part, x, transpose=self.transpose)
@@ -89,17 +89,10 @@ def _check_finite(x: np.ndarray, tensor: Tensor | Decoded) -> None:
     )
 
 
-def _to_slice(one: range) -> slice:
-  return slice(one.start, one.stop, one.step)
-
-
 class Leaf(NamedTuple):
   """A parameter to load.
 
   Attributes:
-    path: its name.
-    shape: of the whole.
-    dtype: to load it as.
     sharding: where to; None is the default device.
     sources: of each place on the axes that the files have not: (layer,),
       (layer, expert), or () for a parameter that is one tensor.
@@ -178,11 +171,9 @@ def _groups(
 
 def _group_bytes(sharding: Any) -> int:
   """The memory for layers on their way; a CPU has them where they stay."""
-  if sharding is None:
-    platform = jax.default_backend()
-  else:
-    platform = next(iter(sharding.device_set)).platform
-  return sys.maxsize if platform == "cpu" else _GROUP_BYTES
+  devices = sharding.device_set if sharding else jax.devices()
+  on_cpu = next(iter(devices)).platform == "cpu"
+  return sys.maxsize if on_cpu else _GROUP_BYTES
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -240,12 +231,8 @@ def _to_devices(
   def part(index: Slices | None) -> np.ndarray:
     assert index is not None  # Only where a shape is not known.
     bounds = zip(index, shape, local, strict=True)
-    return host[
-      tuple(
-        slice(one.indices(n)[0] - own.start, one.indices(n)[1] - own.start)
-        for one, n, own in bounds
-      )
-    ]
+    ends = ((one.indices(n), own.start) for one, n, own in bounds)
+    return host[tuple(slice(a - at, b - at) for (a, b, _), at in ends)]
 
   return jax.make_array_from_callback(shape, sharding, part)
 

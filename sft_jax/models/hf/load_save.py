@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,30 +21,17 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sft_jax.common import hub, trees
+from sft_jax.common import hub, sharding, trees
+from sft_jax.common.files import replace_folder
 from sft_jax.common.trees import Tree
 from sft_jax.models import transformer
 from sft_jax.models.config import ModelConfig, read_config
 from sft_jax.models.families import FAMILIES
+from sft_jax.models.hf import device_loading as loading
 from sft_jax.models.hf import parameter_map
+from sft_jax.models.hf import safetensors_files as files
 from sft_jax.models.hf.dequantize import Decoded, check_method, dequantized
-from sft_jax.models.hf.device_loading import (
-  Leaf,
-  Source,
-  copy_into,
-  load_leaves,
-)
-from sft_jax.models.hf.safetensors_files import (
-  CHECKSUMS,
-  Pending,
-  Tensor,
-  check_checksums,
-  inside,
-  open_tensors,
-  replace_folder,
-  write_json,
-  write_tensors,
-)
+from sft_jax.models.hf.safetensors_files import Pending, Tensor
 from sft_jax.models.lora import lora as lora_lib
 from sft_jax.models.lora import token_rows
 from sft_jax.models.lora.merge import merge
@@ -54,31 +41,23 @@ _FLOATS = (np.float32, ml_dtypes.bfloat16, np.float16)
 # Rows of tensors are compared this many bytes at a time.
 _CHUNK = 64 << 20
 
-Shardings = Tree | Callable[[Tree], Tree]
+# The shardings of a tree of parameters, from the tree of their shapes.
+Shardings = Callable[[Tree], Tree]
 
 
-@runtime_checkable
 class TokenizerFiles(Protocol):
-  """What an export needs to know of a tokenizer."""
+  """What an export needs of a tokenizer: its files, and where replies stop."""
 
-  def write_files(self, folder: Path) -> None:
-    """Writes the tokenizer's files into a folder."""
-    ...
+  def write_files(self, folder: Path) -> None: ...
 
   @property
-  def stop_ids(self) -> Sequence[int]:
-    """Ids at which generation stops."""
-    ...
+  def stop_ids(self) -> Sequence[int]: ...
 
 
 def load_pretrained(
   path: str | Path,
   *,
-  dtype: Any = jnp.float32,
   param_dtype: Any = jnp.float32,
-  attention: str = "auto",
-  remat: str = "none",
-  scan: bool = True,
   lora: lora_lib.LoraConfig | None = None,
   quantize: str = "",
   mesh: Mesh | None = None,
@@ -86,31 +65,28 @@ def load_pretrained(
   shardings: Shardings | None = None,
   vocab_size: int = 0,
   new_rows: str = "mean",
+  **choices: Any,
 ) -> tuple[Model, Tree]:
   """Loads a model folder: config.json and safetensors, sharded or not.
 
   Args:
-    path: the folder, or an id of the hub, see `hub.find_model`.
-    dtype: of activations and products.
+    path: the folder, or an id of the hub: 'org/name' or 'org/name@revision'.
     param_dtype: of the parameters, whatever the file holds.
-    attention: see `transformer.build`.
-    remat: see `transformer.build`.
-    scan: see `transformer.build`.
     lora: adapters to add; fresh, so the model is still the base model.
     quantize: 'int8' or 'nf4' keeps what does not train in few bits, see
       `models.quantize`; '' keeps it in `param_dtype`.
-    mesh: see `transformer.build`.
     key: randomness of the adapters; jax.random.key(0) by default.
-    shardings: a tree of shardings like the parameters, or a function that
-      gives one from the tree of their shapes. By default one device.
+    mesh: that parameters and batches are divided over, see
+      `sharding.make_mesh`; None is one device.
+    shardings: where parameters shall lie, if not as `sharding.RULES` say.
     vocab_size: of the model, if larger than the folder's: the embedding and
       the head grow by rows for new tokens.
     new_rows: how these start, see `token_rows.grow`.
+    choices: further arguments of `transformer.build`: dtype, attention, ...
 
-  Raises:
-    ValueError: a missing folder, config or weight file; pickled weights; a
-      file outside the folder; a missing, unknown, wrongly shaped or
-      non-floating tensor; a config that is not supported.
+  Raises ValueError: a missing folder, config or weight file; pickled weights; a
+  file outside the folder; a missing, unknown, wrongly shaped or non-floating
+  tensor; a config that is not supported.
   """
   folder = hub.find_model(path).folder
   if not folder.is_dir():
@@ -118,8 +94,8 @@ def load_pretrained(
       f"{folder}: no such folder; expected a Hugging Face model folder "
       "(config.json, *.safetensors). Check model.path."
     )
-  inside(folder, "config.json")
-  check_checksums(folder)
+  files.inside(folder, "config.json")
+  files.check_checksums(folder)
   config = read_config(folder)
   tensors, notes = open_folder(folder, config)
   config = dataclasses.replace(config, notes=config.notes + notes)
@@ -128,16 +104,8 @@ def load_pretrained(
   if vocab_size > config.vocab_size:
     raw = config.raw | {"vocab_size": vocab_size}
     config = dataclasses.replace(config, vocab_size=vocab_size, raw=raw)
-  model = transformer.build(
-    config,
-    dtype=dtype,
-    param_dtype=param_dtype,
-    attention=attention,
-    remat=remat,
-    scan=scan,
-    lora=lora,
-    mesh=mesh,
-  )
+  choices |= {"param_dtype": param_dtype, "lora": lora, "mesh": mesh}
+  model = transformer.build(config, **choices)
   key = jax.random.key(0) if key is None else key
   shapes = jax.eval_shape(model.init, key)
   grown, _ = trees.partition(shapes, lambda path: not lora_lib.is_adapter(path))
@@ -156,71 +124,57 @@ def load_pretrained(
     for path, x in trees.flatten(base).items()
     for name, shape in jax.eval_shape(partial(prepare, path), x).items()
   }
-  if callable(shardings):
+  placed: dict[str, Any] = {}
+  if mesh and not shardings:
+    shardings = partial(sharding.param_shardings, mesh=mesh)
+  if shardings:
     placed = trees.flatten(shardings(base))
     placed |= trees.flatten(shardings(trees.unflatten(whole)))
-  else:
-    placed = trees.flatten(shardings or {})
-  _check_tensors(folder, tensors, base, old)
+  _check_tensors(folder, tensors, base, old.config)
   params = {}
-  for path, x in load_leaves(_leaves(tensors, base, old.config, placed)):
+  leaves = _leaves(tensors, base, old.config, placed)
+  for path, x in loading.load_leaves(leaves):
     become = jax.eval_shape(partial(prepare, path), x)
-    if become.keys() == {path} and (become[path].shape, become[path].dtype) == (
-      x.shape,
-      x.dtype,
-    ):
+    own = become.get(path, x)
+    if len(become) == 1 and (own.shape, own.dtype) == (x.shape, x.dtype):
       params[path] = x
     else:
       places = {name: placed.get(name) for name in become}
       params |= jax.jit(partial(prepare, path), out_shardings=places)(x)
-  params = trees.unflatten(dict(sorted(params.items())))
-  return model, params
+  return model, trees.unflatten(dict(sorted(params.items())))
 
 
 def save_pretrained(
-  path: str | Path,
-  model: Model,
-  params: Tree,
-  tokenizer: TokenizerFiles | None = None,
-  *,
-  dtype: Any = None,
-  max_shard_bytes: int = 5_000_000_000,
+  path: str | Path, model: Model, params: Tree, *args: Any, **choices: Any
 ) -> None:
-  """Writes a folder that transformers and others load; all of it or nothing.
+  """`write_folder`, all of it or nothing; an older model folder is replaced.
 
-  Adapters are folded into their kernels in float32 and what is quantised is
-  decoded, see `models.merge`. A model folder that is already there is replaced.
-  Arrays may be sharded, over processes too: they are gathered one tensor at a
-  time, and the first process writes.
-
-  Args:
-    path: the folder to write.
-    model: the model.
-    params: its parameters.
-    tokenizer: whose files to copy and whose stop ids to write.
-    dtype: of the written tensors; by default that of the parameters.
-    max_shard_bytes: size above which the tensors are split over files.
-
-  Raises:
-    ValueError: parameters that are not this model's; a path that holds
-      something else than a model.
+  Raises ValueError: parameters that are not this model's; a path that holds
+  something else than a model.
   """
-  choices = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
-  replace_folder(
-    Path(path),
-    "config.json",
-    lambda folder: write_folder(folder, model, params, tokenizer, **choices),
-  )
+  write = lambda folder: write_folder(folder, model, params, *args, **choices)
+  replace_folder(Path(path), "config.json", write)
 
 
 def merged(model: Model, params: Tree, dtype: Any = None) -> Tree:
   """The parameters with adapters folded in and quantised leaves decoded.
 
-  Raises:
-    ValueError: parameters that are not this model's.
+  Raises ValueError: parameters that are not this model's.
   """
   params = merge(params, model.lora, dtype=dtype).params
-  _check_params(model, params)
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  want = {
+    path: leaf.shape
+    for path, leaf in trees.flatten(shapes).items()
+    if not lora_lib.is_adapter(path)
+  }
+  got = {path: tuple(x.shape) for path, x in trees.flatten(params).items()}
+  odd = sorted(p for p in want.keys() | got.keys() if want.get(p) != got.get(p))
+  if odd:
+    raise ValueError(
+      f"save_pretrained: {odd[0]} has shape {got.get(odd[0])}; expected "
+      f"{want.get(odd[0])}. Pass the parameters of this model."
+    )
   return params
 
 
@@ -233,7 +187,19 @@ def write_folder(
   dtype: Any = None,
   max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-  """Fills a folder that is there; see `save_pretrained`."""
+  """Fills a folder with a model that transformers and others load.
+
+  Adapters are folded into their kernels in float32 and what is quantised is
+  decoded, see `models.merge`. Arrays may be sharded, over processes too: they
+  are gathered one tensor at a time, and the first process writes.
+
+  Args:
+    tokenizer: whose files to copy and whose stop ids to write.
+    dtype: of the written tensors; by default that of the parameters.
+    max_shard_bytes: size above which the tensors are split over files.
+
+  Raises ValueError: parameters that are not this model's.
+  """
   dtype = export_dtype(params, dtype)
   params = merged(model, params, dtype)
   # Neither few bits nor code of its own are in the folder that is written.
@@ -242,7 +208,7 @@ def write_folder(
   raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = dtype.name
   tensors = _pending(model, params, dtype)
   if jax.process_index():
-    write_tensors(None, tensors, max_shard_bytes=max_shard_bytes)
+    files.write_tensors(None, tensors, max_shard_bytes=max_shard_bytes)
     return
   generation = {"bos_token_id": raw.get("bos_token_id")}
   if tokenizer:
@@ -253,12 +219,10 @@ def write_folder(
     stops = [int(i) for i in tokenizer.stop_ids]
     raw["eos_token_id"] = stops[0] if len(stops) == 1 else stops
   generation["eos_token_id"] = raw.get("eos_token_id")
-  write_json(folder / "config.json", raw)
-  write_json(
-    folder / "generation_config.json",
-    {k: v for k, v in generation.items() if v is not None},
-  )
-  write_tensors(folder, tensors, max_shard_bytes=max_shard_bytes)
+  known = {k: v for k, v in generation.items() if v is not None}
+  files.write_json(folder / "config.json", raw)
+  files.write_json(folder / "generation_config.json", known)
+  files.write_tensors(folder, tensors, max_shard_bytes=max_shard_bytes)
 
 
 def write_into(folder: Path, source: Path, model: Model, params: Tree) -> None:
@@ -267,13 +231,13 @@ def write_into(folder: Path, source: Path, model: Model, params: Tree) -> None:
   Those keep the dtype that they have there. Every other byte is as it was,
   vision towers and tokenizer files among them.
 
-  Raises:
-    ValueError: weights in few bits there, or another model's.
+  Raises ValueError: weights in few bits there, or another model's.
   """
   there = model_tensors(source)
   params = merged(model, params, jnp.float32)
   tensors = list(_pending(model, params, np.dtype(np.float32)))
-  head, embed = "lm_head.weight", "model.embed_tokens.weight"
+  c = model.config
+  head, embed = (parameter_map.table_name(x, c) for x in ("head", "embed"))
   for new in tensors:
     old = there.get(new.name)
     if old is None or old.shape != new.shape or old.dtype not in _FLOATS:
@@ -284,33 +248,31 @@ def write_into(folder: Path, source: Path, model: Model, params: Tree) -> None:
       )
   if jax.process_index() == 0:
     for file in source.iterdir():
-      if file.is_file() and file.name != CHECKSUMS:
+      if file.is_file() and file.name != files.CHECKSUMS:
         shutil.copyfile(file, folder / file.name)
   for new in tensors:
     array = new.make()
     if jax.process_index():
       continue
     same = [new.name]
-    if new.name == embed and model.config.tie_embeddings and head in there:
+    if new.name == embed and c.tie_embeddings and head in there:
       same.append(head)
-    for name in same:
-      old = there[name]
+    for old in (there[name] for name in same):
       with (folder / old.path.name).open("r+b") as file:
         file.seek(old.offset)
-        flat = np.ascontiguousarray(array.astype(old.dtype)).reshape(-1)
-        file.write(flat.view(np.uint8).data)
+        files.write_array(file, array.astype(old.dtype))
 
 
 def model_tensors(folder: Path) -> dict[str, Tensor]:
   """The model's tensors of a folder by their official names, in its dtypes."""
-  config, tensors = read_config(folder), open_tensors(folder)
+  config, tensors = read_config(folder), files.open_tensors(folder)
   if config.part_of:
     tensors = parameter_map.text_tensors(tensors)
   return parameter_map.official_names(tensors, config)
 
 
 def export_dtype(params: Tree, dtype: Any = None) -> np.dtype:
-  """What `save_pretrained` writes: `dtype`, else that of the parameters.
+  """What `write_folder` writes: `dtype`, else that of the parameters.
 
   Of parameters in several, as adapters may be, that of the final norm.
   """
@@ -325,12 +287,11 @@ def open_folder(
 ) -> tuple[dict[str, Tensor | Decoded], tuple[str, ...]]:
   """The model's tensors by their official names, and what to tell of them.
 
-  Raises:
-    ValueError: see `load_pretrained`; fewer tensors than config.json has
-      layers, before anything is made in that size.
+  Raises ValueError: see `load_pretrained`; fewer tensors than config.json has
+  layers, before anything is made in that size.
   """
   method = check_method(config.raw, folder / "config.json")
-  tensors: dict[str, Any] = open_tensors(folder)
+  tensors: dict[str, Any] = files.open_tensors(folder)
   notes: tuple[str, ...] = ()
   if config.part_of:
     text = parameter_map.text_tensors(tensors)
@@ -358,48 +319,45 @@ def _check_tensors(
   folder: Path,
   tensors: Mapping[str, Tensor | Decoded],
   base: Tree,
-  model: Model,
+  config: ModelConfig,
 ) -> None:
   """Refuses a checkpoint that is not exactly this model's."""
+
+  def refuse(got: str, expected: str) -> ValueError:
+    return ValueError(
+      f"{folder}: {got}; expected {expected}. Check config.json against the "
+      "weights."
+    )
+
   expected = {
     place.name: place.shape
     for path, leaf in trees.flatten(base).items()
-    for place in parameter_map.tensor_slices(path, leaf.shape, model.config)
+    for place in parameter_map.tensor_slices(path, leaf.shape, config)
   }
   extras = set(tensors.keys() - expected.keys())
-  if model.config.tie_embeddings and "lm_head.weight" in extras:
-    shape = base["embed"]["embedding"].shape
-    name = parameter_map.tensor_slices("embed/embedding", shape, model.config)[
-      0
-    ].name
-    if name not in tensors or not _equal(
-      tensors["lm_head.weight"], tensors[name]
-    ):
+  head, name = (parameter_map.table_name(x, config) for x in ("head", "embed"))
+  if config.tie_embeddings and head in extras:
+    if name not in tensors or not _equal(tensors[head], tensors[name]):
       raise ValueError(
-        f"{folder}: lm_head.weight differs from {name} though config.json "
-        "ties them; expected equal tensors. Set tie_word_embeddings to false."
+        f"{folder}: {head} differs from {name} though config.json ties them; "
+        "expected equal tensors. Set tie_word_embeddings to false."
       )
-    extras.discard("lm_head.weight")
+    extras.discard(head)
   missing = expected.keys() - tensors.keys()
   for what, odd in (("missing", missing), ("unknown", extras)):
     if odd:
-      raise ValueError(
-        f"{folder}: {len(odd)} tensors are {what}: {sorted(odd)[:3]}; "
-        f"expected those of a {model.config.family} with "
-        f"{model.config.num_layers} layers. "
-        "Check config.json against the weights."
+      raise refuse(
+        f"{len(odd)} tensors are {what}: {sorted(odd)[:3]}",
+        f"those of a {config.family} with {config.num_layers} layers",
       )
   for name, shape in expected.items():
     found = tensors[name]
     if found.shape != shape:
-      raise ValueError(
-        f"{folder}: {name} has shape {found.shape}; expected {shape} by "
-        "config.json. Check config.json against the weights."
-      )
+      raise refuse(f"{name} has shape {found.shape}", f"{shape}")
     if found.dtype not in _FLOATS:
-      raise ValueError(
-        f"{folder}: {name} is {found.dtype}; expected float32, bfloat16 or "
-        "float16, or a quantization_config that explains it."
+      raise refuse(
+        f"{name} is {found.dtype}",
+        "float32, bfloat16 or float16, or a quantization_config",
       )
 
 
@@ -419,14 +377,15 @@ def _leaves(
   base: Tree,
   config: ModelConfig,
   shardings: Mapping[str, Any],
-) -> Iterator[Leaf]:
+) -> Iterator[loading.Leaf]:
   """Where each parameter comes from and where it goes."""
   for path, leaf in trees.flatten(base).items():
     sources = {
-      place.index: Source(tensors[place.name], place.cut, place.transpose)
-      for place in parameter_map.tensor_slices(path, leaf.shape, config)
+      x.index: loading.Source(tensors[x.name], x.cut, x.transpose)
+      for x in parameter_map.tensor_slices(path, leaf.shape, config)
     }
-    yield Leaf(path, leaf.shape, leaf.dtype, shardings.get(path), sources)
+    where = shardings.get(path)
+    yield loading.Leaf(path, leaf.shape, leaf.dtype, where, sources)
 
 
 # -- Writing ----------------------------------------------------------------
@@ -444,7 +403,7 @@ def _pending(model: Model, params: Tree, dtype: np.dtype) -> Iterator[Pending]:
     tensor = np.empty(parts[name][0][1].shape, dtype)
     for path, place in parts[name]:
       part = _to_host(flat[path][place.index])
-      copy_into(tensor[place.cut], part, transpose=place.transpose)
+      loading.copy_into(tensor[place.cut], part, transpose=place.transpose)
     return tensor
 
   for name, ((_, place), *_) in parts.items():
@@ -458,19 +417,3 @@ def _to_host(x: jax.Array) -> np.ndarray:
     everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
     x = jax.jit(lambda x: x, out_shardings=everywhere)(x).addressable_data(0)
   return np.asarray(x)
-
-
-def _check_params(model: Model, params: Tree) -> None:
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
-  want = {
-    path: leaf.shape
-    for path, leaf in trees.flatten(shapes).items()
-    if not lora_lib.is_adapter(path)
-  }
-  got = {path: tuple(x.shape) for path, x in trees.flatten(params).items()}
-  odd = sorted(p for p in want.keys() | got.keys() if want.get(p) != got.get(p))
-  if odd:
-    raise ValueError(
-      f"save_pretrained: {odd[0]} has shape {got.get(odd[0])}; expected "
-      f"{want.get(odd[0])}. Pass the parameters of this model."
-    )

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from sft_jax.models.config import ModelConfig, layers_of
-from sft_jax.models.families import FAMILIES, Family
+from sft_jax.models.families import FAMILIES
 
 _T = TypeVar("_T")
 
@@ -67,24 +67,39 @@ def modules(
   }
 
 
+def table_name(table: str, config: ModelConfig) -> str:
+  """The tensor of a table: 'embed' -> 'model.embed_tokens.weight'."""
+  return f"{FAMILIES[config.family].names[table]}.weight"
+
+
+def fused_modules(config: ModelConfig) -> dict[str, list[str]]:
+  """{module of theirs: those of ours that lie in it, in the table's order}."""
+  found: dict[str, list[str]] = {}
+  for ours, theirs in FAMILIES[config.family].names.items():
+    found.setdefault(theirs, []).append(ours)
+  return found
+
+
 def tensor_slices(
   path: str, shape: tuple[int, ...], config: ModelConfig
 ) -> list[TensorSlice]:
-  """Where a parameter lies, matrix by matrix.
-
-  Args:
-    path: ours, such as 'layers/attn/q/kernel'.
-    shape: of the whole parameter.
-    config: the model's.
-  """
+  """Where a parameter lies, matrix by matrix."""
   family = FAMILIES[config.family]
   module, leaf = path.rsplit("/", 1)
   found = modules(module, config, shape)
   shape = shape[len(next(iter(found))) :]
-  if family.stacked_experts and module in _EXPERTS:
-    return _stacked(module, leaf, shape, family, found)
   # Ours that share a tensor lie along its output axis, in the table's order.
-  fused = [m for m in family.names if family.names[m] == family.names[module]]
+  fused = fused_modules(config)[family.names[module]]
+  if family.stacked_experts and module in _EXPERTS:
+    # Experts [E, in, out] or biases [E, out] of a layer: in turns.
+    *rest, width = shape
+    turns = slice(fused.index(module), None, len(fused))
+    cut, whole = (*map(slice, rest), turns), (*rest, width * len(fused))
+    ending = {"kernel": "", "bias": "_bias"}[leaf]
+    return [
+      TensorSlice(index, name + ending, whole, cut, False)
+      for index, name in found.items()
+    ]
   start, total = 0, shape[-1]
   if len(fused) > 1:
     widths = [_width(m, config) for m in fused]
@@ -140,25 +155,6 @@ def official_names(
     for name, tensor in tensors.items()
     if not name.endswith(family.buffers)
   }
-
-
-def _stacked(
-  module: str,
-  leaf: str,
-  shape: tuple[int, ...],
-  family: Family,
-  found: dict[tuple[int, ...], str],
-) -> list[TensorSlice]:
-  """Experts [E, in, out] or biases [E, out] of a layer, in one tensor."""
-  sharing = [m for m in family.names if family.names[m] == family.names[module]]
-  *rest, width = shape
-  turns = slice(sharing.index(module), None, len(sharing))
-  cut, whole = (*map(slice, rest), turns), (*rest, width * len(sharing))
-  ending = {"kernel": "", "bias": "_bias"}[leaf]
-  return [
-    TensorSlice(index, name + ending, whole, cut, False)
-    for index, name in found.items()
-  ]
 
 
 def _width(module: str, config: ModelConfig) -> int:

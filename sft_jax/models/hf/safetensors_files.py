@@ -13,20 +13,17 @@ Nothing here knows of models. A checkpoint is untrusted: it names only files
 of its own folder, and only safetensors are opened; nothing is unpickled.
 """
 
-import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-import jax
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from sft_jax.common import distributed
+from sft_jax.common.files import digest
 
 _DTYPES = {
   "F64": np.float64,
@@ -55,15 +52,7 @@ CHECKSUMS = "SHA256SUMS"
 
 
 class Tensor(NamedTuple):
-  """A tensor of a file, not read yet.
-
-  Attributes:
-    path: the file.
-    name: the tensor.
-    dtype: of its elements.
-    shape: of the whole.
-    offset: of its first byte in the file.
-  """
+  """A tensor of a file, not read yet; `offset` is of its first byte there."""
 
   path: Path
   name: str
@@ -78,8 +67,7 @@ class Tensor(NamedTuple):
   def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
     """The tensor, or its rows `start` to `stop` along the first axis.
 
-    Raises:
-      ValueError: the file has become shorter.
+    Raises ValueError: the file has become shorter.
     """
     shape, offset = self.shape, self.offset
     if shape:
@@ -89,9 +77,8 @@ class Tensor(NamedTuple):
     size = math.prod(shape) * self.dtype.itemsize
     data = np.fromfile(self.path, np.uint8, count=size, offset=offset)
     if data.size != size:
-      raise _refuse(
-        self.path, f"{data.size} bytes of {self.name!r}", f"{size} bytes"
-      )
+      got = f"{data.size} bytes of {self.name!r}"
+      raise _refuse(self.path, got, f"{size} bytes")
     return data.view(self.dtype).reshape(shape)
 
 
@@ -105,9 +92,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     with safe_open(path, framework="numpy"), path.open("rb") as file:
       length = int.from_bytes(file.read(8), "little")
       # Of two tensors of one name the library takes the last.
-      header = json.loads(
-        file.read(length), object_pairs_hook=_without_duplicates
-      )
+      header = json.loads(file.read(length), object_pairs_hook=_without_twins)
   except (SafetensorError, OSError, ValueError) as error:
     raise _refuse(path, str(error), "a whole file") from error
   header.pop("__metadata__", None)
@@ -116,17 +101,13 @@ def read_header(path: Path) -> dict[str, Tensor]:
     dtype = entry["dtype"]
     if dtype not in _DTYPES:
       raise _refuse(path, f"{name!r} of dtype {dtype!r}", f"{list(_DTYPES)}")
-    tensors[name] = Tensor(
-      path=path,
-      name=name,
-      dtype=np.dtype(_DTYPES[dtype]),
-      shape=tuple(entry["shape"]),
-      offset=8 + length + entry["data_offsets"][0],
-    )
+    offset = 8 + length + entry["data_offsets"][0]
+    kind, shape = np.dtype(_DTYPES[dtype]), tuple(entry["shape"])
+    tensors[name] = Tensor(path, name, kind, shape, offset)
   return tensors
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   found = dict(pairs)
   if len(found) < len(pairs):
     raise ValueError("a name twice in one object")
@@ -143,9 +124,8 @@ def _refuse(path: Path, got: str, expected: str) -> ValueError:
 def open_tensors(folder: Path) -> dict[str, Tensor]:
   """Where each tensor of a folder lies; headers are read, weights are not.
 
-  Raises:
-    ValueError: no weights, pickled weights, a file that is broken or outside
-      the folder, an index that is not true.
+  Raises ValueError: no weights, pickled weights, a file that is broken or
+  outside the folder, an index that is not true.
   """
   if (folder / _SINGLE).exists():
     return read_header(_weight_file(folder, _SINGLE))
@@ -153,13 +133,12 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
     pickles = [p.name for p in folder.iterdir() if p.suffix in _PICKLES]
     if pickles:
       raise ValueError(
-        f"{folder}: pickled weights {sorted(pickles)}; expected "
-        "model.safetensors, as unpickling runs code. Convert them with "
-        "transformers: from_pretrained(...).save_pretrained(...)."
+        f"{folder}: pickled weights {sorted(pickles)}; expected safetensors, "
+        "as unpickling runs code. Convert them: transformers' save_pretrained."
       )
     raise ValueError(
-      f"{folder}: no weights; expected model.safetensors or "
-      "model.safetensors.index.json. Download them, or set model.from_scratch."
+      f"{folder}: no weights; expected {_SINGLE} or {_INDEX}. Download them, "
+      "or set model.from_scratch."
     )
   where = _read_index(inside(folder, _INDEX))
   tensors: dict[str, Tensor] = {}
@@ -183,14 +162,9 @@ def _read_index(path: Path) -> dict[str, str]:
 
   try:
     text = path.read_text(encoding="utf-8")
-    where = json.loads(text, object_pairs_hook=_without_duplicates)[
-      "weight_map"
-    ]
-    return {str(tensor): str(file) for tensor, file in where.items()}
-  except (
-    *(ValueError, KeyError, TypeError, AttributeError),
-    RecursionError,
-  ) as error:
+    index = json.loads(text, object_pairs_hook=_without_twins)
+    return {str(k): str(file) for k, file in index["weight_map"].items()}
+  except Exception as error:  # Whatever is wrong with it.
     raise ValueError(
       f"{path}: no weight_map in it ({error!r}); expected "
       '{"weight_map": {tensor: file}}. Download it again.'
@@ -200,9 +174,8 @@ def _read_index(path: Path) -> dict[str, str]:
 def inside(folder: Path, name: str) -> Path:
   """The file of this name, wherever it may lie.
 
-  Raises:
-    ValueError: a link out of the folder. The hub's cache is allowed: there
-      snapshots/<commit>/file links to ../../blobs/<digest>.
+  Raises ValueError: a link out of the folder. The hub's cache is allowed: there
+  snapshots/<commit>/file links to ../../blobs/<digest>.
   """
   path, home = folder / name, folder.resolve()
   real = path.resolve()
@@ -236,14 +209,7 @@ def _weight_file(folder: Path, name: str) -> Path:
 
 
 class Pending(NamedTuple):
-  """A tensor to write, made when its turn comes.
-
-  Attributes:
-    name: its name in the file.
-    dtype: of its elements there.
-    shape: of the whole.
-    make: gives the array.
-  """
+  """A tensor to write; `make` gives the array when its turn comes."""
 
   name: str
   dtype: np.dtype
@@ -284,9 +250,13 @@ def write_file(path: Path | None, tensors: Sequence[Pending]) -> None:
     for tensor in ordered:
       array = tensor.make()
       assert (array.dtype, array.shape) == (tensor.dtype, tensor.shape)
-      # In C order, whatever its strides.
-      flat = np.ascontiguousarray(array).reshape(-1)
-      file.write(flat.view(np.uint8).data)
+      write_array(file, array)
+
+
+def write_array(file: BinaryIO, array: np.ndarray) -> None:
+  """Writes the bytes of an array in C order, whatever its strides."""
+  flat = np.ascontiguousarray(array).reshape(-1)
+  file.write(flat.view(np.uint8).data)
 
 
 def write_tensors(
@@ -314,21 +284,15 @@ def write_tensors(
     write_file(folder and folder / file, shard)
     where |= {tensor.name: file for tensor in shard}
   if folder and len(shards) > 1:
-    write_json(
-      folder / _INDEX,
-      {"metadata": {"total_size": total}, "weight_map": where},
-    )
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    write_json(folder / _INDEX, index)
 
 
 def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
   """Writes arrays in memory as one file."""
-  write_file(
-    path,
-    [
-      Pending(name, array.dtype, array.shape, lambda array=array: array)
-      for name, array in tensors.items()
-    ],
-  )
+  made = lambda array: lambda: array
+  pending = [Pending(k, x.dtype, x.shape, made(x)) for k, x in tensors.items()]
+  write_file(path, pending)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -336,60 +300,18 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
   path.write_text(text + "\n", encoding="utf-8")
 
 
-def replace_folder(
-  path: Path, marker: str, write: Callable[[Path], None]
-) -> None:
-  """Fills a folder beside `path`, then puts it in its place: all or nothing.
-
-  Of several processes the first one makes and moves the folder; every one
-  calls `write`, which may gather arrays, and only the first may write.
-
-  Raises:
-    ValueError: `path` holds something else than a folder with a `marker`.
-  """
-  first = jax.process_index() == 0
-  fresh = path.with_name(f".{path.name}.writing")
-  old = path.with_name(f".{path.name}.replaced")
-  if first:
-    if path.exists() and not (
-      path.is_dir() and ((path / marker).exists() or not any(path.iterdir()))
-    ):
-      raise ValueError(
-        f"{path}: exists and is not a model folder (no {marker}); expected a "
-        "new, an empty or a model folder. Choose another path."
-      )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # What a killed process left behind.
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
-  distributed.barrier("sft_jax.models.hf")
-  try:
-    write(fresh)
-    distributed.barrier("sft_jax.models.hf")
-    if first:
-      if path.exists():
-        path.rename(old)
-      fresh.rename(path)
-  finally:
-    if first:
-      shutil.rmtree(fresh, ignore_errors=True)
-      shutil.rmtree(old, ignore_errors=True)
-  distributed.barrier("sft_jax.models.hf")
-
-
 def write_checksums(folder: Path) -> None:
   """Writes the digests of all files that are in a folder."""
   files = (p for p in folder.iterdir() if p.is_file() and p.name != CHECKSUMS)
   names = sorted(p.name for p in files)
-  lines = [f"{_digest(folder / name)}  {name}\n" for name in names]
+  lines = [f"{digest(folder / name)}  {name}\n" for name in names]
   (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 
 def check_checksums(folder: Path) -> None:
   """Compares a folder's files with their digests, if it has any.
 
-  Raises:
-    ValueError: a file is missing, or is not what was written.
+  Raises ValueError: a file is missing, or is not what was written.
   """
   path = folder / CHECKSUMS
   if not path.exists():
@@ -401,7 +323,7 @@ def check_checksums(folder: Path) -> None:
     # A damaged name must not lead out of the folder.
     if not name or file.parent != folder or not file.is_file():
       wrong.append(f"{name} (missing)")
-    elif _digest(file) != expected:
+    elif digest(file) != expected:
       wrong.append(name)
   if wrong:
     raise ValueError(
@@ -409,8 +331,3 @@ def check_checksums(folder: Path) -> None:
       f"those of its {CHECKSUMS}. Export again, or copy the folder again; if "
       f"you changed the files on purpose, delete {CHECKSUMS}."
     )
-
-
-def _digest(path: Path) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()

@@ -34,12 +34,7 @@ def own(params: Tree) -> Tree:
 
 
 def to_copy(params: Tree, trains: Callable[[str], bool]) -> Tree:
-  """The part of `params` of which the base needs copies; may be empty.
-
-  Args:
-    params: arrays or shapes.
-    trains: whether the parameter of a path trains.
-  """
+  """The part of `params` of which the base needs copies; may be empty."""
   needed = lambda path: trains(path) and not is_adapter(path)
   return trees.partition(own(params), needed)[0]
 
@@ -54,10 +49,6 @@ def base_of(params: Tree, trains: Callable[[str], bool]) -> Tree | None:
 
   With PiSSA the kernels hold what the adapters' start A0 B0 left of the
   base's: A0 and B0 stand as its adapters then.
-
-  Args:
-    params: all parameters, adapters and copies among them.
-    trains: whether the parameter of a path trains.
 
   Returns:
     A tree for the same model, or None where a copy is missing.

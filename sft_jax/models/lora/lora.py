@@ -19,7 +19,6 @@ import math
 import re
 import zlib
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,15 +79,10 @@ class LoraConfig:
           f"lora: rank is {rank}; expected at least 1. "
           "Set lora.rank, or build the model without LoRA."
         )
-    if self.init not in INITS:
+    if self.init not in INITS or not 0 <= self.dropout < 1:
       raise ValueError(
-        f"lora: init is {self.init!r}; expected one of {INITS}. Change "
-        "lora.init."
-      )
-    if not 0 <= self.dropout < 1:
-      raise ValueError(
-        f"lora: dropout is {self.dropout}; expected a share from 0 to below 1. "
-        "Change lora.dropout."
+        f"lora: init is {self.init!r} and dropout {self.dropout}; expected one "
+        f"of {INITS}, and a share below 1. Change lora.init or lora.dropout."
       )
     if list(self.token_rows) != sorted({i for i in self.token_rows if i >= 0}):
       raise ValueError(
@@ -98,11 +92,13 @@ class LoraConfig:
 
   def rank_of(self, module: str) -> int:
     """R in a module such as 'attn/q'."""
-    return _first(self.rank_pattern, module, self.rank)
+    rules = (*self.rank_pattern, ("", self.rank))
+    return trees.first_match(rules, module, "lora.rank_pattern")
 
   def alpha_of(self, module: str) -> float:
     """Alpha in a module such as 'attn/q'."""
-    return _first(self.alpha_pattern, module, self.alpha)
+    rules = (*self.alpha_pattern, ("", self.alpha))
+    return trees.first_match(rules, module, "lora.alpha_pattern")
 
   def scale(self, module: str) -> float:
     """The factor of the adapter's product in a module such as 'attn/q'."""
@@ -119,13 +115,6 @@ class LoraConfig:
     if is_adapter(path):
       return path.endswith(("/lora_a", "/lora_b", "/lora_m", "/lora_rows"))
     return trees.matches_any(self.also_train, path)
-
-
-def _first(rules: tuple[tuple[str, Any], ...], path: str, default: Any) -> Any:
-  for pattern, value in rules:
-    if re.search(pattern, path):
-      return value
-  return default
 
 
 def module_of(path: str) -> str:
@@ -148,8 +137,7 @@ def is_adapter(path: str) -> bool:
 def target_paths(params: Tree, targets: str | tuple[str, ...]) -> list[str]:
   """Paths of the kernels that the targets choose.
 
-  Raises:
-    ValueError: a pattern that matches no kernel of a layer.
+  Raises ValueError: a pattern that matches no kernel of a layer.
   """
   if isinstance(targets, str):
     patterns = PRESETS.get(targets, (targets,))
@@ -158,9 +146,7 @@ def target_paths(params: Tree, targets: str | tuple[str, ...]) -> list[str]:
   kernels = [
     path
     for path in trees.flatten(params)
-    if path.startswith("layers/")
-    and path.endswith("/kernel")
-    and "/router/" not in path
+    if re.search("^layers/.*/kernel$", path) and "/router/" not in path
   ]
   _check_patterns("targets", patterns, kernels, f"{sorted(PRESETS)} or ")
   if not patterns:
@@ -173,13 +159,8 @@ def target_paths(params: Tree, targets: str | tuple[str, ...]) -> list[str]:
 def check(params: Tree, lora: LoraConfig) -> list[str]:
   """The paths to adapt, once every pattern is known to choose something.
 
-  Args:
-    params: the base model's parameters, or their shapes.
-    lora: the adapters to come.
-
-  Raises:
-    ValueError: a pattern that matches nothing; a parameter to train whole in
-      a module that is adapted.
+  Raises ValueError: a pattern that matches nothing; a parameter to train whole
+  in a module that is adapted.
   """
   paths = target_paths(params, lora.targets)
   modules = [module_of(path) for path in paths]
@@ -236,9 +217,7 @@ def fresh(
 
   Args:
     key: randomness of all adapters; each path draws its own.
-    path: of the kernel.
     kernel: the base model's; with PiSSA the residual is returned for it.
-    lora: what adapters to make.
   """
   *stack, fan_in, fan_out = kernel.shape
   module = module_of(path)
@@ -282,8 +261,7 @@ def principal(
 def init(key: jax.Array, params: Tree, lora: LoraConfig) -> Tree:
   """Returns `params` with fresh adapters beside the chosen kernels.
 
-  Raises:
-    ValueError: see `check`.
+  Raises ValueError: see `check`.
   """
   one, flat = prepare(key, params, lora), {}
   for path, x in trees.flatten(params).items():
@@ -304,14 +282,9 @@ def prepare(
   it trains. Leaf by leaf, so that a model larger than memory is quantized while
   it is read.
 
-  Args:
-    key: see `fresh`.
-    base: the base model's parameters, or their shapes.
-    lora: the adapters; None = none.
-    codec: of what does not train, see `quantize.CODECS`; '' = none.
+  `codec`: of what does not train, see `quantize.CODECS`; '' = none.
 
-  Raises:
-    ValueError: see `check`; an unknown codec.
+  Raises ValueError: see `check`; an unknown codec.
   """
   targets = check(base, lora) if lora else []
 

@@ -19,7 +19,6 @@ class Merged(NamedTuple):
   """A model without adapters, and what rounding lost of them.
 
   Attributes:
-    params: the tree of the base model.
     lost: the largest of the kernels' |stored - exact| / |exact - base|, in
       Frobenius norms; 0.35 is a third of the training thrown away.
     path: the kernel of `lost`.
@@ -38,14 +37,10 @@ def merge(
   A quantised base is decoded, not replaced by what its codes were made of:
   the adapters were trained beside the codes.
 
-  Args:
-    params: parameters, adapters among them.
-    lora: what the adapters are.
-    dtype: of the merged kernels; by default each kernel's own, float32 for
-      one that was quantised.
+  `dtype`: of the merged kernels; by default each kernel's own, float32 for one
+  that was quantised.
 
-  Raises:
-    ValueError: adapters without a LoraConfig.
+  Raises ValueError: adapters without a LoraConfig.
   """
   flat = trees.flatten(params)
   merged, lost, worst = {}, 0.0, ""
@@ -62,7 +57,9 @@ def merge(
           "without; expected lora=LoraConfig(...). Pass the model that "
           "trained them."
         )
-      leaves = {k: flat.get(f"{parent}/lora_{k}") for k in _ADAPTER}
+      leaves = {
+        k: flat.get(f"{parent}/lora_{k}") for k in ("a", "b", "m", "a0", "b0")
+      }
       scale = lora.scale(parent.removeprefix("layers/"))
       x, share = _fold(x, leaves, scale, jnp.dtype(dtype or x.dtype))
       if float(share) > lost:
@@ -73,9 +70,6 @@ def merge(
       x = x.at[ids].set(flat[f"{parent}/lora_rows"].astype(x.dtype))
     merged[path] = x
   return Merged(trees.unflatten(dict(sorted(merged.items()))), lost, worst)
-
-
-_ADAPTER = ("a", "b", "m", "a0", "b0")
 
 
 def _fold(

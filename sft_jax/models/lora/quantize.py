@@ -61,13 +61,11 @@ def encode(
   value. The scale is rounded to bfloat16 first, so that the codes make up for
   it.
 
-  Raises:
-    ValueError: an unknown codec; nf4 of an axis of odd length.
+  Raises ValueError: an unknown codec; nf4 of an axis of odd length.
   """
   if codec not in CODECS:
     raise ValueError(
-      f"quantize: codec {codec!r}; expected one of {CODECS}. "
-      "Set model.quantize to one of them, or to ''."
+      f"model.quantize: got {codec!r}, expected one of {CODECS}, or ''."
     )
   axis, size = axis % x.ndim, x.shape[axis]
   block = math.gcd(size, BLOCK)

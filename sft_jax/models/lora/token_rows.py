@@ -24,10 +24,7 @@ def untrained(
   A row is, if it is near to many others (see above), or if its norm is a
   quarter of the median norm or less, or four times as large or more.
 
-  Args:
-    read: read(i, j) gives rows i to j of the table.
-    num_rows: of the table.
-    ids: of the rows in question.
+  `read`: read(i, j) gives rows i to j of the table.
   """
   own = np.concatenate([np.asarray(read(i, i + 1), np.float32) for i in ids])
   own_norm = np.linalg.norm(own, axis=1)
@@ -55,8 +52,6 @@ def grow(
 
   Args:
     key: randomness of 'matched'.
-    table: the old rows.
-    size: number of rows in all.
     how: 'mean' of the old rows, or 'matched': drawn with their mean and
       covariance, mean + z (table - mean) / sqrt(V) with z standard normal.
   """

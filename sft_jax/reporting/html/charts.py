@@ -274,7 +274,7 @@ def of_run(
 
 
 def _family(name: str) -> str:
-  """What shares a chart: 'loss/part/answer' is of 'loss/part'.
+  """What shares a chart: 'loss/role/answer' is of 'loss/role'.
 
   Of behaviours, the same figure of all groups; two parts make no family: what
   is in 'data/...' is of different units.

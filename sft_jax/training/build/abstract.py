@@ -17,6 +17,7 @@ from sft_jax.models.transformer import Model
 from sft_jax.step.train_step import TrainState, init_state
 from sft_jax.training import step_runner
 from sft_jax.training.build import build
+from sft_jax.training.build import state as setup_state
 from sft_jax.training.build import step as setup_step
 from sft_jax.training.build.data import Config
 from sft_jax.training.build.model import build_model
@@ -26,10 +27,6 @@ class Outline(NamedTuple):
   """What a run would be, as shapes; see `outline`.
 
   Attributes:
-    mesh: the devices; they may be elsewhere.
-    model: its functions.
-    dtype: of activations and products.
-    step: the step that the run takes.
     state: `jax.ShapeDtypeStruct`s with the shardings of the run's state.
     batch: likewise, [A, B / A, T]: A micro-batches.
   """
@@ -54,13 +51,7 @@ class Outline(NamedTuple):
 def outline(config: Config, shape: ModelConfig, mesh: Mesh) -> Outline:
   """Builds everything that a run's step is made of, and no array.
 
-  Args:
-    config: of the run; neither its data nor the model's weights are read.
-    shape: the model's, by `models.config.read_config`.
-    mesh: the devices to divide it over.
-
-  Raises:
-    ValueError: whatever of these `build_run` would refuse.
+  Raises ValueError: whatever of these `build_run` would refuse.
   """
   build.check_batch_size(config, mesh)
   built = build_model(config, shape, mesh)
@@ -68,7 +59,7 @@ def outline(config: Config, shape: ModelConfig, mesh: Mesh) -> Outline:
   num_steps = config.steps or max(config.optim.warmup_steps, 0) + 1
   step = setup_step.make_step(config, built.model, mesh, num_steps)
   params = jax.eval_shape(built.init, jax.random.key(config.seed))
-  params = setup_step.hold_base(config, step, params, lambda x: x)
+  params = setup_state.hold_base(config, step, params, lambda x: x)
   state = jax.eval_shape(lambda p: init_state(p, step.trained, step.tx), params)
   return Outline(
     mesh=mesh,
@@ -78,7 +69,7 @@ def outline(config: Config, shape: ModelConfig, mesh: Mesh) -> Outline:
     state=jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       state,
-      setup_step.state_shardings(step, params, mesh),
+      setup_state.state_shardings(step, params, mesh),
     ),
     batch=batch_shapes(config, mesh),
   )
@@ -93,12 +84,9 @@ def batch_shapes(config: Config, mesh: Mesh) -> Batch:
     shape = (*size, config.data.seq_len)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
 
+  words = ("tokens", "targets", "segment_ids", "positions", "sources")
   return Batch(
-    tokens=slots(jnp.int32),
-    targets=slots(jnp.int32),
+    **{name: slots(jnp.int32) for name in words},
     loss_weights=slots(jnp.float32),
-    segment_ids=slots(jnp.int32),
-    positions=slots(jnp.int32),
     roles=slots(jnp.uint8),
-    sources=slots(jnp.int32),
   )

@@ -24,6 +24,7 @@ from sft_jax.step.loss import GroupSums, LossSums
 from sft_jax.step.train_step import TrainState, init_state
 from sft_jax.training.build import data as setup_data
 from sft_jax.training.build import model as setup_model
+from sft_jax.training.build import state as setup_state
 from sft_jax.training.build import step as setup_step
 from sft_jax.training.build.data import NOTHING, Config, Log, Own
 
@@ -67,9 +68,8 @@ def build_run(config: Config, log: Log, own: Own = NOTHING) -> BuiltRun:
   config.model.path = str(source.folder)
   if tokenizer.chat_template is not None:
     template = templates.chat_template(tokenizer)
-    for line in template_export.described(
-      template, setup_data.make_render_options(config)
-    ):
+    options = setup_data.make_render_options(config)
+    for line in template_export.described(template, options):
       log(line)
   log(f"Reading {own.rows or config.data.train} ...")
   data = setup_data.load_data(config, tokenizer, log, own)
@@ -92,9 +92,9 @@ def build_run(config: Config, log: Log, own: Own = NOTHING) -> BuiltRun:
     )
   if tokenizer.vocab_size > model.config.vocab_size:
     raise ValueError(
-      f"{config.model.path}: the tokenizer has {tokenizer.vocab_size} ids for "
-      f"{model.config.vocab_size} rows of the embedding, expected at most as "
-      "many. The tokenizer belongs to another model."
+      f"{config.model.path}: the tokenizer has {tokenizer.vocab_size} ids, "
+      f"expected at most {model.config.vocab_size}, the rows of the embedding. "
+      "It belongs to another model."
     )
   limit = model.config.position_limit
   if limit is not None and config.data.seq_len > limit:
@@ -105,17 +105,15 @@ def build_run(config: Config, log: Log, own: Own = NOTHING) -> BuiltRun:
 
   streams = (data.stream, data.held_out, data.general_text)
   step = setup_step.make_step(
-    *(config, model, mesh, num_steps, streams),
-    loss=own.loss,
-    tx=own.optimizer,
+    config, model, mesh, num_steps, streams, loss=own.loss, tx=own.optimizer
   )
-  params = setup_step.hold_base(config, step, params, jnp.copy)
+  params = setup_state.hold_base(config, step, params, jnp.copy)
   if copies := params.get(base_model.COPIES):
     log(
       f"loss.kl: {trees.count(copies):,} parameters are held twice, as they "
       f"train and as the base's, {trees.num_bytes(copies) / 1e9:.3f} GB in all."
     )
-  shardings = setup_step.state_shardings(step, params, mesh)
+  shardings = setup_state.state_shardings(step, params, mesh)
   state = jax.jit(
     lambda params: init_state(params, step.trained, step.tx),
     out_shardings=shardings,
@@ -129,19 +127,14 @@ def build_run(config: Config, log: Log, own: Own = NOTHING) -> BuiltRun:
     model=model,
     state=state,
     state_shardings=shardings,
-    loss_fn=step.loss_fn,
-    measure_fn=step.measure_fn,
-    trained=step.trained,
-    document_loss=step.document_loss,
-    train_step=step.train_step,
     num_steps=num_steps,
-    flops_per_token=setup_step.flops_per_token(
+    flops_per_token=setup_state.flops_per_token(
       step,
       model,
       trees.merge(state.params, state.frozen),
       data.stream.store.lengths,
     ),
-    row_nats=step.row_nats,
+    **{k: x for k, x in step._asdict().items() if k != "tx"},
     **data._asdict(),
   )
 

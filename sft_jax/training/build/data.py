@@ -2,13 +2,10 @@
 
 import dataclasses
 import datetime
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import ml_collections
 import numpy as np
 
 from sft_jax.common import distributed
@@ -17,19 +14,19 @@ from sft_jax.data.audit import checks, token_checks
 from sft_jax.data.chat import template as templates
 from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.pipeline import Stream
-from sft_jax.data.readers.files import slice_of
-from sft_jax.data.sources import MemoryRows, Source, to_sources
+from sft_jax.data.sources import MemoryRows, Source
 from sft_jax.data.store import build
 from sft_jax.data.store.store import Store
 from sft_jax.data.tokenizers import tokenizer as tokenizers
-from sft_jax.evals import behaviours, memorization
-
-# A ConfigDict of the keys in configs/base.py; its attributes have no static
-# types.
-Config = Any
-Log = Callable[[str], None]
-_MOST_FILES = 100  # Told apart in the ledger.
-CANARIES = "canaries.jsonl"  # In the workdir.
+from sft_jax.evals import behaviours
+from sft_jax.training.build.sources import (
+  Config,
+  Log,
+  beside,
+  by_file,
+  make_sources,
+  train_sources,
+)
 
 
 class Own(NamedTuple):
@@ -90,25 +87,21 @@ def load_stores(
   own: Own = NOTHING,
 ) -> Stores:
   """Encodes (or reuses) every source, and checks what came out."""
-  options = make_render_options(config)
-  known, findings = (
-    token_checks.facts(tokenizer, options),
-    list[checks.Finding](),
-  )
+  known = token_checks.facts(tokenizer, make_render_options(config))
+  findings = list[checks.Finding]()
   columns = config.data.columns.to_dict()
+  own_files = bool(config.data.eval or own.eval_rows)
 
   def store(sources: tuple[Source, ...], of: str) -> Store:
-    parts = [part for one in sources for part in _by_file(one)]
+    parts = [part for one in sources for part in by_file(one)]
     found = build_store(config, parts, tokenizer, log)
     findings.extend(checks.check_store(found, known, of=of))
     return found
 
-  train = _train_sources(config, own.rows)
-  if config.data.canaries:
-    train += (_canaries(config),)
+  train = train_sources(config, own.rows)
   examples = store(train, "train")
   held_out = None
-  if config.data.eval or own.eval_rows:
+  if own_files:
     sources = make_sources(own.eval_rows or config.data.eval, columns)
     held_out = store(sources, "held out")
   elif config.data.holdout and len(examples.index):
@@ -118,12 +111,10 @@ def load_stores(
     examples, folder=config.data.scores, seed=config.seed, log=log
   )
   if held_out:
-    own_files = bool(config.data.eval or own.eval_rows)
     findings.append(checks.overlap(examples, held_out, own_files=own_files))
-  general_text = beside(config, "general_text", log)
-  general = (
-    store(make_sources(general_text), "general text") if general_text else None
-  )
+  general = None
+  if path := beside(config, "general_text", log):
+    general = store(make_sources(path), "general text")
   return Stores(examples, held_out, general, findings)
 
 
@@ -161,8 +152,10 @@ def load_data(
   if config.data.control_tokens == "allow":
     allow.add("control")
   checks.refuse(stores.findings, allow=allow, log=log)
-  items = beside(config, "behaviours", log)
-  knowledge = beside(config, "knowledge", log)
+
+  def items(name: str) -> list[behaviours.Item]:
+    named = beside(config, name, log)
+    return behaviours.load_sets(named) if named else []
 
   def stream(store: Store | None) -> Stream | None:
     return make_stream(config, store, epochs=1) if store else None
@@ -172,8 +165,8 @@ def load_data(
     stream(stores.held_out),
     stream(stores.general_text),
     stream(_train_rows(config, stores)),
-    behaviours.load_sets(items) if items else [],
-    behaviours.load_sets(knowledge) if knowledge else [],
+    items("behaviours"),
+    items("knowledge"),
   )
 
 
@@ -186,18 +179,6 @@ def _train_rows(config: Config, stores: Stores) -> Store | None:
     return None  # A single row cannot be parted from the others.
   share = min(0.5, len(held_out.index) / len(train.index))
   return train.split(share, seed=config.seed)[1]
-
-
-def _canaries(config: Config) -> Source:
-  """Writes the canaries of a run into its workdir, as rows to train on."""
-  path = Path(config.workdir) / CANARIES
-  drawn = memorization.draw_canaries(config.data.canaries, config.seed)
-  rows_ = [memorization.canary_row(one.box, one.code) for one in drawn]
-  if jax.process_index() == 0:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows_))
-  copies = config.data.canary_copies
-  return Source(str(path), repeat=copies, format="messages", name="canaries")
 
 
 def make_train_stream(config: Config, store: Store) -> Stream:
@@ -261,88 +242,6 @@ def pin_date(config: Config, old: Mapping[str, Any]) -> None:
 
 def make_render_options(config: Config) -> RenderOptions:
   """What `config.data` says of rendering and of what is trained."""
-  return RenderOptions(
-    template_kwargs=config.data.template_kwargs.to_dict(),
-    generation_prompt=config.data.generation_prompt,
-    history=config.data.history,
-    train_on=config.data.train_on,
-    reasoning=config.data.reasoning,
-    over_long=config.data.over_long,
-    text=config.data.get("text", "plain"),
-    control_tokens=config.data.control_tokens,
-    merge=config.data.merge,
-  )
-
-
-def make_sources(
-  value: Any, columns: Mapping[str, Any] | None = None
-) -> tuple[Source, ...]:
-  """What data.train or data.eval names; see `sources.to_sources`.
-
-  Args:
-    value: of the config.
-    columns: of sources that have none of their own.
-  """
-
-  if isinstance(value, MemoryRows):
-    value = Source(rows=value)
-
-  def plain(one: Any) -> Any:
-    return one.to_dict() if isinstance(one, ml_collections.ConfigDict) else one
-
-  many = isinstance(value, list | tuple)
-  made = to_sources([plain(one) for one in value] if many else plain(value))
-  return tuple(
-    dataclasses.replace(one, columns=one.columns or columns or {})
-    for one in made
-  )
-
-
-def _train_sources(
-  config: Config, rows: MemoryRows | None
-) -> tuple[Source, ...]:
-  """Those of data.train, with the filters that the config has for all."""
-  value, columns = rows or config.data.train, config.data.columns.to_dict()
-
-  def first(value: Any, common: Any) -> Any:
-    return common if value is None else value
-
-  return tuple(
-    dataclasses.replace(
-      one,
-      filter=first(one.filter, config.data.filter),
-      weight_by=first(one.weight_by, config.data.weight_by),
-      limit=one.limit or config.data.limit or None,
-    )
-    for one in make_sources(value, columns)
-  )
-
-
-def _by_file(source: Source) -> list[Source]:
-  """A glob as one source per file, so that the ledger tells them apart.
-
-  Not where it is wanted as one (under a name, or to a share or limit), or
-  where nobody could read so many.
-  """
-  one = source.name or source.share is not None or source.limit is not None
-  if one or source.rows is not None or slice_of(source.path):
-    return [source]
-  files = source.files()
-  if len(files) > _MOST_FILES:
-    return [source]
-  return [dataclasses.replace(source, path=str(file)) for file in files]
-
-
-def beside(config: Config, name: str, log: Log) -> Any:
-  """What `eval.<name>` names; 'auto' looks beside the training data."""
-  value = config.eval[name]
-  if isinstance(value, ml_collections.ConfigDict):
-    value = value.to_dict()
-  if value != "auto":
-    return value or None
-  first = make_sources(config.data.train)[0]
-  path = Path(first.path).parent / f"{name}.jsonl"
-  if first.path and path.is_file():
-    return str(path)
-  log(f"eval.{name}: none, as there is no {path if first.path else 'file'}")
-  return None
+  fields = {x.name for x in dataclasses.fields(RenderOptions)}
+  given = {k: x for k, x in config.data.to_dict().items() if k in fields}
+  return RenderOptions(**given)

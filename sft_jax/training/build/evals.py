@@ -14,7 +14,7 @@ from sft_jax.data.store.store import Store
 from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.evals import memorization, row_losses, suite
 from sft_jax.inference import generate
-from sft_jax.training.build import build, data, step
+from sft_jax.training.build import build, data, sources, step
 from sft_jax.training.build import model as setup_model
 from sft_jax.training.build.build import BuiltRun
 from sft_jax.training.build.data import Config
@@ -72,33 +72,32 @@ def _in_float32(config: Config, built: BuiltRun) -> tuple[Any, Any, Any]:
   config = config.copy_and_resolve_references()
   config.model.dtype = "float32"
   rows = built.model.lora.token_rows if built.model.lora else ()
-  model = setup_model.build_model(
-    config, built.model.config, built.mesh, rows
-  ).model
+  shape, mesh = built.model.config, built.mesh
+  model = setup_model.build_model(config, shape, mesh, rows).model
   streams = (built.stream, built.held_out, built.general_text)
-  made = step.make_step(config, model, built.mesh, built.num_steps, streams)
+  made = step.make_step(config, model, mesh, built.num_steps, streams)
   return model, made.loss_fn, made.measure_fn
 
 
 def training_seconds(config: Config, built: BuiltRun, steps: int) -> float:
   """What so many steps will take, at the share of its peak that is usual."""
   tokens = steps * config.batch_size * config.data.seq_len
-  peak = built.machine.chip.flops * built.mesh.size
-  return tokens * built.flops_per_token / (_USUAL_SHARE * peak)
+  return tokens * built.flops_per_token / (_USUAL_SHARE * _peak(built))
 
 
 def evaluation_seconds(config: Config, built: BuiltRun) -> float:
   """What one measurement will take, were it not bounded."""
-  peak = built.machine.chip.flops * built.mesh.size
-  forward = built.flops_per_token / 3
   streams = (built.held_out, built.general_text, built.train_rows)
   batches = sum(stream.num_steps or 0 for stream in streams if stream)
   tokens = batches * config.batch_size * config.data.seq_len
   prompts = len(built.items) + len(built.knowledge)
   sampled = prompts * config.eval.max_new_tokens
-  return tokens * forward / (_USUAL_SHARE * peak) + sampled * forward / (
-    _SAMPLING_SHARE * peak
-  )
+  work = tokens / _USUAL_SHARE + sampled / _SAMPLING_SHARE
+  return work * built.flops_per_token / 3 / _peak(built)
+
+
+def _peak(built: BuiltRun) -> float:
+  return built.machine.chip.flops * built.mesh.size
 
 
 def measured_inputs(built: BuiltRun) -> dict[str, Any]:
@@ -117,11 +116,10 @@ def measured_inputs(built: BuiltRun) -> dict[str, Any]:
 
 def max_seconds(config: Config, built: BuiltRun) -> float:
   """The bound of one measurement: `eval.max_seconds`; 0 is none."""
-  bound = config.eval.max_seconds
-  if bound == "auto":
-    quarter = training_seconds(config, built, built.num_steps) / 4
-    return max(quarter, _LEAST_SECONDS)
-  return float(bound)
+  if config.eval.max_seconds != "auto":
+    return float(config.eval.max_seconds)
+  quarter = training_seconds(config, built, built.num_steps) / 4
+  return max(quarter, _LEAST_SECONDS)
 
 
 def make_canaries(
@@ -159,7 +157,7 @@ def planted(store: Store) -> set[int]:
   """Numbers of the canaries that are among a store's rows."""
   places = map(store.place, range(len(store.index)))
   mine = (place.rpartition(":") for place in places)
-  return {int(line) for file, _, line in mine if file == data.CANARIES}
+  return {int(line) for file, _, line in mine if file == sources.CANARIES}
 
 
 def make_repeats(
@@ -178,8 +176,7 @@ def make_repeats(
   )
   if not known:
     return None  # Raw text alone: there are no answers.
-  index = memorization.Answers([text.split() for text in known])
-  held_out = None
+  index, held_out = memorization.Answers([x.split() for x in known]), None
   if built.held_out:
     store = built.held_out.store
     texts, _ = answer_texts(store, built.tokenizer, words, config.seed)
@@ -210,9 +207,7 @@ def answer_texts(
 
   Args:
     store: its rows; of raw text, which is no answer, nothing is taken.
-    tokenizer: to read their ids.
     words: nothing more is read once the answers have so many.
-    seed: of the order they are taken in.
   """
   texts, taken = list[str](), 0
   of_text = TOKEN_ROLES.index("text")
@@ -238,8 +233,6 @@ def held_out_losses(
   """Held-out examples, those whose loss rose most first; see `row_losses`.
 
   Args:
-    built: the run.
-    params: of the model.
     measured: how many batches, and of how many; None is all.
     before: what each example's loss was.
   """
@@ -260,13 +253,13 @@ def sample_replies(
   """{'replies': `eval.samples` of them} of a run without behaviours."""
   if built.items or built.held_out is None or not config.eval.samples:
     return {}
-  made = generate.answer_rows(
+  replies = generate.answer_rows(
     *(built.model, params, built.tokenizer, built.held_out.store),
     number=config.eval.samples,
     max_new_tokens=config.eval.max_new_tokens,
     mesh=built.mesh,
   )
-  return {"replies": made}
+  return {"replies": replies}
 
 
 def paired_samples(

@@ -14,7 +14,7 @@ import jax
 from sft_jax.common import distributed, trees
 from sft_jax.data.store.files import hash_text
 from sft_jax.data.store.fingerprint import differences
-from sft_jax.training.build import data
+from sft_jax.training.build import sources
 from sft_jax.training.build.build import BuiltRun
 from sft_jax.training.build.data import Config
 
@@ -25,27 +25,22 @@ _OWN = ("compile_cache", "data/cache_dir", "data/workers")
 def check_config(config: Config) -> None:
   """Call it before processes wait for one another.
 
-  Raises:
-    ValueError: this process has another config than the first one.
+  Raises ValueError: this process has another config than the first one.
   """
-  keys = trees.flatten(config.to_dict())
-  mine = {
-    key.replace("/", "."): x for key, x in keys.items() if key not in _OWN
-  }
+  keys = trees.flatten(config.to_dict()).items()
+  mine = {key.replace("/", "."): x for key, x in keys if key not in _OWN}
   for name in ("general_text", "behaviours", "knowledge"):
     # 'auto' is what is beside the rows, here.
-    mine[f"eval.{name}"] = data.beside(config, name, lambda line: None)
-  check_same_on_all_hosts(
-    "the config", mine, "Give all of them the same flags."
-  )
+    mine[f"eval.{name}"] = sources.beside(config, name, lambda line: None)
+  cure = "Give all of them the same flags."
+  check_same_on_all_hosts("the config", mine, cure)
 
 
 def check_data(built: BuiltRun) -> None:
   """Call it before the first batch.
 
-  Raises:
-    ValueError: this process has read another model's shape than the first one,
-      or other rows or prompts.
+  Raises ValueError: this process has read another model's shape than the first
+  one, or other rows or prompts.
   """
   streams = {
     "train": built.stream,
@@ -54,20 +49,14 @@ def check_data(built: BuiltRun) -> None:
     "of the training rows": built.train_rows,
   }
   prompts = {"behaviours": built.items, "knowledge": built.knowledge}
+  digest = lambda one: hash_text(repr(one._replace(where="")))
   mine = {
     "config.json": built.model.config.raw,
-    **{
-      name: stream and stream.fingerprint_inputs
-      for name, stream in streams.items()
-    },
-    **{
-      name: [hash_text(repr(one._replace(where=""))) for one in items]
-      for name, items in prompts.items()
-    },
+    **{name: x and x.fingerprint_inputs for name, x in streams.items()},
+    **{name: list(map(digest, items)) for name, items in prompts.items()},
   }
-  check_same_on_all_hosts(
-    "what it has read", mine, "Copy the same files to every host."
-  )
+  cure = "Copy the same files to every host."
+  check_same_on_all_hosts("what it has read", mine, cure)
 
 
 def check_same_on_all_hosts(what: str, mine: dict[str, Any], cure: str) -> None:
@@ -75,9 +64,9 @@ def check_same_on_all_hosts(what: str, mine: dict[str, Any], cure: str) -> None:
   first = distributed.first_says(mine)
   lines = differences(first, json.loads(json.dumps(mine)))
   if lines:
+    text = "\n  ".join(lines)
     raise ValueError(
       f"process {jax.process_index()} of {jax.process_count()}: {what} is not "
-      "that of the first process (there -> here):\n  "
-      + "\n  ".join(lines)
-      + f"\nexpected the same. {cure}"
+      f"that of the first process (there -> here):\n  {text}\nexpected the "
+      f"same. {cure}"
     )

@@ -7,24 +7,22 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+from orbax.checkpoint import v1 as ocp
 
-from sft_jax.checkpointing import manager
+from sft_jax.checkpointing import digests, manager
 from sft_jax.common import sharding, trees
 from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.tokenizers import tokenizer as tokenizers
+from sft_jax.models.hf import load_save
 from sft_jax.models.transformer import Model
+from sft_jax.step.train_step import TrainState
 from sft_jax.training.build import data
 from sft_jax.training.build import model as setup_model
 
 
 class Asked(NamedTuple):
-  """All that answering takes.
-
-  Attributes:
-    model, params, tokenizer: as `evals.replies` wants them.
-    options: how the run rendered its prompts; of a Hugging Face folder, whose
-      template says it all, the default.
-  """
+  """All that answering takes; `options` are how the run rendered its prompts,
+  or of a Hugging Face folder, whose template says it all, the default."""
 
   model: Model
   params: trees.Tree
@@ -46,16 +44,14 @@ def load(
       digests they were saved with, and the model's folder those it had.
     dtype: of a Hugging Face folder's parameters and activations. A run's are
       what its config says.
-    say: called with what is loaded.
 
-  Raises:
-    ValueError: a folder that is none of these, a run without checkpoints, a
-      damaged checkpoint, one trained beside other frozen parameters.
+  Raises ValueError: a folder that is none of these, a run without checkpoints,
+  a damaged checkpoint, one trained beside other frozen parameters.
   """
   path = Path(path)
   is_step = path.parent.name == "checkpoints"
   if not is_step and not (path / "checkpoints").is_dir():
-    model, params = setup_model.load_pretrained(
+    model, params = load_save.load_pretrained(
       path, dtype=dtype, param_dtype=dtype
     )
     # An id of the hub is a folder by now.
@@ -73,7 +69,7 @@ def load(
       )
     path = max(steps, key=lambda p: int(p.name))
   say(f"Loading {path} ...")
-  manifest = manager.read_manifest(path)
+  manifest = _read_manifest(path)
   config: Any = ml_collections.ConfigDict(
     manifest["meta"]["config"], type_safe=False
   )
@@ -82,7 +78,51 @@ def load(
   tokenizer = data.load_tokenizer(config, config.model.path)
   model, base = setup_model.load_model(config, mesh, say)
   held = trees.flatten(base)
-  for name, x in manager.read_parameters(path, manifest, base).items():
+  for name, x in _read_parameters(path, manifest, base).items():
     held[name] = jax.device_put(x, held[name].sharding)
   options = data.make_render_options(config)
   return Asked(model, trees.unflatten(held), tokenizer, options)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+  """What a checkpoint's folder says of itself; a ValueError if damaged."""
+  metadata = ocp.checkpointables_metadata(str(path.absolute()))
+  try:
+    return digests.unseal(metadata.custom_metadata)
+  except ValueError as error:
+    raise ValueError(
+      f"{path}: {error}; expected one that is whole. Name another checkpoint."
+    ) from error
+
+
+def _read_parameters(
+  path: Path, manifest: dict[str, Any], base: trees.Tree
+) -> dict[str, jax.Array]:
+  """{path: parameter} of a checkpoint's folder, on the first device, verified.
+
+  Raises ValueError: the base is another one, or a digest is wrong.
+  """
+  if changed := digests.damaged(manifest["beside"], base):
+    raise ValueError(manager.other_base(str(path), changed))
+  metadata = ocp.checkpointables_metadata(str(path.absolute()))
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+    metadata.metadata["state"],
+  )
+  asked = {"state": abstract}
+  state = ocp.load_checkpointables(str(path.absolute()), asked)["state"]
+  # As they were named when saved; the optimizer's arrays are not needed.
+  named = TrainState(None, state["params"], state["frozen"], None)
+  saved = {
+    name: x
+    for name, x in manifest["arrays"].items()
+    if name.startswith((".params", ".frozen"))
+  }
+  if wrong := digests.damaged(saved, named):
+    raise ValueError(
+      f"{path}: the digests of {wrong[:3]} ({len(wrong)} arrays) are not "
+      "those they were saved with, expected the same: the files are damaged. "
+      "Name another checkpoint."
+    )
+  return trees.flatten(state["params"]) | trees.flatten(state["frozen"] or {})

@@ -10,12 +10,12 @@ import jax
 from jax.sharding import Mesh
 
 from sft_jax.common import hub, sharding, trees
-from sft_jax.common.workdir import find_json
+from sft_jax.common.files import find_json
 from sft_jax.data.chat import template as templates
 from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.models import transformer
 from sft_jax.models.config import ModelConfig, read_config
-from sft_jax.models.hf import load_save, parameter_map, peft
+from sft_jax.models.hf import load_save, parameter_map, peft_load
 from sft_jax.models.lora import lora, quantize, token_rows
 from sft_jax.models.transformer import Model
 from sft_jax.training.build.data import Config, Log, load_tokenizer
@@ -27,8 +27,7 @@ def find_model(config: Config) -> hub.Snapshot:
   A workdir stands for its export. `run.train` leaves the commit in
   workdir/model.json.
 
-  Raises:
-    ValueError: the workdir of a run that has written no export.
+  Raises ValueError: the workdir of a run that has written no export.
   """
   folder = Path(config.model.path)
   if (folder / "metrics.jsonl").exists():
@@ -81,11 +80,9 @@ def _choose_rows(
   found: dict[int, str] = {}
   if old and not config.model.from_scratch:
     tensors, _ = load_save.open_folder(Path(config.model.path), shape)
-    size = (shape.vocab_size, shape.d_model)
-    tables = ("embed",) if shape.tie_embeddings else ("embed", "head")
-    for at in tables:
-      (place,) = parameter_map.tensor_slices(f"{at}/embedding", size, shape)
-      found |= token_rows.untrained(tensors[place.name].read, size[0], old)
+    for at in ("embed",) if shape.tie_embeddings else ("embed", "head"):
+      table = tensors[parameter_map.table_name(at, shape)]
+      found |= token_rows.untrained(table.read, shape.vocab_size, old)
   for i, why in found.items():
     log(
       f"{used[i]} (id {i}) was never learnt by the base model: {why}. Its row "
@@ -115,36 +112,22 @@ def build_model(
 ) -> Skeleton:
   """The model of this shape that the config asks for; nothing is allocated.
 
-  Args:
-    config: of the run.
-    shape: of the model, new tokens included.
-    mesh: the devices.
-    rows: see `lora.LoraConfig.token_rows`.
+  The shape includes new tokens; for `rows` see `lora.LoraConfig.token_rows`.
   """
   adapters, leaves = _adapters(config, shape)
   if adapters and rows:
     adapters = dataclasses.replace(adapters, token_rows=rows)
-  choices = {
-    "dtype": config.model.dtype,
-    "param_dtype": config.model.param_dtype,
-    "attention": config.model.attention,
-    "remat": config.model.remat,
-    "scan": config.model.scan,
-    "lora": adapters,
-    "mesh": mesh,
-  }
+  names = ("dtype", "param_dtype", "attention", "remat", "scan")
+  choices = {name: config.model[name] for name in names}
+  choices |= {"lora": adapters, "mesh": mesh}
   codec = config.model.quantize
-  keep = adapters.trains if adapters else lambda path: True
-  if codec and not adapters:
-    raise ValueError(
-      f"model.quantize: got {codec!r} with lora.rank 0, expected adapters, as "
-      "what is quantised cannot train. Set lora.rank, or model.quantize to ''."
-    )
   model = transformer.build(shape, **choices)
 
   def init(key: jax.Array) -> trees.Tree:
     params = model.init(key)
-    return quantize.pack_tree(params, codec, keep=keep) if codec else params
+    if codec and adapters:
+      params = quantize.pack_tree(params, codec, keep=adapters.trains)
+    return params
 
   return Skeleton(model, init, choices, leaves)
 
@@ -157,7 +140,7 @@ def load_model(
   The vocabulary has room for all of the tokenizer's ids; where it grows it is
   padded to a multiple of 64 and of what the mesh divides it by.
   """
-  shape, rows = read_config(config.model.path), ()
+  shape = read_config(config.model.path)
   tokenizer = load_tokenizer(config, config.model.path)
   rows = _choose_rows(config, shape, tokenizer, log)
   grows = (
@@ -177,7 +160,7 @@ def load_model(
     params = jax.jit(built.init, out_shardings=shardings)(key)
   else:
     log(f"Loading {config.model.path} ...")
-    model, params = load_pretrained(
+    model, params = load_save.load_pretrained(
       config.model.path,
       key=key,
       quantize=config.model.quantize,
@@ -185,7 +168,7 @@ def load_model(
       new_rows=config.model.new_rows,
       **built.choices,
     )
-  return model, peft.place_adapter(params, built.leaves)
+  return model, peft_load.place_adapter(params, built.leaves)
 
 
 def _adapters(
@@ -193,13 +176,7 @@ def _adapters(
 ) -> tuple[lora.LoraConfig | None, dict[str, Any]]:
   """The adapters that the config asks for, and the leaves they start from."""
   if config.lora.path:
-    if config.lora.rank:
-      raise ValueError(
-        f"lora.path: got {config.lora.path} and lora.rank {config.lora.rank}, "
-        "expected one of them: the folder has a rank, an alpha and targets. "
-        "Set lora.rank to 0."
-      )
-    found = peft.load_adapter(config.lora.path, shape)
+    found = peft_load.load_adapter(config.lora.path, shape)
     # How it is trained on is this run's business.
     dropout = config.lora.dropout
     return dataclasses.replace(found.lora, dropout=dropout), found.leaves
@@ -216,32 +193,3 @@ def _tuples(value: Any) -> Any:
   if isinstance(value, list | tuple):
     return tuple(_tuples(x) for x in value)
   return value
-
-
-def load_pretrained(
-  path: str | Path,
-  *,
-  dtype: str = "float32",
-  mesh: Mesh | None = None,
-  **choices: Any,
-) -> tuple[Model, trees.Tree]:
-  """A Hugging Face folder as (model, parameters), ready to run.
-
-  Args:
-    path: the folder (config.json and safetensors), or an id of the hub:
-      'org/name' or 'org/name@revision'.
-    dtype: of activations; parameters are float32 unless `param_dtype` says
-      otherwise.
-    mesh: where the parameters shall lie and batches will, see
-      `sharding.make_mesh`; None is the first device.
-    choices: further arguments of `models.hf.load_pretrained`.
-
-  Raises:
-    ValueError: a folder that is not there, not whole or not supported.
-  """
-  shardings = None
-  if mesh is not None:
-    shardings = lambda shapes: sharding.param_shardings(shapes, mesh)
-  return load_save.load_pretrained(
-    path, dtype=dtype, mesh=mesh, shardings=shardings, **choices
-  )

@@ -16,17 +16,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
-KINDS = (
-  "all-gather",
-  "reduce-scatter",
-  "all-reduce",
-  "all-to-all",
-  "ragged-all-to-all",
-  "collective-permute",
-  "collective-broadcast",
-)
+from sft_jax.common import trees
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all")
+KINDS += ("ragged-all-to-all", "collective-permute", "collective-broadcast")
 
 
 def matmul_flops(function: Callable[..., Any], *arguments: Any) -> int:
@@ -36,16 +30,12 @@ def matmul_flops(function: Callable[..., Any], *arguments: Any) -> int:
   It is a lower bound: kernels (Pallas) skip what they please and count as 0,
   of the branches of a condition the cheapest counts, of a loop of unknown
   length one round.
-
-  Args:
-    function: traced, not run.
-    arguments: arrays or `jax.ShapeDtypeStruct`s.
   """
   return _flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def _flops(jaxpr: Any) -> int:
-  return sum(_flops_of(equation) for equation in jaxpr.eqns)
+  return sum(map(_flops_of, jaxpr.eqns))
 
 
 def _flops_of(equation: Any) -> int:
@@ -56,9 +46,11 @@ def _flops_of(equation: Any) -> int:
     size = math.prod(equation.outvars[0].aval.shape)
     return 2 * size * math.prod(left[i] for i in contracted)
   if name.startswith("ragged_dot"):
-    # Every row of the left side meets one of the groups of the right.
-    rows, inner, outer = _ragged_sizes(equation)
-    return 2 * rows * inner * outer
+    # Every row of [M, K] meets one of the groups of [G, K, N]; or, in the
+    # gradient, of [M, N] in groups of rows.
+    left, right = (v.aval.shape for v in equation.invars[:2])
+    out = equation.outvars[0].aval.shape
+    return 2 * math.prod(left) * (out[1] if len(out) == 2 else right[1])
   if name == "pallas_call":
     return 0
   inner = [_flops(jaxpr) for jaxpr in _inner(params)]
@@ -72,23 +64,12 @@ def _flops_of(equation: Any) -> int:
   return times * sum(inner)
 
 
-def _ragged_sizes(equation: Any) -> tuple[int, int, int]:
-  """(rows, contracted, others) of a product of [M, K] and [G, K, N], or of
-  [M, K] and [M, N] in groups of rows, the gradient of the latter."""
-  left, right = (v.aval.shape for v in equation.invars[:2])
-  out = equation.outvars[0].aval.shape
-  if len(out) == 2:
-    return left[0], left[1], out[1]
-  return left[0], left[1], right[1]
-
-
 def _inner(params: Any) -> list[Any]:
   """The traces that an equation's parameters hold."""
-  leaves = jax.tree.leaves(
-    list(params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-  )
+  is_trace = lambda x: hasattr(x, "eqns")
+  leaves = jax.tree.leaves(list(params.values()), is_leaf=is_trace)
   closed = (getattr(leaf, "jaxpr", leaf) for leaf in leaves)
-  return [jaxpr for jaxpr in closed if hasattr(jaxpr, "eqns")]
+  return [jaxpr for jaxpr in closed if is_trace(jaxpr)]
 
 
 def kept_bytes(
@@ -105,23 +86,15 @@ def kept_bytes(
   Args:
     function: (params, batch, *others) -> scalar.
     params: what it is differentiated in; shapes will do, here and below.
-    batch: shapes of a batch.
     doubled: the shapes of one twice as large.
-    others: further arguments.
   """
 
-  def kept(batch: Any) -> int:
-    residuals = jax.eval_shape(
-      lambda p, *rest: jax.vjp(lambda p: function(p, *rest), p)[1],
-      params,
-      batch,
-      *others,
-    )
-    return sum(
-      int(np.prod(x.shape)) * x.dtype.itemsize
-      for x in jax.tree.leaves(residuals)
-    )
+  def residuals(p: Any, *rest: Any) -> Any:
+    return jax.vjp(lambda p: function(p, *rest), p)[1]
 
+  kept = lambda x: trees.num_bytes(
+    jax.eval_shape(residuals, params, x, *others)
+  )
   return kept(doubled) - kept(batch)
 
 
@@ -152,8 +125,7 @@ def collectives(compiled_text: str) -> dict[str, Traffic]:
   f32[1000] each, is {'all-reduce': Traffic(4, 28000, True)}. A kind that does
   not occur is not in it.
 
-  Raises:
-    ValueError: the text is no compiled program.
+  Raises ValueError: the text is no compiled program.
   """
   computations, entry = _computations(compiled_text)
   found = re.search(r"num_partitions=(\d+)", compiled_text)
@@ -164,10 +136,9 @@ def collectives(compiled_text: str) -> dict[str, Traffic]:
     for line in computations.get(name, ()):
       if one := _collective(line, num_devices):
         kind, size = one
-        old = total.get(kind, Traffic(0, 0, True))
-        total[kind] = Traffic(
-          old.count + times, old.bytes + times * size, old.exact and exact
-        )
+        count, received, known = total.get(kind, (0, 0, True))
+        received += times * size
+        total[kind] = Traffic(count + times, received, known and exact)
         continue
       trips = _trips(line, computations) if " while(" in line else 1
       for callee in _callees(line):
@@ -183,8 +154,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
   entry = None
   lines: list[str] = []
   for line in text.splitlines():
-    start = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
-    if start:
+    if start := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
       lines = computations.setdefault(start.group(2), [])
       if start.group(1):
         entry = start.group(2)
@@ -192,8 +162,8 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
       lines.append(line)
   if entry is None:
     raise ValueError(
-      "collectives: the text has no ENTRY computation; expected the text of a "
-      "compiled program. Take it from jit(f).lower(...).compile().as_text()."
+      "collectives: got no ENTRY computation; expected a compiled program. "
+      "Take it from jit(f).lower(...).compile().as_text()."
     )
   return computations, entry
 
@@ -208,14 +178,12 @@ def _trips(line: str, computations: dict[str, list[str]]) -> int | None:
     return int(known.group(1))
   name = re.search(r"condition=%?([\w.\-]+)", line)
   condition = "\n".join(computations.get(name.group(1), ())) if name else ""
-  bound = re.search(
-    r"ROOT .* compare\(.*%([\w.\-]+)\), direction=LT", condition
-  )
+  last = r"ROOT .* compare\(.*%([\w.\-]+)\), direction=LT"
+  bound = re.search(last, condition)
   if bound is None:
     return None
-  end = re.search(
-    rf"%{re.escape(bound.group(1))} = .*constant\((\d+)\)", condition
-  )
+  name = re.escape(bound.group(1))
+  end = re.search(rf"%{name} = .*constant\((\d+)\)", condition)
   return int(end.group(1)) if end else None
 
 

@@ -25,16 +25,10 @@ from sft_jax.training.planning.cost_model import Traffic, collectives
 class Memory(NamedTuple):
   """Bytes per device. All but the last two are known from shapes alone.
 
-  Attributes:
-    trained: parameters that train.
-    frozen: those that do not.
-    optimizer: its state.
-    gradients: of the trained parameters, and their sum over micro-batches.
-    activations: what the backward pass of a micro-batch keeps, if devices
-      divide it as they divide the rows.
-    temporary: the rest of what the compiler reserves; 0 if, by clever use,
-      it reserves less than the sum of the above.
-    total: what it reserves in all.
+  `gradients` are those of the trained parameters, and their sum over
+  micro-batches; `activations` what the backward pass of a micro-batch keeps, if
+  devices divide it as they divide the rows; `temporary` the rest of what the
+  compiler reserves in all, 0 if it reserves less than the sum of the others.
   """
 
   trained: int
@@ -75,8 +69,6 @@ class Plan(NamedTuple):
   """What a compiled step says.
 
   Attributes:
-    machine: what it was compiled for.
-    memory: bytes per device.
     fits: whether the total is within the chip's memory.
     flops: that a step executes at least, on all devices.
     model_flops: those that the model asks for.
@@ -90,9 +82,9 @@ class Plan(NamedTuple):
   fits: bool
   flops: float
   model_flops: float
-  traffic: Mapping[str, Traffic]
-  times: Times | None
-  text: str
+  traffic: Mapping[str, Traffic] = {}
+  times: Times | None = None
+  text: str = ""
 
 
 def plan(
@@ -108,7 +100,6 @@ def plan(
   the plan then has that total, and no program.
 
   Args:
-    outline: of the run.
     machine: whose devices the outline's mesh is made of.
     model_flops: that the model asks for per step, see `common.flops`: they
       bound what is executed where kernels hide theirs.
@@ -126,22 +117,15 @@ def plan(
     if total is None:
       raise
     held = sum(parts[:3])
-    memory = _memory(parts, max(total, held + total))
-    return Plan(machine, memory, False, flops, model_flops, {}, None, "")
+    memory = _memory(parts, held + total)
+    return Plan(machine, memory, False, flops, model_flops)
   program, text = fit.program(compiled), compiled.as_text()
   assert text is not None  # Every backend prints its programs.
   memory = _memory(parts, program.memory)
   traffic = collectives(text)
-  return Plan(
-    machine,
-    memory,
-    memory.total <= machine.chip.memory,
-    flops,
-    model_flops,
-    traffic,
-    _times(outline, machine, memory, flops, traffic),
-    text,
-  )
+  times = _times(outline, machine, memory, flops, traffic)
+  fits = memory.total <= machine.chip.memory
+  return Plan(machine, memory, fits, flops, model_flops, traffic, times, text)
 
 
 # JAX passes it on to XLA; a CPU's compiler does not look at it.
@@ -165,27 +149,20 @@ def known_bytes(
 ) -> tuple[int, int, int, int, int]:
   """(trained, frozen, optimizer, gradients, activations) of `Memory`.
 
-  Args:
-    loss_fn: of a run, see `training.build.step.Step`.
-    state: `train_step.TrainState` of arrays or shapes, with shardings.
-    batch: shapes with shardings, [A, B / A, T]: A micro-batches.
+  `batch`: shapes with shardings, [A, B / A, T]: A micro-batches.
   """
   parts = batch.tokens.shape[0]
   gradients = _shard_bytes(state.params)
   if parts > 1:  # A micro-batch's own, and the float32 sums.
     gradients += _shard_bytes(state.params, itemsize=4)
-  resized = lambda times: jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((times * x.shape[1], *x.shape[2:]), x.dtype),
-    batch,
-  )
+
+  def resized(times: int) -> Any:
+    size = lambda x: (times * x.shape[1], *x.shape[2:])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(size(x), x.dtype), batch)
+
   kept = cost_model.kept_bytes(
-    lambda params, batch, frozen: (
-      loss_fn(trees.merge(params, frozen), batch).nats
-    ),
-    state.params,
-    resized(1),
-    resized(2),
-    state.frozen,
+    lambda params, batch, rest: loss_fn(trees.merge(params, rest), batch).nats,
+    *(state.params, resized(1), resized(2), state.frozen),
   )
   share = _shard_bytes(batch.tokens) / (batch.tokens.size * 4)
   return (
@@ -219,18 +196,10 @@ def _times(
   chip, mesh = machine.chip, outline.mesh
   size = outline.dtype.itemsize
   # Each device multiplies by whole weights, but for what `tensor` divides.
-  weights = size * sum(
-    math.prod(x.shape) for x in jax.tree.leaves(outline.params)
-  )
-  weights /= mesh.shape["tensor"]
+  weights = size * trees.count(outline.params) / mesh.shape["tensor"]
   passes = 2 * outline.batch.tokens.shape[0]
-  state = memory.trained + memory.optimizer
-  moved = (
-    2 * state
-    + passes * weights
-    + 2 * memory.gradients
-    + passes * memory.activations
-  )
+  moved = 2 * (memory.trained + memory.optimizer + memory.gradients)
+  moved += passes * (weights + memory.activations)
   received = sum(one.bytes for one in traffic.values())
   return Times(
     flops / mesh.size / chip.flops,
@@ -277,9 +246,8 @@ def alternatives(config: Config, mesh: Mapping[str, int]) -> Iterator[Change]:
   if mesh["data"] > 1:
     everything |= spread
   if len(everything) > 1:
-    yield Change(
-      ", ".join(f"{k}={v}" for k, v in everything.items()), everything
-    )
+    name = ", ".join(f"{k}={v}" for k, v in everything.items())
+    yield Change(name, everything)
 
 
 def changed(config: Config, keys: Mapping[str, Any]) -> Config:
@@ -301,14 +269,12 @@ def largest_batch(
   Args:
     total: bytes that a batch of n needs; never less for a larger n.
     limit: bytes that there are.
-    most: where to stop.
   """
   tried = {n: total(n) for n in (1, 2)}
   while True:
     low = max((n for n, size in tried.items() if size <= limit), default=0)
-    high = min(
-      (n for n, size in tried.items() if size > limit), default=most + 1
-    )
+    above = [n for n, size in tried.items() if size > limit]
+    high = min(above, default=most + 1)
     if high - low == 1:
       return low
     a, b = sorted(tried, key=lambda n: abs(tried[n] - limit))[:2]

@@ -536,7 +536,7 @@ def test_a_failed_export_leaves_the_old_one(tmp_path, monkeypatch):
   def fail(*_, **__):
     raise OSError("disk full")
 
-  monkeypatch.setattr(load_save, "write_tensors", fail)
+  monkeypatch.setattr(load_save.files, "write_tensors", fail)
   with pytest.raises(OSError, match="disk full"):
     load_save.save_pretrained(out, model, params)
   assert read_tensors(out) == before

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from sft_jax.common import trees
 from sft_jax.models import transformer
 from sft_jax.models.config import read_config
-from sft_jax.models.hf import load_save, peft
+from sft_jax.models.hf import load_save, peft_load, peft_save
 from sft_jax.models.lora import lora, merge
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -102,7 +102,7 @@ def test_peft_computes_the_same_from_our_adapter(name, tmp_path):
   import peft as theirs
 
   model, params = load(name)
-  peft.save_adapter(tmp_path, model, params, base="base")
+  peft_save.save_adapter(tmp_path, model, params, base="base")
   start = logits_of(base)
   with warnings.catch_warnings():
     warnings.simplefilter("error", UserWarning)  # Keys missing or unknown.
@@ -116,11 +116,11 @@ def test_peft_computes_the_same_from_our_adapter(name, tmp_path):
 def test_what_we_write_we_read(name, tmp_path):
   """The same kernels from the folder; PiSSA comes back at twice the rank."""
   model, params = load(name)
-  peft.save_adapter(tmp_path, model, params, base="base")
-  found = peft.load_adapter(tmp_path, model.config)
+  peft_save.save_adapter(tmp_path, model, params, base="base")
+  found = peft_load.load_adapter(tmp_path, model.config)
   assert all(map(found.lora.trains, found.leaves))
   again, fresh = load_save.load_pretrained(GOLDENS / "qwen3", lora=found.lora)
-  placed = peft.place_adapter(fresh, found.leaves)
+  placed = peft_load.place_adapter(fresh, found.leaves)
   want = merge.merge(params, model.lora).params
   got = merge.merge(placed, again.lora).params
   jax.tree.map(
@@ -139,14 +139,14 @@ def test_modules_that_hold_several_kernels(name, tmp_path):
   import peft as theirs
 
   model, params = load(name, "phi3")
-  peft.save_adapter(tmp_path, model, params, base="base")
+  peft_save.save_adapter(tmp_path, model, params, base="base")
   want = logits(model, params, "phi3")
   adapted = theirs.PeftModel.from_pretrained(base, tmp_path)
   np.testing.assert_allclose(logits_of(adapted, "phi3"), want, atol=1e-4)
-  found = peft.load_adapter(tmp_path, model.config)
+  found = peft_load.load_adapter(tmp_path, model.config)
   assert found.leaves["layers/attn/q/lora_a"].shape[-1] == 9
   again, fresh = load_save.load_pretrained(GOLDENS / "phi3", lora=found.lora)
-  placed = peft.place_adapter(fresh, found.leaves)
+  placed = peft_load.place_adapter(fresh, found.leaves)
   np.testing.assert_allclose(logits(again, placed, "phi3"), want, atol=1e-4)
 
 
@@ -158,7 +158,7 @@ def test_adapters_of_experts(case, name, tmp_path):
   import peft as theirs
 
   model, params = load(name, case)
-  peft.save_adapter(tmp_path, model, params, base="base")
+  peft_save.save_adapter(tmp_path, model, params, base="base")
   want, start = logits(model, params, case), logits_of(base, case)
   with warnings.catch_warnings():
     warnings.simplefilter("error")  # Keys missing or unknown.
@@ -168,9 +168,9 @@ def test_adapters_of_experts(case, name, tmp_path):
     adapted = theirs.PeftModel.from_pretrained(base, tmp_path)
   np.testing.assert_allclose(logits_of(adapted, case), want, atol=1e-4)
   assert np.abs(want - start).max() > 0.5
-  found = peft.load_adapter(tmp_path, model.config)
+  found = peft_load.load_adapter(tmp_path, model.config)
   again, fresh = load_save.load_pretrained(GOLDENS / case, lora=found.lora)
-  params = peft.place_adapter(fresh, found.leaves)
+  params = peft_load.place_adapter(fresh, found.leaves)
   np.testing.assert_allclose(logits(again, params, case), want, atol=1e-4)
 
 
@@ -180,7 +180,7 @@ def test_experts_that_were_trained_whole_are_refused(tmp_path):
   )
   model, params = load_save.load_pretrained(GOLDENS / "mixtral", lora=adapters)
   with pytest.raises(ValueError, match=r"moe/down .* trained whole"):
-    peft.save_adapter(tmp_path, model, params, base="base")
+    peft_save.save_adapter(tmp_path, model, params, base="base")
 
 
 def trained_by_peft(base, config, folder):
@@ -217,17 +217,17 @@ def test_we_compute_the_same_from_an_adapter_of_peft(kind, tmp_path):
   )
   adapted = trained_by_peft(base, config, tmp_path)
   want = logits_of(adapted)
-  found = peft.load_adapter(tmp_path, read_config(GOLDENS / "qwen3"))
+  found = peft_load.load_adapter(tmp_path, read_config(GOLDENS / "qwen3"))
   assert found.lora.dropout == 0.1
   assert found.lora.also_train == ("^final_norm/scale$",)
   model, fresh = load_save.load_pretrained(GOLDENS / "qwen3", lora=found.lora)
-  params = peft.place_adapter(fresh, found.leaves)
+  params = peft_load.place_adapter(fresh, found.leaves)
   np.testing.assert_allclose(logits(model, params), want, atol=1e-4)
 
 
 def test_an_adapter_folder_has_the_names_of_peft(tmp_path):
   model, params = load("plain")
-  peft.save_adapter(tmp_path, model, params, base="some/base")
+  peft_save.save_adapter(tmp_path, model, params, base="some/base")
   config = json.loads((tmp_path / "adapter_config.json").read_text())
   assert (config["r"], config["lora_alpha"]) == (3, 5)
   assert config["base_model_name_or_path"] == "some/base"
@@ -247,14 +247,14 @@ def test_an_adapter_folder_has_the_names_of_peft(tmp_path):
 def tampered(tmp_path, settings=None, change=None):
   """An adapter folder with other settings or tensors, read again."""
   model, params = load("plain")
-  peft.save_adapter(tmp_path, model, params, base="base")
+  peft_save.save_adapter(tmp_path, model, params, base="base")
   path = tmp_path / "adapter_config.json"
   path.write_text(json.dumps(json.loads(path.read_text()) | (settings or {})))
   tensors = load_file(tmp_path / "adapter_model.safetensors")
   if change:
     change(tensors)
   save_file(tensors, tmp_path / "adapter_model.safetensors")
-  return peft.load_adapter(tmp_path, model.config)
+  return peft_load.load_adapter(tmp_path, model.config)
 
 
 @pytest.mark.parametrize(
@@ -325,11 +325,11 @@ def test_an_embedding_trained_apart_from_its_tied_head_is_refused(
   config = read_config(GOLDENS / "qwen3")
   if not tie:
     with pytest.raises(ValueError, match="apart from the head"):
-      peft.load_adapter(tmp_path, config)
+      peft_load.load_adapter(tmp_path, config)
     return
-  found = peft.load_adapter(tmp_path, config)
+  found = peft_load.load_adapter(tmp_path, config)
   model, fresh = load_save.load_pretrained(GOLDENS / "qwen3", lora=found.lora)
-  got = logits(model, peft.place_adapter(fresh, found.leaves))
+  got = logits(model, peft_load.place_adapter(fresh, found.leaves))
   np.testing.assert_allclose(got, logits_of(adapted), atol=1e-4)
 
 
@@ -347,10 +347,10 @@ def test_rows_that_peft_trained_alone_are_read(tmp_path):
     if p.requires_grad:
       p.data += 0.1 * torch.randn_like(p)
   adapted.save_pretrained(tmp_path)
-  found = peft.load_adapter(tmp_path, read_config(GOLDENS / "qwen3"))
+  found = peft_load.load_adapter(tmp_path, read_config(GOLDENS / "qwen3"))
   assert found.lora.token_rows == (5, 17)
   model, fresh = load_save.load_pretrained(GOLDENS / "qwen3", lora=found.lora)
-  got = logits(model, peft.place_adapter(fresh, found.leaves))
+  got = logits(model, peft_load.place_adapter(fresh, found.leaves))
   np.testing.assert_allclose(got, logits_of(adapted), atol=1e-4)
 
 
@@ -376,13 +376,15 @@ def test_tensors_that_do_not_fit_are_refused(
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r"no adapter_config\.json"):
-    peft.load_adapter(tmp_path, load("plain")[0].config)
+    peft_load.load_adapter(tmp_path, load("plain")[0].config)
 
 
 def test_leaves_that_are_not_the_models_are_refused():
   model, params = load("plain")
   with pytest.raises(ValueError, match=r"lora\.path: layers/attn/q/lora_a is"):
-    peft.place_adapter(params, {"layers/attn/q/lora_a": np.zeros((2, 3, 4))})
+    peft_load.place_adapter(
+      params, {"layers/attn/q/lora_a": np.zeros((2, 3, 4))}
+    )
   del model
 
 
@@ -390,7 +392,7 @@ def test_without_adapters_there_is_no_adapter_folder(tmp_path):
   model, params = load("plain")
   bare = transformer.build(model.config)
   with pytest.raises(ValueError, match="no adapters"):
-    peft.save_adapter(tmp_path / "out", bare, params, base="base")
+    peft_save.save_adapter(tmp_path / "out", bare, params, base="base")
 
 
 # PEFT looks for the pattern among modules, though it obeys it.
@@ -413,9 +415,9 @@ def test_we_compute_the_same_from_peft_s_adapter_of_experts(
   )
   adapted = trained_by_peft(base, config, tmp_path)
   want = logits_of(adapted, case)
-  found = peft.load_adapter(tmp_path, read_config(GOLDENS / case))
+  found = peft_load.load_adapter(tmp_path, read_config(GOLDENS / case))
   model, fresh = load_save.load_pretrained(GOLDENS / case, lora=found.lora)
-  params = peft.place_adapter(fresh, found.leaves)
+  params = peft_load.place_adapter(fresh, found.leaves)
   np.testing.assert_allclose(logits(model, params, case), want, atol=1e-4)
 
 
@@ -423,13 +425,13 @@ def test_we_compute_the_same_from_peft_s_adapter_of_experts(
 def test_parameters_that_are_no_experts_are_refused(case, tmp_path):
   name = "plain" if case == "qwen3" else "some"
   model, params = load(name, case)
-  peft.save_adapter(tmp_path, model, params, base="base")
-  path = tmp_path / peft.CONFIG
+  peft_save.save_adapter(tmp_path, model, params, base="base")
+  path = tmp_path / peft_save.CONFIG
   settings = json.loads(path.read_text("utf-8"))
   settings["target_parameters"] = ["self_attn.q_proj.weight"]
   path.write_text(json.dumps(settings), "utf-8")
   with pytest.raises(ValueError, match=r"holds 'self_attn.q_proj.weight'"):
-    peft.load_adapter(tmp_path, model.config)
+    peft_load.load_adapter(tmp_path, model.config)
 
 
 @pytest.mark.parametrize(
@@ -441,11 +443,11 @@ def test_parameters_that_are_no_experts_are_refused(case, tmp_path):
 )
 def test_stacks_are_those_that_are_declared(name, declared, message, tmp_path):
   model, params = load(name, "mixtral")
-  peft.save_adapter(tmp_path, model, params, base="base")
-  path = tmp_path / peft.CONFIG
+  peft_save.save_adapter(tmp_path, model, params, base="base")
+  path = tmp_path / peft_save.CONFIG
   settings = json.loads(path.read_text("utf-8"))
   path.write_text(
     json.dumps(settings | {"target_parameters": declared}), "utf-8"
   )
   with pytest.raises(ValueError, match=message):
-    peft.load_adapter(tmp_path, model.config)
+    peft_load.load_adapter(tmp_path, model.config)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sft_jax.common import trees
-from sft_jax.models.hf import load_save, peft
+from sft_jax.models.hf import load_save, peft_save
 from sft_jax.models.lora import token_rows
 from sft_jax.models.lora.lora import LoraConfig
 
@@ -90,7 +90,7 @@ def test_transformers_and_peft_compute_the_same_with_new_tokens(
   np.testing.assert_allclose(got, want, atol=1e-4)
   if not rank:
     return
-  peft.save_adapter(tmp_path / "adapter", model, params, base="base")
+  peft_save.save_adapter(tmp_path / "adapter", model, params, base="base")
   base = load(GOLDENS / case)
   base.resize_token_embeddings(SIZE, mean_resizing=False)
   with warnings.catch_warnings():

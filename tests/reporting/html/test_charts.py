@@ -108,7 +108,7 @@ def test_a_histogram_has_one_scale():
 
 NAMES = (
   *("loss/nats_per_token", "held_out/nats_per_token", "optim/grad_norm"),
-  *("loss/part/answer", "loss/part/tool_call", "data/fill", "plain"),
+  *("loss/role/answer", "loss/role/tool_call", "data/fill", "plain"),
   *("behaviour/all/pass_rate", "behaviour/a/pass_rate", "new/metric"),
   *(f"loss/source/{i}.jsonl" for i in range(9)),
 )
@@ -135,7 +135,7 @@ def test_what_belongs_together_shares_a_chart():
   figures = re.findall(r"<figure>.*?</figure>", page, re.DOTALL)
   together = [set(_curves(figure)) for figure in figures]
   assert {"loss/nats_per_token", "held_out/nats_per_token"} in together
-  assert {"loss/part/answer", "loss/part/tool_call"} in together
+  assert {"loss/role/answer", "loss/role/tool_call"} in together
   assert {"behaviour/a/pass_rate"} in together
   # More than there are colours for are spread over charts.
   sources = [c for c in together if "loss/source/0.jsonl" in c]

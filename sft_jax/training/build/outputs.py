@@ -1,0 +1,89 @@
+"""What a run leaves behind: checkpoints and their origin, export, adapters."""
+
+from pathlib import Path
+
+from sft_jax.checkpointing import export
+from sft_jax.checkpointing.manager import Checkpoints
+from sft_jax.checkpointing.resume import Origin
+from sft_jax.common import sharding, trees
+from sft_jax.models.hf import peft_save
+from sft_jax.models.lora import base_model, merge
+from sft_jax.step.train_step import TrainState
+from sft_jax.training.build.build import BuiltRun
+from sft_jax.training.build.data import (
+  NOTHING,
+  Config,
+  Own,
+  make_render_options,
+)
+
+
+def own_params(state: TrainState) -> trees.Tree:
+  """The model's parameters, trained and frozen, and no copy of the base's."""
+  return base_model.own(trees.merge(state.params, state.frozen))
+
+
+def followed_metric(config: Config) -> str:
+  """The metric that says which checkpoint is best; '' if none does."""
+  default = "held_out/nats_per_token" if config.eval.patience else ""
+  return config.checkpoint.keep_best or default
+
+
+def find_origin(config: Config, built: BuiltRun, own: Own = NOTHING) -> Origin:
+  """What the run is made from."""
+  return Origin(
+    config=config.to_dict(),
+    data=built.stream.fingerprint,
+    data_fingerprint_inputs=built.stream.fingerprint_inputs,
+    model=built.model.config.raw,
+    own=own.names,
+  )
+
+
+def open_checkpoints(config: Config, workdir: Path) -> Checkpoints:
+  """The checkpoints of a run, kept as its config says."""
+  keep = config.checkpoint
+  return Checkpoints(
+    workdir / "checkpoints",
+    keep=keep.keep,
+    keep_every=keep.keep_every,
+    keep_best=keep.best_is if followed_metric(config) else "",
+  )
+
+
+def save_adapters(
+  config: Config, built: BuiltRun, params: trees.Tree, path: Path
+) -> str:
+  """Writes the adapters alone; says what merging them will lose.
+
+  What PEFT has no form for (experts that were trained whole) is named and not
+  written: the merged export, which follows, holds it all.
+  """
+  assert built.model.lora
+  outcome = "the adapters alone"
+  try:
+    peft_save.save_adapter(path, built.model, params, base=config.model.path)
+  except ValueError as refusal:
+    outcome = f"not written ({refusal})"
+  dtype = config.export_dtype or config.model.param_dtype
+  _, lost, worst = merge.merge(params, built.model.lora, dtype=dtype)
+  where = f", at worst of {worst}" if worst else ""
+  return (
+    f"{path}: {outcome}. Rounded to {dtype} the merged model loses "
+    f"{lost:.2g} of what they do{where}."
+  )
+
+
+def export_run(
+  config: Config, built: BuiltRun, params: trees.Tree, path: Path
+) -> export.Evidence:
+  """Writes and verifies a run's model as its config says."""
+  return export.save_pretrained(
+    path,
+    built.model,
+    params,
+    built.tokenizer,
+    dtype=config.export_dtype or config.model.param_dtype,
+    options=make_render_options(config),
+    shardings=lambda shapes: sharding.param_shardings(shapes, built.mesh),
+  )

@@ -1,0 +1,85 @@
+"""The state of a run: what it holds, where that is, what a token costs it."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sft_jax.common import flops, sharding, trees
+from sft_jax.models.lora import base_model
+from sft_jax.models.transformer import Model
+from sft_jax.step.train_step import TrainState, init_state
+from sft_jax.training.build.data import Config
+from sft_jax.training.build.step import Step
+
+
+def hold_base(
+  config: Config,
+  step: Step,
+  params: trees.Tree,
+  copy: Callable[[Any], Any],
+) -> trees.Tree:
+  """The parameters (or shapes), and with loss.kl what the base needs beside.
+
+  `copy` makes one more of a leaf.
+
+  Raises ValueError: a pattern of config.optim that matches nothing, or leaves
+  nothing to train.
+  """
+  paths = [path for path in trees.flatten(params) if step.trained(path)]
+  for key, choices in (("rates", paths), ("freeze", trees.flatten(params))):
+    for rule in config.optim[key]:
+      pattern = rule if key == "freeze" else rule[0]
+      if not any(re.search(pattern, path) for path in choices):
+        raise ValueError(
+          f"optim.{key}: {pattern!r} matches nothing, expected patterns over "
+          f"{list(choices)}. Change optim.{key}."
+        )
+  if not paths:
+    raise ValueError(
+      f"optim.freeze: got {tuple(config.optim.freeze)}, which leaves nothing "
+      "to train; expected patterns of some parameters. Narrow optim.freeze."
+    )
+  if not config.loss.kl:
+    return params
+  copies = base_model.to_copy(params, step.trained)
+  return base_model.with_copies(params, jax.tree.map(copy, copies))
+
+
+def state_shardings(step: Step, params: trees.Tree, mesh: Mesh) -> TrainState:
+  """Where every leaf of the state of these parameters (or shapes) is."""
+  shapes = jax.eval_shape(
+    lambda params: init_state(params, step.trained, step.tx), params
+  )
+  whole = sharding.replicated(mesh)
+  return TrainState(
+    step=whole,
+    params=sharding.param_shardings(shapes.params, mesh),
+    frozen=sharding.param_shardings(shapes.frozen, mesh),
+    opt_state=sharding.state_shardings(shapes.opt_state, shapes.params, mesh),
+  )
+
+
+def flops_per_token(
+  step: Step,
+  model: Model,
+  params: trees.Tree,
+  lengths: Sequence[int] | np.ndarray,
+) -> float:
+  """FLOPs per token of documents of these lengths; see common/flops.py."""
+  c = model.config
+  num_trained, num_frozen = flops.matmul_params(
+    base_model.own(params), step.trained, experts_per_token=c.experts_per_token
+  )
+  seen = {kind: flops.mean_context(lengths, kind.window) for kind in c.kinds}
+  return flops.model_flops_per_token(
+    trained_matmul_params=num_trained,
+    frozen_matmul_params=num_frozen,
+    num_layers=c.num_layers,
+    num_heads=c.num_heads,
+    head_dim=c.head_dim,
+    context=sum(seen[kind] for kind in c.layers) / c.num_layers,
+  )
