@@ -64,6 +64,7 @@ class LayerNorm(nn.Module):
   """(x - mean) / sqrt(variance + eps) * scale + bias, in float32."""
 
   eps: float
+  use_bias: bool = True
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
 
@@ -71,7 +72,9 @@ class LayerNorm(nn.Module):
   def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
     ones, zeros = nn.initializers.ones, nn.initializers.zeros
     scale = self.param("scale", ones, (x.shape[-1],), self.param_dtype)
-    bias = self.param("bias", zeros, (x.shape[-1],), self.param_dtype)
+    bias = jnp.zeros(())
+    if self.use_bias:
+      bias = self.param("bias", zeros, (x.shape[-1],), self.param_dtype)
     return jax.checkpoint(self._normalise)(x, scale, bias)
 
   def _normalise(self, x: Array, scale: Array, bias: Array) -> Array:
@@ -93,7 +96,7 @@ Norm = RMSNorm | LayerNorm
 def norm_of(config: ModelConfig, **dtypes: Dtype) -> partial[Norm]:
   """The norm of a model's residual stream; call it with a module's name."""
   if config.norm == "layer":
-    return partial(LayerNorm, config.norm_eps, **dtypes)
+    return partial(LayerNorm, config.norm_eps, config.norm_bias, **dtypes)
   return partial(RMSNorm, config.norm_eps, config.norm_offset, **dtypes)
 
 
@@ -271,10 +274,14 @@ class Attention(nn.Module):
     if c.qk_norm == "head":
       q, k = self.norm(name="q_norm")(q), self.norm(name="k_norm")(k)
     shared = context.shared
-    rotate = (lambda x, at: x) if c.learned_positions else rope.apply
+    rotate = partial(rope.apply, pairs=c.rope_pairs)
+    if c.learned_positions:
+      rotate = lambda x, at: x
     unrotated = kv is not None and cache_unrotated_keys(c)
     q = rotate(q, shared.q_rotation)
     k = k if unrotated else rotate(k, shared.k_rotation)
+    if c.qk_norm == "rotated":
+      q, k = self.norm(name="q_norm")(q), self.norm(name="k_norm")(k)
     sinks = None
     if c.attn_sinks:
       normal = nn.initializers.normal(c.init_std)
@@ -322,23 +329,53 @@ def _with_window(attend, windows: list[int | None], kind):
   return lambda q, k, v: jax.lax.switch(kind, each, q, k, v)
 
 
+class Xielu(nn.Module):
+  """a x^2 + beta x above 0 and b (expm1(x) - x) + beta x below, in float32.
+
+  a = softplus(alpha_p) and b = beta + softplus(alpha_n) train, beta does not
+  (arXiv:2411.13010). Below, x is at most eps.
+  """
+
+  param_dtype: Dtype
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "... F"]) -> Float[Array, "... F"]:
+    def leaf(name, value, *shape):
+      start = nn.initializers.constant(value)
+      return self.param(name, start, shape, self.param_dtype)
+
+    # softplus of these is 0.8 and 0.3.
+    a, b = leaf("alpha_p", 0.2033, 1), leaf("alpha_n", -1.0502, 1)
+    beta, eps = leaf("beta", 0.5), leaf("eps", -1e-6)
+
+    def act(x, *leaves):
+      a, b, beta, eps = (leaf.astype(jnp.float32) for leaf in leaves)
+      y = x.astype(jnp.float32)
+      above = nn.softplus(a) * y * y
+      below = (beta + nn.softplus(b)) * (jnp.expm1(jnp.minimum(y, eps)) - y)
+      return (jnp.where(y > 0, above, below) + beta * y).astype(x.dtype)
+
+    return jax.checkpoint(act)(x, a, b, beta, eps)
+
+
 class Mlp(nn.Module):
   """down(act(gate(x)) * up(x)), or without a gate down(act(up(x)))."""
 
   config: ModelConfig
   linear: Callable[..., Linear]
   width: int
+  param_dtype: Dtype
 
   @nn.compact
   def __call__(self, x):
     c = self.config
-    act = _ACTIVATIONS[c.activation]
+    act = _ACTIVATIONS.get(c.activation) or Xielu(self.param_dtype, name="act")
     up = self.linear(self.width, c.mlp_bias, name="up")(x)
     if c.gated_mlp:
       gate = self.linear(self.width, c.mlp_bias, name="gate")(x)
       up = jax.checkpoint(lambda gate, up: act(gate) * up)(gate, up)
     else:
-      up = jax.checkpoint(act)(up)
+      up = act(up) if c.activation == "xielu" else jax.checkpoint(act)(up)
     down = self.linear(c.d_model, c.mlp_bias, _output_std(c), name="down")
     return down(up)
 
@@ -416,7 +453,8 @@ class Block(nn.Module):
         name="attn",
       )
       context = context.of_kind(c, kind)
-      y, kv = attn(before(x, "attn_norm"), context, kv, layer, kind)
+      normed = before(x, "attn_norm")
+      y, kv = attn(normed, context, kv, layer, kind)
       x = add(x, y, "attn_post_norm")
     with jax.named_scope("mlp"):
       # Layers of a mixed model are unrolled, so that `kind` is no tracer.
@@ -424,8 +462,9 @@ class Block(nn.Module):
       if c.num_experts and not dense:
         mlp = _experts(c, self.lora, self.mesh, **dtypes)
       else:
-        mlp = Mlp(c, linear, c.d_ff_dense if dense else c.d_ff, name="mlp")
-      y = mlp(before(x, "mlp_norm"))
+        width = c.d_ff_dense if dense else c.d_ff
+        mlp = Mlp(c, linear, width, self.param_dtype, name="mlp")
+      y = mlp(normed if c.parallel else before(x, "mlp_norm"))
       x = add(x, y, "mlp_post_norm")
     return x, kv
 

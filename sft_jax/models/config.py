@@ -28,7 +28,6 @@ from sft_jax.models.families import (
   layers_without_experts,
   positive,
   refuse,
-  rope_layers,
 )
 from sft_jax.models.rope import Rope, parse_ropes
 
@@ -85,7 +84,7 @@ class ModelConfig:
       checkpoint that of its text part.
     part_of: `model_type` of the multimodal checkpoint that it is in; '': none.
     notes: what a person should know of how it was read, one line each.
-    activation: of the MLP, 'silu' or 'gelu_tanh'.
+    activation: of the MLP, 'silu', 'gelu_tanh' or 'xielu'.
     glu_alpha: that of `moe.clipped_swiglu`, which takes its place; None: none.
     glu_limit: that of `moe.clipped_swiglu`.
     gated_mlp: down(act(gate(x)) * up(x)), else down(act(up(x))).
@@ -96,12 +95,15 @@ class ModelConfig:
     experts_per_token: k.
     d_ff_dense: width of the MLP of layers without experts.
     norm_topk: the shares of the k add up to one.
-    norm: 'rms', or 'layer' with its mean and bias.
+    norm: 'rms', or 'layer' with its mean.
+    norm_bias: a 'layer' norm has a bias.
     norm_offset: norms multiply by this much more than their scale.
     pre_norm: a norm before attention and MLP.
     post_norm: a norm after each, before the residual is added.
+    parallel: the MLP reads what attention reads, its norm too.
     qk_norm: RMSNorm of q and k before RoPE: 'none', over the H of each
-      'head', or over 'all' heads at once.
+      'head', or over 'all' heads at once; 'rotated': of each head, after RoPE.
+    rope_pairs: RoPE turns dimension 2 i with 2 i + 1.
     learned_positions: a vector per position is added to the embedding.
     scale_embeddings: embeddings are multiplied by sqrt(D), rounded to the
       compute dtype.
@@ -143,10 +145,13 @@ class ModelConfig:
   d_ff_dense: int = 0
   norm_topk: bool = True
   norm: str = "rms"
+  norm_bias: bool = True
   norm_offset: float = 0.0
   pre_norm: bool = True
   post_norm: bool = False
+  parallel: bool = False
   qk_norm: str = "none"
+  rope_pairs: bool = False
   learned_positions: bool = False
   scale_embeddings: bool = False
   embed_scale: float = 1.0
@@ -379,6 +384,8 @@ def layer_kinds(
     value = raw.get(field)
     # No layer has a window where the first is 0 or the last beyond the end.
     least = 0 if field == "max_window_layers" else 1
+    if field == "sliding_window_pattern" and raw.get("layer_types"):
+      continue  # Which say it themselves.
     if value is not None and (type(value) is not int or value < least):
       raise refuse(where, field, value, f"a whole number from {least} on")
   types = family.layer_types(raw, n) if family.layer_types else [FULL] * n
@@ -395,9 +402,10 @@ def layer_kinds(
     window = window if raw.get("use_sliding_window") else None
     if window is None and SLIDING in types:
       raise refuse(where, "layer_types", SLIDING, "a sliding_window in use")
-  rotated = [True] * n
-  if "no_rope_layers" in FIELDS[name]:
-    rotated = rope_layers(raw, n, where)
+  rotated = family.rotated(raw, types, where) if family.rotated else [True] * n
+  if family.traits.get("qk_norm") == "rotated" and ropes[FULL].by_length:
+    # A cache of such a rope holds keys as they were before it.
+    raise refuse(where, "rope_parameters", ropes[FULL].type, "a fixed one")
   dense = [False] * n
   if "mlp_only_layers" in FIELDS[name]:
     dense = layers_without_experts(raw, n, where)

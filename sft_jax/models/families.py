@@ -44,6 +44,7 @@ class Family:
     aliases: common fields that the family spells in its own way.
     harmless: fields that change nothing here.
     layer_types: SLIDING or FULL for each of n layers, from (file, n).
+    rotated: which layers have RoPE, from (file, their types, where).
     rope_fields: rotary fields beyond those of the rope's type.
     rope: the rotary fields of a file that has none.
     local_rope: sliding layers have a rotary embedding of their own, whose
@@ -64,6 +65,7 @@ class Family:
   aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
   harmless: frozenset[str] = frozenset()
   layer_types: Callable[[Json, int], list[str]] | None = None
+  rotated: Callable[[Json, list[str], str], list[bool]] | None = None
   rope_fields: frozenset[str] = frozenset()
   rope: Json = dataclasses.field(default_factory=dict)
   local_rope: str | None = None
@@ -129,11 +131,27 @@ def _without_rope(raw: Json, n: int) -> list[str]:
   """The layers without RoPE, if the file says so (SmolLM3)."""
   if not raw.get("use_sliding_window"):
     return [FULL] * n
-  return [FULL if use else SLIDING for use in rope_layers(raw, n, "config")]
+  used = _rope_layers(raw, [FULL] * n, "config")
+  return [FULL if use else SLIDING for use in used]
 
 
-def rope_layers(raw: Json, n: int, where: str) -> list[bool]:
-  """Which layers have RoPE at all (SmolLM3)."""
+def _windowed(raw: Json, types: list[str], where: str) -> list[bool]:
+  """Layers with a window have RoPE (Cohere 2)."""
+  if SLIDING in types and raw.get("sliding_window") is None:
+    raise refuse(where, "sliding_window", None, "a number, for layer_types")
+  return [kind == SLIDING for kind in types]
+
+
+def _windowed_if_any(raw: Json, types: list[str], where: str) -> list[bool]:
+  """The same, where the file gives a window (EXAONE 4)."""
+  if raw.get("sliding_window") is None:
+    return [True] * len(types)
+  return _windowed(raw, types, where)
+
+
+def _rope_layers(raw: Json, types: list[str], where: str) -> list[bool]:
+  """The layers that the file names, or all but every k-th (SmolLM3)."""
+  n = len(types)
   given, period = raw.get("no_rope_layers"), raw.get("no_rope_layer_interval")
   if given is None:
     if period is not None and (type(period) is not int or period < 1):
@@ -190,6 +208,17 @@ _FUSED = _LLAMA | {
   "layers/mlp/gate": "model.layers.{}.mlp.gate_up_proj",
   "layers/mlp/up": "model.layers.{}.mlp.gate_up_proj",
 }
+_GLM4 = _LLAMA | {
+  "layers/attn_post_norm": "model.layers.{}.post_self_attn_layernorm",
+  "layers/mlp_post_norm": "model.layers.{}.post_mlp_layernorm",
+  "layers/mlp/gate": "model.layers.{}.mlp.gate_up_proj",
+  "layers/mlp/up": "model.layers.{}.mlp.gate_up_proj",
+}
+_APERTUS = _LLAMA | {
+  "layers/attn_norm": "model.layers.{}.attention_layernorm",
+  "layers/mlp_norm": "model.layers.{}.feedforward_layernorm",
+  "layers/mlp/act": "model.layers.{}.mlp.act_fn",
+}
 
 
 def _expert_names(block: str, **names: str) -> dict[str, str]:
@@ -200,6 +229,13 @@ def _expert_names(block: str, **names: str) -> dict[str, str]:
   }
 
 
+_QWEN_MOE = _LLAMA | _expert_names(
+  "mlp",
+  router="gate",
+  gate="experts.{}.gate_proj",
+  up="experts.{}.up_proj",
+  down="experts.{}.down_proj",
+)
 _GPT2 = {
   "embed": "transformer.wte",
   "positions": "transformer.wpe",
@@ -222,6 +258,7 @@ _ACTIVATIONS = {
   "silu": "silu",
   "gelu_pytorch_tanh": "gelu_tanh",
   "gelu_new": "gelu_tanh",
+  "xielu": "xielu",
 }
 # Of every family whose configuration class has the field.
 READS: dict[str, Read] = {
@@ -255,6 +292,12 @@ _YARN_16: Json = {
   **{"rope_type": "yarn", "rope_theta": 1_000_000.0, "factor": 16.0},
   **{"original_max_position_embeddings": 16384, "llama_4_scaling_beta": 0.1},
   **{"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+}
+
+_LLAMA3_8: Json = {
+  **{"rope_type": "llama3", "factor": 8.0},
+  **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+  "original_max_position_embeddings": 8192,
 }
 
 # Checkpoints of text and other media: `model_type` of the whole to {that of its
@@ -345,6 +388,7 @@ FAMILIES: dict[str, Family] = {
     names=_LLAMA,
     defaults={"rope_theta": 2_000_000.0},
     layer_types=_without_rope,
+    rotated=_rope_layers,
   ),
   "phi3": Family(
     architecture="Phi3ForCausalLM",
@@ -354,6 +398,79 @@ FAMILIES: dict[str, Family] = {
     rope_fields=frozenset(
       {"partial_rotary_factor", "original_max_position_embeddings"}
     ),
+  ),
+  "glm4": Family(
+    architecture="Glm4ForCausalLM",
+    names=_GLM4,
+    traits={"post_norm": True, "rope_pairs": True},
+    reads={"attention_bias": Read(("qkv_bias",))},
+    defaults={"partial_rotary_factor": 0.5},
+    rope_fields=frozenset({"partial_rotary_factor"}),
+  ),
+  "seed_oss": Family(
+    architecture="SeedOssForCausalLM",
+    names=_LLAMA,
+    reads={
+      "attention_bias": Read(("qkv_bias",)),
+      "attention_out_bias": Read(("o_bias",)),
+    },
+    defaults=_MHA,
+    harmless=frozenset({"attention_dropout", "residual_dropout"}),
+  ),
+  "exaone4": Family(
+    architecture="Exaone4ForCausalLM",
+    names=_POST_NORM,
+    traits={"pre_norm": False, "post_norm": True, "qk_norm": "head"},
+    layer_types=_full_each("sliding_window_pattern", 4),
+    rotated=_windowed_if_any,
+    harmless=frozenset({"sliding_window_pattern"}),
+  ),
+  "ernie4_5": Family(
+    architecture="Ernie4_5ForCausalLM",
+    names=_LLAMA,
+    traits={"rope_pairs": True},
+    defaults=_MHA | {"rope_theta": 500_000.0},
+  ),
+  "hunyuan_v1_dense": Family(
+    architecture="HunYuanDenseV1ForCausalLM",
+    names=_LLAMA
+    | {
+      "layers/attn/q_norm": "model.layers.{}.self_attn.query_layernorm",
+      "layers/attn/k_norm": "model.layers.{}.self_attn.key_layernorm",
+    },
+    traits={"qk_norm": "rotated"},
+    defaults=_MHA,
+    rope_fields=frozenset({"alpha"}),
+    harmless=frozenset({"eod_token_id"}),
+  ),
+  "cohere2": Family(
+    architecture="Cohere2ForCausalLM",
+    names=_LLAMA,
+    traits={
+      **{"norm": "layer", "norm_bias": False, "parallel": True},
+      "rope_pairs": True,
+    },
+    reads={"logit_scale": Read(("logit_divisor",), lambda x: 1 / x)},
+    defaults=_MHA,
+    aliases={"rms_norm_eps": "layer_norm_eps"},
+    layer_types=_full_each("sliding_window_pattern", 4),
+    rotated=_windowed,
+    harmless=frozenset({"sliding_window_pattern"}),
+  ),
+  "apertus": Family(
+    architecture="ApertusForCausalLM",
+    names=_APERTUS,
+    traits={"qk_norm": "head", "gated_mlp": False},
+    defaults=_MHA | {"rope_theta": 12_000_000.0},
+    rope=_LLAMA3_8,
+  ),
+  "olmoe": Family(
+    architecture="OlmoeForCausalLM",
+    names=_QWEN_MOE,
+    traits={"qk_norm": "all"},
+    defaults=_MHA,
+    aliases={"num_local_experts": "num_experts"},
+    experts=True,
   ),
   "granite": Family(
     architecture="GraniteForCausalLM",
@@ -375,14 +492,7 @@ FAMILIES: dict[str, Family] = {
   ),
   "qwen3_moe": Family(
     architecture="Qwen3MoeForCausalLM",
-    names=_LLAMA
-    | _expert_names(
-      "mlp",
-      router="gate",
-      gate="experts.{}.gate_proj",
-      up="experts.{}.up_proj",
-      down="experts.{}.down_proj",
-    ),
+    names=_QWEN_MOE,
     traits={"qk_norm": "head"},
     aliases={
       "num_local_experts": "num_experts",

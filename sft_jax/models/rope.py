@@ -33,8 +33,8 @@ class Rope:
 
   Attributes:
     theta: the base of the frequencies.
-    type: 'default', 'linear', 'dynamic', 'yarn', 'llama3' or 'longrope'.
-    factor: how much longer than the original context.
+    type: 'default', 'linear', 'dynamic', 'ntk', 'yarn', 'llama3' or 'longrope'.
+    factor: how much longer than the original context; alpha of ntk.
     low_freq_factor: llama3 only.
     high_freq_factor: llama3 only.
     original_max_positions: the context before stretching.
@@ -80,11 +80,15 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
   the original context / low_freq_factor, keeps those shorter than original /
   high_freq_factor, and blends between (Llama 3.1). 'yarn' blends likewise
   between dimensions that turn beta_slow and beta_fast times (Peng et al. 2023,
-  arXiv:2309.00071). Those of 'dynamic' and 'longrope' are for short documents.
+  arXiv:2309.00071). 'ntk' stretches theta once by factor^(dims / (dims - 2))
+  (Hunyuan). Those of 'dynamic' and 'longrope' are for short documents.
   """
   dims = int(head_dim * rope.fraction)
   exponent = np.arange(0, dims, 2, dtype=np.float64) / dims
-  frequency = rope.theta**-exponent
+  theta = rope.theta
+  if rope.type == "ntk":
+    theta *= rope.factor ** (dims / (dims - 2))
+  frequency = theta**-exponent
   if rope.type == "linear":
     frequency = frequency / rope.factor
   elif rope.type == "llama3":
@@ -172,17 +176,23 @@ def query_rotation(
   return at[0] * growth[..., None, None], at[1] * growth[..., None, None]
 
 
-def apply(x: Float[Array, "B T X H"], at: Rotation) -> Float[Array, "B T X H"]:
-  """Rotates dimension i with i + C (the half-split layout of Hugging Face).
+def apply(
+  x: Float[Array, "B T X H"], at: Rotation, *, pairs: bool = False
+) -> Float[Array, "B T X H"]:
+  """Rotates dimension i with i + C (the half-split layout of Hugging Face),
+  or in `pairs` dimension 2 i with 2 i + 1.
 
   Dimensions from 2 C on are left as they are.
   """
   cos, sin = at
   C = cos.shape[-1]
-  y = x.astype(jnp.float32)
-  first, second, rest = y[..., :C], y[..., C : 2 * C], x[..., 2 * C :]
-  turned = jnp.concatenate(
-    (first * cos - second * sin, second * cos + first * sin), axis=-1
+  y, rest = x[..., : 2 * C].astype(jnp.float32), x[..., 2 * C :]
+  first, second = (
+    (y[..., ::2], y[..., 1::2]) if pairs else (y[..., :C], y[..., C:])
+  )
+  both = first * cos - second * sin, second * cos + first * sin
+  turned = (
+    jnp.stack(both, -1).reshape(y.shape) if pairs else jnp.concatenate(both, -1)
   ).astype(x.dtype)
   if not rest.shape[-1]:
     return turned
@@ -270,16 +280,17 @@ def _one_rope(
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind == "mrope":
     kind = "default"  # Its axes agree where there is only text.
-  if "partial_rotary_factor" in family.rope_fields and kind in ("su", "yarn"):
+  if _ORIGINAL in family.rope_fields and kind in ("su", "yarn"):
     kind = "longrope"  # Older names of it in files of Phi 3.
   if not isinstance(kind, str) or kind not in _NEEDS:
     raise refuse(where, f"{name}.rope_type", kind, f"one of {sorted(_NEEDS)}")
   for odd in rope.keys() - _KNOWN - family.rope_fields:
     if rope[odd] is not None:
       raise refuse(where, f"{name}.{odd}", rope[odd], f"no such field: {kind}")
-  # Files of Phi 3 hold these two outside, and there they count.
-  for key in family.rope_fields & raw.keys():
-    rope = {**rope, key: raw[key]}
+  # Some files hold these outside; of Phi 3 the context counts there.
+  outside = {key: raw[key] for key in family.rope_fields & raw.keys()}
+  inside = {k: v for k, v in rope.items() if k != _ORIGINAL or k not in outside}
+  rope = outside | inside
 
   def number(field: str, value: Any) -> float:
     return positive(where, f"{name}.{field}", value)
@@ -295,7 +306,8 @@ def _one_rope(
   if _ORIGINAL in ours:
     ours["original_max_positions"] = int(ours.pop(_ORIGINAL))
   fraction = rope.get("partial_rotary_factor")
-  fraction = 1.0 if fraction is None else fraction
+  if fraction is None:
+    fraction = family.defaults.get("partial_rotary_factor", 1.0)
   if fraction != 1:
     if "partial_rotary_factor" not in family.rope_fields:
       raise refuse(where, f"{name}.partial_rotary_factor", fraction, 1)
@@ -304,6 +316,9 @@ def _one_rope(
       expected = f"an even part of head_dim={head_dim}"
       raise refuse(where, f"{name}.partial_rotary_factor", fraction, expected)
     ours["fraction"] = float(fraction)
+  if kind == "dynamic" and rope.get("alpha"):
+    # The reference has a type of its own for it.
+    kind, ours = "ntk", {"factor": number("alpha", rope["alpha"])}
   longest = 0.0
   if kind in ("dynamic", "longrope"):
     longest = raw.get("max_position_embeddings")

@@ -364,3 +364,60 @@ def test_yarn_and_longrope_scale_by_their_papers():
 def test_what_a_family_does_not_do_is_refused_by_name(family, changes, named):
   with pytest.raises(ValueError, match=named):
     parse_config(folder(family, **changes))
+
+
+GLM4 = BASE | {
+  **{"model_type": "glm4", "architectures": ["Glm4ForCausalLM"]},
+  "num_key_value_heads": 2,
+}
+EXAONE4 = GLM4 | {
+  **{"model_type": "exaone4", "architectures": ["Exaone4ForCausalLM"]},
+  **{"sliding_window": 8, "num_hidden_layers": 4},
+}
+HUNYUAN = GLM4 | {
+  "model_type": "hunyuan_v1_dense",
+  "architectures": ["HunYuanDenseV1ForCausalLM"],
+}
+
+
+def test_fields_that_families_read_in_their_own_way():
+  """As published files have them, and as the reference reads them."""
+  (glm,) = parse_config(GLM4 | {"head_dim": 8}).kinds
+  assert glm.rope == Rope(10_000.0, fraction=0.5)
+  (glm,) = parse_config(
+    GLM4 | {"head_dim": 8, "partial_rotary_factor": 0.25}
+  ).kinds
+  assert glm.rope == Rope(10_000.0, fraction=0.25)
+  # Full layers beside windows have no positions; by a pattern, or by name.
+  local, full = LayerKind(8, Rope(10_000.0)), LayerKind(None, None)
+  assert parse_config(EXAONE4).layers == (local, local, local, full)
+  named = {"sliding_window_pattern": "LG", "layer_types": [SLIDING, FULL] * 2}
+  assert parse_config(EXAONE4 | named).layers == (local, full) * 2
+  none = parse_config(EXAONE4 | {"sliding_window": None})
+  assert none.layers == (LayerKind(None, Rope(10_000.0)),) * 4
+  scaling = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}
+  old = {"rope_theta": 10_000.0, "rope_scaling": scaling}
+  (hunyuan,) = parse_config(HUNYUAN | old).kinds
+  assert hunyuan.rope == Rope(10_000.0, "ntk", 1000.0)
+
+
+@pytest.mark.parametrize(
+  ("raw", "named"),
+  [
+    (HUNYUAN | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+    (GLM4 | {"rope_scaling": {"type": "linear", "alpha": 2.0}}, "alpha"),
+    (EXAONE4 | {"sliding_window_pattern": "LG"}, "sliding_window_pattern='LG'"),
+    (
+      EXAONE4
+      | {
+        "model_type": "cohere2",
+        "architectures": None,
+        "sliding_window": None,
+      },
+      "sliding_window=None",
+    ),
+  ],
+)
+def test_what_families_do_not_have_is_refused_by_name(raw, named):
+  with pytest.raises(ValueError, match=named):
+    parse_config(raw)

@@ -14,6 +14,7 @@ from sft_jax.common import trees
 from sft_jax.inference import sampler
 from sft_jax.models.attention import blockwise
 from sft_jax.models.hf import load_save, parameter_map
+from sft_jax.models.lora.lora import is_constant
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = sorted(path.parent.name for path in GOLDENS.glob("*/golden.npz"))
@@ -63,14 +64,19 @@ def test_logits_and_gradients_equal_the_reference(case, attention, monkeypatch):
   np.testing.assert_allclose(nats, golden["loss"], rtol=1e-5)
   squares = {}
   for path, leaf in trees.flatten(gradients).items():
+    if is_constant(path):
+      continue
     for place in parameter_map.tensor_slices(path, leaf.shape, model.config):
       square = np.sum(np.square(leaf[place.index], dtype=np.float64))
       squares[place.name] = squares.get(place.name, 0.0) + square
   want = {k: v for k, v in golden.items() if k.startswith("gradient/")}
   assert {f"gradient/{name}" for name in squares} == want.keys()
+  # Softmax does not see a bias of keys: the gradient of one is rounding.
+  rounding = 1e-7 * sum(squares.values()) ** 0.5
   for name, square in squares.items():
-    norm = want[f"gradient/{name}"]
-    np.testing.assert_allclose(square**0.5, norm, rtol=1e-4, err_msg=name)
+    np.testing.assert_allclose(
+      square**0.5, want[f"gradient/{name}"], 1e-4, rounding, err_msg=name
+    )
 
 
 @pytest.mark.parametrize("case", CASES)

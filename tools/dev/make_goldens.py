@@ -219,6 +219,55 @@ CASES: dict[str, Case] = {
     # From the start longer than the original context; see docs/models.md.
     prompt=17,
   ),
+  "glm4": Case(
+    "glm4",
+    {
+      "head_dim": 12,
+      "rope_parameters": rope(partial_rotary_factor=0.5),
+      **UNTIED,
+    },
+  ),
+  "seed_oss": Case(
+    "seed_oss",
+    {
+      "head_dim": 10,
+      "attention_out_bias": True,
+      "rope_parameters": rope(),
+      **UNTIED,
+    },
+  ),
+  "exaone4": Case(
+    "exaone4",
+    {
+      "layer_types": [LOCAL_LAYER, FULL_LAYER],
+      "sliding_window": 7,
+      "rope_parameters": LLAMA3,
+      **UNTIED,
+    },
+  ),
+  "ernie4_5": Case(
+    "ernie4_5", {"head_dim": 10, "rope_parameters": rope(), **TIED}
+  ),
+  "hunyuan_v1_dense": Case(
+    "hunyuan_v1_dense",
+    {
+      "head_dim": 10,
+      "rope_parameters": rope("dynamic", alpha=50.0, factor=1.0),
+      **TIED,
+    },
+  ),
+  "cohere2": Case(
+    "cohere2",
+    {
+      "layer_types": [LOCAL_LAYER, FULL_LAYER],
+      "sliding_window": 7,
+      "logit_scale": 0.5,
+      "attention_bias": True,
+      "rope_parameters": rope(),
+      **TIED,
+    },
+  ),
+  "apertus": Case("apertus", {"rope_parameters": LLAMA3, **UNTIED}),
   "granite": Case(
     "granite",
     {
@@ -253,6 +302,16 @@ CASES: dict[str, Case] = {
       "num_experts_per_tok": 1,
       "rope_parameters": rope(),
       **TIED,
+    },
+  ),
+  "olmoe": Case(
+    "olmoe",
+    {
+      "intermediate_size": 16,
+      "num_experts": 4,
+      "num_experts_per_tok": 3,
+      "rope_parameters": rope(),
+      **UNTIED,
     },
   ),
   "gpt_oss": Case(

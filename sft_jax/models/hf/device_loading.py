@@ -49,6 +49,9 @@ class Source(NamedTuple):
 
   def read_into(self, out: np.ndarray, local: Slices) -> None:
     """Fills `out` with the part `local` of the layer, in the dtype of `out`."""
+    if not self.tensor.shape:
+      out[...] = self.tensor.read()
+      return
     axes = zip(
       self.tensor.shape,
       self.cut,
@@ -165,7 +168,8 @@ def _groups(
       for place in np.ndindex(shape[:n]):
         at = (i + one.start for i, one in zip(place, local[:n], strict=True))
         source = leaf.sources[tuple(at)]
-        reads.append(pool.submit(source.read_into, host[place], local[n:]))
+        own = host[(*place, ...)]  # A view, of a scalar too.
+        reads.append(pool.submit(source.read_into, own, local[n:]))
       yield _Group(leaf, start, host, local, reads)
 
 

@@ -403,7 +403,8 @@ def _pending(model: Model, params: Tree, dtype: np.dtype) -> Iterator[Pending]:
     tensor = np.empty(parts[name][0][1].shape, dtype)
     for path, place in parts[name]:
       part = _to_host(flat[path][place.index])
-      loading.copy_into(tensor[place.cut], part, transpose=place.transpose)
+      own = tensor[(*place.cut, ...)]  # A view, of a scalar too.
+      loading.copy_into(own, part, transpose=place.transpose)
     return tensor
 
   for name, ((_, place), *_) in parts.items():

@@ -22,8 +22,6 @@ _LEAF = {
   "kernel": "weight",
   "scale": "weight",
   "embedding": "weight",
-  "bias": "bias",
-  "sinks": "sinks",
 }
 _EXPERTS = ("layers/moe/gate", "layers/moe/up", "layers/moe/down")
 
@@ -88,6 +86,11 @@ def tensor_slices(
   module, leaf = path.rsplit("/", 1)
   found = modules(module, config, shape)
   shape = shape[len(next(iter(found))) :]
+  if not shape:
+    return [
+      TensorSlice(i, f"{name}.{leaf}", (), (), False)
+      for i, name in found.items()
+    ]
   # Ours that share a tensor lie along its output axis, in the table's order.
   fused = fused_modules(config)[family.names[module]]
   if family.stacked_experts and module in _EXPERTS:
@@ -110,7 +113,7 @@ def tensor_slices(
   if transpose:
     cut, whole = cut[::-1], whole[::-1]
   return [
-    TensorSlice(index, f"{name}.{_LEAF[leaf]}", whole, cut, transpose)
+    TensorSlice(index, f"{name}.{_LEAF.get(leaf, leaf)}", whole, cut, transpose)
     for index, name in found.items()
   ]
 

@@ -114,12 +114,23 @@ class LoraConfig:
     """
     if is_adapter(path):
       return path.endswith(("/lora_a", "/lora_b", "/lora_m", "/lora_rows"))
-    return trees.matches_any(self.also_train, path)
+    return not is_constant(path) and trees.matches_any(self.also_train, path)
 
 
 def module_of(path: str) -> str:
   """The module that rules see: 'layers/attn/q/kernel' -> 'attn/q'."""
   return path.removeprefix("layers/").rpartition("/")[0]
+
+
+def is_constant(path: str) -> bool:
+  """True for leaves of a checkpoint that no training changes: what is fixed
+  of an activation, and a router's correction, which no gradient reaches."""
+  return path.endswith(("/act/beta", "/act/eps", "/correction"))
+
+
+def trained(lora: LoraConfig | None) -> Callable[[str], bool]:
+  """Which leaves train: those of the adapters, or without them all."""
+  return lora.trains if lora else lambda path: not is_constant(path)
 
 
 def is_adapter(path: str) -> bool:

@@ -13,7 +13,7 @@ from sft_jax.common import sharding, trees
 from sft_jax.common.batch import Batch
 from sft_jax.data.chat.token_roles import TOKEN_ROLES
 from sft_jax.data.pipeline import Stream
-from sft_jax.models.lora import base_model
+from sft_jax.models.lora import base_model, lora
 from sft_jax.models.transformer import Model
 from sft_jax.step import loss as losses
 from sft_jax.step import loss_groups, optimizer
@@ -115,7 +115,7 @@ def make_step(
     rounding_seed=rounding_seed,
     **{name: optim[name] for name in moments},
   )
-  trains = model.lora.trains if model.lora else lambda path: True
+  trains = lora.trained(model.lora)
   trained = lambda path: (
     trains(path)
     and not trees.matches_any(config.optim.freeze, path)

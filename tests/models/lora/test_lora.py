@@ -275,3 +275,12 @@ def test_what_trains_under_lora_is_float32_whatever_the_base_is():
   np.testing.assert_allclose(
     logits(model, moved), logits(plain, whole), atol=1e-4
   )
+
+
+def test_constants_of_a_checkpoint_never_train():
+  path = "layers/mlp/act/beta"
+  whole = lora.LoraConfig(rank=1, alpha=1.0, also_train=("mlp/act",))
+  for adapters in (None, whole):
+    trained = lora.trained(adapters)
+    assert not trained(path)
+    assert trained("layers/mlp/act/alpha_p")
