@@ -42,7 +42,7 @@ RULES: Sequence[tuple[str, PartitionSpec]] = (
   (r"(o|down)/lora_a0?$", PartitionSpec(None, "tensor", None)),
   (r"(o|down)/lora_b0?$", PartitionSpec(None, None, "fsdp")),
   (r"lora_(m|rows)$", PartitionSpec()),
-  (r"(bias|scale|sinks)$", PartitionSpec()),
+  (r"(bias|scale|sinks|correction)$|/act/", PartitionSpec()),
 )
 
 

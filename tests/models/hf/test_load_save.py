@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from sft_jax.common import trees
+from sft_jax.common import sharding, trees
 from sft_jax.models import transformer
 from sft_jax.models.config import parse_config
 from sft_jax.models.hf import load_save
@@ -142,6 +142,8 @@ def test_round_trip_gives_back_every_byte(case, tmp_path):
   assert read_tensors(tmp_path / "out") == read_tensors(GOLDENS / case)
   wrote = json.loads((tmp_path / "out" / "config.json").read_text())
   assert wrote == json.loads((GOLDENS / case / "config.json").read_text())
+  mesh = sharding.make_mesh(-1, 1, 1)
+  assert sharding.placements(params, mesh)  # Each has a rule.
 
 
 def test_shards_hold_each_tensor_once_and_load_back(tmp_path):
