@@ -384,16 +384,16 @@ def layer_kinds(
     value = raw.get(field)
     # No layer has a window where the first is 0 or the last beyond the end.
     least = 0 if field == "max_window_layers" else 1
-    if field == "sliding_window_pattern" and raw.get("layer_types"):
-      continue  # Which say it themselves.
+    named = "layer_types" in FIELDS[name] and raw.get("layer_types")
+    if field == "sliding_window_pattern" and named:
+      continue  # They say it themselves.
     if value is not None and (type(value) is not int or value < least):
       raise refuse(where, field, value, f"a whole number from {least} on")
-  types = family.layer_types(raw, n) if family.layer_types else [FULL] * n
-  given = raw.get("layer_types")
-  if given is not None and "layer_types" in FIELDS[name]:
-    types = given
-  elif given is not None and given != types:
-    raise refuse(where, "layer_types", given, types[:4])
+  types = given = raw.get("layer_types")
+  if given is None or "layer_types" not in FIELDS[name]:
+    types = family.layer_types(raw, n) if family.layer_types else [FULL] * n
+    if given not in (None, types):
+      raise refuse(where, "layer_types", given, types[:4])
   right = isinstance(types, list) and len(types) == n
   if not right or any(kind not in (FULL, SLIDING) for kind in types):
     raise refuse(where, "layer_types", types, f"{n} of {FULL}, {SLIDING}")
