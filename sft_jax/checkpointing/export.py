@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sft_jax.common import distributed, trees
-from sft_jax.common.files import replace_folder
+from sft_jax.common.workdir import replace_folder
 from sft_jax.data.chat import template as templates
 from sft_jax.data.chat import template_export
 from sft_jax.data.chat.options import DEFAULT, RenderOptions

@@ -9,7 +9,7 @@ import jax
 
 from sft_jax.checkpointing.manager import Checkpoints
 from sft_jax.common import trees
-from sft_jax.common.files import find_json
+from sft_jax.common.workdir import find_json
 from sft_jax.data.store.fingerprint import differences
 from sft_jax.step.train_step import TrainState
 

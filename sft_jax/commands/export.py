@@ -10,7 +10,7 @@ from typing import Any
 import ml_collections
 
 from sft_jax.checkpointing.resume import restore
-from sft_jax.common.files import read_json
+from sft_jax.common.workdir import read_json
 from sft_jax.reporting import terminal
 from sft_jax.training.build import build, outputs
 

@@ -16,7 +16,7 @@ from typing import Any
 import ml_collections
 
 from sft_jax.commands.inspect import show_sample
-from sft_jax.common.files import read_json
+from sft_jax.common.workdir import read_json
 from sft_jax.data.audit.summary import step_rows
 from sft_jax.data.store import fingerprint
 from sft_jax.data.tokenizers import tokenizer as tokenizers

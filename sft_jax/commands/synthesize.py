@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sft_jax.commands import command
-from sft_jax.common import files
+from sft_jax.common import workdir
 from sft_jax.data.conversation import Conversation, NothingToTrain
 from sft_jax.data.encoding import encode
 from sft_jax.evals import behaviours, synthesis
@@ -100,9 +100,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   rows = "".join(
     json.dumps(row, ensure_ascii=False) + "\n" for row in made.rows
   )
-  files.write_text(args.out, rows)
+  workdir.write_text(args.out, rows)
   ledger = args.out.with_name(args.out.name + ".ledger.json")
-  files.write_text(ledger, json.dumps(made.to_json(), indent=2) + "\n")
+  workdir.write_text(ledger, json.dumps(made.to_json(), indent=2) + "\n")
   head, *body = synthesis.lines(made)
   out = terminal.console()
   terminal.print_table(

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from sft_jax.common import files
+from sft_jax.common import workdir
 
 Pairs = Mapping[str, tuple[jax.Array, jax.Array]]
 
@@ -102,7 +102,7 @@ class JsonlWriter:
           lines.append(line + "\n")
         else:
           self.forgotten.append(record)
-    files.write_text(path, "".join(lines))  # It is the run's only record.
+    workdir.write_text(path, "".join(lines))  # It is the run's only record.
     self._file = path.open("a")
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:

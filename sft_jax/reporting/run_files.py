@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from sft_jax.common.files import read_json
-from sft_jax.common.workdir import Incidents
+from sft_jax.common.workdir import Incidents, read_json
 from sft_jax.reporting import metrics
 
 # What is in which file: an object, and an object a line.

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from sft_jax.common import trees
-from sft_jax.common.files import find_json, write_json
+from sft_jax.common.workdir import find_json, write_json
 from sft_jax.reporting.terminal import visible
 
 

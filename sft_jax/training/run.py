@@ -15,8 +15,7 @@ import optax
 from sft_jax.checkpointing import export, resume
 from sft_jax.checkpointing.manager import Checkpoints
 from sft_jax.common import compile_cache, trees
-from sft_jax.common.files import find_json, write_json
-from sft_jax.common.workdir import Incidents, locked
+from sft_jax.common.workdir import Incidents, find_json, locked, write_json
 from sft_jax.data.sources import MemoryRows
 from sft_jax.evals import suite as evaluation
 from sft_jax.reporting import (

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from sft_jax.common import sharding, trees
-from sft_jax.common.files import write_json
+from sft_jax.common.workdir import write_json
 from sft_jax.data.audit import summary
 from sft_jax.models.lora import quantize
 from sft_jax.reporting import terminal

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sft_jax.common.files import write_json
-from sft_jax.common.workdir import Incidents, locked
+from sft_jax.common.workdir import Incidents, locked, write_json
 
 
 def test_a_second_run_is_told_who_has_the_workdir(tmp_path):

@@ -22,8 +22,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sft_jax.common import hub, sharding, trees
-from sft_jax.common.files import replace_folder
 from sft_jax.common.trees import Tree
+from sft_jax.common.workdir import replace_folder
 from sft_jax.models import transformer
 from sft_jax.models.config import ModelConfig, read_config
 from sft_jax.models.families import FAMILIES

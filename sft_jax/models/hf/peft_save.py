@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from sft_jax.common import trees
-from sft_jax.common.files import replace_folder
 from sft_jax.common.trees import Tree
+from sft_jax.common.workdir import replace_folder
 from sft_jax.models.config import ModelConfig
 from sft_jax.models.families import FAMILIES
 from sft_jax.models.hf import parameter_map, peft_moe

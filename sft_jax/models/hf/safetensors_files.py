@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from sft_jax.common.files import digest
+from sft_jax.common.workdir import digest
 
 _DTYPES = {
   "F64": np.float64,

@@ -7,6 +7,7 @@ runs nothing.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup, escape
 
-from sft_jax.common import files
+from sft_jax.common import workdir
 from sft_jax.reporting.terminal import visible
 
 _LINE = 40  # Letters of a cell that are not broken into lines.
@@ -62,9 +63,9 @@ def render(template: str, **values: Any) -> Markup:
   return Markup(_ENVIRONMENT.get_template(template).render(**values))
 
 
-def write_page(path: str | Path, template: str, **values: Any) -> None:
+def write_page(path: str | os.PathLike, template: str, **values: Any) -> None:
   """Writes a page, whole or not at all."""
-  files.write_text(path, render(template, **values))
+  workdir.write_text(path, render(template, **values))
 
 
 class Table(NamedTuple):

@@ -3,7 +3,7 @@
 from typing import Any
 
 from sft_jax.common import trees
-from sft_jax.common.files import find_json, write_json, write_jsonl
+from sft_jax.common.workdir import find_json, write_json, write_jsonl
 from sft_jax.evals import suite as evaluation
 from sft_jax.models.lora import base_model
 from sft_jax.training.build import evals, model

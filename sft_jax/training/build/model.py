@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from sft_jax.common import hub, sharding, trees
-from sft_jax.common.files import find_json
+from sft_jax.common.workdir import find_json
 from sft_jax.data.chat import template as templates
 from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.models import transformer

@@ -7,7 +7,7 @@ from typing import Any
 
 import ml_collections
 
-from sft_jax.common.files import write_jsonl
+from sft_jax.common.workdir import write_jsonl
 from sft_jax.data.readers.files import slice_of
 from sft_jax.data.sources import MemoryRows, Source, to_sources
 from sft_jax.evals import memorization
