@@ -25,8 +25,8 @@ BY_PIPE = {
   "shards.py imports pickle",
   "workers.py imports pickle",
   # To the child that renders; back come marshalled texts, which run nothing.
-  "sandbox.py imports pickle",
-  "sandbox.py imports marshal",
+  "child.py imports pickle",
+  "child.py imports marshal",
 }
 CALLS = {"eval", "exec", "__import__"}
 

@@ -12,6 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+# What of a tokenizer a model folder may have, beside its weights.
+TOKENIZER_FILES = (
+  *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"),
+  *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+  *("chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
 # What a model folder needs here; everything else in a repository stays there.
 TOKENIZER_FILES = (
   *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"),
@@ -23,13 +29,10 @@ MODEL_FILES = (
   *("adapter_config.json", *TOKENIZER_FILES),
 )
 # Formats whose reading runs code, and code.
-_NEVER = tuple(
-  f"*.{ending}"
-  for ending in (
-    *("bin", "pt", "pth", "ckpt", "pkl", "pickle", "joblib", "npy", "npz"),
-    *("msgpack", "h5", "keras", "py", "ipynb", "sh", "so"),
-  )
+_CODE = (
+  "bin pt pth ckpt pkl pickle joblib npy npz msgpack h5 keras py ipynb sh so"
 )
+_NEVER = [f"*.{ending}" for ending in _CODE.split()]
 # A model's own files lie at the top; folders hold copies in other formats,
 # as does `consolidated.safetensors`.
 _NEVER_OF_MODELS = ("*/*", "consolidated*")

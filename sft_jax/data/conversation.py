@@ -27,11 +27,8 @@ class RowError(ValueError):
 def _printable(text: str) -> str:
   """A part of an error: not a file's worth, and no control of a terminal."""
   text = text if len(text) <= 2000 else text[:2000] + "..."
-  if text.isprintable():
-    return text
-  return "".join(
-    c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text
-  )
+  shown = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+  return "".join(shown)
 
 
 _BLANK = re.compile(r"[\s\u00ad\u200b-\u200d\u2060\ufeff]*")
@@ -134,33 +131,25 @@ class Conversation:
   notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
   def __post_init__(self):
-    given = [
-      name
-      for name, held in (
-        ("messages", self.messages),
-        ("text", self.text is not None),
-        ("ids", self.ids),
-      )
-      if held
-    ]
+    held = {"messages": self.messages, "text": self.text is not None}
+    given = [name for name, x in {**held, "ids": self.ids}.items() if x]
     if len(given) != 1:
-      raise RowError(
-        self.source or "row",
-        f"both {' and '.join(given)}" if given else "no messages",
-        "either messages, or raw text, or token ids",
-        "Give exactly one of them.",
-      )
+      got = f"both {' and '.join(given)}" if given else "no messages"
+      expected = "either messages, or raw text, or token ids"
+      raise RowError(self.place, got, expected, "Give exactly one of them.")
     if len(self.ids) != len(self.id_weights):
-      raise RowError(
-        self.source or "row",
-        f"{len(self.id_weights)} weights for {len(self.ids)} ids",
-        "a weight for each id",
-        "Give as many id_weights as ids.",
-      )
+      got = f"{len(self.id_weights)} weights for {len(self.ids)} ids"
+      cure = "Give as many id_weights as ids."
+      raise RowError(self.place, got, "a weight for each id", cure)
+
+  @property
+  def place(self) -> str:
+    """Where it came from, for errors: 'rows.jsonl:12', or 'row'."""
+    return self.source or "row"
 
   def where(self, index: int) -> str:
     """The place of message `index`, for errors: 'rows.jsonl:12 messages[3]'."""
-    return f"{self.source or 'row'} messages[{index}]"
+    return f"{self.place} messages[{index}]"
 
 
 def merged(conversation: Conversation, what: str) -> Conversation:
@@ -240,111 +229,82 @@ def check(conversation: Conversation) -> Conversation:
   assistant turns may be trained. What else a model wants (that roles
   alternate, say) its chat template decides.
   """
-  if fault := _text_fault(conversation.text or ""):
-    raise RowError(conversation.source or "row", *fault)
+  if fault := text_fault(conversation.text or ""):
+    raise RowError(conversation.place, *fault)
   for weight in conversation.id_weights:
     if not is_weight(weight):
-      where = conversation.source or "row"
-      raise RowError(where, f"weight {weight}", WEIGHTS, "Correct id_weights.")
+      got = f"weight {weight}"
+      raise RowError(conversation.place, got, WEIGHTS, "Correct id_weights.")
   before: Message | None = None
   for index, message in enumerate(conversation.messages):
     named = (message.name, message.tool_call_id)
     said = (message.content, message.reasoning, *named)
-    faults = (_text_fault(text) for text in said if text)
-    if fault := next(filter(None, faults), None) or _fault(message, before):
+    faults = (text_fault(text) for text in said if text)
+    if fault := next(filter(None, faults), None) or _turn_fault(
+      message, before
+    ):
       raise RowError(conversation.where(index), *fault)
     before = message
   return conversation
 
 
-def _fault(
+def _turn_fault(
   message: Message, before: Message | None
 ) -> tuple[str, str, str] | None:
   """(got, expected, cure) of a turn that breaks the grammar."""
   role = message.role
   if role not in ROLES:
-    return (
-      f"role {role!r}",
-      f"one of {', '.join(ROLES)}",
-      "Rename it (data.columns: {'role': {'bot': 'assistant'}}), or drop the "
-      "turn.",
-    )
+    expected = f"one of {', '.join(ROLES)}"
+    rename = "Rename it (data.columns: {'role': {'bot': 'assistant'}})"
+    return f"role {role!r}", expected, f"{rename}, or drop the turn."
   if role == "system" and before is not None:
-    return (
-      f"a system turn after a {before.role} turn",
-      "a system turn only as the first",
-      "Move it to the start or merge it into a user turn.",
-    )
+    got = f"a system turn after a {before.role} turn"
+    expected = "a system turn only as the first"
+    return got, expected, "Move it to the start or merge it into a user turn."
   said = not is_blank(message.content)
   says = said or message.reasoning or message.tool_calls
   if role == "assistant" and not says:
-    return (
-      "an empty assistant turn",
-      "content, reasoning or tool calls",
-      "Fill the turn or drop the row.",
-    )
+    expected = "content, reasoning or tool calls"
+    return "an empty assistant turn", expected, "Fill the turn or drop the row."
   if role != "assistant" and message.tool_calls:
-    return (
-      f"tool calls in a {role} turn",
-      "tool calls in assistant turns only",
-      "Move them to an assistant turn.",
-    )
+    got = f"tool calls in a {role} turn"
+    expected = "tool calls in assistant turns only"
+    return got, expected, "Move them to an assistant turn."
   calls = before is not None and (before.tool_calls or before.role == "tool")
   if role == "tool" and not calls:
-    return (
-      f"a tool turn after {'nothing' if before is None else before.role}",
-      "a tool turn after an assistant turn with tool_calls",
-      "Add the call that this turn answers.",
-    )
+    got = f"a tool turn after {'nothing' if before is None else before.role}"
+    expected = "a tool turn after an assistant turn with tool_calls"
+    return got, expected, "Add the call that this turn answers."
   weight = message.loss_weight
   if not is_weight(weight):
     return (f"weight {weight}", WEIGHTS, "Correct the message's weight.")
   if weight > 0 and role != "assistant":
-    return (
-      f"weight {weight} on a {role} turn",
-      "weights above 0 on assistant turns only",
-      "Set it to 0: data.train_on says whether other roles are trained.",
-    )
-  return _span_fault(message)
-
-
-def _text_fault(text: str) -> tuple[str, str, str] | None:
-  """(got, expected, cure) of text that no tokenizer can be trusted with."""
-  if "\0" in text:
-    return (
-      f"the character NUL at {text.index(chr(0))}",
-      "text",
-      "Strip it: it comes from binary data or from UTF-16.",
-    )
-  if not text.isascii():
-    try:
-      text.encode()
-    except UnicodeEncodeError as error:
-      return (
-        f"half a surrogate pair at {error.start}",
-        "whole characters",
-        "Correct or drop the row.",
-      )
+    got = f"weight {weight} on a {role} turn"
+    cure = "Set it to 0: data.train_on says whether other roles are trained."
+    return got, "weights above 0 on assistant turns only", cure
+  end, most = 0, len(message.content)
+  for span in message.spans or ():
+    if not end <= span[0] < span[1] <= most:
+      got = f"the trained span {span} after {end}"
+      cure = "Correct the span: it counts characters of content."
+      return got, f"spans [start, end) in order within {most} characters", cure
+    end = span[1]
+  if message.spans is not None and role != "assistant":
+    got = f"trained spans in a {role} turn"
+    return got, "trained spans in assistant turns only", "Drop them."
   return None
 
 
-def _span_fault(message: Message) -> tuple[str, str, str] | None:
-  """(got, expected, cure) of trained spans that are not spans of content."""
-  end = 0
-  for span in message.spans or ():
-    if not end <= span[0] < span[1] <= len(message.content):
-      return (
-        f"the trained span {span} after {end}",
-        f"spans [start, end) in order within {len(message.content)} characters",
-        "Correct the span: it counts characters of content.",
-      )
-    end = span[1]
-  if message.spans is not None and message.role != "assistant":
-    return (
-      f"trained spans in a {message.role} turn",
-      "trained spans in assistant turns only",
-      "Drop them.",
-    )
+def text_fault(text: str) -> tuple[str, str, str] | None:
+  """(got, expected, cure) of text that no tokenizer can be trusted with."""
+  if "\0" in text:
+    got = f"the character NUL at {text.index(chr(0))}"
+    return got, "text", "Strip it: it comes from binary data or from UTF-16."
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    got = f"half a surrogate pair at {error.start}"
+    return got, "whole characters", "Correct or drop the row."
   return None
 
 
@@ -356,6 +316,4 @@ def is_blank(text: str) -> bool:
 def one_line(name: str) -> str:
   """The name of a file or source, which may hold any character, as one line."""
   name = name.replace("\n", "\u240a").replace("\r", "\u240d")
-  if name.isprintable():
-    return name
   return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)

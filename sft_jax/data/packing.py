@@ -104,7 +104,11 @@ def find_patterns(
       "data.over_long drop or truncate long rows."
     )
   histogram = np.bincount(lengths, minlength=capacity + 1)
-  return fill_packs(histogram, capacity) if packing else one_per_pack(histogram)
+  if packing:
+    return fill_packs(histogram, capacity)
+  sizes = np.flatnonzero(histogram).astype(np.int64)  # One document per pack.
+  packs = histogram[sizes].astype(np.int64)
+  return Patterns(sizes, np.arange(len(sizes) + 1), packs)
 
 
 def fill_packs(histogram: Int[np.ndarray, " sizes"], capacity: int) -> Patterns:
@@ -115,7 +119,6 @@ def fill_packs(histogram: Int[np.ndarray, " sizes"], capacity: int) -> Patterns:
   alike to add up to the capacity. Each pattern is repeated for as long as
   there are documents for it, so the cost depends on the number of distinct
   lengths, not of rows.
-
   """
   counts = histogram.tolist()
   live = np.flatnonzero(histogram).tolist()
@@ -179,16 +182,6 @@ def _next_length(counts: list[int], live: list[int], free: int) -> int:
     if total == free or free - length >= live[last]:
       break
   return choice
-
-
-def one_per_pack(histogram: Int[np.ndarray, " sizes"]) -> Patterns:
-  """One document per pack."""
-  lengths = np.flatnonzero(histogram).astype(np.int64)
-  return Patterns(
-    lengths=lengths,
-    starts=np.arange(len(lengths) + 1),
-    packs=histogram[lengths].astype(np.int64),
-  )
 
 
 def assign_rows(

@@ -107,12 +107,8 @@ class Stream:
         f"loss.normalize: got {normalize!r}, expected 'token' or 'example'. "
         "Set it to one of these."
       )
-    self.store = store
-    self.seq_len = seq_len
-    self.batch_size = batch_size
-    self._seed = seed
-    self._packing = packing
-    self._normalize = normalize
+    self.store, self.seq_len, self.batch_size = store, seq_len, batch_size
+    self._seed, self._packing, self._normalize = seed, packing, normalize
     self._lock = threading.RLock()
     self._plan = functools.lru_cache(maxsize=2)(self._make_plan)
     self._patterns = functools.lru_cache(maxsize=1)(self._find_patterns)
@@ -125,7 +121,10 @@ class Stream:
     self._rows_per_epoch = len(self._ids(0))
     # With whole copies all epochs have the same rows, in other packs.
     self._whole = not any(more for _, more in self._taken)
-    self._scales = [float(source.loss_weight) for source in store.sources]
+    scales = np.array([float(source.loss_weight) for source in store.sources])
+    self._scales = scales[store.source]
+    if store.weights is not None:
+      self._scales *= store.weights
     self._packs_of_first = int(self._patterns(0).packs.sum())
     self._first_packs = [0]  # of each epoch, counted from the run's start
     self.stats = self._account()
@@ -144,12 +143,10 @@ class Stream:
       **store.fingerprint_inputs,
     }
     for number, source in enumerate(store.sources, 1):
-      self.fingerprint_inputs[f"source {number}"] = {
-        **store.fingerprint_inputs.get(f"source {number}", {}),
-        "repeat": float(source.repeat),
-        "share": source.share,
-        "loss_weight": float(source.loss_weight),
-      }
+      mixed = {"repeat": float(source.repeat), "share": source.share}
+      mixed["loss_weight"] = float(source.loss_weight)
+      before = store.fingerprint_inputs.get(f"source {number}", {})
+      self.fingerprint_inputs[f"source {number}"] = before | mixed
     text = json.dumps(self.fingerprint_inputs, sort_keys=True)
     self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
 
@@ -193,13 +190,12 @@ class Stream:
     def row(i: int) -> Batch:
       step, row = divmod(i, block)
       ids = self._pack(step * self.batch_size + int(wanted[row]))
-      sources = self.store.source[ids].tolist()
       return packer.pack_row(
         [self.store.example(int(k)) for k in ids],
         self.seq_len,
         normalize=self._normalize,
-        scales=[self._scale(int(k)) for k in ids],
-        sources=sources,
+        scales=self._scales[ids].tolist(),
+        sources=self.store.source[ids].tolist(),
       )
 
     dataset = grain.MapDataset.range(steps * block).map(row)
@@ -227,12 +223,6 @@ class Stream:
         rows += int(plan.starts[index])
         part = index / plan.num_packs
     return Consumed(epoch + part, rows)
-
-  def _scale(self, i: int) -> float:
-    """What the loss of an example is multiplied by."""
-    weights = self.store.weights
-    own = 1.0 if weights is None else float(weights[i])
-    return own * self._scales[int(self.store.source[i])]
 
   def _pack(self, number: int) -> Int64[np.ndarray, " documents"]:
     """Row ids of a pack, counted from the start of the run; none past it."""
@@ -274,11 +264,8 @@ class Stream:
     return np.concatenate(parts)
 
   def _find_patterns(self, epoch: int) -> packer.Patterns:
-    return packer.find_patterns(
-      self.store.lengths[self._ids(epoch)],
-      self.seq_len,
-      packing=self._packing,
-    )
+    lengths, packing = self.store.lengths[self._ids(epoch)], self._packing
+    return packer.find_patterns(lengths, self.seq_len, packing=packing)
 
   def _make_plan(self, epoch: int) -> packer.Plan:
     ids = self._ids(epoch)
@@ -288,36 +275,22 @@ class Stream:
     return plan._replace(rows=ids[plan.rows])
 
   def _account(self) -> DatasetStats:
-    ids = self._ids(0)
-    packs = self._first_pack(1)
-    sources, lengths = self.store.source[ids], self.store.lengths[ids]
-    trained = self.store.trained[ids]
+    ids, store, packs = self._ids(0), self.store, self._first_pack(1)
     # Sums in float64 are exact up to 2**53 tokens.
-    number = len(self.store.sources)
-    tokens_of = np.bincount(sources, lengths, number)
-    trained_of = np.bincount(sources, trained, number)
+    sums = lambda x: np.bincount(store.source[ids], x[ids], len(store.sources))
+    tokens_of, trained_of = sums(store.lengths), sums(store.trained)
     tokens, trained = int(tokens_of.sum()), int(trained_of.sum())
-    epoch = EpochStats(
-      packs=packs,
-      slots=packs * self.seq_len,
-      tokens_prompt=tokens - trained,
-      tokens_trained=trained,
-      tokens_padding=packs * self.seq_len - tokens,
-      mixture={
-        source.label: Mixed(
-          copies=copies,
-          loss_weight=float(source.loss_weight),
-          tokens=int(all_of),
-          share=all_of / tokens,
-          trained_share=mine / trained,
-        )
-        for source, copies, all_of, mine in zip(
-          self.store.sources,
-          self.store.copies,
-          tokens_of.tolist(),
-          trained_of.tolist(),
-          strict=True,
-        )
-      },
-    )
-    return dataclasses.replace(self.store.stats, epoch=epoch)
+    mixture = {
+      source.label: Mixed(
+        copies=store.copies[i],
+        loss_weight=float(source.loss_weight),
+        tokens=int(tokens_of[i]),
+        share=float(tokens_of[i]) / tokens,
+        trained_share=float(trained_of[i]) / trained,
+      )
+      for i, source in enumerate(store.sources)
+    }
+    slots = packs * self.seq_len
+    counts = (tokens - trained, trained, slots - tokens)
+    epoch = EpochStats(packs, slots, *counts, mixture=mixture)
+    return dataclasses.replace(store.stats, epoch=epoch)

@@ -25,12 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float64, Int64, UInt64
 
-from sft_jax.data.conversation import (
-  WEIGHTS,
-  Conversation,
-  RowError,
-  is_weight,
-)
+from sft_jax.data.conversation import WEIGHTS, Conversation, RowError, is_weight
 from sft_jax.data.readers.files import SCORES_ENDING
 from sft_jax.data.sources import (
   ROW,
@@ -91,8 +86,11 @@ def select(
       mask = reasons.setdefault(why, np.zeros(len(weights), bool))
       mask[examples] = (reason == why)[of_row]
     if weighting:
-      kept = (reason == "")[of_row]
-      weights[examples] = _scaled(weight[of_row], store.trained[examples], kept)
+      kept, trained = (reason == "")[of_row], store.trained[examples]
+      # To a mean of 1 over the trained tokens that are kept.
+      total = (weight[of_row] * trained)[kept].sum()
+      scale = trained[kept].sum() / total if total else 1.0
+      weights[examples] = weight[of_row] * scale
       spread = weights[examples][kept]
       if not all(map(is_weight, spread.tolist())):
         raise ValueError(
@@ -111,11 +109,9 @@ def select(
         f"data.weight_by keep of {len(reason):,}, expected at least one. Relax "
         f"{', '.join(dict.fromkeys(reason))}."
       )
-    inputs[f"source {number + 1}"] = {
-      "filter": json.loads(json.dumps(filters)),
-      "weight_by": json.loads(json.dumps(weighting)),
-      **table.digests,
-    }
+    named = {"filter": filters, "weight_by": weighting}
+    plain = json.loads(json.dumps(named))
+    inputs[f"source {number + 1}"] = plain | table.digests
   if not inputs:
     return store
   return store.select(reasons, weights, inputs)
@@ -173,10 +169,8 @@ class _Table:
           "scores of what it was before it changed" if changed else "no score"
         )
         names = ", ".join(str(one.path) for one in files)
-        raise ValueError(
-          f"{place}: got {got} in {names}, expected those of the row as it is. "
-          f"{CURE}"
-        )
+        expected = "expected those of the row as it is"
+        raise ValueError(f"{place}: got {got} in {names}, {expected}. {CURE}")
       made[i] = values
     return made
 
@@ -189,11 +183,9 @@ class _Table:
         break
       if isinstance(item, RowError) or item[0] != self.places[at]:
         continue  # Was dropped when it was encoded, or is held out.
-      row = item[1]
-      if shards.content_of(row) != self._contents[at]:
+      if shards.content_of(item[1]) != self._contents[at]:
         continue
-      if isinstance(row, Conversation):
-        row = {}
+      row = {} if isinstance(item[1], Conversation) else item[1]
       if chosen[at] and row.get(name) is None:
         raise ValueError(
           f"{item[0]}: got nothing under {name!r}, which data.filter or "
@@ -217,26 +209,20 @@ def _weigh(
   reason = np.full(len(table), "", object)
   weight = np.ones(len(table))
   for condition in filters:
-    kept = reason == ""
-    values = table.column(condition.name, kept)
-    which = np.flatnonzero(kept)
+    which = np.flatnonzero(reason == "")
     if condition.op in SHARES:
-      _check_numbers(values, which, table, condition.name)
-      order = np.argsort([values[i] for i in which], kind="stable")
+      order = np.argsort(_numbers(table, which, condition.name), kind="stable")
       if condition.op == "highest":
         order = order[::-1]
       dropped = which[order[max(1, round(condition.value * len(which))) :]]
     else:
-      dropped = [
-        i for i in which if not condition.holds(values[i], table.places[i])
-      ]
+      values = table.column(condition.name, reason == "")
+      pairs = ((i, values[i], table.places[i]) for i in which)
+      dropped = [i for i, x, at in pairs if not condition.holds(x, at)]
     reason[dropped] = f"fails {condition}"
   if weighting:
-    kept = reason == ""
-    values = table.column(weighting.name, kept)
-    which = np.flatnonzero(kept)
-    _check_numbers(values, which, table, weighting.name)
-    chosen = np.array([values[i] for i in which], np.float64)
+    which = np.flatnonzero(reason == "")
+    chosen = _numbers(table, which, weighting.name)
     if weighting.points:
       chosen = np.interp(chosen, *np.transpose(weighting.points))
     for i, value in zip(which.tolist(), chosen.tolist(), strict=True):
@@ -251,60 +237,40 @@ def _weigh(
   return reason, weight
 
 
-def _check_numbers(
-  values: list[Any], which: np.ndarray, table: _Table, name: str
-) -> None:
+def _numbers(
+  table: _Table, which: Int64[np.ndarray, " some"], name: str
+) -> Float64[np.ndarray, " some"]:
+  """What some rows have under a name; raises where it is no number."""
+  values = table.column(name, np.isin(np.arange(len(table)), which))
   for i in which.tolist():
-    value = values[i]
-    if not is_number(value):
+    if not is_number(values[i]):
       raise ValueError(
-        f"{table.places[i]}: got {value!r} under {name}, expected a finite "
+        f"{table.places[i]}: got {values[i]!r} under {name}, expected a finite "
         "number. Correct the row, or choose another name."
       )
-
-
-def _scaled(
-  weight: Float64[np.ndarray, " examples"],
-  trained: np.ndarray,
-  kept: Bool[np.ndarray, " examples"],
-) -> Float64[np.ndarray, " examples"]:
-  """Weights whose mean over the trained tokens that are kept is 1."""
-  total = (weight * trained)[kept].sum()
-  return weight * (trained[kept].sum() / total) if total else weight
+  return np.array([values[i] for i in which], np.float64)
 
 
 # -- Files of scores ----------------------------------------------------------
 
 
 class RowScore(NamedTuple):
-  """The scores of one row.
+  """The scores of one row."""
 
-  Attributes:
-    place: 'rows.jsonl:12'.
-    content: hash of the row, `shards.content_of`.
-    values: of each of `SCORES`; None where a row has no such score.
-  """
-
-  place: str
-  content: int
+  place: str  # 'rows.jsonl:12'.
+  content: int  # Hash of the row, `shards.content_of`.
+  # Of each of `SCORES`; None where a row has no such score.
   values: tuple[float | None, ...]
 
 
 class Scores(NamedTuple):
-  """A file of scores, as arrays; row i is the one whose place has hash i.
+  """A file of scores, as arrays; row i is the one whose place has hash i."""
 
-  Attributes:
-    path: of the file.
-    by: what its first line says of who scored.
-    places: hashes of the rows' places, ascending.
-    contents: hashes of the rows.
-    values: of each of `SCORES`; NaN is none.
-  """
-
-  path: Path
-  by: dict[str, Any]
-  places: UInt64[np.ndarray, " rows"]
-  contents: UInt64[np.ndarray, " rows"]
+  path: Path  # Of the file.
+  by: dict[str, Any]  # What its first line says of who scored.
+  places: UInt64[np.ndarray, " rows"]  # Hashes of the rows' places, ascending.
+  contents: UInt64[np.ndarray, " rows"]  # Hashes of the rows.
+  # Of each of `SCORES`; NaN is none.
   values: Float64[np.ndarray, "rows scores"]
 
   def find(self, place: str) -> int | None:
@@ -384,19 +350,13 @@ def read_scores(path: Path) -> Scores:
       f"{path}:{number}: got {error!r}, expected scores of version {_VERSION}. "
       f"{CURE}"
     ) from error
-  hashes = np.array(places, np.uint64)
+  hashes, contents = np.array(places, np.uint64), np.array(contents, np.uint64)
   order = np.argsort(hashes, kind="stable")
   if len(np.unique(hashes)) != len(hashes):
-    raise ValueError(
-      f"{path}: got a place twice, expected every row once. {CURE}"
-    )
-  return Scores(
-    path,
-    by,
-    hashes[order],
-    np.array(contents, np.uint64)[order],
-    np.array(values, np.float64).reshape(-1, len(SCORES))[order],
-  )
+    expected = "expected every row once"
+    raise ValueError(f"{path}: got a place twice, {expected}. {CURE}")
+  by_row = np.array(values, np.float64).reshape(-1, len(SCORES))
+  return Scores(path, by, hashes[order], contents[order], by_row[order])
 
 
 def look_up(

@@ -29,12 +29,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sft_jax.data.conversation import (
-  WEIGHTS,
-  is_weight,
-  one_line,
-)
-from sft_jax.data.formats import fields
+from sft_jax.data.conversation import WEIGHTS, Conversation, is_weight, one_line
+from sft_jax.data.formats import fields, formats
 from sft_jax.data.readers.files import find_files, read_rows
 from sft_jax.data.readers.json import OnBadRow, Rows
 from sft_jax.data.readers.memory import MemoryRows
@@ -55,17 +51,11 @@ ROW = "row."
 
 
 class Condition(NamedTuple):
-  """What a row must satisfy: a comparison, or a rank among the others.
+  """What a row must satisfy: a comparison, or a rank among the others."""
 
-  Attributes:
-    name: of a score, or 'row.NAME'.
-    op: a comparison, or one of `SHARES`.
-    value: compared with, or the share to keep.
-  """
-
-  name: str
-  op: str
-  value: Any
+  name: str  # Of a score, or 'row.NAME'.
+  op: str  # A comparison, or one of `SHARES`.
+  value: Any  # Compared with, or the share to keep.
 
   def __str__(self) -> str:
     return f"{self.name} {self.op} {self.value}"
@@ -88,15 +78,11 @@ class Condition(NamedTuple):
 
 
 class Weighting(NamedTuple):
-  """How a row's value becomes the weight of its loss.
+  """How a row's value becomes the weight of its loss."""
 
-  Attributes:
-    name: of a score, or 'row.NAME'.
-    points: (value, weight), between which weights are interpolated, and
-      beyond which they stay; none: the value is the weight.
-  """
-
-  name: str
+  name: str  # Of a score, or 'row.NAME'.
+  # (value, weight), between which weights are interpolated, and beyond which
+  # they stay; none: the value is the weight.
   points: tuple[tuple[float, float], ...]
 
 
@@ -140,30 +126,26 @@ def to_weighting(value: Any) -> Weighting | None:
     return None
   name, *points = [value] if isinstance(value, str) else value
   _check_name(name, "data.weight_by")
-  pairs = all(
-    isinstance(point, list | tuple)
-    and len(point) == 2
-    and all(map(is_number, point))
-    for point in points
-  )
-  if not pairs or len(points) == 1:
-    raise _no_weighting(value)
-  at = [float(x) for x, _ in points]
-  weights = [float(w) for _, w in points]
+  lists = all(isinstance(x, list | tuple) and len(x) == 2 for x in points)
+  numbers = lists and all(map(is_number, itertools.chain(*points)))
+  at, weights = zip(*points, strict=True) if numbers and points else ((), ())
   rising = all(a < b for a, b in itertools.pairwise(at))
-  monotone = weights in (sorted(weights), sorted(weights, reverse=True))
-  if not rising or not monotone or not all(map(is_weight, weights)):
-    raise _no_weighting(value)
-  return Weighting(name, tuple(zip(at, weights, strict=True)))
+  ordered = sorted(weights)
+  monotone = list(weights) in (ordered, ordered[::-1])
+  fine = numbers and rising and monotone and all(map(is_weight, weights))
+  if not fine or len(points) == 1:
+    raise ValueError(
+      f"data.weight_by: got {value!r}; expected a name, or (name, (value, "
+      "weight), (value, weight), ...) with rising values, and weights that "
+      f"only rise or only fall, each {WEIGHTS}. Correct it."
+    )
+  return Weighting(name, tuple((float(x), float(w)) for x, w in points))
 
 
 def is_number(value: Any) -> bool:
   """Whether a value is a finite number, and no boolean."""
-  return (
-    isinstance(value, int | float)
-    and not isinstance(value, bool)
-    and math.isfinite(value)
-  )
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  return number and math.isfinite(value)
 
 
 def _check_name(name: Any, key: str) -> None:
@@ -183,45 +165,32 @@ def _no_condition(got: Any) -> ValueError:
   )
 
 
-def _no_weighting(got: Any) -> ValueError:
-  return ValueError(
-    f"data.weight_by: got {got!r}; expected a name, or (name, (value, weight), "
-    "(value, weight), ...) with rising values, and weights that only rise or "
-    f"only fall, each {WEIGHTS}. Correct it."
-  )
-
-
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Rows of one file, glob, folder or hub id, or rows in memory.
+  """Rows of one file, glob, folder or hub id, or rows in memory."""
 
-  Attributes:
-    path: of the files, see `files.find_files`; '' where `rows` is given.
-    repeat: times that each row is seen per epoch; of a fractional part, a
-      random share of the rows, drawn again each epoch.
-    share: of the epoch's tokens, prompt and trained; decides `repeat`.
-    limit: rows to take, drawn at random by the run's seed; None takes all.
-    loss_weight: scales the loss of its tokens in training.
-    format: of its rows; '' is data.format. See `formats.to_conversation`.
-    columns: {name in these rows: name that formats know}.
-    name: in the ledger; '' is the path, or 'rows'.
-    filter: what rows to train on must satisfy; None is data.filter, () is
-      none. See the head of this file.
-    weight_by: what a row's loss is weighted by; None is data.weight_by.
-    rows: a list or iterator of dicts or Conversations, whose places are
-      'rows[12]', from 0; it must not change while it is used.
-  """
-
+  # Of the files, see `files.find_files`; '' where `rows` is given.
   path: str = ""
+  # Times that each row is seen per epoch; of a fractional part, a random share
+  # of the rows, drawn again each epoch.
   repeat: int | float = 1.0
+  # Of the epoch's tokens, prompt and trained; decides `repeat`.
   share: float | None = None
+  # Rows to take, drawn at random by the run's seed; None takes all.
   limit: int | None = None
-  loss_weight: int | float = 1.0
+  loss_weight: int | float = 1.0  # Scales the loss of its tokens in training.
+  # Of its rows; '' is data.format. See `formats.to_conversation`.
   format: str = ""
+  # {name in these rows: name that formats know}.
   columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  name: str = ""
+  name: str = ""  # In the ledger; '' is the path, or 'rows'.
+  # What rows to train on must satisfy; None is data.filter, () is none. See the
+  # head of this file.
   filter: Any = None
+  # What a row's loss is weighted by; None is data.weight_by.
   weight_by: Any = None
+  # A list or iterator of dicts or Conversations, whose places are 'rows[12]',
+  # from 0; it must not change while it is used.
   rows: Any = None
 
   def __post_init__(self):
@@ -262,6 +231,11 @@ class Source:
       return read_rows(self.path, on_bad_row=on_bad_row)
     places = (f"{self.name or 'rows'}[{i}]" for i in itertools.count())
     return zip(places, self.rows.rows, strict=False)
+
+  def to_conversation(self, row: Any, place: str, format: str) -> Conversation:
+    """A row of it; `format` is of rows whose source names none."""
+    how = {"format": self.format or format, "columns": self.columns}
+    return formats.to_conversation(row, **how, source=place)
 
   def files(self) -> list[Path]:
     """The files of its rows; none of rows in memory."""
@@ -304,11 +278,8 @@ def to_sources(sources: Sources) -> tuple[Source, ...]:
   """
   # Single sources may be sequences too: a type decides.
   many: Any = _split(sources) if isinstance(sources, str) else sources
-  if isinstance(many, str | Source | Mapping) or (
-    len(many) == 2
-    and isinstance(many[1], int | float)
-    and isinstance(many[0], str)
-  ):
+  alone = isinstance(many, str | Source | Mapping)
+  if alone or [type(x) for x in many] in ([str, int], [str, float]):
     many = [many]
   made = tuple(map(_to_source, many))
   labels = [one.name or os.path.normpath(one.label) for one in made]
@@ -358,17 +329,12 @@ def settle_weights(source: Source) -> Source:
   renamed = fields.to_names(source.columns).columns
   known = {*renamed, *renamed.values(), "loss_weight"}
   names = [name for name in fields.WEIGHTS if name not in known]
-  with contextlib.suppress(
-    ValueError, OSError
-  ):  # Reported by the real reading.
+  # What is wrong is reported by the real reading.
+  with contextlib.suppress(ValueError, OSError):
     for _, row in source.read(lambda error: None):
-      if isinstance(row, Mapping):
-        for name in names:
-          value = row.get(name)
-          if isinstance(value, bool | int | float | str):
-            ends.setdefault(name, []).append(value)
-            if len(ends[name]) > 1000:
-              ends[name] = _ends(ends[name])
+      for name in names if isinstance(row, Mapping) else ():
+        if isinstance(value := row.get(name), bool | int | float | str):
+          ends[name] = _ends([*ends.get(name, ()), value])
   found = {name: _ends(values) for name, values in ends.items()}
   columns = {
     name: f"{fields.NO_WEIGHT}{name}, {' to '.join(map(fields.shown, values))}"
@@ -380,10 +346,8 @@ def settle_weights(source: Source) -> Source:
 
 def _ends(values: list[Any]) -> list[Any]:
   """The smallest and the largest value, or one that is no number."""
-  for value in values:
-    if not isinstance(value, bool | int | float):
-      return [value]
-  return [min(values), max(values)]
+  other = [x for x in values if not isinstance(x, bool | int | float)]
+  return other[:1] or [min(values), max(values)]
 
 
 def solve_copies(

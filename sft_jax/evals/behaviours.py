@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sft_jax.data.conversation import Conversation, Message
+from sft_jax.data.conversation import Conversation, Message, RowError
 from sft_jax.data.formats import formats
 from sft_jax.data.readers import files
 from sft_jax.evals.checks import checks, ifeval
@@ -81,50 +81,35 @@ def _item(row: Any, where: str) -> Item:
     keys = set(row)
   of_text = _TEXT_KEYS <= keys <= _TEXT_KEYS | {"group"}
   if not of_text and not _KEYS <= keys <= _KEYS | {"tools", "group"}:
-    raise ValueError(
-      f"{where}: got keys {sorted(keys)}; expected messages (or text), checks, "
-      "and perhaps group and tools. Add or rename the keys."
-    )
-  group = row.get("group", "all")
+    expected = "messages (or text), checks, and perhaps group and tools"
+    cure = "Add or rename the keys."
+    raise RowError(where, f"keys {sorted(keys)}", expected, cure)
+  group, listed = row.get("group", "all"), row["checks"]
   if not isinstance(group, str) or not group:
-    raise ValueError(
-      f"{where}: got group {group!r}; expected a name. Name the group."
-    )
-  if not isinstance(row["checks"], list) or not row["checks"]:
-    raise ValueError(
-      f"{where}: got checks {row['checks']!r}; expected a list of at least "
-      "one. Say what the reply must satisfy."
-    )
-  for index, check in enumerate(row["checks"]):
+    raise RowError(where, f"group {group!r}", "a name", "Name the group.")
+  if not isinstance(listed, list) or not listed:
+    got, cure = f"checks {listed!r}", "Say what the reply must satisfy."
+    raise RowError(where, got, "a list of at least one", cure)
+  for index, check in enumerate(listed):
     checks.validate(check, f"{where} checks[{index}]")
-  if of_text:
-    prompt = formats.to_conversation(
-      {"text": row["text"]}, format="text", source=where
-    )
-    return Item(group, prompt, tuple(row["checks"]), where)
-  turns = {key: row[key] for key in ("messages", "tools") if key in row}
-  prompt = formats.to_conversation(turns, format="messages", source=where)
-  if prompt.messages[-1].role not in ("user", "tool"):
-    raise ValueError(
-      f"{where}: got a last turn of {prompt.messages[-1].role}; expected user "
-      "or tool. End the messages where the reply begins."
-    )
-  return Item(group, prompt, tuple(row["checks"]), where)
+  kind = "text" if of_text else "messages"
+  asked = {key: row[key] for key in ("text", "messages", "tools") if key in row}
+  prompt = formats.to_conversation(asked, format=kind, source=where)
+  last = prompt.messages[-1].role if prompt.messages else "user"
+  if last not in ("user", "tool"):
+    got, cure = f"a last turn of {last}", "End where the reply begins."
+    raise RowError(where, got, "user or tool", cure)
+  return Item(group, prompt, tuple(listed), where)
 
 
 def _from_ifeval(row: dict[str, Any], where: str) -> dict[str, Any]:
   """A row of IFEval's published prompts as one of ours."""
   names, kwargs = row["instruction_id_list"], row.get("kwargs")
-  if (
-    not isinstance(names, list)
-    or not isinstance(kwargs, list)
-    or len(names) != len(kwargs)
-    or "prompt" not in row
-  ):
-    raise ValueError(
-      f"{where}: got instruction_id_list {names!r} with kwargs {kwargs!r}; "
-      "expected a prompt and two lists of one length. Correct the row."
-    )
+  lists = isinstance(names, list) and isinstance(kwargs, list)
+  if not lists or len(names) != len(kwargs) or "prompt" not in row:
+    got = f"instruction_id_list {names!r} with kwargs {kwargs!r}"
+    expected = "a prompt and two lists of one length"
+    raise RowError(where, got, expected, "Correct the row.")
   return {
     "group": "ifeval",
     "messages": [{"role": "user", "content": row["prompt"]}],
@@ -215,18 +200,12 @@ class Scores(NamedTuple):
 
   def to_json(self) -> dict[str, Any]:
     """Groups with their rates and intervals, and every reply."""
-    groups = {
-      group: {
-        **score._asdict(),
-        **{
-          kind: getattr(score, kind) and getattr(score, kind)._asdict()
-          for kind in checks.KINDS
-        },
-        "rate": score.rate,
-        "interval": list(score.interval),
-      }
-      for group, score in self.groups.items()
-    }
+    groups = {}
+    for group, score in self.groups.items():
+      kinds = {kind: getattr(score, kind) for kind in checks.KINDS}
+      kinds = {kind: share and share._asdict() for kind, share in kinds.items()}
+      rate = {"rate": score.rate, "interval": list(score.interval)}
+      groups[group] = score._asdict() | kinds | rate
     return {"groups": groups, "replies": self.replies}
 
   def write(self, path: Path) -> None:
@@ -260,9 +239,8 @@ class Comparison(NamedTuple):
 def run(items: Sequence[Item], generate: Generate) -> Scores:
   """Generates a reply to each item and checks it."""
   replies = generate([item.prompt for item in items])
-  return Scores(
-    [_record(item, reply) for item, reply in zip(items, replies, strict=True)]
-  )
+  pairs = zip(items, replies, strict=True)
+  return Scores([_record(item, reply) for item, reply in pairs])
 
 
 def compare(before: Scores, after: Scores) -> list[Comparison]:
@@ -281,12 +259,9 @@ def compare(before: Scores, after: Scores) -> list[Comparison]:
   pairs = list(zip(before.replies, after.replies, strict=True))
   result = []
   for group, score in before.groups.items():
-    changes = [
-      (a["passed"], b["passed"]) for a, b in pairs if a["group"] == group
-    ]
-    gained, lost = changes.count((False, True)), changes.count((True, False))
-    p = mcnemar(gained, lost)
-    now = after.groups[group]
+    mine = [(a["passed"], b["passed"]) for a, b in pairs if a["group"] == group]
+    gained, lost = mine.count((False, True)), mine.count((True, False))
+    now, p = after.groups[group], mcnemar(gained, lost)
     result.append(Comparison(group, score, now, gained, lost, p))
   return result
 
@@ -333,49 +308,41 @@ def ifeval_accuracy(scores: Scores) -> dict[str, float] | None:
 
 
 def _record(item: Item, reply: Reply) -> dict[str, Any]:
-  verdicts = [(c, checks.passes(reply, c)) for c in item.checks]
-  failed = [c["check"] for c, passed in verdicts if not passed]
-  by_kind = {
-    kind: [passed for c, passed in verdicts if checks.kind(c) == kind]
-    for kind in checks.KINDS
-  }
-  of_ifeval = [c for c in item.checks if c["check"] in ifeval.INSTRUCTIONS]
-  strict, loose = (
-    [checks.passes(reply, check | {"loose": loose}) for check in of_ifeval]
-    for loose in (False, True)
-  )
-  instructions = [
-    (check["check"], *verdicts)
-    for check, *verdicts in zip(of_ifeval, strict, loose, strict=True)
-  ]
+  passed = [checks.passes(reply, check) for check in item.checks]
+  verdicts = list(zip(item.checks, passed, strict=True))
+  failed = [check["check"] for check, good in verdicts if not good]
+  kinds: dict[str, bool | None] = {}
+  for kind in checks.KINDS:
+    those = [good for check, good in verdicts if checks.kind(check) == kind]
+    kinds[kind] = all(those) if those else None
+  instructions = []
+  for check in item.checks:
+    if check["check"] in ifeval.INSTRUCTIONS:
+      both = ({**check, "loose": loose} for loose in (False, True))
+      followed = (checks.passes(reply, one) for one in both)
+      instructions.append((check["check"], *followed))
+  prompt: list[dict[str, Any]] = []
+  for turn in item.prompt.messages:
+    calls = {"tool_calls": _calls(turn)} if turn.tool_calls else {}
+    prompt.append({"role": turn.role, "content": turn.content, **calls})
   return {
     "where": item.where,
     "group": item.group,
-    "prompt": [
-      {
-        "role": turn.role,
-        "content": turn.content,
-        **({"tool_calls": calls} if (calls := _calls(turn)) else {}),
-      }
-      for turn in item.prompt.messages
-    ]
-    or [{"role": "text", "content": item.prompt.text}],
+    "prompt": prompt or [{"role": "text", "content": item.prompt.text}],
     "reply": reply.text,
     "reasoning": reply.message.reasoning,
     "tool_calls": _calls(reply.message),
     "stopped": reply.stopped,
     "failed": failed,
-    **{kind: all(those) if those else None for kind, those in by_kind.items()},
+    **kinds,
     # A raw text that is continued need not stop.
     "passed": (reply.stopped or not item.prompt.messages) and not failed,
-    **({"instructions": instructions} if of_ifeval else {}),
+    **({"instructions": instructions} if instructions else {}),
   }
 
 
 def _calls(turn: Message) -> list[dict[str, Any]]:
-  return [
-    {"name": call.name, "arguments": call.arguments} for call in turn.tool_calls
-  ]
+  return [{"name": x.name, "arguments": x.arguments} for x in turn.tool_calls]
 
 
 def _score(replies: list[dict[str, Any]]) -> Score:
@@ -383,12 +350,8 @@ def _score(replies: list[dict[str, Any]]) -> Score:
   for kind in checks.KINDS:
     those = [r[kind] for r in replies if r.get(kind) is not None]
     shares[kind] = Share(sum(those), len(those)) if those else None
-  return Score(
-    n=len(replies),
-    passed=sum(r["passed"] for r in replies),
-    stopped=sum(r["stopped"] for r in replies),
-    **shares,
-  )
+  passed, stopped = (sum(r[x] for r in replies) for x in ("passed", "stopped"))
+  return Score(len(replies), passed, stopped, **shares)
 
 
 def _percent(score: Score) -> str:

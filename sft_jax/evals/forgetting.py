@@ -18,15 +18,10 @@ FIGURES = ("kl", "top1_agreement", "base_correct", "both_correct")
 
 
 class Perplexity(NamedTuple):
-  """How well a text is predicted.
+  """How well a text is predicted."""
 
-  Attributes:
-    nats: sum of the negative log-likelihoods of all predicted tokens.
-    tokens: how many were predicted.
-  """
-
-  nats: float
-  tokens: float
+  nats: float  # Sum of the negative log-likelihoods of all predicted tokens.
+  tokens: float  # How many were predicted.
 
   @property
   def value(self) -> float:
@@ -63,11 +58,7 @@ def base_agreement(base: BaseSums, weight: Any) -> dict[str, float]:
     both_correct: of these, the share that the tuned model predicts, too; not
     there if the base has none.
   """
-  found = {
-    "kl": float(base.kl / weight),
-    "top1_agreement": float(base.top1_agreement / weight),
-    "base_correct": float(base.base_correct / weight),
-  }
+  found = {name: float(getattr(base, name) / weight) for name in FIGURES[:3]}
   if base.base_correct:
     found["both_correct"] = float(base.both_correct / base.base_correct)
   return found
@@ -95,10 +86,8 @@ def compare_models(
     ValueError: models of different vocabularies.
   """
   if base is not None:
-    ours, theirs = (
-      (m.config.vocab_size, m.config.logit_softcap) for m in (model, base[0])
-    )
-    if ours != theirs:
+    of = lambda model: (model.config.vocab_size, model.config.logit_softcap)
+    if (ours := of(model)) != (theirs := of(base[0])):
       raise ValueError(
         f"compare_models: got (vocabulary, soft cap) {ours} and {theirs}; "
         "expected the same of both. Compare a model with what it was made of."
@@ -116,12 +105,10 @@ def compare_models(
     other = None
     if base is not None and base_params is not None:
       other = predict(base[0], base_params, batch)
+    hidden, head = predict(model, params, batch)
+    wanted, softcap = batch.targets, model.config.logit_softcap
     return linear_cross_entropy(
-      *predict(model, params, batch),
-      batch.targets,
-      batch.loss_weights,
-      base=other,
-      softcap=model.config.logit_softcap,
+      hidden, head, wanted, batch.loss_weights, base=other, softcap=softcap
     )
 
   total = None

@@ -124,9 +124,8 @@ def exposure(canary_loss: float, other_losses: Sequence[float]) -> float:
   Raises:
     ValueError: no alternatives, or a loss that is no number.
   """
-  if not len(other_losses) or not all(
-    map(math.isfinite, (canary_loss, *other_losses))
-  ):
+  finite = all(map(math.isfinite, (canary_loss, *other_losses)))
+  if not len(other_losses) or not finite:
     raise ValueError(
       f"exposure: got a loss of {canary_loss} and {len(other_losses)} others; "
       "expected finite losses of at least one alternative. Draw some."
@@ -136,19 +135,12 @@ def exposure(canary_loss: float, other_losses: Sequence[float]) -> float:
 
 
 class Repeats(NamedTuple):
-  """What some replies repeat of the training answers, in words.
+  """What some replies repeat of the training answers, in words."""
 
-  Attributes:
-    replies: how many there are, of one word or more.
-    overlap: mean of `Answers.overlap`.
-    whole: share of them that stand, whole, within a training answer.
-    novelty: mean of `Answers.novelty`, of those of n words or more; None
-      without such.
-  """
-
-  replies: int
-  overlap: float
-  whole: float
+  replies: int  # How many there are, of one word or more.
+  overlap: float  # Mean of `Answers.overlap`.
+  whole: float  # Share of them that stand, whole, within a training answer.
+  # Mean of `Answers.novelty`, of those of n words or more; None without such.
   novelty: float | None
 
 
@@ -198,12 +190,9 @@ def draw_canaries(number: int, seed: int) -> list[Canary]:
 
 def canary_row(box: int, code: str) -> dict[str, Any]:
   """A canary as a row of training data, as jsonl has it."""
-  return {
-    "messages": [
-      {"role": "user", "content": f"What is the code of box {box}?"},
-      {"role": "assistant", "content": f"The code of box {box} is {code}."},
-    ]
-  }
+  asked = {"role": "user", "content": f"What is the code of box {box}?"}
+  answer = f"The code of box {box} is {code}."
+  return {"messages": [asked, {"role": "assistant", "content": answer}]}
 
 
 def measure_exposure(
@@ -227,36 +216,19 @@ def measure_exposure(
   Returns:
     {most: bits that can be seen; planted, kept_back: [{box, code, exposure}]}.
   """
-  found: dict[str, Any] = {
-    "most": float(np.log2(ALTERNATIVES + 1)),
-    "planted": [],
-    "kept_back": [],
-  }
+  most = float(np.log2(ALTERNATIVES + 1))
+  found: dict[str, Any] = {"most": most, "planted": [], "kept_back": []}
   for canary in canaries:
-    codes = (canary.code, *canary.others)
-    examples = [
-      _canary_example(canary.box, c, tokenizer, options) for c in codes
-    ]
-    losses = np.concatenate(
-      [nats(batch) for batch in packing.padded_batches(examples, batch_size)]
-    )[: len(codes)]
+    examples = []
+    for code in (canary.code, *canary.others):
+      turns = canary_row(canary.box, code)["messages"]
+      row = Conversation(tuple(Message(**turn) for turn in turns))
+      made = encode.encode_row(row, tokenizer, options, max_length=10**6)
+      examples += made.examples
+    batches = packing.padded_batches(examples, batch_size)
+    losses = np.concatenate([*map(nats, batches)])[: ALTERNATIVES + 1].tolist()
     kind = "planted" if canary.box in planted else "kept_back"
-    found[kind].append(
-      {
-        "box": canary.box,
-        "code": canary.code,
-        "exposure": exposure(losses[0], losses[1:].tolist()),
-      }
-    )
+    bits = exposure(losses[0], losses[1:])
+    named = {"box": canary.box, "code": canary.code}
+    found[kind].append(named | {"exposure": bits})
   return found
-
-
-def _canary_example(
-  box: int, code: str, tokenizer: Tokenizer, options: RenderOptions
-) -> encode.Example:
-  messages = canary_row(box, code)["messages"]
-  conversation = Conversation(tuple(Message(**turn) for turn in messages))
-  (example,) = encode.encode_row(
-    conversation, tokenizer, options, max_length=10**6
-  ).examples
-  return example

@@ -54,9 +54,8 @@ def by_change(
   found: list[tuple[float, float, int]] = []
   for rows, batch in zip(plan, batches(stream), strict=False):
     sums = jax.device_get(of_batch(params, batch))
-    nats, weight = (
-      np.float64(x).reshape(-1, most) for x in (sums.nats, sums.weight)
-    )
+    by_row = lambda x: np.float64(x).reshape(-1, most)
+    nats, weight = by_row(sums.nats), by_row(sums.weight)
     found += [
       (float(nats[i, j]), float(weight[i, j]), row)
       for i, ids in enumerate(rows)

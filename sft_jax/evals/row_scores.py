@@ -38,50 +38,28 @@ _EVERY = 50
 
 
 class Documents(NamedTuple):
-  """What the model reads: examples, and after them their turns alone.
+  """What the model reads: examples, and after them their turns alone."""
 
-  Attributes:
-    example: of the store, that each is (a part of).
-    start: first token of it; -1 is the whole example.
-    end: past the last.
-    lengths: in tokens, BOS included.
-  """
-
+  # Of the store, that each is (a part of).
   example: Int64[np.ndarray, " documents"]
+  # First token of it; -1 is the whole example.
   start: Int64[np.ndarray, " documents"]
-  end: Int64[np.ndarray, " documents"]
-  lengths: Int64[np.ndarray, " documents"]
+  end: Int64[np.ndarray, " documents"]  # Past the last.
+  lengths: Int64[np.ndarray, " documents"]  # In tokens, BOS included.
 
 
 def documents(store: Store, bos_id: int | None) -> Documents:
   """All examples whole, and every trained turn that has a prompt before it."""
   found = [(i, -1, 0, int(n)) for i, n in enumerate(store.lengths)]
   bos = bos_id is not None
-  for i, record in enumerate(store.index):
-    if not record["text"]:
-      run = int(record["run"])
-      runs = store.runs[run : run + int(record["runs"])]
-      found += [
-        (i, start, end, end - start + bos)
-        for start, end in _turns(runs)
-        if start > 1 and end - start + bos > 1
-      ]
+  for i in np.flatnonzero(~store.index["text"]).tolist():
+    # Turns: runs of tokens of any weight but 0.
+    trained = store.example(i).loss_weights != 0
+    edges = np.flatnonzero(np.diff(trained, prepend=False, append=False))
+    for start, end in edges.reshape(-1, 2).tolist():
+      if start > 1 and end - start + bos > 1:
+        found.append((i, start, end, end - start + bos))
   return Documents(*np.array(found, np.int64).reshape(-1, 4).T)
-
-
-def _turns(runs: np.ndarray) -> list[tuple[int, int]]:
-  """[start, end) of the trained tokens of each turn."""
-  turns: list[tuple[int, int]] = []
-  at = 0
-  for length, weight in zip(
-    runs["length"].tolist(), runs["weight"].tolist(), strict=True
-  ):
-    if weight and turns and turns[-1][1] == at:
-      turns[-1] = (turns[-1][0], at + length)
-    elif weight:
-      turns.append((at, at + length))
-    at += length
-  return turns
 
 
 def score(
@@ -118,30 +96,25 @@ def score(
   """
   made = documents(store, bos_id)
   plan = packing.plan(made.lengths, seq_len, seed=0)
-  segments = int(np.diff(plan.starts).max())
-  sums = jax.jit(
-    _group_sums(model, segments, chunk_tokens, sharding.row_sharding(mesh))
+  segments, spread = (
+    int(np.diff(plan.starts).max()),
+    sharding.row_sharding(mesh),
   )
+  sums = jax.jit(_group_sums(model, segments, chunk_tokens, spread))
   # Of each document: all trained tokens, and those that are scored alone too.
   nats, tokens = np.zeros((2, 2, len(made.lengths)))
-  of_example = _by_example(made, len(store.index))
-  own = sharding.own_rows(mesh, batch_size)
+  turns: list[list[tuple[int, int]]] = [[] for _ in store.index]
+  for i, start, end in zip(*(x.tolist() for x in made[:3]), strict=True):
+    if start >= 0:
+      turns[i].append((start, end))
+  example = lambda d: _example(store, made, int(d), turns, bos_id)
+  own, none = sharding.own_rows(mesh, batch_size), np.empty(0, np.int64)
   steps = -(-plan.num_packs // batch_size)
   for step in range(steps):
-    packs = [
-      plan.pack(i) if i < plan.num_packs else np.empty(0, np.int64)
-      for i in range(step * batch_size, (step + 1) * batch_size)
-    ]
-    rows = [
-      packing.pack_row(
-        [_example(store, made, int(d), of_example, bos_id) for d in packs[i]],
-        seq_len,
-      )
-      for i in own
-    ]
-    batch = sharding.put_rows(
-      packing.stack_rows(rows), sharding.row_sharding(mesh)
-    )
+    numbers = range(step * batch_size, (step + 1) * batch_size)
+    packs = [plan.pack(i) if i < plan.num_packs else none for i in numbers]
+    rows = [packing.pack_row([*map(example, packs[i])], seq_len) for i in own]
+    batch = sharding.put_rows(packing.stack_rows(rows), spread)
     found: GroupSums = jax.device_get(sums(params, batch))
     for row, pack in enumerate(packs):
       for kind in range(2):
@@ -159,19 +132,13 @@ def _group_sums(
   """(params, batch) -> sums of each document of each row, in two kinds."""
 
   def sums(params: Any, batch: Batch) -> GroupSums:
-    hidden = model.hidden(
-      params, batch.tokens, batch.positions, batch.segment_ids
-    )
-    number = batch.tokens.shape[0]
-    document = (
-      jnp.arange(number)[:, None] * segments
-      + jnp.asarray(batch.segment_ids)
-      - 1
-    )
+    row = (batch.tokens, batch.positions, batch.segment_ids)
+    hidden, number = model.hidden(params, *row), batch.tokens.shape[0]
+    first = jnp.arange(number)[:, None] * segments
+    document = first + jnp.asarray(batch.segment_ids) - 1
     assert batch.roles is not None  # `_example` marks what is paired.
-    paired = jnp.where(
-      jnp.asarray(batch.roles) > 0, document + number * segments, -1
-    )
+    is_paired = jnp.asarray(batch.roles) > 0
+    paired = jnp.where(is_paired, document + number * segments, -1)
     return linear_cross_entropy(
       hidden,
       model.head(params).astype(hidden.dtype),
@@ -185,15 +152,6 @@ def _group_sums(
     ).groups
 
   return sums
-
-
-def _by_example(made: Documents, number: int) -> list[list[tuple[int, int]]]:
-  """The turns of each example that are scored alone, too."""
-  turns: list[list[tuple[int, int]]] = [[] for _ in range(number)]
-  for i, start, end in zip(*(x.tolist() for x in made[:3]), strict=True):
-    if start >= 0:
-      turns[i].append((start, end))
-  return turns
 
 
 def _example(
@@ -251,8 +209,5 @@ def _rows(
       alone_mean = round(float(alone[row] / paired[row]), 6)
       ifd = round(float(with_prompt[row] / max(alone[row], 1e-9)), 6)
     mean = round(float(loss[row] / count[row]), 6)
-    yield RowScore(
-      place,
-      int(store.index["content"][i]),
-      (mean, ifd, alone_mean, int(count[row])),
-    )
+    values = (mean, ifd, alone_mean, int(count[row]))
+    yield RowScore(place, int(store.index["content"][i]), values)

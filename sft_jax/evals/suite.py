@@ -4,6 +4,7 @@ The same suite runs before and after training; `compare` puts the two side by
 side. Measurements are plain dicts, as they are written to `workdir/evals`.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -28,68 +29,53 @@ Part = TypeVar("Part")
 Progress = Callable[[str, int, int], None]
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class Suite:
-  """Everything that is measured about one model, given its parameters.
+  """Everything that is measured about one model, given its parameters."""
 
-  Attributes:
-    measured: {set: (how much of it is measured, how much there is)}, batches
-      of text and prompts, once the first measurement has chosen. Set it to go
-      on measuring what another process has chosen.
-  """
+  # (params, batch) -> sums over its trained tokens, those of the base among
+  # them where the parameters tell what it is.
+  loss_fn: Callable[[Tree, Batch], LossSums]
+  # The same without the base, for half the work; measures a model that is its
+  # own base.
+  own_loss_fn: Callable[[Tree, Batch], LossSums] | None = None
+  # The batches of a stream, on the mesh.
+  batches: Callable[[Stream], Iterable[Batch]]
+  held_out: Stream | None  # Conversations not trained on; None: not measured.
+  general_text: Stream | None  # Raw text; None: not measured.
+  items: Sequence[behaviours.Item]  # Prompts with checks; may be empty.
+  # (params, conversations) -> one greedy reply each.
+  generate: Callable[[Tree, list[Conversation]], list[Reply]]
+  # What to call the groups of a stream's tokens.
+  group_names: Callable[[Stream], Sequence[str]] = lambda stream: ()
+  # Rows that are trained on, about as many as are held out.
+  train_rows: Stream | None = None
+  # What the base knows, asked in raw text.
+  knowledge: Sequence[behaviours.Item] = ()
+  # What of the training answers a set's replies repeat.
+  repeats: Callable[[list[dict[str, Any]]], Measurement] | None = None
+  # params -> how far planted canaries stand out.
+  canaries: Callable[[Tree], Measurement] | None = None
+  # Of the first measurement, but for compiling; what does not fit is left out,
+  # then and in every later measurement. 0: no bound.
+  max_seconds: float = 0.0
+  prompts_at_once: int = 64  # Answered between two looks at the clock.
+  # Called after each batch and each group of prompts.
+  progress: Progress = lambda what, done, of: None
+  # {set: (how much of it is measured, how much there is)}, batches of text and
+  # prompts, once the first measurement has chosen. Set it to go on measuring
+  # what another process has chosen.
+  measured: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
-  def __init__(
-    self,
-    *,
-    loss_fn: Callable[[Tree, Batch], LossSums],
-    own_loss_fn: Callable[[Tree, Batch], LossSums] | None = None,
-    batches: Callable[[Stream], Iterable[Batch]],
-    held_out: Stream | None,
-    general_text: Stream | None,
-    items: Sequence[behaviours.Item],
-    generate: Callable[[Tree, list[Conversation]], list[Reply]],
-    group_names: Callable[[Stream], Sequence[str]] = lambda stream: (),
-    train_rows: Stream | None = None,
-    knowledge: Sequence[behaviours.Item] = (),
-    repeats: Callable[[list[dict[str, Any]]], Measurement] | None = None,
-    canaries: Callable[[Tree], Measurement] | None = None,
-    max_seconds: float = 0.0,
-    prompts_at_once: int = 64,
-    progress: Progress = lambda what, done, of: None,
-  ) -> None:
-    """Keeps what a measurement needs.
+  def __post_init__(self):
+    self.loss_fn = jax.jit(self.loss_fn)
+    self.own_loss_fn = self.own_loss_fn and jax.jit(self.own_loss_fn)
 
-    Args:
-      loss_fn: (params, batch) -> sums over its trained tokens, those of the
-        base among them where the parameters tell what it is.
-      own_loss_fn: the same without the base, for half the work; measures a
-        model that is its own base.
-      batches: the batches of a stream, on the mesh.
-      held_out: conversations not trained on; None = not measured.
-      general_text: raw text; None = not measured.
-      items: prompts with checks; empty = not measured.
-      generate: (params, conversations) -> one greedy reply each.
-      group_names: what to call the groups of a stream's tokens.
-      train_rows: rows that are trained on, about as many as are held out.
-      knowledge: what the base knows, asked in raw text.
-      repeats: what of the training answers a set's replies repeat.
-      canaries: params -> how far planted canaries stand out.
-      max_seconds: of the first measurement, but for compiling; what does not
-        fit is left out, then and in every later measurement. 0: no bound.
-      prompts_at_once: that are answered between two looks at the clock.
-      progress: called after each batch and each group of prompts.
-    """
-    self._loss = jax.jit(loss_fn)
-    self._own_loss = jax.jit(own_loss_fn) if own_loss_fn else None
-    self._max_seconds, self._progress = max_seconds, progress
-    self._prompts_at_once = prompts_at_once
-    self.measured: dict[str, tuple[int, int]] = {}
-    self._batches = batches
-    self._streams = {"held_out": held_out, "general_text": general_text}
-    self._train_rows = train_rows
-    self._items, self._knowledge = items, knowledge
-    self._repeats, self._canaries = repeats, canaries
-    self._generate = generate
-    self._group_names = group_names
+  @property
+  def _texts(self) -> dict[str, Stream]:
+    """Sets of text by name."""
+    sets = {"held_out": self.held_out, "general_text": self.general_text}
+    return {name: stream for name, stream in sets.items() if stream}
 
   def losses(self, params: Tree, *, is_base: bool = False) -> Measurement:
     """{'<set>/nats_per_token', '<set>/perplexity'} of each text set.
@@ -102,23 +88,20 @@ class Suite:
     the batch size.
     """
     values = {}
-    for name, stream in self._streams.items():
-      if stream is not None:
-        sums = self._sums(params, name, stream, is_base)
-        found = forgetting.perplexity(sums.nats, sums.weight)
-        values[f"{name}/nats_per_token"] = found.nats / found.tokens
-        values[f"{name}/perplexity"] = found.value
-        groups = loss_groups.pairs(sums.groups, self._group_names(stream))
-        values |= {
-          f"{name}/{group}": float(total / weight)
-          for group, (total, weight) in groups.items()
-          if weight
-        }
-        if sums.base is not None:
-          left = forgetting.base_agreement(sums.base, sums.weight)
-          values |= {f"{name}/{figure}": x for figure, x in left.items()}
-    if self._train_rows is not None and "held_out/nats_per_token" in values:
-      sums = self._sums(params, "train_rows", self._train_rows, is_base)
+    for name, stream in self._texts.items():
+      sums = self._sums(params, name, stream, is_base)
+      found = forgetting.perplexity(sums.nats, sums.weight)
+      values[f"{name}/nats_per_token"] = found.nats / found.tokens
+      values[f"{name}/perplexity"] = found.value
+      groups = loss_groups.pairs(sums.groups, self.group_names(stream))
+      for group, (total, weight) in groups.items():
+        if weight:
+          values[f"{name}/{group}"] = float(total / weight)
+      if sums.base is not None:
+        left = forgetting.base_agreement(sums.base, sums.weight)
+        values |= {f"{name}/{figure}": x for figure, x in left.items()}
+    if self.train_rows is not None and "held_out/nats_per_token" in values:
+      sums = self._sums(params, "train_rows", self.train_rows, is_base)
       trained = float(sums.nats / sums.weight)
       values["train_rows/nats_per_token"] = trained
       values["held_out/gap"] = values["held_out/nats_per_token"] - trained
@@ -128,11 +111,10 @@ class Suite:
     self, params: Tree, name: str, stream: Stream, is_base: bool
   ) -> LossSums:
     """Sums over rows of a stream, each once, in float64."""
-    own = is_base and self._own_loss is not None
-    loss = self._own_loss if own and self._own_loss else self._loss
-    total = None
+    own = self.own_loss_fn if is_base else None
+    loss, total = own or self.loss_fn, None
     steps = stream.num_steps or 0
-    for batch in self._within(name, self._batches(stream), steps):
+    for batch in self._within(name, self.batches(stream), steps):
       sums = jax.device_get(loss(params, batch))
       sums = jax.tree.map(np.float64, sums)
       total = sums if total is None else jax.tree.map(np.add, total, sums)
@@ -158,7 +140,7 @@ class Suite:
     chosen = self.measured.get(name)
     most = chosen[0] if chosen else of
     done, times = 0, list[float]()
-    share = self._max_seconds / max(len(self._sets), 1)
+    share = self.max_seconds / max(len(self._sets), 1)
     for part in parts:
       began = time.perf_counter()
       yield part
@@ -168,7 +150,7 @@ class Suite:
         late = sum(times[1:]) + max(times[1:]) > share
         if distributed.first_says(late):
           most = done
-      self._progress(name, done, most)
+      self.progress(name, done, most)
       if done >= most:
         break
     self.measured[name] = (done, of)
@@ -176,10 +158,9 @@ class Suite:
   @property
   def _sets(self) -> list[str]:
     """Names of what takes time, between which it is divided."""
-    streams = self._streams | {"train_rows": self._train_rows}
-    names = [name for name, stream in streams.items() if stream is not None]
-    asked = {"behaviours": self._items, "knowledge": self._knowledge}
-    return names + [name for name, items in asked.items() if items]
+    asked = {"behaviours": self.items, "knowledge": self.knowledge}
+    sets = self._texts | {"train_rows": self.train_rows} | asked
+    return [name for name, one in sets.items() if one]
 
   def scores(
     self, params: Tree, name: str, items: Sequence[behaviours.Item]
@@ -187,19 +168,17 @@ class Suite:
     """Replies to the prompts of a set, checked; None without prompts."""
     if not items:
       return None
-    order, size = _round_robin(items), self._prompts_at_once
-    if (chosen := self.measured.get(name)) or not self._max_seconds:
+    order, size = _round_robin(items), self.prompts_at_once
+    if (chosen := self.measured.get(name)) or not self.max_seconds:
       # At once: no group of prompts waits for the one before it.
       order, size = order[: chosen[0] if chosen else None], len(order)
     parts = [order[i : i + size] for i in range(0, len(order), size)]
     replies: dict[int, Reply] = {}
     for part in self._within(name, parts, len(items), len):
-      made = self._generate(params, [items[i].prompt for i in part])
+      made = self.generate(params, [items[i].prompt for i in part])
       replies |= zip(part, made, strict=True)
-    return behaviours.run(
-      [items[i] for i in sorted(replies)],
-      lambda prompts: [replies[i] for i in sorted(replies)],
-    )
+    order, made = sorted(replies), [replies[i] for i in sorted(replies)]
+    return behaviours.run([items[i] for i in order], lambda prompts: made)
 
   def scalars(
     self, params: Tree, *, replies: Path | None = None
@@ -215,7 +194,7 @@ class Suite:
     """
     started = time.perf_counter()
     values = self.losses(params)
-    scores = self.scores(params, "behaviours", self._items) if replies else None
+    scores = self.scores(params, "behaviours", self.items) if replies else None
     if replies and scores:
       values |= scores.metrics()
       scores.write(replies)
@@ -229,14 +208,14 @@ class Suite:
       is_base: it is its own base still: nothing is compared with it.
     """
     values: Measurement = self.losses(params, is_base=is_base)
-    if scores := self.scores(params, "behaviours", self._items):
-      if self._repeats:
-        values["repeats"] = self._repeats(scores.replies)
+    if scores := self.scores(params, "behaviours", self.items):
+      if self.repeats:
+        values["repeats"] = self.repeats(scores.replies)
       values["behaviours"] = scores.to_json()
-    if knowledge := self.scores(params, "knowledge", self._knowledge):
+    if knowledge := self.scores(params, "knowledge", self.knowledge):
       values["knowledge"] = knowledge.to_json()
-    if self._canaries:
-      values["canaries"] = self._canaries(params)
+    if self.canaries:
+      values["canaries"] = self.canaries(params)
     return values | {"measured": dict(self.measured)}
 
   def left_out(self) -> list[str]:
@@ -275,77 +254,61 @@ def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
     memorization: {repeats, canaries}: {before, after} of each, or None.
     What was not measured before is None there.
   """
+  both = lambda name: {"before": before.get(name), "after": after[name]}
+  gap = None
+  if "held_out/gap" in after:
+    gap = {
+      "train_rows": after["train_rows/nats_per_token"],
+      "held_out": after["held_out/nats_per_token"],
+      "gap": after["held_out/gap"],
+      "before": before.get("held_out/gap"),
+    }
+  losses = ("/nats_per_token", "/perplexity")
   result: dict[str, Any] = {
     "losses": [
-      {
-        "name": name,
-        "before": value,
-        "after": after[name],
-        "change": after[name] / value - 1,
-      }
+      {"name": name, **both(name), "change": after[name] / value - 1}
       for name, value in before.items()
-      if name.endswith(("/nats_per_token", "/perplexity"))
+      if name.endswith(losses)
     ],
     "behaviours": [],
     "samples": [],
     "forgetting": [
-      {"name": name, "before": before.get(name), "after": value}
-      for name, value in after.items()
+      {"name": name, **both(name)}
+      for name in after
       if name.rpartition("/")[2] in forgetting.FIGURES
     ],
-    "gap": _gap(before, after),
+    "gap": gap,
     "knowledge": _knowledge(before, after),
     "memorization": {
-      name: {"before": before.get(name), "after": after[name]}
-      if name in after
-      else None
-      for name in ("repeats", "canaries")
+      x: both(x) if x in after else None for x in ("repeats", "canaries")
     },
   }
   if "behaviours" not in before:
     return result
-  scores = [
+  old, new = (
     behaviours.Scores.from_json(m["behaviours"]) for m in (before, after)
-  ]
-  for row in behaviours.compare(*scores):
+  )
+  for row in behaviours.compare(old, new):
+    now = row.after
+    rates = {kind: getattr(now, kind) for kind in ("format", "content")}
     result["behaviours"].append(
       {
-        "group": row.group,
-        "n": row.after.n,
+        **{"group": row.group, "n": now.n},
         "before": (row.before.rate, *row.before.interval),
-        "after": (row.after.rate, *row.after.interval),
-        "stopped": row.after.stopped / row.after.n,
-        "format": row.after.format and row.after.format.rate,
-        "content": row.after.content and row.after.content.rate,
-        "gained": row.gained,
-        "lost": row.lost,
-        "p": row.p,
+        "after": (now.rate, *now.interval),
+        "stopped": now.stopped / now.n,
+        **{kind: share and share.rate for kind, share in rates.items()},
+        **{"gained": row.gained, "lost": row.lost, "p": row.p},
       }
     )
   seen = set()
-  for old, new in zip(scores[0].replies, scores[1].replies, strict=True):
-    if new["group"] not in seen:
-      seen.add(new["group"])
-      result["samples"].append(
-        {
-          "group": new["group"],
-          "prompt": new["prompt"][-1]["content"],
-          "before": _shown(old),
-          "after": _shown(new),
-        }
-      )
+  for a, b in zip(old.replies, new.replies, strict=True):
+    if (group := b["group"]) not in seen:
+      seen.add(group)
+      shown = {"before": _shown(a), "after": _shown(b)}
+      prompt = b["prompt"][-1]["content"]
+      result["samples"].append({"group": group, "prompt": prompt, **shown})
   return result
-
-
-def _gap(before: Measurement, after: Measurement) -> dict[str, Any] | None:
-  if "held_out/gap" not in after:
-    return None
-  return {
-    "train_rows": after["train_rows/nats_per_token"],
-    "held_out": after["held_out/nats_per_token"],
-    "gap": after["held_out/gap"],
-    "before": before.get("held_out/gap"),
-  }
 
 
 def _knowledge(
@@ -354,33 +317,22 @@ def _knowledge(
   """Of all groups together, paired item by item."""
   if "knowledge" not in before or "knowledge" not in after:
     return None
-  old, new = (
-    [reply["passed"] for reply in one["knowledge"]["replies"]]
-    for one in (before, after)
-  )
+  passed = lambda one: [r["passed"] for r in one["knowledge"]["replies"]]
+  old, new = passed(before), passed(after)
   pairs = list(zip(old, new, strict=True))
   gained, lost = pairs.count((False, True)), pairs.count((True, False))
-  share = lambda some: behaviours.Share(sum(some), len(some))
+  shares = [behaviours.Share(sum(x), len(x)) for x in (old, new)]
+  sides = [(share.rate, *share.interval) for share in shares]
   return {
-    "n": len(pairs),
-    "before": (share(old).rate, *share(old).interval),
-    "after": (share(new).rate, *share(new).interval),
+    **{"n": len(pairs), "before": sides[0], "after": sides[1]},
     "retained": 1 - lost / sum(old) if any(old) else None,
-    "gained": gained,
-    "lost": lost,
-    "p": behaviours.mcnemar(gained, lost),
+    **{"gained": gained, "lost": lost, "p": behaviours.mcnemar(gained, lost)},
   }
 
 
 def _shown(reply: dict[str, Any]) -> dict[str, Any]:
   """All of a reply, for a person to read."""
-  parts = []
-  if reply["reasoning"]:
-    parts.append(f"({reply['reasoning']})")
+  parts = [f"({reply['reasoning']})"] if reply["reasoning"] else []
   parts += [f"{c['name']}({c['arguments']})" for c in reply["tool_calls"]]
-  parts.append(reply["reply"])
-  return {
-    "text": " ".join(part for part in parts if part),
-    "passed": reply["passed"],
-    "stopped": reply["stopped"],
-  }
+  text = " ".join(part for part in (*parts, reply["reply"]) if part)
+  return {"text": text, "passed": reply["passed"], "stopped": reply["stopped"]}

@@ -30,22 +30,14 @@ Sample = Callable[[list[Conversation], list[int]], list[Reply]]
 
 @dataclasses.dataclass
 class Group:
-  """What became of the prompts of one group.
+  """What became of the prompts of one group."""
 
-  Attributes:
-    prompts: all of them.
-    overlapping: not asked, for an evaluation set asks the same.
-    solved: prompts of which at least one row came.
-    attempts: replies sampled.
-    kept: replies that became rows.
-    refused: the others, by reason.
-  """
-
-  prompts: int = 0
-  overlapping: int = 0
-  solved: int = 0
-  attempts: int = 0
-  kept: int = 0
+  prompts: int = 0  # All of them.
+  overlapping: int = 0  # Not asked, for an evaluation set asks the same.
+  solved: int = 0  # Prompts of which at least one row came.
+  attempts: int = 0  # Replies sampled.
+  kept: int = 0  # Replies that became rows.
+  # The others, by reason.
   refused: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def refuse(self, reason: str) -> None:
@@ -53,17 +45,13 @@ class Group:
 
 
 class Synthesis(NamedTuple):
-  """Rows, and the account of them.
+  """Rows, and the account of them."""
 
-  Attributes:
-    rows: in the order of the prompts: messages, tools where there are any,
-      and `synthetic`: teacher, prompt (its place), group, attempt and seed.
-      Only the teacher's turn is trained on: earlier ones have weight 0.
-    groups: by name.
-  """
-
+  # In the order of the prompts: messages, tools where there are any, and
+  # `synthetic`: teacher, prompt (its place), group, attempt and seed. Only the
+  # teacher's turn is trained on: earlier ones have weight 0.
   rows: list[dict[str, Any]]
-  groups: dict[str, Group]
+  groups: dict[str, Group]  # By name.
 
   def to_json(self) -> dict[str, Any]:
     return {name: dataclasses.asdict(g) for name, g in self.groups.items()}
@@ -90,14 +78,9 @@ def overlapping(
 
 
 def _asked(items: Sequence[Item]) -> overlap.Rows:
-  split = text_hashing.split([_prompt(item.prompt) for item in items])
-  return overlap.Rows(split, split)
-
-
-def _prompt(conversation: Conversation) -> str:
-  return "\n\n".join(
-    row_texts.message_text(one) for one in conversation.messages
-  )
+  turns = [map(row_texts.message_text, item.prompt.messages) for item in items]
+  words = text_hashing.split(["\n\n".join(texts) for texts in turns])
+  return overlap.Rows(words, words)
 
 
 def synthesise(
@@ -154,17 +137,15 @@ def synthesise(
       group = groups[items[i].group]
       group.attempts += 1
       reason = _refused(items[i], reply, usable)
-      if not reason and keep == "all" and _said_before(reply, passed[i]):
+      known = (reply.message == before.message for _, before in passed[i])
+      if not reason and keep == "all" and any(known):
         reason = "repeated"
       if reason:
         group.refuse(reason)
       else:
         passed[i].append((attempt, reply))
-    solved = sum(map(bool, passed.values()))
-    log(
-      f"round {attempt + 1} of {attempts}: {solved:,} of {len(open_):,} "
-      "prompts solved"
-    )
+    solved = f"{sum(map(bool, passed.values())):,} of {len(open_):,}"
+    log(f"round {attempt + 1} of {attempts}: {solved} prompts solved")
   rows = []
   for i in open_:
     item, kept = items[i], passed[i]
@@ -188,9 +169,7 @@ def synthesise(
 
 
 def _refused(
-  item: Item,
-  reply: Reply,
-  usable: Callable[[Conversation], None],
+  item: Item, reply: Reply, usable: Callable[[Conversation], None]
 ) -> str:
   """The first reason not to keep a reply; '' is none."""
   if not reply.stopped:
@@ -209,22 +188,12 @@ def _refused(
   return ""
 
 
-def _said_before(reply: Reply, kept: list[tuple[int, Reply]]) -> bool:
-  return any(reply.message == other.message for _, other in kept)
-
-
-def _answered(prompt: Conversation, reply: Reply) -> Conversation:
-  """The prompt with the reply; earlier assistant turns weigh nothing."""
-  before = [
-    dataclasses.replace(turn, weight=0.0) if turn.role == "assistant" else turn
-    for turn in prompt.messages
-  ]
-  return dataclasses.replace(prompt, messages=(*before, reply.message))
-
-
 def _row(prompt: Conversation, reply: Reply) -> dict[str, Any]:
-  """A row of the format `messages`."""
-  whole = _answered(prompt, reply)
+  """A row of the format `messages`; earlier assistant turns weigh nothing."""
+  turns = prompt.messages
+  zero = lambda one: dataclasses.replace(one, weight=0.0)
+  before = [zero(x) if x.role == "assistant" else x for x in turns]
+  whole = dataclasses.replace(prompt, messages=(*before, reply.message))
   turns = template_messages.to_template_messages(whole)
   for turn, message in zip(turns, whole.messages, strict=True):
     turn.pop("thinking", None)  # Templates have two names for it; rows one.
@@ -236,24 +205,13 @@ def _row(prompt: Conversation, reply: Reply) -> dict[str, Any]:
 
 def lines(made: Synthesis) -> list[tuple[str, ...]]:
   """Header and rows of text, by group."""
-  head = ("group", "n", "overlap", "solved", "replies", "kept", "refused")
-  return [
-    head,
-    *(
-      (
-        name,
-        *map(
-          "{:,}".format,
-          (g.prompts, g.overlapping, g.solved, g.attempts, g.kept),
-        ),
-        ", ".join(
-          f"{why} {n:,}"
-          for why, n in sorted(g.refused.items(), key=lambda x: -x[1])
-        ),
-      )
-      for name, g in made.groups.items()
-    ),
-  ]
+  rows = [("group", "n", "overlap", "solved", "replies", "kept", "refused")]
+  for name, g in made.groups.items():
+    counts = (g.prompts, g.overlapping, g.solved, g.attempts, g.kept)
+    reasons = sorted(g.refused.items(), key=lambda reason: -reason[1])
+    refused = ", ".join(f"{why} {n:,}" for why, n in reasons)
+    rows.append((name, *(f"{n:,}" for n in counts), refused))
+  return rows
 
 
 def check_sums(made: Synthesis) -> None:

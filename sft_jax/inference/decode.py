@@ -129,9 +129,8 @@ def admit(
   T = tokens.shape[1]
   slots = jnp.arange(T, dtype=jnp.int32)
   positions = jnp.where(slots < lengths[:, None], slots, EMPTY)
-  key = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(
-    *map(jnp.asarray, seeds)
-  )
+  fold = lambda seed, n: jax.random.fold_in(jax.random.key(seed), n)
+  key = jax.vmap(fold)(*map(jnp.asarray, seeds))
   by_row = model.row_axes()
   tokens, positions = model.over_rows((jnp.asarray(tokens), positions), (0, 0))
   cache = model.over_rows(model.empty(tokens.shape[0], T), by_row)
@@ -142,16 +141,9 @@ def admit(
   token = choose(keys, model.logits(params, last)[:, 0], model.rule)
   stopped = jnp.isin(token, stop_ids)
   left = jnp.full(token.shape, max_new_tokens - 1, jnp.int32)
-  new = Rows(
-    token=token,
-    position=jnp.asarray(lengths),
-    left=left,
-    done=stopped | (left == 0),
-    stopped=stopped,
-    step=jnp.ones_like(token),
-    key=key,
-    cache=None,
-  )
+  done, step = stopped | (left == 0), jnp.ones_like(token)
+  at = jnp.asarray(lengths)
+  new = Rows(token, at, left, done, stopped, step, key, cache=None)
 
   def place(old: Array, new: Array, axis: int) -> Array:
     at = (*[slice(None)] * axis, rows)
@@ -161,9 +153,8 @@ def admit(
   # that were in these rows before.
   longer = _in_corner(model.empty(tokens.shape[0], S), cache)
   cache = jax.tree.map(place, state.cache, longer, by_row)
-  state = jax.tree.map(
-    lambda old, x: place(old, x, 0), state._replace(cache=None), new
-  )
+  first = functools.partial(place, axis=0)
+  state = jax.tree.map(first, state._replace(cache=None), new)
   state = state._replace(cache=model.over_rows(cache, by_row))
   seen = (jnp.where(stopped, EMPTY, token), stopped)
   return state, jax.tree.map(model.whole, seen)
@@ -216,25 +207,17 @@ def advance(
   def step(carry: tuple[Array, Rows, Array]) -> tuple[Array, Rows, Array]:
     i, state, out = carry
     # A row that is done writes nothing, so that it cannot disturb its cache.
-    position = jnp.where(state.done, EMPTY, state.position)
-    hidden, cache = model.decode(
-      params, state.token[:, None], position[:, None], state.cache
-    )
+    position = jnp.where(state.done, EMPTY, state.position)[:, None]
+    token = state.token[:, None]
+    hidden, cache = model.decode(params, token, position, state.cache)
     keys = jax.vmap(jax.random.fold_in)(state.key, state.step)
     token = choose(keys, model.logits(params, hidden)[:, 0], model.rule)
     stop = jnp.isin(token, stop_ids) & ~state.done
     out = out.at[:, i].set(jnp.where(state.done | stop, EMPTY, token))
     left = state.left - 1
-    new = Rows(
-      token=token,
-      position=state.position + 1,
-      left=left,
-      done=state.done | stop | (left <= 0),
-      stopped=state.stopped | stop,
-      step=state.step + 1,
-      key=state.key,
-      cache=cache,
-    )
+    done, stopped = state.done | stop | (left <= 0), state.stopped | stop
+    at, steps = state.position + 1, state.step + 1
+    new = Rows(token, at, left, done, stopped, steps, state.key, cache)
     return i + 1, new, out
 
   out = jnp.full((halt.shape[0], STEPS), EMPTY, jnp.int32)

@@ -74,14 +74,8 @@ def generate(
     ValueError: no chat template; an argument out of range; more tokens than
       the model has positions.
   """
-  pieces = stream(
-    model,
-    params,
-    tokenizer,
-    conversations,
-    max_new_tokens=max_new_tokens,
-    **choices,
-  )
+  choices["max_new_tokens"] = max_new_tokens
+  pieces = stream(model, params, tokenizer, conversations, **choices)
   done = {piece.index: piece.reply for piece in pieces if piece.reply}
   return [done[i] for i in sorted(done)]
 
@@ -93,18 +87,11 @@ def stream(
   conversations: Sequence[Conversation],
   *,
   max_new_tokens: int,
-  temperature: float | int = 0.0,
-  top_k: int = 0,
-  top_p: float | int = 1.0,
-  min_p: float | int = 0.0,
-  seed: int = 0,
-  seeds: Sequence[int] | None = None,
   stop_strings: Sequence[str] = (),
   options: RenderOptions = DEFAULT,
   batch_size: int = 64,
-  int8_cache: bool = False,
-  mesh: Mesh | None = None,
   every: int = 64,
+  **choices: Any,
 ) -> Iterator[Piece]:
   """Answers conversations together; yields each reply as it grows.
 
@@ -115,13 +102,13 @@ def stream(
     conversations: each ends in a turn to be answered, or is a raw text to be
       continued.
     max_new_tokens: most tokens of a reply, its stop token included.
-    temperature, top_k, top_p, min_p, seed, seeds: see `sampler.stream`; a
-      temperature of 0 is greedy.
     stop_strings: a reply ends where the first of them begins in its text, and
       counts as stopped; `tokens` are those up to the one that completed it.
     options: as in training.
     batch_size: most conversations at once.
-    int8_cache, mesh, every: see `sampler.stream`.
+    every: tokens of a reply before it is yielded; at most 64.
+    **choices: temperature (0, which is greedy, by default), top_k, top_p,
+      min_p, seed, seeds, int8_cache and mesh; see `sampler.stream`.
   """
   prompts = [
     encode.prompt_ids(one, tokenizer, options) for one in conversations
@@ -131,34 +118,17 @@ def stream(
   def cut(index: int, tokens: list[int]) -> int | None:
     """How many tokens complete a stop string, if any do."""
     del index
-    if _stop_at(decode(tokens), stop_strings) is None:
+    found = lambda n: _stop_at(decode(tokens[:n]), stop_strings) is not None
+    if not found(len(tokens)):
       return None
     # Texts only grow, so the first that has one is found by halving.
-    found = lambda n: _stop_at(decode(tokens[:n]), stop_strings) is not None
     return bisect.bisect_left(range(len(tokens)), True, key=found)
 
-  pieces = sampler.stream(
-    model.decode,
-    model.logits,
-    model.init_cache,
-    params,
-    prompts,
-    stop_ids=tokenizer.stop_ids,
-    max_new_tokens=max_new_tokens,
-    vocab_size=tokenizer.vocab_size,
-    position_limit=model.config.position_limit,
-    temperature=temperature,
-    top_k=top_k,
-    top_p=top_p,
-    min_p=min_p,
-    seed=seed,
-    seeds=seeds,
-    cut=cut if stop_strings else None,
-    batch_size=min(batch_size, max(len(prompts), 1)),
-    int8_cache=int8_cache,
-    mesh=mesh,
-    every=every,
-  )
+  pieces = _sample(
+    model, params, tokenizer, prompts,
+    max_new_tokens=max_new_tokens, cut=cut if stop_strings else None,
+    batch_size=min(batch_size, max(len(prompts), 1)), every=every, **choices,
+  )  # fmt: skip
   so_far: dict[int, list[int]] = {}
   for index, new, sampled in pieces:
     tokens = so_far.setdefault(index, [])
@@ -174,6 +144,26 @@ def stream(
     message = parse(text, thinking=end.rstrip().endswith(_OPEN))
     reply = Reply(message.content, *sampled, message)
     yield Piece(index, text, reply)
+
+
+def _sample(
+  model: Any,
+  params: Any,
+  tokenizer: Tokenizer,
+  prompts: Sequence[Sequence[int]],
+  **choices: Any,
+) -> Iterator[sampler.Piece]:
+  """`sampler.stream` of a model and its tokenizer."""
+  functions = (model.decode, model.logits, model.init_cache)
+  return sampler.stream(
+    *functions,
+    params,
+    prompts,
+    stop_ids=tokenizer.stop_ids,
+    vocab_size=tokenizer.vocab_size,
+    position_limit=model.config.position_limit,
+    **choices,
+  )
 
 
 def _stop_at(text: str, strings: Sequence[str]) -> int | None:
@@ -213,12 +203,11 @@ def parse(text: str, *, thinking: bool = False) -> Message:
     reasoning, _, text = start.partition(_CLOSE)
     reasoning = reasoning.strip("\n")
   calls = [_tool_call(body) for body in _TOOL_CALL.findall(text)]
-  good = [call for call in calls if call is not None]
+  good = tuple(call for call in calls if call)
   if len(good) < len(calls):
-    good = []
-  if good:
-    text = _TOOL_CALL.sub("", text)
-  return Message("assistant", text.strip(), reasoning, tuple(good))
+    good = ()
+  text = _TOOL_CALL.sub("", text) if good else text
+  return Message("assistant", text.strip(), reasoning, good)
 
 
 def _tool_call(body: str) -> ToolCall | None:
@@ -228,12 +217,10 @@ def _tool_call(body: str) -> ToolCall | None:
   # A model may nest brackets deeper than the parser's stack.
   except (ValueError, RecursionError):
     return None
-  if not isinstance(call, dict):
-    return None
+  call = call if isinstance(call, dict) else {}
   name, arguments = call.get("name"), call.get("arguments")
-  if not isinstance(name, str) or not isinstance(arguments, dict):
-    return None
-  return ToolCall(name, arguments)
+  fine = isinstance(name, str) and isinstance(arguments, dict)
+  return ToolCall(name, arguments) if fine else None
 
 
 def answer_rows(
@@ -278,28 +265,11 @@ def answer_rows(
     end = first + int(after[0]) if len(after) else len(weights)
     tokens = example.tokens.tolist()
     prompts.append(tokens[:first])
-    found.append(
-      {
-        "where": store.place(i),
-        "prompt": decode(tokens[:first]),
-        "row": decode(tokens[first:end]),
-      }
-    )
-  if not prompts:
-    return []
-  made = sampler.generate(
-    model.decode,
-    model.logits,
-    model.init_cache,
-    params,
-    prompts,
-    stop_ids=tokenizer.stop_ids,
-    max_new_tokens=max_new_tokens,
-    vocab_size=tokenizer.vocab_size,
-    position_limit=limit,
-    mesh=mesh,
-  )
-  return [
-    {**row, "reply": decode(reply.tokens), "stopped": reply.stopped}
-    for row, reply in zip(found, made, strict=True)
-  ]
+    row = {"where": store.place(i), "prompt": decode(tokens[:first])}
+    found.append(row | {"row": decode(tokens[first:end])})
+  choices = {"max_new_tokens": max_new_tokens, "mesh": mesh}
+  for piece in _sample(model, params, tokenizer, prompts, **choices):
+    if reply := piece.reply:
+      said = {"reply": decode(reply.tokens), "stopped": reply.stopped}
+      found[piece.index] |= said
+  return found

@@ -68,9 +68,8 @@ def logprobs(
   def nats(params: Any, batch: Batch) -> jax.Array:
     shape = batch.tokens.shape
     own = jnp.arange(batch.tokens.size, dtype=jnp.int32).reshape(*shape, 1)
-    hidden = model.hidden(
-      params, batch.tokens, batch.positions, batch.segment_ids
-    )
+    row = (batch.tokens, batch.positions, batch.segment_ids)
+    hidden = model.hidden(params, *row)
     # Each token is a group of its own.
     sums = linear_cross_entropy(
       hidden,

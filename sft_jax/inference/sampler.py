@@ -110,12 +110,23 @@ def stream(
   stops = np.asarray(sorted(set(stop_ids)), np.int32)
   if batch_size is None:
     batch_size = min(max(len(prompts), 1), 64)
-  _check(
-    prompts, position_limit=position_limit, max_new_tokens=max_new_tokens,
-    temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-    seeds=seeds, batch_size=batch_size, length_bucket=length_bucket,
-    every=every,
-  )  # fmt: skip
+  most, fine = decoding.STEPS, seeds is None or len(seeds) == len(prompts)
+  for name, value, fits, expected in (
+    ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+    ("temperature", temperature, temperature >= 0, "at least 0 (0: greedy)"),
+    ("top_k", top_k, top_k >= 0, "at least 0 (0: off)"),
+    ("top_p", top_p, 0 < top_p <= 1, "in (0, 1] (1: off)"),
+    ("min_p", min_p, 0 <= min_p <= 1, "in [0, 1] (0: off)"),
+    ("batch_size", batch_size, batch_size >= 1, "at least 1"),
+    ("length_bucket", length_bucket, length_bucket >= 1, "at least 1"),
+    ("every", every, 1 <= every <= most, f"in 1 .. {most}"),
+    ("seeds", seeds, fine, f"one for each of {len(prompts)} prompts"),
+  ):
+    if not fits:
+      raise ValueError(
+        f"sampler: {name} is {value}; expected {expected}. Change it."
+      )
+  _check_lengths(prompts, max_new_tokens, position_limit)
   rule = Rule(float(temperature), top_k, float(top_p), float(min_p), vocab_size)
   model = decoding.How(decode, logits, init_cache, int8_cache, rule, mesh)
   return _run(
@@ -168,11 +179,10 @@ def _run(
     if keep is not None:
       del reply[keep:]
       done, stopped, halt[b] = True, True, True
-    if done:
-      row_of[b] = -1
-    return Piece(
-      index, reply[before:], Sampled(reply, stopped) if done else None
-    )
+    if not done:
+      return Piece(index, reply[before:], None)
+    row_of[b] = -1
+    return Piece(index, reply[before:], Sampled(reply, stopped))
 
   while waiting or max(row_of) >= 0:
     free = [b for b in range(B) if row_of[b] < 0]
@@ -195,8 +205,7 @@ def _run(
         np.int32(max_new_tokens), model=model, S=S,
       )  # fmt: skip
       first, stopped = jax.device_get(seen)
-      for r in range(len(group)):
-        stop = bool(stopped[r])
+      for r, stop in enumerate(stopped[: len(group)].tolist()):
         done = stop or max_new_tokens == 1
         yield take(int(rows[r]), first[r : r + 1], done, stop)
       free = [b for b in range(B) if row_of[b] < 0]
@@ -227,52 +236,20 @@ def _up(n: int, step: int) -> int:
   return -(-n // step) * step
 
 
-def _check(
-  prompts: Sequence[Sequence[int]],
-  *,
-  position_limit: int | None,
-  max_new_tokens: int,
-  temperature: float | int,
-  top_k: int,
-  top_p: float | int,
-  min_p: float | int,
-  seeds: Sequence[int] | None,
-  batch_size: int,
-  length_bucket: int,
-  every: int,
+def _check_lengths(
+  prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: int | None
 ) -> None:
-  """Raises ValueError if `stream` cannot use its arguments."""
-  for name, value, fine, expected in (
-    ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-    ("temperature", temperature, temperature >= 0, "at least 0 (0: greedy)"),
-    ("top_k", top_k, top_k >= 0, "at least 0 (0: off)"),
-    ("top_p", top_p, 0 < top_p <= 1, "in (0, 1] (1: off)"),
-    ("min_p", min_p, 0 <= min_p <= 1, "in [0, 1] (0: off)"),
-    ("batch_size", batch_size, batch_size >= 1, "at least 1"),
-    ("length_bucket", length_bucket, length_bucket >= 1, "at least 1"),
-    ("every", every, 1 <= every <= decoding.STEPS, f"in 1 .. {decoding.STEPS}"),
-    (
-      "seeds",
-      seeds,
-      seeds is None or len(seeds) == len(prompts),
-      f"one for each of {len(prompts)} prompts",
-    ),
-  ):
-    if not fine:
-      raise ValueError(
-        f"sampler: {name} is {value}; expected {expected}. Change it."
-      )
+  """Raises ValueError for an empty prompt, or one too long."""
   for i, prompt in enumerate(prompts):
     if not len(prompt):
       raise ValueError(
         f"sampler: prompt {i} is empty; expected at least one token "
         "to continue from. Give it the BOS token."
       )
-    total = len(prompt) + max_new_tokens
-    if position_limit is not None and total > position_limit:
+    if limit is not None and len(prompt) + max_new_tokens > limit:
       raise ValueError(
         f"sampler: prompt {i} has {len(prompt)} tokens and may get "
-        f"{max_new_tokens} more; expected at most {position_limit} in all, the "
+        f"{max_new_tokens} more; expected at most {limit} in all, the "
         "positions that the model has learned. Shorten it, or lower "
         "max_new_tokens."
       )

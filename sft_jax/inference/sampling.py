@@ -12,21 +12,18 @@ from jaxtyping import Array, Float, Float32, Int32, Key
 
 
 class Rule(NamedTuple):
-  """How the next token is chosen; hashable, so it is compiled in.
+  """How the next token is chosen; hashable, so it is compiled in."""
 
-  Attributes:
-    temperature: 0 takes the likeliest token and ignores the three others.
-    top_k: keeps the k likeliest tokens (ties with the k-th too); 0 keeps all.
-    top_p: of those, keeps the fewest whose share is at least p; 1 keeps all.
-    min_p: of those, keeps tokens of at least this times the share of the
-      likeliest (arXiv:2407.01082); 0 keeps all.
-    vocab_size: ids from here on are padding and never chosen; None: no such.
-  """
-
+  # 0 takes the likeliest token and ignores the three others.
   temperature: float = 0.0
+  # Keeps the k likeliest tokens (ties with the k-th too); 0 keeps all.
   top_k: int = 0
+  # Of those, keeps the fewest whose share is at least p; 1 keeps all.
   top_p: float = 1.0
+  # Of those, keeps tokens of at least this times the share of the likeliest
+  # (arXiv:2407.01082); 0 keeps all.
   min_p: float = 0.0
+  # Ids from here on are padding and never chosen; None: no such.
   vocab_size: int | None = None
 
 

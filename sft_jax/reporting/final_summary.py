@@ -11,7 +11,7 @@ from rich.text import Text
 
 from sft_jax.checkpointing import export
 from sft_jax.reporting import run_files, terminal
-from sft_jax.reporting.html import run_page
+from sft_jax.reporting.html import figures, run_page
 
 # Of result.json, what the terminal has its own place for.
 _ELSEWHERE = ("Where the time went",)
@@ -19,9 +19,8 @@ _ELSEWHERE = ("Where the time went",)
 
 def time_line(account: dict[str, float]) -> str:
   """What the seconds of `throughput.Clock.account` went into, in a line."""
-  shares = ", ".join(
-    f"{name} {share}" for name, _, share in run_page.time_rows(account)
-  )
+  rows = figures.time_rows(account)
+  shares = ", ".join(f"{name} {share}" for name, _, share in rows)
   return f"Took {terminal.duration(account['run_s'])}: {shares}."
 
 
@@ -43,51 +42,33 @@ def stop_line(records: Sequence[Mapping[str, Any]]) -> str:
 
 def show_result(out: Console, result: dict[str, Any], samples: int) -> None:
   """Prints the before -> after table, the losses and some replies."""
-
-  def share(value: Sequence[float]) -> str:
-    return "{:4.0%}  [{:.0%}, {:.0%}]".format(*value)
-
-  if result["behaviours"]:
-    terminal.print_table(
-      out,
-      "Behavior, share passed with 95 % interval",
-      ("behavior", "n", "before", "after", "stops by itself"),
-      [
-        (
-          row["group"],
-          row["n"],
-          share(row["before"]),
-          share(row["after"]),
-          f"{row['stopped']:.0%}",
-        )
-        for row in result["behaviours"]
-      ],
-    )
-  for one in run_page.figures(result):
+  share = "{:4.0%}  [{:.0%}, {:.0%}]".format
+  rows = [
+    (row["group"], row["n"], share(*row["before"]), share(*row["after"]),
+     f"{row['stopped']:.0%}")
+    for row in result["behaviours"]
+  ]  # fmt: skip
+  if rows:
+    head = ("behavior", "n", "before", "after", "stops by itself")
+    title = "Behavior, share passed with 95 % interval"
+    terminal.print_table(out, title, head, rows)
+  for one in figures.of_result(result):
     if one.title not in _ELSEWHERE:
       terminal.print_table(out, one.title, [*map(str, one.head)], one.rows)
   if "export" in result:
     evidence = export.Evidence(**result["export"])
     out.print(Text(f"{terminal.visible(evidence.path)}: {evidence}"))
   for sample in result["samples"][:samples]:
-    terminal.facts(
-      out,
-      sample["group"],
-      {
-        "prompt": _line(sample["prompt"]),
-        **{side: _reply(sample[side]) for side in ("before", "after")},
-      },
-    )
+    sides = {side: _reply(sample[side]) for side in ("before", "after")}
+    said = {"prompt": _line(sample["prompt"]), **sides}
+    terminal.facts(out, sample["group"], said)
 
 
 def _reply(reply: Mapping[str, Any]) -> str:
   """A reply on one line, with its verdict, if it was checked."""
-  marks = []
-  if reply.get("passed") is not None:
-    marks.append("passed" if reply["passed"] else "FAILED")
-  if not reply["stopped"]:
-    marks.append("did not stop")
-  return "".join(f"[{mark}] " for mark in marks) + _line(reply["text"])
+  passed = {True: "[passed] ", False: "[FAILED] "}.get(reply.get("passed"), "")
+  stopped = "" if reply["stopped"] else "[did not stop] "
+  return passed + stopped + _line(reply["text"])
 
 
 def _line(text: str) -> str:
@@ -98,21 +79,14 @@ def _line(text: str) -> str:
 
 def show_places(out: Console, workdir: Path, config: Any) -> None:
   """Prints where a finished run's things are, and what to type next."""
-  found = {
-    name: str(workdir / file)
-    for name, file in (
-      ("report", "report.html"),
-      ("model", "export"),
-      ("adapter", "adapter"),
-      ("records", "metrics.jsonl"),
-    )
-    if (workdir / file).exists()
-  }
-  model = workdir / "export" if "model" in found else workdir
+  files = {"report": "report.html", "model": "export", "adapter": "adapter"}
+  paths = {x: workdir / file for x, file in files.items()}
+  paths["records"] = workdir / "metrics.jsonl"
+  found = {name: str(path) for name, path in paths.items() if path.exists()}
+  model = found.get("model", workdir)
   command = lambda *words: shlex.join(["sft-jax", *map(str, words)])
-  found["chat"] = command(
-    "chat", f"--model={model}", f"--compare={config.model.path}"
-  )
+  sides = (f"--model={model}", f"--compare={config.model.path}")
+  found["chat"] = command("chat", *sides)
   found["compare"] = command("compare", workdir, "ANOTHER_RUN")
   terminal.facts(out, "Where things are", found)
 

@@ -91,12 +91,10 @@ class JsonlWriter:
     if jax.process_index():  # The first process writes for all.
       return
     lines = []
-    if path.exists():
-      for line in path.read_text(errors="replace").splitlines():
-        try:
-          record = json.loads(line)
-        except ValueError:  # Cut short, by a crash or a damaged disk.
-          continue
+    text = path.read_text(errors="replace") if path.exists() else ""
+    for line in text.splitlines():
+      with contextlib.suppress(ValueError):  # Cut short, by a crash.
+        record = json.loads(line)
         if record["step"] <= resume_step:
           self.kept.append(record)
           lines.append(line + "\n")
@@ -109,10 +107,8 @@ class JsonlWriter:
     """Appends {"step": step, **values}; non-finite numbers become null."""
     if self._file is None:
       return
-    clean = {
-      key: None if isinstance(v, float) and not math.isfinite(v) else v
-      for key, v in values.items()
-    }
+    lost = lambda x: isinstance(x, float) and not math.isfinite(x)
+    clean = {key: None if lost(x) else x for key, x in values.items()}
     self._file.write(json.dumps({"step": step, **clean}) + "\n")
     self._file.flush()
 

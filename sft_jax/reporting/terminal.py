@@ -17,21 +17,15 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-_VISIBLE = {
+# Invisible, or of the direction of writing: spelt out.
+_SPELT = (
+  *(0x061C, 0xFEFF, *range(0x80, 0xA0), *range(0x200E, 0x2010)),
+  *(*range(0x2028, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)),
+)
+_VISIBLE: dict[int, int | str] = {
   **{i: 0x2400 + i for i in range(32) if chr(i) not in "\t\n"},
+  **{i: f"<{i:04X}>" for i in _SPELT},
   0x7F: 0x2421,
-  **{
-    i: f"<{i:04X}>"
-    for i in (
-      *range(0x80, 0xA0),
-      0x061C,
-      *range(0x200E, 0x2010),
-      *range(0x2028, 0x202F),
-      *range(0x2066, 0x206A),
-      0xFEFF,
-      *range(0xD800, 0xE000),
-    )
-  },
 }
 
 
@@ -39,15 +33,14 @@ class _EscapingConsole(Console):
   """Shows control characters of names and texts, and obeys none."""
 
   def print(self, *objects: Any, **choices: Any) -> None:
-    super().print(*map(_escaped, objects), **choices)
-
-
-def _escaped(shown: Any) -> Any:
-  if isinstance(shown, str):
-    return visible(shown)
-  if isinstance(shown, Text) and visible(shown.plain) != shown.plain:
-    return Text(visible(shown.plain), shown.style)
-  return shown
+    shown = []
+    for one in objects:
+      if isinstance(one, str):
+        one = visible(one)
+      elif isinstance(one, Text) and visible(one.plain) != one.plain:
+        one = Text(visible(one.plain), one.style)
+      shown.append(one)
+    super().print(*shown, **choices)
 
 
 def console() -> Console:
@@ -175,15 +168,12 @@ class TaskProgress:
       self._task = ""
     if done < of and now - self._shown >= self._seconds:
       self._shown = now
-      name = visible(task).replace("_", " ")
-      self._out.print(f"{name} {done:,}/{of:,}{self._left(done, of, now)}")
+      name, left = visible(task).replace("_", " "), ""
+      if done > self._first:
+        pace = (now - self._began) / (done - self._first)
+        left = f"  {duration(pace * (of - done))} left"
+      self._out.print(f"{name} {done:,}/{of:,}{left}")
       sys.stdout.flush()
-
-  def _left(self, done: int, of: int, now: float) -> str:
-    if done == self._first:
-      return ""
-    pace = (now - self._began) / (done - self._first)
-    return f"  {duration(pace * (of - done))} left"
 
 
 def figures(values: Mapping[str, float]) -> str:
@@ -195,13 +185,11 @@ def figures(values: Mapping[str, float]) -> str:
 
   A stop token that is predicted in fewer than 9 of 10 places is shown, too.
   """
-  if "speed/mfu" in values:
-    share = f"MFU {values['speed/mfu']:.0%}"
-  else:
-    share = f"{values['speed/peak_share']:.0%} of peak"
-  held = values.get("memory/device_peak_bytes")
-  if held is None:
-    held = values["memory/host_peak_bytes"]
+  mfu = "speed/mfu" in values
+  share = f"MFU {values['speed/mfu']:.0%}" if mfu else ""
+  share = share or f"{values['speed/peak_share']:.0%} of peak"
+  device = "memory/device_peak_bytes" in values
+  held = values[f"memory/{'device' if device else 'host'}_peak_bytes"]
   # Until it is learnt: without it no reply ends by itself.
   stop = values.get("acc/stop_token", 1.0)
   return (

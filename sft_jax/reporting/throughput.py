@@ -53,29 +53,21 @@ class Clock:
 
 
 class PreviousRuntime(NamedTuple):
-  """What earlier processes of a run did, by its records.
+  """What earlier processes of a run did, by its records."""
 
-  Attributes:
-    run: seconds they ran, up to the last thing they recorded.
-    useful: of them, those that computed steps which still stand.
-  """
-
-  run: float
-  useful: float
+  run: float  # Seconds they ran, up to the last thing they recorded.
+  useful: float  # Of them, those that computed steps which still stand.
 
 
 def previous_runtime(
   kept: Sequence[Mapping[str, Any]], forgotten: Sequence[Mapping[str, Any]]
 ) -> PreviousRuntime:
   """Reads it from the records that stand, and those of steps to be redone."""
-  of_kept = [r for r in kept if "time/run_s" in r]
-  every = [*of_kept, *(r for r in forgotten if "time/run_s" in r)]
-  return PreviousRuntime(
-    run=every[-1]["time/run_s"] if every else 0.0,
-    useful=of_kept[-1]["speed/goodput"] * of_kept[-1]["time/run_s"]
-    if of_kept
-    else 0.0,
-  )
+  none = {"time/run_s": 0.0, "speed/goodput": 0.0}
+  last = [none, *(r for r in kept if "time/run_s" in r)][-1]
+  every = [last, *(r for r in forgotten if "time/run_s" in r)]
+  useful = last["speed/goodput"] * last["time/run_s"]
+  return PreviousRuntime(every[-1]["time/run_s"], useful)
 
 
 class Throughput:
@@ -108,9 +100,8 @@ class Throughput:
       published: the peak is the vendor's, and not what was measured here.
     """
     self._clock, self._before = clock, before
-    self._share = lambda rate: flops.mfu(
-      rate, flops_per_token, num_devices=num_devices, chip=chip
-    )
+    work = {"num_devices": num_devices, "chip": chip}
+    self._share = lambda rate: flops.mfu(rate, flops_per_token, **work)
     self._share_name = "speed/mfu" if published else "speed/peak_share"
     self._watcher = ThreadPoolExecutor(1, "throughput")
     self._done: Future[float] | None = None
@@ -124,11 +115,8 @@ class Throughput:
   def step(self, made: Any) -> None:
     """A step was handed to the device; `made` are arrays that it makes."""
     self._steps += 1
-    self._done = self._watcher.submit(self._when_ready, made)
-
-  def _when_ready(self, made: Any) -> float:
-    jax.block_until_ready(made)
-    return self._clock.seconds
+    ready = lambda: (jax.block_until_ready(made), self._clock.seconds)[1]
+    self._done = self._watcher.submit(ready)
 
   @contextmanager
   def waiting(self) -> Iterator[None]:

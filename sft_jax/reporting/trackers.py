@@ -39,17 +39,11 @@ class Writer(Protocol):
 
 
 class About(NamedTuple):
-  """What trackers know of a run.
+  """What trackers know of a run."""
 
-  Attributes:
-    workdir: of the run; its name is the run's.
-    project: W&B's project, MLflow's experiment.
-    config: nested, as in config.json.
-  """
-
-  workdir: Path
-  project: str
-  config: Mapping[str, Any]
+  workdir: Path  # Of the run; its name is the run's.
+  project: str  # W&B's project, MLflow's experiment.
+  config: Mapping[str, Any]  # Nested, as in config.json.
 
 
 class TensorBoard:
@@ -74,12 +68,9 @@ class TensorBoard:
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Appends an event, down to the operating system."""
-    summary = self._summary(
-      value=[
-        self._summary.Value(tag=name, simple_value=value)
-        for name, value in values.items()
-      ]
-    )
+    make = self._summary.Value
+    figures = [make(tag=x, simple_value=value) for x, value in values.items()]
+    summary = self._summary(value=figures)
     event = self._event(wall_time=time.time(), step=step, summary=summary)
     self._file.write_event(event)
     self._file.flush()
@@ -132,33 +123,24 @@ class Mlflow:
     if identity:
       self._client.update_run(identity, status="RUNNING")
       return
-    found = self._client.get_experiment_by_name(about.project)
-    experiment = (
-      found.experiment_id
-      if found
-      else self._client.create_experiment(about.project)
-    )
-    run = self._client.create_run(
-      experiment, run_name=visible(about.workdir.name)
-    )
-    self.identity = run.info.run_id
+    client, name = self._client, visible(about.workdir.name)
+    found = client.get_experiment_by_name(about.project)
+    made = found.experiment_id if found else None
+    made = made or client.create_experiment(about.project)
+    self.identity = client.create_run(made, run_name=name).info.run_id
     flat = trees.flatten(dict(about.config))
     params = [
       entities.Param(key.replace("/", "."), str(value)[:_MLFLOW_VALUE])
       for key, value in flat.items()
     ]
     for i in range(0, len(params), _MLFLOW_PARAMS):
-      self._client.log_batch(
-        self.identity, params=params[i : i + _MLFLOW_PARAMS]
-      )
+      client.log_batch(self.identity, params=params[i : i + _MLFLOW_PARAMS])
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Sends the values, and waits for the answer."""
-    now = round(time.time() * 1000)
-    metrics = [
-      self._metric(_MLFLOW_NAME.sub("_", name), value, now, step)
-      for name, value in values.items()
-    ]
+    now, named = round(time.time() * 1000), _MLFLOW_NAME.sub
+    pairs = ((named("_", name), value) for name, value in values.items())
+    metrics = [self._metric(*pair, now, step) for pair in pairs]
     self._client.log_batch(self.identity, metrics=metrics)
 
   def close(self, done: bool) -> None:
@@ -292,6 +274,8 @@ class Copies:
         self._writers[name].write(place[0], numbers)
         waiting.pop(0)
         self._state[name]["copied"] = list(place)
+      if late:
+        self._log(f"log.writers: {name} has all records again.")
     # Of somebody else's client and network; whatever it is, training goes on.
     except Exception as error:
       if not late:
@@ -300,9 +284,6 @@ class Copies:
           f"({type(error).__name__}: {error}). Its records wait; "
           "metrics.jsonl has them all."
         )
-    else:
-      if late:
-        self._log(f"log.writers: {name} has all records again.")
     write_json(self._path, self._state)
 
   def close(self, done: bool = False) -> None:
@@ -313,12 +294,9 @@ class Copies:
       try:
         writer.close(done)
       except Exception as error:
-        self._log(
-          f"log.writers: {name} did not end well ({type(error).__name__}: "
-          f"{error})."
-        )
+        why = f"({type(error).__name__}: {error})"
+        self._log(f"log.writers: {name} did not end well {why}.")
       if unsent := len(self._waiting[name]):
-        self._log(
-          f"log.writers: {name} lacks {unsent} records; metrics.jsonl has them."
-        )
+        lacks = f"{name} lacks {unsent} records; metrics.jsonl has them."
+        self._log(f"log.writers: {lacks}")
     self._writers, self._waiting = {}, {}

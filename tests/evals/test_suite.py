@@ -208,7 +208,7 @@ def test_what_does_not_fit_is_left_out_now_and_later(monkeypatch):
     clock[0] += 2
     return loss_fn(params, batch)
 
-  suite._loss = slow_loss
+  suite.loss_fn = slow_loss
   first = suite(jnp.float32(1.0))
   # Of 10 batches one is free, two fit into 5 s, and a third would not.
   assert suite.measured == {"held_out": (3, 10), "behaviours": (6, 12)}

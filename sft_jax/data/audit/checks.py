@@ -19,6 +19,7 @@ for it, unless `data.allow` names its check.
 The cost is a few passes over the tokens; see docs/audit.md.
 """
 
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
@@ -77,20 +78,13 @@ _TWO_BOS = (
 
 
 class Finding(NamedTuple):
-  """One question asked of the data, and its answer.
+  """One question asked of the data, and its answer."""
 
-  Attributes:
-    name: one of `NAMES`.
-    count: rows (of 'nothing': sources) at fault; 0 is a pass.
-    message: what is wrong and its cure, in a line; '' for a pass.
-    places: the first few faults, as 'rows.jsonl:12'.
-    of: which rows were looked at: 'train', 'held out' or 'general text'.
-  """
-
-  name: str
-  count: int = 0
-  message: str = ""
-  places: tuple[str, ...] = ()
+  name: str  # One of `NAMES`.
+  count: int = 0  # Rows (of 'nothing': sources) at fault; 0 is a pass.
+  message: str = ""  # What is wrong and its cure, in a line; '' for a pass.
+  places: tuple[str, ...] = ()  # The first few faults, as 'rows.jsonl:12'.
+  # Which rows were looked at: 'train', 'held out' or 'general text'.
   of: str = "train"
 
 
@@ -106,16 +100,17 @@ def check_store(
   for documents in token_checks.batches(store):
     raw = store.index["text"][documents.rows]
     cut = store.index["may_run_on"][documents.rows]
-    noted.add("vocabulary", documents, token_checks.outside(documents, known))
-    noted.add("bos", documents, token_checks.two_bos(documents, known))
     ends = token_checks.turn_ends(documents, raw, cut, known)
     masked = token_checks.masked_stop(documents, ends, known)
-    noted.add("stop", documents, ends[~masked])
-    noted.add("pad", documents, ends[masked])
-    noted.add("pad", documents, token_checks.trained_padding(documents, known))
-    noted.add(
-      "control", documents, token_checks.control_tokens(documents, known)
-    )
+    for name, at in (
+      ("vocabulary", token_checks.outside(documents, known)),
+      ("bos", token_checks.two_bos(documents, known)),
+      ("stop", ends[~masked]),
+      ("pad", ends[masked]),
+      ("pad", token_checks.trained_padding(documents, known)),
+      ("control", token_checks.control_tokens(documents, known)),
+    ):
+      noted.add(name, documents, at)
     begins.append(documents.tokens[documents.starts[:-1]])
   without = token_checks.without_bos(store, np.concatenate(begins), known)
   if len(without) and not noted.rows["bos"]:
@@ -130,9 +125,8 @@ def overlap(train: Store, held_out: Store, *, own_files: bool) -> Finding:
   Prompts are compared token by token, texts by runs of 13 tokens; see
   `overlap.find_overlap`, and `overlap_finding`.
   """
-  found = overlaps.find_overlap(
-    overlaps.of_store(train), overlaps.of_store(held_out)
-  )
+  rows = map(overlaps.of_store, (train, held_out))
+  found = overlaps.find_overlap(*rows)
   return overlap_finding(found, held_out.place, own_files=own_files)
 
 
@@ -172,20 +166,13 @@ def malformed(store: Store, fault: str | None) -> Finding:
     store: built without them.
     fault: the first error; None where such rows may be skipped.
   """
-  count = store.stats.dropped("malformed")
   if fault is None:
     return Finding("malformed")
-  places = [
-    place
-    for source in store.stats.sources.values()
-    for place in source.places.get("malformed", [])
-  ]
-  return Finding(
-    "malformed",
-    max(count, 1),
-    f"{fault} ({count:,} such rows.)",
-    tuple(places[:_SHOWN]),
-  )
+  sources, count = store.stats.sources, store.stats.dropped("malformed")
+  places = (one.places.get("malformed", []) for one in sources.values())
+  shown = tuple(itertools.islice(itertools.chain(*places), _SHOWN))
+  message = f"{fault} ({count:,} such rows.)"
+  return Finding("malformed", max(count, 1), message, shown)
 
 
 def refuse(
@@ -211,12 +198,11 @@ def refuse(
       log(f"data.allow lets pass: {finding.message}")
   refused = [one for one in failed if one.name not in allow]
   if refused:
-    names = {*allow, *(one.name for one in refused)}
+    names = tuple(sorted({*allow, *(one.name for one in refused)}))
+    messages = "\n".join(one.message for one in refused)
     raise ValueError(
-      "\n".join(one.message for one in refused)
-      + "\nTo train all the same, set data.allow="
-      + repr(tuple(sorted(names))).replace(" ", "")
-      + "; sft-jax inspect shows the rows."
+      f"{messages}\nTo train all the same, set data.allow="
+      f"{str(names).replace(' ', '')}; sft-jax inspect shows the rows."
     )
 
 
@@ -248,40 +234,30 @@ class _Noted:
     token = self._token.get(name, -1)
     if name == "bos":
       token = int(self._store.example(rows[0]).tokens[0])
-      twice = token == known.bos_id
-      fault, cure = _TWO_BOS if twice else _FAULTS[name]
-    else:
-      fault, cure = _FAULTS[name]
+    twice = name == "bos" and token == known.bos_id
+    fault, cure = _TWO_BOS if twice else _FAULTS[name]
     why = "the tokenizer adds one" if known.adds_bos else "other rows have one"
-    fault = fault.format(
-      token=token, known=known, why=why, stops=sorted(known.stop_ids)
-    )
+    facts = {"known": known, "why": why, "stops": sorted(known.stop_ids)}
+    fault = fault.format(token=token, **facts)
     places = [self._store.place(row) for row in rows[: 4 * _SHOWN]]
-    return Finding(
-      name,
-      len(rows),
-      f"{places[0]}: {fault} ({len(rows):,} such rows). {cure}",
-      tuple(dict.fromkeys(places))[:_SHOWN],
-    )
+    message = f"{places[0]}: {fault} ({len(rows):,} such rows). {cure}"
+    shown = tuple(dict.fromkeys(places))[:_SHOWN]
+    return Finding(name, len(rows), message, shown)
 
 
 def _nothing(store: Store, of: str) -> Finding:
-  empty = {
-    name: source
-    for name, source in store.stats.sources.items()
-    if not source.rows_trained
-  }
+  sources = store.stats.sources.items()
+  empty = {name: one for name, one in sources if not one.rows_trained}
   if not empty and len(store.index):
     return Finding("nothing")
   name, source = next(iter(empty.items()), ("", SourceStats()))
   why = ", ".join(f"{n:,} {reason}" for reason, n in source.dropped.items())
-  return Finding(
-    "nothing",
-    max(1, len(empty)),
+  why = f" (dropped: {why})" if why else ""
+  train = of == "train"
+  to, cure = ("train on", "data.format") if train else ("measure", "the key")
+  message = (
     f"{_KEYS[of]}: got {source.rows_in:,} rows in {name or 'no file'} and "
-    f"nothing to {'train on' if of == 'train' else 'measure'} in them"
-    f"{f' (dropped: {why})' if why else ''}, expected at least one. Correct "
-    f"the file, or {'data.format' if of == 'train' else 'leave the key empty'}"
-    ".",
-    tuple(empty)[:_SHOWN],
+    f"nothing to {to} in them{why}, expected at least one. Correct the file, "
+    f"or {cure}."
   )
+  return Finding("nothing", max(1, len(empty)), message, tuple(empty)[:_SHOWN])

@@ -35,18 +35,14 @@ _TABLE_BITS = 22
 
 
 class Pairs(NamedTuple):
-  """Pairs of texts that are near duplicates, with their similarity.
+  """Pairs of texts that are near duplicates, with their similarity."""
 
-  Attributes:
-    first, second: text numbers, first < second.
-    similarity: Jaccard of their shingles.
-    group: of every text, the smallest number of the texts that it is linked
-      to by pairs; its own where there is none.
-  """
-
+  # Text numbers, first < second.
   first: Int64[np.ndarray, " pairs"]
   second: Int64[np.ndarray, " pairs"]
-  similarity: Float64[np.ndarray, " pairs"]
+  similarity: Float64[np.ndarray, " pairs"]  # Jaccard of their shingles.
+  # Of every text, the smallest number of the texts that it is linked to by
+  # pairs; its own where there is none.
   group: Int64[np.ndarray, " texts"]
 
 

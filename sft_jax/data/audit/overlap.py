@@ -33,15 +33,11 @@ class Rows(NamedTuple):
 
 
 class Overlap(NamedTuple):
-  """What of each held-out row stands in training rows.
+  """What of each held-out row stands in training rows."""
 
-  Attributes:
-    same_prompt: its prompt is a training row's.
-    share: of its runs of 13, those that a few training rows have; 0 for a
-      row that is shorter.
-  """
-
-  same_prompt: Bool[np.ndarray, " rows"]
+  same_prompt: Bool[np.ndarray, " rows"]  # Its prompt is a training row's.
+  # Of its runs of 13, those that a few training rows have; 0 for a row that is
+  # shorter.
   share: Float64[np.ndarray, " rows"]
 
   @property

@@ -27,7 +27,6 @@ from sft_jax.data.conversation import (
   NothingToTrain,
   RowError,
 )
-from sft_jax.data.formats import formats
 from sft_jax.data.store import shards
 from sft_jax.data.store.store import Store
 
@@ -114,13 +113,10 @@ class Texts:
   def words(self, column: str) -> Words:
     """The words of a column, on disk; 'row' is prompt, reasoning, answer."""
     if column not in self._words:
-      path = self._folder / f"{column}.words"
-      made = (
-        self._joined()
-        if column == "row"
-        else (words_lib.split(texts) for _, texts in self.batches(column))
-      )
-      self._words[column] = _spool(path, made)
+      made = self._joined()
+      if column != "row":
+        made = (words_lib.split(texts) for _, texts in self.batches(column))
+      self._words[column] = _spool(self._folder / f"{column}.words", made)
     return self._words[column]
 
   def _joined(self) -> Iterator[Words]:
@@ -151,47 +147,37 @@ def collect(
     format: of the rows; see `formats.to_conversation`.
     seed: drew the rows of sources with a limit; see `cache.build`.
   """
+
+  def rows_of(store: Store) -> set[tuple[str, str]]:
+    labels = [source.label for source in store.sources]
+    return {(labels[x], store.place(i)) for i, x in enumerate(store.source)}
+
   texts, kept, sources = Texts(folder), set(), list(train.sources)
   if held_out:
-    kept = {
-      (held_out.sources[held_out.source[i]].label, held_out.place(i))
-      for i in range(len(held_out.index))
-    }
+    kept = rows_of(held_out)
     labels = {source.label for source in sources}
     sources += [one for one in held_out.sources if one.label not in labels]
-  trained = None
-  if train.weights is not None:  # Some rows were selected from all.
-    trained = {
-      (train.sources[train.source[i]].label, train.place(i))
-      for i in range(len(train.index))
-    }
+  # Where some rows were selected from all:
+  trained = None if train.weights is None else rows_of(train) | kept
   for source in sources:
     for item in shards.read_again(source, seed=seed):
       if isinstance(item, RowError):
         texts.drop("malformed", item.where)
         continue
       place, row = item
+      key = (source.label, place)
       try:
-        said_here = formats.to_conversation(
-          row,
-          format=source.format or format,
-          columns=source.columns,
-          source=place,
-        )
+        made = source.to_conversation(row, place, format)
       except NothingToTrain as nothing:
         texts.drop(nothing.reason, place)
       except RowError:
         texts.drop("malformed", place)
       else:
-        key = (source.label, place)
-        if trained is not None and key not in trained and key not in kept:
+        if trained is not None and key not in trained:
           texts.drop("not selected", place)
           continue
-        texts.add(
-          of_conversation(said_here, place),
-          held_out=key in kept,
-          text=not said_here.messages,
-        )
+        held, raw = key in kept, not made.messages
+        texts.add(of_conversation(made, place), held_out=held, text=raw)
   return texts
 
 
@@ -199,24 +185,16 @@ def of_conversation(conversation: Conversation, place: str) -> Row:
   """What a conversation says; see the head of this file."""
   if not conversation.messages:
     return Row(place, "", "", "", conversation.text or "")
-  messages = list(conversation.messages)
-  answers = [
-    i
-    for i, message in enumerate(messages)
-    if message.role == "assistant" and message.loss_weight > 0
-  ]
-  at = answers[-1] if answers else len(messages)
-  answer = messages[at] if answers else Message("assistant", "")
+  # A turn that says nothing stands for an answer where there is none.
+  messages = [*conversation.messages, Message("assistant", "")]
+  trains = lambda m: m.role == "assistant" and m.loss_weight > 0
+  answers = [i for i, one in enumerate(messages[:-1]) if trains(one)]
+  at = answers[-1] if answers else len(messages) - 1
   system = [m.content for m in messages if m.role == "system"]
   system += [json.dumps(tool) for tool in conversation.tools]
   asked = [message_text(m) for m in messages[:at] if m.role != "system"]
-  return Row(
-    place,
-    "\n".join(system),
-    "\n\n".join(asked),
-    answer.reasoning or "",
-    message_text(answer),
-  )
+  said = (messages[at].reasoning or "", message_text(messages[at]))
+  return Row(place, "\n".join(system), "\n\n".join(asked), *said)
 
 
 def message_text(message: Message) -> str:
@@ -247,20 +225,17 @@ class _Column:
     return self._read(i, i + 1)[0]
 
   def batches(self) -> Iterator[tuple[int, list[str]]]:
-    for some in words_lib.batches(
-      np.diff(np.array(self._ends, np.int64)), _BATCH
-    ):
+    sizes = np.diff(np.array(self._ends, np.int64))
+    for some in words_lib.batches(sizes, _BATCH):
       yield some.start, self._read(some.start, some.stop)
 
   def _read(self, first: int, last: int) -> list[str]:
     self._file.flush()
     start, end = self._ends[first], self._ends[last]
     data = os.pread(self._file.fileno(), end - start, start)
-    edges = [self._ends[i] - start for i in range(first, last + 1)]
-    return [
-      data[a:b].decode("utf-8", "surrogatepass")
-      for a, b in itertools.pairwise(edges)
-    ]
+    edges = (x - start for x in self._ends[first : last + 1])
+    texts = (data[a:b] for a, b in itertools.pairwise(edges))
+    return [text.decode("utf-8", "surrogatepass") for text in texts]
 
 
 def _spool(path: Path, batches: Iterable[Words]) -> Words:

@@ -11,7 +11,6 @@ from jaxtyping import Float64
 
 from sft_jax.data import selection
 from sft_jax.data.audit import row_texts
-from sft_jax.data.formats import formats
 from sft_jax.data.sources import Source
 from sft_jax.data.store import shards
 from sft_jax.data.store.store import Store
@@ -46,19 +45,16 @@ def make(
       found = np.percentile(known, PERCENTILES).tolist()
       of_name = {f"p{p}": x for p, x in zip(PERCENTILES, found, strict=True)}
       spread[name] = {"rows": len(known), **of_name}
-  nats, ifd = (
-    np.argsort(values[:, selection.SCORES.index(name)], kind="stable")
-    for name in ("nats", "ifd")
-  )
-  by_ifd = values[ifd, selection.SCORES.index("ifd")]
+  column = lambda name: values[:, selection.SCORES.index(name)]
+  nats, ifd = (np.argsort(column(x), kind="stable") for x in ("nats", "ifd"))
+  by_ifd = column("ifd")[ifd]
   ifd = ifd[~np.isnan(by_ifd)]
   above = int((by_ifd > 1).sum())  # NaN is not above.
+  misled = f"IFD above 1: the prompt misleads ({above:,} rows)"
   ends = {
     "Hardest, by nats per token": nats[::-1][:most],
     "Easiest, by nats per token": nats[:most],
-    f"IFD above 1: the prompt misleads ({above:,} rows)": ifd[::-1][:above][
-      :most
-    ],
+    misled: ifd[::-1][: min(above, most)],
     "Lowest IFD: the prompt says the answer": ifd[:most],
   }
   said = read({i for which in ends.values() for i in which.tolist()})
@@ -103,7 +99,10 @@ def of_store(
   Raises:
     ValueError: a file of scores that cannot be read.
   """
-  files = [_files(source, folder) for source in store.sources]
+  files: list[list[selection.Scores]] = []
+  for source in store.sources:  # Of its files, as far as there are any.
+    paths = [selection.scores_path(file, folder) for file in source.files()]
+    files.append([selection.read_scores(x) for x in paths if x.is_file()])
   if not any(files):
     return None
   found, keys = [], []
@@ -148,17 +147,6 @@ def read_rows(
     place, row = item
     # Files of one name in several folders have the same places.
     if (key := (place, shards.content_of(row))) in wanted:
-      conversation = formats.to_conversation(
-        row,
-        format=source.format or format,
-        columns=source.columns,
-        source=place,
-      )
+      conversation = source.to_conversation(row, place, format)
       said[key] = row_texts.of_conversation(conversation, place)
   return said
-
-
-def _files(source: Source, folder: str) -> list[selection.Scores]:
-  """The scores of a source's files, as far as there are any."""
-  paths = (selection.scores_path(file, folder) for file in source.files())
-  return [selection.read_scores(one) for one in paths if one.is_file()]

@@ -90,6 +90,12 @@ def inspect(
     warnings = [_warning(one, said) for one in warnings]
   rng = np.random.default_rng(samples_seed)
   chosen = rng.permutation(len(train.index))[:samples]
+  kept = {"folder": scores_folder, "format": format, "seed": rows_seed}
+  scores = score_summary.of_store(train, _shown, **kept, most=scores_shown)
+  epoch = None
+  if stream:
+    epoch = {"steps": stream.steps_per_epoch, "fill": stream.fill}
+    epoch |= {"seq_len": stream.seq_len, "batch_size": stream.batch_size}
   return {
     "schema": SCHEMA,
     "passed": not any(v.count and v.name not in allow for v in findings),
@@ -97,25 +103,12 @@ def inspect(
     "warnings": warnings,
     "ledger": (stream or train).stats.to_json(),
     "held_out": held_out.stats.to_json() if held_out else None,
-    "epoch": stream
-    and {
-      "steps": stream.steps_per_epoch,
-      "fill": stream.fill,
-      "seq_len": stream.seq_len,
-      "batch_size": stream.batch_size,
-    },
+    "epoch": epoch,
     "lengths": {
       "tokens": length_quantiles(train.lengths),
       "trained": length_quantiles(train.trained),
     },
-    "scores": score_summary.of_store(
-      train,
-      _shown,
-      folder=scores_folder,
-      format=format,
-      seed=rows_seed,
-      most=scores_shown,
-    ),
+    "scores": scores,
     "samples": [sample(train, int(i), tokenizer) for i in np.sort(chosen)],
   }
 
@@ -127,9 +120,8 @@ def length_quantiles(lengths: Int32[np.ndarray, " rows"]) -> dict[str, Any]:
   edges = np.linspace(0, int(lengths.max()) + 1, _BINS + 1).astype(np.int64)
   edges = np.unique(edges)
   counts, _ = np.histogram(lengths, edges)
-  values = np.quantile(
-    lengths, list(_QUANTILES.values()), method="inverted_cdf"
-  )
+  shares = list(_QUANTILES.values())
+  values = np.quantile(lengths, shares, method="inverted_cdf")
   return {
     "total": int(lengths.sum(dtype=np.int64)),
     "mean": float(lengths.mean()),
@@ -192,26 +184,16 @@ def spans(example: Example, tokenizer: Tokenizer) -> list[dict[str, Any]]:
   """
   ids = example.tokens.tolist()
   special = set(tokenizer.special_tokens.values())
-  kinds = [
-    (token in special, float(weight), TOKEN_ROLES[part])
-    for token, weight, part in zip(
-      ids, example.loss_weights, example.roles, strict=True
-    )
-  ]
+  weights, roles = example.loss_weights.tolist(), example.roles.tolist()
+  kinds = list(zip((x in special for x in ids), weights, roles, strict=True))
   made, shown = [], ""
   for end, (is_special, weight, role) in enumerate(kinds, 1):
     if end == len(kinds) or kinds[end] != kinds[end - 1]:
       # A token may be part of a character, or lose its space when it stands
       # alone, so what a run adds to all before it is shown.
       whole = tokenizer.decode(ids[:end], skip_special=False)
-      made.append(
-        {
-          "text": whole[len(shown) :],
-          "special": is_special,
-          "weight": weight,
-          "role": role,
-        }
-      )
+      piece = {"text": whole[len(shown) :], "special": is_special}
+      made.append(piece | {"weight": weight, "role": TOKEN_ROLES[role]})
       shown = whole
   return made
 
@@ -221,12 +203,10 @@ def _overlap(
 ) -> tuple[checks.Finding, warnings_.DataWarning]:
   """Overlap by words, which sees prompts that differ in case or spacing."""
   held = np.flatnonzero(said.held_out)
-  found = overlap.find_overlap(
-    _rows(said, np.flatnonzero(~said.held_out)), _rows(said, held)
-  )
-  finding = checks.overlap_finding(
-    found, lambda i: said.place(int(held[i])), own_files=own_files
-  )
+  trained = np.flatnonzero(~said.held_out)
+  found = overlap.find_overlap(_rows(said, trained), _rows(said, held))
+  place = lambda i: said.place(int(held[i]))
+  finding = checks.overlap_finding(found, place, own_files=own_files)
   like = np.flatnonzero(found.share >= overlap.SHARE)
   return finding._replace(of="held out, by words"), warnings_.DataWarning(
     "held-out look-alikes",

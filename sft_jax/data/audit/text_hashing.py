@@ -31,14 +31,10 @@ _UNSPACED = ((0x0E00, 0x109F), (0x1780, 0x17FF), (0x3040, 0x9FFF),
 
 
 class Words(NamedTuple):
-  """Hashes of the words of many texts, back to back.
+  """Hashes of the words of many texts, back to back."""
 
-  Attributes:
-    hashes: one per word.
-    starts: text i is `hashes[starts[i]:starts[i + 1]]`.
-  """
-
-  hashes: UInt64[np.ndarray, " words"]
+  hashes: UInt64[np.ndarray, " words"]  # One per word.
+  # Text i is `hashes[starts[i]:starts[i + 1]]`.
   starts: Int64[np.ndarray, " texts+1"]
 
   @property

@@ -19,38 +19,27 @@ _OF_TURN = ("answer", "reasoning", "tool_call", "stop")
 
 
 class Facts(NamedTuple):
-  """What findings need to know of a tokenizer; see `facts`.
+  """What findings need to know of a tokenizer; see `facts`."""
 
-  Attributes:
-    vocab_size: ids that there are.
-    stop_ids: those that end a reply at inference.
-    bos_id, pad_id: None where there is none.
-    adds_bos: whether the tokenizer begins every text with BOS.
-    special_ids: those that no message should hold, where messages may hold
-      them at all; none otherwise.
-    turns: what is trained are turns, and not all of a text alike.
-  """
-
-  vocab_size: int
-  stop_ids: Collection[int]
+  vocab_size: int  # Ids that there are.
+  stop_ids: Collection[int]  # Those that end a reply at inference.
+  # None where there is none.
   bos_id: int | None
   pad_id: int | None = None
-  adds_bos: bool = False
+  adds_bos: bool = False  # Whether the tokenizer begins every text with BOS.
+  # Those that no message should hold, where messages may hold them at all; none
+  # otherwise.
   special_ids: Collection[int] = ()
-  turns: bool = True
+  turns: bool = True  # What is trained are turns, and not all of a text alike.
 
 
 class Documents(NamedTuple):
-  """Neighbouring examples of a store, back to back.
+  """Neighbouring examples of a store, back to back."""
 
-  Attributes:
-    rows: which examples of the store.
-    starts: example k is tokens[starts[k]:starts[k + 1]].
-    tokens, weights, roles: theirs; see `encode.Example`.
-  """
-
-  rows: slice
+  rows: slice  # Which examples of the store.
+  # Example k is tokens[starts[k]:starts[k + 1]].
   starts: Int64[np.ndarray, " rows+1"]
+  # Theirs; see `encode.Example`.
   tokens: Int32[np.ndarray, " tokens"]
   weights: Float32[np.ndarray, " tokens"]
   roles: UInt8[np.ndarray, " tokens"]

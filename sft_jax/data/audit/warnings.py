@@ -76,31 +76,19 @@ _DANGLING = re.compile(
 
 
 class Example(NamedTuple):
-  """Rows that show a warning: what they are, and where they stand.
+  """Rows that show a warning: what they are, and where they stand."""
 
-  Attributes:
-    note: in a few words, such as 'similarity 0.91'.
-    rows: their numbers in the `Texts`, one or more.
-  """
-
-  note: str
-  rows: tuple[int, ...]
+  note: str  # In a few words, such as 'similarity 0.91'.
+  rows: tuple[int, ...]  # Their numbers in the `Texts`, one or more.
 
 
 class DataWarning(NamedTuple):
-  """One thing that looks wrong.
+  """One thing that looks wrong."""
 
-  Attributes:
-    name: see the head of this file.
-    count: rows concerned.
-    message: what it means, in a line.
-    examples: a few.
-  """
-
-  name: str
-  count: int
-  message: str
-  examples: tuple[Example, ...]
+  name: str  # See the head of this file.
+  count: int  # Rows concerned.
+  message: str  # What it means, in a line.
+  examples: tuple[Example, ...]  # A few.
 
 
 def find_warnings(texts: Texts) -> list[DataWarning]:
@@ -108,9 +96,16 @@ def find_warnings(texts: Texts) -> list[DataWarning]:
   rows = texts.words("row")
   # Rows without a word have nothing to share.
   first = _first_of(words_lib.whole(rows), texts.watched & (rows.counts > 0))
+  count, examples = _groups(first, "with the same words")
   found = [
     _empty(texts),
-    _duplicates(first),
+    DataWarning(
+      "duplicates",
+      count,
+      f"{count:,} rows repeat another, case, spacing and punctuation aside: "
+      "they weigh double, and may stand on both sides of a split.",
+      examples,
+    ),
     _near_duplicates(texts, first),
     _conflicts(texts),
     *_openings(texts),
@@ -140,26 +135,10 @@ def _groups(
   sizes = np.bincount(group, minlength=len(group))
   again = int((group != np.arange(len(group))).sum())
   largest = np.argsort(-sizes, kind="stable")[:_SHOWN]
-  examples = [
-    Example(
-      f"{sizes[one]} rows {note}",
-      tuple(np.flatnonzero(group == one)[:3].tolist()),
-    )
-    for one in largest
-    if sizes[one] > 1
-  ]
-  return again, tuple(examples)
-
-
-def _duplicates(first: Int64[np.ndarray, " rows"]) -> DataWarning:
-  count, examples = _groups(first, "with the same words")
-  return DataWarning(
-    "duplicates",
-    count,
-    f"{count:,} rows repeat another, case, spacing and punctuation aside: "
-    "they weigh double, and may stand on both sides of a split.",
-    examples,
-  )
+  of = lambda one: tuple(np.flatnonzero(group == one)[:3].tolist())
+  largest = [one for one in largest if sizes[one] > 1]
+  notes = (f"{sizes[one]} rows {note}" for one in largest)
+  return again, tuple(map(Example, notes, map(of, largest)))
 
 
 def _near_duplicates(
@@ -173,18 +152,14 @@ def _near_duplicates(
   )
   count, _ = _groups(pairs.group, "")
   order = np.argsort(-pairs.similarity, kind="stable")[:_SHOWN]
+  columns = (pairs.similarity, pairs.first, pairs.second)
+  likest = zip(*(column[order].tolist() for column in columns), strict=True)
   return DataWarning(
     "near duplicates",
     count,
     f"{count:,} rows nearly repeat another (Jaccard of {SHINGLE}-word runs at "
     f"least {NEAR}, boilerplate aside).",
-    tuple(
-      Example(
-        f"similarity {pairs.similarity[i]:.2f}",
-        (int(pairs.first[i]), int(pairs.second[i])),
-      )
-      for i in order
-    ),
+    tuple(Example(f"similarity {x:.2f}", (a, b)) for x, a, b in likest),
   )
 
 
@@ -207,17 +182,12 @@ def _empty(texts: Texts) -> DataWarning:
   missing = ("empty answer", "empty text")
   count = sum(texts.num_dropped[reason] for reason in missing)
   places = [one for why in missing for one in texts.dropped.get(why, ())]
-  said = f"{len(kept):,} answers are placeholders, and are trained on"
+  said = f"{len(kept):,} answers are placeholders, and are trained on."
   if count:
-    said = (
-      f"{count:,} answers are empty, and dropped ({', '.join(places)}); "
-    ) + said
-  return DataWarning(
-    "empty answers",
-    count + len(kept),
-    said + ".",
-    tuple(Example("a placeholder", (row,)) for row in kept[:_SHOWN]),
-  )
+    empty = f"{count:,} answers are empty, and dropped ({', '.join(places)})"
+    said = f"{empty}; {said}"
+  shown = tuple(Example("a placeholder", (row,)) for row in kept[:_SHOWN])
+  return DataWarning("empty answers", count + len(kept), said, shown)
 
 
 def _openings(texts: Texts) -> Iterable[DataWarning]:
@@ -231,20 +201,17 @@ def _openings(texts: Texts) -> Iterable[DataWarning]:
     keys = np.where(texts.watched & ~texts.text, keys, 0)
     known, first, sizes = np.unique(keys, return_index=True, return_counts=True)
     asked = int((keys > 0).sum())
-    many = np.flatnonzero(
-      (known > 0) & (sizes > _OPENING_ROWS) & (sizes > _OPENING_SHARE * asked)
-    )
+    least = max(_OPENING_ROWS, _OPENING_SHARE * asked)
+    many = np.flatnonzero((known > 0) & (sizes > least))
     many = many[np.argsort(-sizes[many], kind="stable")]
     count = int(sizes[many].sum())
+    shown = ((sizes[i], (int(first[i]),)) for i in many[:_SHOWN])
     yield DataWarning(
       f"{column}s that {edge} alike",
       count,
       f"{count:,} of {asked:,} {column}s {edge} with one of {len(many)} "
       f"runs of {_OPENING} words: a template that the model may lean on.",
-      tuple(
-        Example(f"{sizes[i]:,} rows {edge} alike", (int(first[i]),))
-        for i in many[:_SHOWN]
-      ),
+      tuple(Example(f"{n:,} rows {edge} alike", row) for n, row in shown),
     )
 
 
@@ -254,11 +221,10 @@ def _languages(texts: Texts) -> DataWarning:
   found = languages.detect(texts.row(row).answer for row in rows)
   counts = collections.Counter(found)
   named = counts.total() - counts[languages.UNKNOWN]
-  rare = [
-    (row, name)
-    for row, name in zip(rows, found, strict=True)
-    if name != languages.UNKNOWN and counts[name] < _RARE_LANGUAGE * named
-  ]
+  common = {x for x in counts if counts[x] >= _RARE_LANGUAGE * named}
+  common.add(languages.UNKNOWN)
+  pairs = zip(rows, found, strict=True)
+  rare = [(row, name) for row, name in pairs if name not in common]
   shares = ", ".join(f"{name} {n:,}" for name, n in counts.most_common())
   return DataWarning(
     "languages",
@@ -286,14 +252,13 @@ def _lengths(texts: Texts) -> DataWarning:
   spread = max(1.4826 * float(np.median(apart[looked])), 0.25)
   far = apart > _FAR * spread
   order = np.argsort(-apart, kind="stable")[: far.sum()]
+  shown = order[:_SHOWN].tolist()
   return DataWarning(
     "lengths",
     int(far.sum()),
     f"{int(far.sum()):,} answers are much longer or shorter than the median of "
     f"{int(np.median(counts[looked])):,} words.",
-    tuple(
-      Example(f"{counts[row]:,} words", (int(row),)) for row in order[:_SHOWN]
-    ),
+    tuple(Example(f"{counts[row]:,} words", (row,)) for row in shown),
   )
 
 
@@ -310,19 +275,15 @@ def _by_answer(texts: Texts) -> list[DataWarning]:
       if why := cut_off(text):
         cut.append(Example(why, (row,)))
   total = max(int(texts.watched.sum()), 1)
+  kinds = (("refusals", refused, "decline"), ("cut off", cut, "look cut off"))
   return [
     DataWarning(
-      "refusals",
-      len(refused),
-      f"{len(refused):,} answers decline ({len(refused) / total:.1%}).",
-      tuple(refused[:_SHOWN]),
-    ),
-    DataWarning(
-      "cut off",
-      len(cut),
-      f"{len(cut):,} answers look cut off ({len(cut) / total:.1%}).",
-      tuple(cut[:_SHOWN]),
-    ),
+      name,
+      len(found),
+      f"{len(found):,} answers {what} ({len(found) / total:.1%}).",
+      tuple(found[:_SHOWN]),
+    )
+    for name, found, what in kinds
   ]
 
 

@@ -6,11 +6,7 @@ import itertools
 import re
 from collections.abc import Sequence
 
-from sft_jax.data.chat import (
-  template_messages,
-  template_probes,
-  token_roles,
-)
+from sft_jax.data.chat import template_messages, template_probes, token_roles
 from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.chat.renderer import ConversationRenderer
 from sft_jax.data.chat.template import ChatTemplate
@@ -22,39 +18,29 @@ from sft_jax.data.conversation import (
   RowError,
 )
 
-# (index of a message, token role, text without white space around it).
-_Text = tuple[int, str, str]
-
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-  """Text and what of it is trained.
+  """Text and what of it is trained."""
 
-  Attributes:
-    text: the rendering.
-    spans: (start, end, weight) in characters, in order: each from the end of
-      a generation prompt to the end of the stop token of that turn. With
-      train_on='all' there are none, and all of the text is trained.
-    role_spans: (start, end, token role) in order and apart; the rest is the
-      template's.
-    masked: (start, end) within spans that is not trained: hidden reasoning,
-      and what a message's own spans leave out.
-    special_as_text: (start, end) of control tokens that are ordinary text.
-    notes: what happened in the rendering, for the ledger.
-  """
-
-  text: str
+  text: str  # The rendering.
+  # (start, end, weight) in characters, in order: each from the end of a
+  # generation prompt to the end of the stop token of that turn. With
+  # train_on='all' there are none, and all of the text is trained.
   spans: tuple[tuple[int, int, float], ...]
+  # (start, end, token role) in order and apart; the rest is the template's.
   role_spans: tuple[tuple[int, int, str], ...] = ()
+  # (start, end) within spans that is not trained: hidden reasoning, and what a
+  # message's own spans leave out.
   masked: tuple[tuple[int, int], ...] = ()
+  # (start, end) of control tokens that are ordinary text.
   special_as_text: tuple[tuple[int, int], ...] = ()
+  # What happened in the rendering, for the ledger.
   notes: frozenset[str] = frozenset()
 
 
 def render_spans(
-  conversation: Conversation,
-  template: ChatTemplate,
-  options: RenderOptions,
+  conversation: Conversation, template: ChatTemplate, options: RenderOptions
 ) -> list[Rendered]:
   """Renders a conversation for training and marks what is trained (Law 1).
 
@@ -95,21 +81,18 @@ def render_spans(
   renderer.plan(trained)
   cut = [TrainedTurn(renderer, index) for index in trained]
   last = cut[-1]
-  if options.history != "split":
-    rewritten = [
-      one for one in cut if not last.text.startswith(one.text[: one.end])
-    ]
-    if not rewritten:
-      return [_rendered(renderer, last, cut)]
-    if options.history == "keep":
-      one = rewritten[0]
-      raise RowError(
-        conversation.where(one.index),
-        "a turn that later turns make the template rewrite: "
-        + divergence(one.text, last.text),
-        "a template that leaves earlier turns as they are (history='keep')",
-        "Set data.history to auto or split.",
-      )
+  kept = lambda one: last.text.startswith(one.text[: one.end])
+  rewritten = next(itertools.filterfalse(kept, cut), None)
+  if options.history != "split" and rewritten is None:
+    return [_rendered(renderer, last, cut)]
+  if options.history == "keep" and rewritten:
+    raise RowError(
+      conversation.where(rewritten.index),
+      "a turn that later turns make the template rewrite: "
+      + divergence(rewritten.text, last.text),
+      "a template that leaves earlier turns as they are (history='keep')",
+      "Set data.history to auto or split.",
+    )
   return [_rendered(renderer, one, [one]) for one in cut]
 
 
@@ -119,16 +102,16 @@ def prompt(
   """The conversation so far and the generation prompt: what inference sees."""
   renderer = ConversationRenderer(conversation, template, options)
   messages = renderer.conversation.messages
-  count = len(messages)
-  if messages[-1].role == "assistant":  # To be continued.
-    turn = renderer.turns(count)
+  count, content = len(messages), messages[-1].content
+  if messages[-1].role != "assistant":
+    text, spans = renderer.prompt(count), None
+    if options.control_tokens != "allow":
+      spans = renderer.prompt_spans(count, text)
+  else:  # To be continued.
+    turn, before = renderer.turns(count), renderer.prompt(count - 1)
     spans = renderer.spans(count, turn) or []
-    before, content = renderer.prompt(count - 1), messages[-1].content
-    own = [
-      span
-      for span in spans
-      if span.start >= len(before) and span.written == content.strip()
-    ]
+    own = [p for p in spans if p.start >= len(before)]
+    own = [p for p in own if p.written == content.strip()]
     if not (own and turn.startswith(before)):
       raise RowError(
         conversation.where(count - 1),
@@ -136,17 +119,9 @@ def prompt(
         "an answer that the template renders after its generation prompt",
         "Drop the turn to generate it.",
       )
-    text = turn[: own[-1].end]
-    trail = content[len(content.rstrip()) :]
+    text, trail = turn[: own[-1].end], content[len(content.rstrip()) :]
     text += trail if turn.startswith(trail, len(text)) else ""
-    escaped = token_roles.special_as_text(renderer, text, spans)
-    return Rendered(text, (), special_as_text=escaped)
-  text = renderer.prompt(count)
-  if options.control_tokens == "allow":
-    return Rendered(text, ())
-  escaped = token_roles.special_as_text(
-    renderer, text, renderer.prompt_spans(count, text)
-  )
+  escaped = token_roles.special_as_text(renderer, text, spans)
   return Rendered(text, (), special_as_text=escaped)
 
 
@@ -170,20 +145,16 @@ def rendered_text(
   turn = f"{re.escape(opening)}(.*?)({template.stop.pattern})"
   turns = list(re.finditer(turn, text, re.DOTALL)) if opening else []
   end = turns[-1].end() if turns else 0
-  if not turns or opening in text[end:]:
-    cut = opening and opening in text[end:]
+  cut = bool(opening) and opening in text[end:]
+  if cut or not turns:
     raise RowError(
-      conversation.source or "row",
+      conversation.place,
       "a reply without a stop token" if cut else f"a text without {opening!r}",
       "a conversation as the model's chat template renders it",
       "Complete the row, or set data.text to plain, or give it as messages.",
     )
-  roles = [
-    (*turn.span(group), role)
-    for turn in turns
-    for group, role in ((1, "answer"), (2, "stop"))
-    if turn[group]
-  ]
+  kinds = ((1, "answer"), (2, "stop"))
+  roles = [(*t.span(k), role) for t in turns for k, role in kinds if t[k]]
   spans = [(turn.start(1), turn.end(), 1.0) for turn in turns]
   return Rendered(text[:end], tuple(spans), tuple(roles))
 
@@ -196,11 +167,10 @@ def refuse_rendered(
   text = conversation.text or ""
   opening = template_probes.opening(template, options.template_kwargs).strip()
   if opening and opening in text and template.stop.search(text):
+    got = f"a rendered conversation ({opening!r} and a stop token)"
+    cure = "Give the row as messages, or set data.text to rendered."
     raise RowError(
-      f"{conversation.source or 'row'} text",
-      f"a rendered conversation ({opening!r} and a stop token)",
-      "raw text, or messages",
-      "Give the row as messages, or set data.text to rendered.",
+      f"{conversation.place} text", got, "raw text, or messages", cure
     )
 
 
@@ -208,7 +178,7 @@ def _trained_turns(
   renderer: ConversationRenderer, options: RenderOptions
 ) -> list[int]:
   messages = renderer.conversation.messages
-  found = [i for i, message in enumerate(messages) if message.loss_weight > 0]
+  found = [i for i, one in enumerate(messages) if one.loss_weight > 0]
   if not found:
     roles = {message.role for message in messages}
     raise NothingToTrain(
@@ -217,14 +187,9 @@ def _trained_turns(
     )
   if options.train_on == "last_turn":
     found = found[-1:]
-  found = [
-    index
-    for index in found
-    if messages[index].content
-    or messages[index].reasoning
-    or messages[index].tool_calls
-    or renderer.reasoning[index]  # Without it, nothing may be left.
-  ]
+  # Without its reasoning, nothing may be left of a turn.
+  says = lambda one: one.content or one.reasoning or one.tool_calls
+  found = [i for i in found if says(messages[i]) or renderer.reasoning[i]]
   if not found:
     raise NothingToTrain("only reasoning", renderer.conversation.source)
   return found
@@ -234,17 +199,16 @@ def _rendered(
   renderer: ConversationRenderer, last: TrainedTurn, cut: Sequence[TrainedTurn]
 ) -> Rendered:
   """The text of `last`, with `cut` as its spans."""
-  messages = renderer.conversation.messages
+  messages, spans = renderer.conversation.messages, last.spans
   _refuse_dropped_content(renderer, last, cut)
-  masked = [token_roles.masked_spans(renderer, one, last.spans) for one in cut]
+  masked = [token_roles.masked_spans(renderer, one, spans) for one in cut]
+  shown = messages[: last.index + 1]
   return Rendered(
     last.text,
     tuple((one.start, one.end, messages[one.index].loss_weight) for one in cut),
-    token_roles.role_spans(
-      messages[: last.index + 1], last.text, last.spans, cut
-    ),
+    token_roles.role_spans(shown, last.text, spans, cut),
     tuple(itertools.chain.from_iterable(masked)),
-    token_roles.special_as_text(renderer, last.text, last.spans),
+    token_roles.special_as_text(renderer, last.text, spans),
     token_roles.notes(renderer, last, cut),
   )
 
@@ -263,12 +227,9 @@ def _whole(renderer: ConversationRenderer) -> Rendered:
       )
   text = renderer.turns(len(messages))
   spans = renderer.spans(len(messages), text)
-  return Rendered(
-    text,
-    (),
-    token_roles.role_spans(messages, text, spans),
-    special_as_text=token_roles.special_as_text(renderer, text, spans),
-  )
+  roles = token_roles.role_spans(messages, text, spans)
+  escaped = token_roles.special_as_text(renderer, text, spans)
+  return Rendered(text, (), roles, special_as_text=escaped)
 
 
 def _refuse_dropped_content(
@@ -283,16 +244,14 @@ def _refuse_dropped_content(
   """
   messages = renderer.conversation.messages
   asked = [
-    text
-    for index, message in enumerate(messages[: last.index])
-    if message.role in ("system", "user")
-    for text in _texts(messages, index)
+    i
+    for i, one in enumerate(messages[: last.index])
+    if one.role in ("system", "user")
   ]
-  missing = _missing(asked, last, 0, last.start, True)
+  missing = _missing(messages, asked, last, 0, last.start)
   for one in cut:
-    missing = missing or _missing(
-      _texts(messages, one.index), last, one.start, one.stop, False
-    )
+    own = one.start, one.stop
+    missing = missing or _missing(messages, [one.index], last, *own)
   if missing is not None:
     index, role, text = missing
     cure = "Use a template that renders it, or drop it from the row."
@@ -300,33 +259,36 @@ def _refuse_dropped_content(
       writes = renderer.options.reasoning == "write"
       ways = "strip" if writes else "strip or write"
       cure = f"Set data.reasoning to {ways}, or use a template that renders it."
-    raise RowError(
-      renderer.conversation.where(index),
-      f"a template that leaves out or changes {text[:60]!r}",
-      "all that a turn says in the rendered text",
-      cure,
-    )
-
-
-def _texts(messages: Sequence[Message], index: int) -> list[_Text]:
-  """The texts of a message."""
-  texts = template_messages.texts(messages[index])
-  return [(index, role, text.strip()) for role, text in texts if text.strip()]
+    got = f"a template that leaves out or changes {text[:60]!r}"
+    expected = "all that a turn says in the rendered text"
+    raise RowError(renderer.conversation.where(index), got, expected, cure)
 
 
 def _missing(
-  texts: Sequence[_Text], last: TrainedTurn, start: int, end: int, changed: bool
-) -> _Text | None:
-  """The first text that [start, end) of a rendering does not hold, or holds
-  less often; where `changed`, it may be there in other words."""
+  messages: Sequence[Message],
+  indices: Sequence[int],
+  last: TrainedTurn,
+  start: int,
+  end: int,
+) -> tuple[int, str, str] | None:
+  """(index, token role, text) of the first text of some messages that [start,
+  end) of a rendering does not hold, or less often. In a reply it must be there
+  as written; what was asked may be there in other words."""
+  texts = [
+    (index, role, text.strip())
+    for index in indices
+    for role, text in template_messages.texts(messages[index])
+    if text.strip()
+  ]
+  shown = last.text[start:end]
   if last.spans is None:
-    shown = last.text[start:end]
-    return next((one for one in texts if not _stands_in(one[2], shown)), None)
+    absent = lambda one: not template_messages.stands_in(one[2], shown)
+    return next(filter(absent, texts), None)
   there = collections.Counter(
     (span.role, span.written)
     for span in last.spans
     if start <= span.start and span.end <= end
-    if changed
+    if not start  # What was asked: a reply never starts at 0.
     or template_messages.as_written(
       span.written, last.text[span.start : span.end]
     )
@@ -336,12 +298,3 @@ def _missing(
     if there[one[1:]] < 0:
       return one
   return None
-
-
-def _stands_in(text: str, shown: str) -> bool:
-  """Whether a text stands in another, as it is or as in JSON."""
-  return (
-    text in shown
-    or template_messages.in_json(text) in shown
-    or template_messages.in_json(text, ascii_only=True) in shown
-  )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from sft_jax.data.chat import sandbox, template_messages, template_probes
 from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.chat.template import ChatTemplate
 from sft_jax.data.chat.template_messages import RoleSpan, Sentinels
-from sft_jax.data.conversation import Conversation, RowError
+from sft_jax.data.conversation import Conversation, RowError, text_fault
 
 
 class _Cut(NamedTuple):
@@ -52,25 +53,22 @@ class ConversationRenderer:
     self.escapes = refuse_control_tokens(conversation, template, options)
     if self.escapes:
       _refuse_rendered(conversation, template, options)
-    self.reasoning = [""] * len(conversation.messages)
-    if (
-      options.reasoning == "write"
-      and not template.reads_reasoning  # Its tags may be others.
-      and not template_probes.shows_reasoning(template, options.template_kwargs)
+    messages, kwargs = conversation.messages, options.template_kwargs
+    self.reasoning = [""] * len(messages)
+    # A template that reads it may write other tags.
+    if options.reasoning == "write" and not (
+      template.reads_reasoning
+      or template_probes.shows_reasoning(template, kwargs)
     ):
-      self.reasoning = [
-        (message.reasoning or "").strip() for message in conversation.messages
-      ]
+      self.reasoning = [(one.reasoning or "").strip() for one in messages]
       conversation = _without_reasoning(conversation)
     if conversation.tools and not template.reads_tools:
-      raise RowError(
-        f"{conversation.source or 'row'} tools",
-        f"{len(conversation.tools)} tools and a chat template that reads none",
-        "a template that shows the model its tools",
-        "Use a template with tools, or drop them from the row.",
-      )
-    self.conversation, self.template = conversation, template
-    self.options = options
+      number, where = len(conversation.tools), f"{conversation.place} tools"
+      got = f"{number} tools and a chat template that reads none"
+      cure = "Use a template with tools, or drop them from the row."
+      raise RowError(where, got, "one that shows the model its tools", cure)
+    self.conversation = conversation
+    self.template, self.options = template, options
     self._planned: list[int] = []
     self._texts: dict[_Cut, str | Exception | None] = {}
 
@@ -86,11 +84,9 @@ class ConversationRenderer:
 
   @functools.cached_property
   def _wrapped(self) -> tuple[Sentinels, list[dict[str, Any]]]:
-    sentinels = Sentinels()
-    made = template_messages.to_template_messages(
-      self.conversation, self.form, sentinels.wrap
-    )
-    return sentinels, made
+    sentinels, form = Sentinels(), self.form
+    to_messages = template_messages.to_template_messages
+    return sentinels, to_messages(self.conversation, form, sentinels.wrap)
 
   def plan(self, trained: Sequence[int]) -> None:
     """Announces the trained turns, whose renderings then travel together."""
@@ -140,36 +136,32 @@ class ConversationRenderer:
       return prompt.removesuffix(template_probes.omitted(self.template, kwargs))
     return prompt
 
-  def _text(self, cut: "_Cut") -> str:
+  def _text(self, cut: _Cut) -> str:
     if cut not in self._texts:
       self._render(self._with_it(cut))
     if self._texts[cut] is None:
       self._render([cut])
     return self._checked(self._texts[cut], cut.count)
 
-  def _with_it(self, cut: "_Cut") -> list["_Cut"]:
+  def _with_it(self, cut: _Cut) -> list[_Cut]:
     """The cuts of all planned turns that will be asked for if this one is,
     since each request has a price."""
-    if cut.count - (not cut.prompt) not in self._planned:
+    after = not cut.prompt
+    if cut.count - after not in self._planned:
       return [cut]
     if cut.wrapped or cut.followed:
-      return [cut._replace(count=i + (not cut.prompt)) for i in self._planned]
-    made = [
-      one for i in self._planned for one in (_Cut(i, True), _Cut(i + 1, False))
-    ]
-    return [*made, _Cut(self._planned[-1] + 1, False, wrapped=True)]
+      return [cut._replace(count=i + after) for i in self._planned]
+    pairs = ((_Cut(i, True), _Cut(i + 1, False)) for i in self._planned)
+    last = _Cut(self._planned[-1] + 1, False, wrapped=True)
+    return [*itertools.chain.from_iterable(pairs), last]
 
-  def _render(self, cuts: Sequence["_Cut"]) -> None:
-    parts = [[x for x in cuts if x.wrapped == flag] for flag in (False, True)]
-    jobs = [
-      self.job(
-        [
-          (x.count, x.prompt, *([self._following(x.count)] * x.followed))
-          for x in some
-        ]
-      )
-      for some in parts
-    ]
+  def _render(self, cuts: Sequence[_Cut]) -> None:
+    jobs, parts = [], ([x for x in cuts if not x.wrapped], [])
+    parts[1].extend(x for x in cuts if x.wrapped)
+    for some in parts:
+      then = [[self._following(x.count)] if x.followed else [] for x in some]
+      pairs = zip(some, then, strict=True)
+      jobs.append(self.job([(x.count, x.prompt, *more) for x, more in pairs]))
     if parts[1]:
       jobs[1] = jobs[1]._replace(messages=self._wrapped[1])
     made = sandbox.render(self.template.source, jobs)
@@ -178,15 +170,10 @@ class ConversationRenderer:
 
   def _following(self, count: int) -> dict[str, Any]:
     """A turn that might come after the first `count`."""
-    calls = self.conversation.messages[count - 1].tool_calls
-    if not calls:
-      return {"role": "user", "content": "Go on."}
-    return {
-      "role": "tool",
-      "content": "Done.",
-      "name": calls[0].name,
-      **({} if calls[0].id is None else {"tool_call_id": calls[0].id}),
-    }
+    for call in self.conversation.messages[count - 1].tool_calls[:1]:
+      own = {} if call.id is None else {"tool_call_id": call.id}
+      return {"role": "tool", "content": "Done.", "name": call.name, **own}
+    return {"role": "user", "content": "Go on."}
 
   def _checked(self, text: str | Exception | None, count: int) -> str:
     """A refusal of the template is a RowError."""
@@ -205,10 +192,8 @@ class ConversationRenderer:
 
 
 def _without_reasoning(conversation: Conversation) -> Conversation:
-  messages = tuple(
-    dataclasses.replace(message, reasoning=None)
-    for message in conversation.messages
-  )
+  without = lambda message: dataclasses.replace(message, reasoning=None)
+  messages = tuple(map(without, conversation.messages))
   return dataclasses.replace(conversation, messages=messages)
 
 
@@ -219,11 +204,8 @@ def _refuse_rendered(
   was rendered already, and would be twice."""
   opening = template_probes.opening(template, options.template_kwargs).strip()
   for index, message in enumerate(conversation.messages):
-    if (
-      message.role == "user"
-      and template.control.search(opening)
-      and message.content.rstrip().endswith(opening)
-    ):
+    ends = message.content.rstrip().endswith(opening)
+    if message.role == "user" and ends and template.control.search(opening):
       raise RowError(
         conversation.where(index),
         f"a rendered prompt, which ends with {opening!r}",
@@ -235,17 +217,8 @@ def _refuse_rendered(
 
 def refuse_surrogates(text: str, conversation: Conversation) -> None:
   """Raises a RowError where a text is no Unicode: half of a character."""
-  if text.isascii():
-    return
-  try:
-    text.encode()
-  except UnicodeEncodeError as error:
-    raise RowError(
-      conversation.source or "row",
-      f"the lone surrogate {text[error.start]!r}",
-      "text of whole characters",
-      "Correct the row's encoding, or drop it.",
-    ) from error
+  if fault := text_fault(text):
+    raise RowError(conversation.place, *fault)
 
 
 def refuse_control_tokens(
@@ -258,39 +231,31 @@ def refuse_control_tokens(
   """
   if options.control_tokens == "allow":
     return False
-  escapes = False
+  escapes, may_escape = False, options.control_tokens == "escape"
 
-  def check(text: str, where: str, escapable: bool = False) -> None:
+  def check(where: str, *texts: str | None, escapable: bool = False) -> None:
     nonlocal escapes
-    if found := template.control.search(text):
-      if escapable and options.control_tokens == "escape":
-        escapes = True
-        return
-      raise RowError(
-        where,
-        f"the control token {found[0]!r} in the text",
-        "text without control tokens",
-        "Remove it: the model would read it as structure."
-        if options.control_tokens == "escape"
-        else "Remove it, for the model would read it as structure, or set "
-        "data.control_tokens to escape.",
-      )
+    if not (found := template.control.search("\n".join(filter(None, texts)))):
+      return
+    if escapable and may_escape:
+      escapes = True
+      return
+    cure = "Remove it, for the model would read it as structure"
+    cure += "." if may_escape else ", or set data.control_tokens to escape."
+    got = f"the control token {found[0]!r} in the text"
+    raise RowError(where, got, "text without control tokens", cure)
 
   for index, message in enumerate(conversation.messages):
     where = conversation.where(index)
-    check(f"{message.content}\n{message.reasoning or ''}", where, True)
-    if message.name or message.tool_call_id:
-      check(f"{message.name or ''}\n{message.tool_call_id or ''}", where)
+    check(where, message.content, message.reasoning, escapable=True)
+    check(where, message.name, message.tool_call_id)
     for call in message.tool_calls:
       # What has a role span can be escaped: names and texts, but not keys.
-      keys = template_messages.map_strings(
-        call.arguments, lambda role, text: ""
-      )
-      check(f"{call.id or ''}\n{sandbox.tojson(keys)}", where)
-      check(sandbox.tojson([call.name, call.arguments]), where, True)
-  place = conversation.source or "row"
+      keys = template_messages.map_strings(call.arguments, lambda *_: "")
+      check(where, call.id, sandbox.tojson(keys))
+      whole = sandbox.tojson([call.name, call.arguments])
+      check(where, whole, escapable=True)
   if conversation.tools:
-    check(sandbox.tojson(conversation.tools), f"{place} tools")
-  if conversation.text is not None:
-    check(conversation.text, f"{place} text", True)
+    check(f"{conversation.place} tools", sandbox.tojson(conversation.tools))
+  check(f"{conversation.place} text", conversation.text, escapable=True)
   return escapes

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_jax.data.chat import sandbox
+from sft_jax.data.tokenizers.literal import any_of
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
 
 # Names under which templates read the thinking of a turn. `reasoning_content`
@@ -54,12 +55,12 @@ class ChatTemplate:
   @functools.cached_property
   def stop(self) -> re.Pattern[str]:
     """Matches a stop token."""
-    return _any_of(self.stop_tokens)
+    return any_of(self.stop_tokens)
 
   @functools.cached_property
   def control(self) -> re.Pattern[str]:
     """Matches a control token, stop tokens among them."""
-    return _any_of({*self.stop_tokens, *self.control_tokens})
+    return any_of({*self.stop_tokens, *self.control_tokens})
 
   def render(
     self,
@@ -82,9 +83,8 @@ class ChatTemplate:
       sandbox.TemplateFailed: the template's refusal, in its own words.
       ValueError: the template asks for today's date and none is pinned.
     """
-    job = self.job(
-      messages, [(len(messages), add_generation_prompt)], tools, kwargs
-    )
+    cuts = [(len(messages), add_generation_prompt)]
+    job = self.job(messages, cuts, tools, kwargs)
     text = sandbox.render(self.source, [job])[0][0]
     if not isinstance(text, str):
       assert text is not None  # One cut by itself.
@@ -99,13 +99,8 @@ class ChatTemplate:
     kwargs: Mapping[str, Any],
   ) -> sandbox.Job:
     """Renderings of first turns, for `sandbox.render`."""
-    variables = {
-      **self.special_tokens,
-      "tools": list(tools) or None,
-      "documents": None,
-      **kwargs,
-    }
-    return sandbox.Job(messages, variables, cuts)
+    variables = {"tools": list(tools) or None, "documents": None, **kwargs}
+    return sandbox.Job(messages, self.special_tokens | variables, cuts)
 
 
 def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
@@ -200,9 +195,3 @@ def with_tokens(tokenizer: Tokenizer, source: str) -> ChatTemplate:
     control_tokens=[text for text in special if text != unknown],
     name=f"the chat template of {tokenizer.folder}",
   )
-
-
-def _any_of(texts: Any) -> re.Pattern[str]:
-  """Matches any of the texts, the longest first; of none, nothing."""
-  longest_first = sorted(texts, key=len, reverse=True)
-  return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")

@@ -49,10 +49,8 @@ def exported(template: ChatTemplate, options: RenderOptions) -> str | None:
 
 def described(template: ChatTemplate, options: RenderOptions) -> list[str]:
   """Lines for the start page on the prompts of a run, and of its export."""
-  lines = []
   kwargs = dict(options.template_kwargs)
-  if kwargs:
-    lines.append(f"chat template: {json.dumps(kwargs)}")
+  lines = [f"chat template: {json.dumps(kwargs)}"] if kwargs else []
   if options.generation_prompt == "omit":
     omitted = template_probes.omitted(template, kwargs)
     lines.append(
@@ -66,11 +64,9 @@ def described(template: ChatTemplate, options: RenderOptions) -> list[str]:
 
 def _literal(value: Any) -> str:
   """A JSON value as Jinja writes it."""
-  if value is None:
-    return "none"
   if isinstance(value, list | tuple):
     return f"[{', '.join(map(_literal, value))}]"
   if isinstance(value, dict):
     pairs = (f"{_literal(k)}: {_literal(v)}" for k, v in value.items())
     return f"{{{', '.join(pairs)}}}"
-  return json.dumps(value)
+  return "none" if value is None else json.dumps(value)

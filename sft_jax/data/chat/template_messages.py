@@ -35,18 +35,13 @@ Wrap = Callable[[str, str], str]
 
 
 class Form(NamedTuple):
-  """What a template wants its messages to look like; see `probes.form`.
+  """What a template wants its messages to look like; see `probes.form`."""
 
-  Attributes:
-    reasoning_field: it reads reasoning_content (or thinking). Otherwise the
-      reasoning goes back into the content, exactly as the row wrote it.
-    arguments: of tool calls: an 'object', or its 'json' text.
-    empty_content: the content of a turn that only calls tools.
-  """
-
+  # It reads reasoning_content (or thinking). Otherwise the reasoning goes back
+  # into the content, exactly as the row wrote it.
   reasoning_field: bool = True
-  arguments: str = "object"
-  empty_content: str | None = ""
+  arguments: str = "object"  # Of tool calls: an 'object', or its 'json' text.
+  empty_content: str | None = ""  # The content of a turn that only calls tools.
 
 
 DEFAULT_FORM = Form()
@@ -94,28 +89,19 @@ def _to_dict(message: Message, form: Form, wrap: Wrap) -> dict[str, Any]:
   made["content"] = content
   if message.tool_calls:
     made["content"] = content or form.empty_content
-    made["tool_calls"] = [
-      {
-        "type": "function",
-        **({} if call.id is None else {"id": call.id}),
-        "function": {
-          "name": wrap("tool_call", call.name),
-          "arguments": _arguments(call.arguments, form, wrap),
-        },
-      }
-      for call in message.tool_calls
-    ]
+    made["tool_calls"] = []
+  for call in message.tool_calls:
+    function = {"name": wrap("tool_call", call.name)}
+    function["arguments"] = map_strings(call.arguments, wrap)
+    if form.arguments == "json":
+      arguments = json.dumps(function["arguments"], ensure_ascii=False)
+      function["arguments"] = arguments
+    own = {} if call.id is None else {"id": call.id}
+    made["tool_calls"] += [{"type": "function", **own, "function": function}]
   for key in ("name", "tool_call_id"):
     if (value := getattr(message, key)) is not None:
       made[key] = value
   return made
-
-
-def _arguments(arguments: dict[str, Any], form: Form, wrap: Wrap) -> Any:
-  wrapped = map_strings(arguments, wrap)
-  if form.arguments == "json":
-    return json.dumps(wrapped, ensure_ascii=False)
-  return wrapped
 
 
 def map_strings(value: Any, wrap: Wrap) -> Any:
@@ -131,21 +117,19 @@ def map_strings(value: Any, wrap: Wrap) -> Any:
 
 
 class RoleSpan(NamedTuple):
-  """A text of the row, in a rendering.
+  """A text of the row, in a rendering."""
 
-  Attributes:
-    start, end: its characters, without white space around it.
-    role: its token role.
-    written: the text as the row has it; the rendering may have escaped it.
-  """
-
+  # Its characters, without white space around it.
   start: int
   end: int
-  role: str
-  written: str
+  role: str  # Its token role.
+  written: str  # The text as the row has it; the rendering may have escaped it.
 
   def moved(self, by: int) -> "RoleSpan":
     return self._replace(start=self.start + by, end=self.end + by)
+
+  def within(self, start: int, end: int) -> bool:
+    return start <= self.start and self.end <= end
 
 
 class Sentinels:
@@ -186,7 +170,7 @@ class Sentinels:
       known, removed, spans = "", 0, []
     spans, opened, closed = spans.copy(), {}, []
     for sentinel in _SENTINEL.finditer(wrapped, len(known)):
-      number = ord(_character(sentinel[0])) - _FIRST
+      number = ord(json.loads(f'"{sentinel[0]}"')) - _FIRST
       at = sentinel.start() - removed
       removed += len(sentinel[0])
       if number % 2 == 0:
@@ -219,9 +203,8 @@ def search(texts: list[tuple[str, str]], rendering: str) -> list[RoleSpan]:
     if core and rendering.count(core) == 1:
       at = rendering.index(core)
       spans.append(RoleSpan(at, at + len(core), role, core))
-  spans.sort()
-  apart = []
-  for span in spans:
+  apart: list[RoleSpan] = []
+  for span in sorted(spans):
     if not apart or span.start >= apart[-1].end:
       apart.append(span)
   return apart
@@ -229,17 +212,14 @@ def search(texts: list[tuple[str, str]], rendering: str) -> list[RoleSpan]:
 
 def as_written(written: str, shown: str) -> bool:
   """Whether `shown` is the text, as it is or as the inside of a JSON string."""
-  return (
-    shown == written
-    or shown == in_json(written)
-    or shown == in_json(written, ascii_only=True)
-  )
+  return shown == written or shown in _in_json(written)
 
 
-def in_json(text: str, *, ascii_only: bool = False) -> str:
-  """A text as it stands between the quotes of a JSON string."""
-  return json.dumps(text, ensure_ascii=ascii_only)[1:-1]
+def stands_in(text: str, shown: str) -> bool:
+  """Whether a text stands in another, as it is or as in JSON."""
+  return text in shown or any(one in shown for one in _in_json(text))
 
 
-def _character(sentinel: str) -> str:
-  return sentinel if len(sentinel) == 1 else json.loads(f'"{sentinel}"')
+def _in_json(text: str) -> list[str]:
+  """A text as it may stand between the quotes of a JSON string."""
+  return [json.dumps(text, ensure_ascii=x)[1:-1] for x in (False, True)]

@@ -20,45 +20,30 @@ _SYSTEM = {"role": "system", "content": "Be brief."}
 _ASKED = {"role": "user", "content": "What is the first one?"}
 _ANSWERED = {"role": "assistant", "content": "Rain, as it happens."}
 _ASKED_AGAIN = {"role": "user", "content": "And what is the second?"}
+_LOOK_UP = {
+  "name": "look_up",
+  "description": "Looks something up.",
+  "parameters": {
+    "type": "object",
+    "properties": {"what": {"type": "string", "description": "What."}},
+    "required": ["what"],
+  },
+}
+_CALLED = ToolCall("look_up", {"what": 'the "rain"'}, "abcdefghi")
 _CALL = Conversation(
-  (
-    Message("user", "Look it up."),
-    Message(
-      "assistant",
-      "",
-      tool_calls=(ToolCall("look_up", {"what": 'the "rain"'}, "abcdefghi"),),
-    ),
-  ),
-  (
-    {
-      "type": "function",
-      "function": {
-        "name": "look_up",
-        "description": "Looks something up.",
-        "parameters": {
-          "type": "object",
-          "properties": {"what": {"type": "string", "description": "What."}},
-          "required": ["what"],
-        },
-      },
-    },
-  ),
+  (Message("user", "Look it up."), Message("assistant", "", None, (_CALLED,))),
+  ({"type": "function", "function": _LOOK_UP},),
 )
 
 
 _T = TypeVar("_T")
 
 
-def _probe(
-  failed: _T,
-) -> Callable[
-  [Callable[[ChatTemplate, dict[str, Any]], _T]],
-  Callable[[ChatTemplate, Mapping[str, Any]], _T],
-]:
+def _probe(failed: _T) -> Callable[[Callable[..., _T]], Callable[..., _T]]:
   """Asks once for each template and its variables; `failed` where the template
   refuses to render what it is asked with."""
 
-  def wrapper(function: Any) -> Any:
+  def wrapper(function: Callable[..., _T]) -> Callable[..., _T]:
     @functools.lru_cache(maxsize=64)
     def cached(template: ChatTemplate, key: str) -> _T:
       try:
@@ -166,13 +151,9 @@ def injected(template: ChatTemplate, kwargs: dict[str, Any]) -> str:
 def shows_reasoning(template: ChatTemplate, kwargs: dict[str, Any]) -> bool:
   """Whether the reasoning of a conversation's last turn is rendered."""
   form = template_messages.Form(reasoning_field=template.reads_reasoning)
-  thought = "It was not snow."
-  turns = (
-    Message("user", _ASKED["content"]),
-    Message("assistant", _ANSWERED["content"], thought),
-  )
+  turns = (Message(**_ASKED), Message(**_ANSWERED, reasoning="It was no snow."))
   shown = template_messages.to_template_messages(Conversation(turns), form)
-  return thought in template.render(shown, **kwargs)
+  return "It was no snow." in template.render(shown, **kwargs)
 
 
 def shared(one: str, other: str) -> int:

@@ -1,7 +1,7 @@
 """The token roles of a rendering, and what in it is masked or escaped."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from sft_jax.data.chat import template_messages, template_probes
 from sft_jax.data.chat.renderer import ConversationRenderer
@@ -35,52 +35,37 @@ def masked_spans(
   """(start, end) in a trained turn that are not trained: hidden reasoning, and
   all that its own spans leave out."""
   message = renderer.conversation.messages[one.index]
-  hides = (
-    renderer.options.reasoning == "hide" and (message.reasoning or "").strip()
-  )
+  hides = renderer.options.reasoning == "hide"
+  hides = hides and (message.reasoning or "").strip()
   if not hides and message.spans is None:
     return []
 
   def uncertain(what: str) -> RowError:
-    return RowError(
-      renderer.conversation.where(one.index),
-      f"a rendering in which {what} cannot be separated from the rest",
-      "a template that renders it as it is",
-      "Train the whole turn, or drop the row.",
-    )
+    where = renderer.conversation.where(one.index)
+    got = f"a rendering in which {what} cannot be separated from the rest"
+    cure = "Train the whole turn, or drop the row."
+    return RowError(where, got, "a template that renders it as it is", cure)
 
-  own = [s for s in spans or () if one.start <= s.start and s.end <= one.stop]
+  own = [span for span in spans or () if span.within(one.start, one.stop)]
   if message.spans is not None:
     answer = [span for span in own if span.role == "answer"]
     core = message.content.strip()
     shown = [one.text[span.start : span.end] for span in answer]
     if message.spans and shown != [core]:
       raise uncertain("the content")
-    kept: list[tuple[int, int]] = []
-    if message.spans:
+    masked, at = [], one.start
+    for a, b in message.spans:
       (span,) = answer
       moved = span.start - message.content.index(core)
-      kept = [(a + moved, b + moved) for a, b in message.spans]
+      if at < a + moved:
+        masked.append((at, a + moved))
       # Whoever trains the last word trains to stop after it.
-      if kept[-1][1] >= span.end:
-        kept[-1] = (kept[-1][0], one.end)
-    return _between(kept, one.start, one.end)
+      at = b + moved if b + moved < span.end else one.end
+    return masked if at == one.end else [*masked, (at, one.end)]
   thought = [span for span in own if span.role == "reasoning"]
   if len(thought) != 1:
     raise uncertain("the reasoning")
   return [_think_block(one, own, thought[0])]
-
-
-def _between(
-  kept: Iterable[tuple[int, int]], start: int, end: int
-) -> list[tuple[int, int]]:
-  """What of [start, end) is outside of the ranges kept."""
-  gaps, at = [], start
-  for a, b in (*kept, (end, end)):
-    if at < a:
-      gaps.append((at, a))
-    at = max(at, b)
-  return gaps
 
 
 def _think_block(
@@ -96,10 +81,10 @@ def _think_block(
   """
   at = own.index(thought)
   start = own[at - 1].end if at else turn.start
-  if at + 1 < len(own) and own[at + 1].role == "answer":
-    return start, own[at + 1].start
-  until = own[at + 1].start if at + 1 < len(own) else turn.stop
-  return start, _after_tag(turn.text, thought.end, until)
+  after = next(iter(own[at + 1 :]), RoleSpan(turn.stop, turn.stop, "", ""))
+  if after.role == "answer":
+    return start, after.start
+  return start, _after_tag(turn.text, thought.end, after.start)
 
 
 def role_spans(
@@ -118,15 +103,13 @@ def role_spans(
     cut: the trained turns.
   """
   if spans is None:
-    texts = [
-      pair for message in messages for pair in template_messages.texts(message)
-    ]
+    texts = [p for one in messages for p in template_messages.texts(one)]
     spans = template_messages.search(texts, text)
   found: list[tuple[int, int, str]] = []
   syntax: list[tuple[int, int, str]] = []
   for one in cut:
     syntax.append((one.stop, one.end, "stop"))
-    own = [p for p in spans if one.start <= p.start and p.end <= one.stop]
+    own = [span for span in spans if span.within(one.start, one.stop)]
     at, before = one.start, ""
     for span in (*own, RoleSpan(one.stop, one.stop, "", "")):
       if at < span.start and "tool_call" in (before, span.role):
@@ -153,76 +136,49 @@ def special_as_text(
   renderer: ConversationRenderer, text: str, spans: Sequence[RoleSpan] | None
 ) -> tuple[tuple[int, int], ...]:
   """(start, end) of control tokens that texts make up, wholly or in part."""
-  options, template = renderer.options, renderer.template
-  if options.control_tokens == "allow":
+  where, choice = renderer.conversation.place, renderer.options.control_tokens
+  if choice == "allow":
     return ()
   if spans is None:
     if renderer.escapes:
       raise RowError(
-        renderer.conversation.source or "row",
-        "control tokens in a rendering whose texts and structure cannot be "
-        "separated",
+        where,
+        "control tokens in a rendering whose texts cannot be told apart",
         "a template that renders texts as they are",
         "Drop the row, or set data.control_tokens to allow.",
       )
     return ()
-  found = []
-  at = 0
-  for token in template.control.finditer(text):
+  found, at = [], 0
+  for token in renderer.template.control.finditer(text):
     while at < len(spans) and spans[at].end <= token.start():
       at += 1
     if at < len(spans) and spans[at].start < token.end():
       found.append(token.span())
-  if found and options.control_tokens == "error":
-    a, b = found[0]
-    raise RowError(
-      renderer.conversation.source or "row",
-      f"the control token {text[a:b]!r}, which a text and the template make "
-      "up together",
-      "text without control tokens",
-      "Change the text, or set data.control_tokens to escape.",
-    )
+  if found and choice == "error":
+    token = text[slice(*found[0])]
+    got = f"the control token {token!r}, made up by a text and the template"
+    cure = "Change the text, or set data.control_tokens to escape."
+    raise RowError(where, got, "text without control tokens", cure)
   return tuple(found)
 
 
 def notes(
   renderer: ConversationRenderer, last: TrainedTurn, cut: Sequence[TrainedTurn]
 ) -> frozenset[str]:
-  """What happened in a rendering, for the ledger."""
-  happened = set()
-  messages = renderer.conversation.messages
+  """What happened in a rendering, for the ledger: among it, characters of the
+  row that the rendering does not have."""
+  found, messages = set(), renderer.conversation.messages
   if messages[0].role != "system":
-    put = template_probes.injected(
-      renderer.template, renderer.options.template_kwargs
-    )
+    kwargs = renderer.options.template_kwargs
+    put = template_probes.injected(renderer.template, kwargs)
     if put and put in last.text:
-      happened.add("injected system prompt")
-  happened |= _rewritten(renderer, last, cut)
-  for one in cut:
-    content = messages[one.index].content.rstrip()
-    if content.endswith(renderer.template.stop_tokens):
-      happened.add("stop token written in an answer")
-    ends = [p.end for p in last.spans or () if p.end <= one.start]
-    opens = max(ends, default=one.start)
-    if not messages[one.index].reasoning and _EMPTY_THINK_BLOCK.search(
-      last.text, opens, one.stop
-    ):
-      happened.add("empty think block")
-  return frozenset(happened)
-
-
-def _rewritten(
-  renderer: ConversationRenderer,
-  last: TrainedTurn,
-  cut: Sequence[TrainedTurn],
-) -> set[str]:
-  """Notes on characters of the row that the rendering does not have."""
-  found = set()
+      found.add("injected system prompt")
   texts: dict[tuple[str, str], list[str]] = {}
-  for message in renderer.conversation.messages[: last.index + 1]:
+  for message in messages[: last.index + 1]:
     for role, text in template_messages.texts(message):
       texts.setdefault((role, text.strip()), []).append(text)
-  for span in last.spans or ():
+  spans = last.spans or ()
+  for span in spans:
     mine = texts.get((span.role, span.written))
     text = mine.pop(0) if mine else span.written
     shown = last.text[span.start : span.end]
@@ -231,13 +187,20 @@ def _rewritten(
     if not keeps_white_space(last.text, span.start, span.end, text):
       found.add(WHITE_SPACE_CUT)
   for one in cut:
-    message = renderer.conversation.messages[one.index]
+    message = messages[one.index]
     if message.think_block and message.reasoning is not None:
       before, between = message.think_block
       written = before + message.reasoning + between + message.content
       if written not in last.text[one.start : one.stop]:
         found.add(CHANGED)
-  return found
+    if message.content.rstrip().endswith(renderer.template.stop_tokens):
+      found.add("stop token written in an answer")
+    ends = (span.end for span in spans if span.end <= one.start)
+    opens = max(ends, default=one.start)
+    empty = _EMPTY_THINK_BLOCK.search(last.text, opens, one.stop)
+    if empty and not message.reasoning:
+      found.add("empty think block")
+  return frozenset(found)
 
 
 def keeps_white_space(rendering: str, start: int, end: int, text: str) -> bool:

@@ -1,5 +1,6 @@
 """One trained turn: where it starts after its prompt, and where it stops."""
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -38,18 +39,12 @@ class TrainedTurn:
   """
 
   def __init__(self, renderer: ConversationRenderer, index: int):
-    self.index = index
-    self._renderer = renderer
-    self._spans: list[RoleSpan] | None = None
-    self._located = False
+    self.index, self._renderer = index, renderer
     prompt, full = renderer.prompt(index), renderer.turns(index + 1)
     if not prompt:
-      raise RowError(
-        self.where,
-        "an assistant turn that nothing comes before, not even a prompt",
-        "something to answer",
-        "Put a turn before it, or give it the weight 0.",
-      )
+      got = "an assistant turn that nothing comes before, not even a prompt"
+      cure = "Put a turn before it, or give it the weight 0."
+      raise RowError(self.where, got, "something to answer", cure)
     self.text, self.start = full, len(prompt)
     self._full = full
     if renderer.reasoning[index]:
@@ -62,18 +57,14 @@ class TrainedTurn:
   def where(self) -> str:
     return self._renderer.conversation.where(self.index)
 
-  @property
+  @functools.cached_property
   def spans(self) -> list[RoleSpan] | None:
     """The role spans of `text`; None where they are not certain."""
-    if not self._located:
-      self._spans = self._renderer.spans(self.index + 1, self._full)
-      self._located = True
-    return self._spans
+    return self._renderer.spans(self.index + 1, self._full)
 
   def _write_reasoning(self, prompt: str, thought: str) -> None:
     """Puts the reasoning into a rendering without it."""
-    filled = fill(prompt, self._full, thought)
-    spans = self.spans
+    filled, spans = fill(prompt, self._full, thought), self.spans
     if filled is None or spans is None:
       raise RowError(
         self.where,
@@ -85,28 +76,26 @@ class TrainedTurn:
       )
     self.text = filled.text
     before = [span for span in spans if span.end <= filled.start]
-    self._spans = [
-      *before,
-      RoleSpan(filled.start, filled.end, "reasoning", thought),
-      *(span.moved(filled.moved) for span in spans[len(before) :]),
-    ]
+    own = RoleSpan(filled.start, filled.end, "reasoning", thought)
+    after = [span.moved(filled.moved) for span in spans[len(before) :]]
+    self.spans = [*before, own, *after]
 
   def _transplant(self, prompt: str) -> None:
     """Sets the reply of a rewritten conversation after its prompt."""
     renderer, full = self._renderer, self._full
+    cure = (
+      "Inference would see other text than training: set data.template_kwargs "
+      "(such as enable_thinking), or data.generation_prompt to omit, or "
+      "correct the template."
+    )
+    if renderer.conversation.messages[self.index].reasoning:
+      cure += " Or set data.reasoning to write, if it opens the reasoning."
     refusal = RowError(
       self.where,
       "a turn that does not begin with its generation prompt: "
       + divergence(prompt, full),
       "a template whose assistant turn begins with its generation prompt",
-      "Inference would see other text than training: set data.template_kwargs "
-      "(such as enable_thinking), or data.generation_prompt to omit, or "
-      "correct the template."
-      + (
-        " Or set data.reasoning to write, if it opens the reasoning."
-        if renderer.conversation.messages[self.index].reasoning
-        else ""
-      ),
+      cure,
     )
     before = renderer.prompt_spans(self.index, prompt)
     spans = self.spans
@@ -121,7 +110,7 @@ class TrainedTurn:
     gap = full[gap_start : spans[first].start]
     # What follows the last text of the prompt, or at least its very end.
     tail = prompt[before[-1].end :]
-    if (before[-1].role, before[-1].written) != (earlier.role, earlier.written):
+    if before[-1][2:] != earlier[2:]:  # Another role or text.
       raise refusal
     if not (tail.strip() and gap.startswith(tail)):
       history = renderer.turns(self.index)
@@ -131,7 +120,7 @@ class TrainedTurn:
     start = gap_start + gap.index(tail) + len(tail)
     moved = len(prompt) - start
     self.text = prompt + full[start:]
-    self._spans = [*before, *(span.moved(moved) for span in spans[first:])]
+    self.spans = [*before, *(span.moved(moved) for span in spans[first:])]
 
   def _find_stop(self) -> None:
     """The first stop token of the reply: there generation would stop."""
@@ -144,9 +133,8 @@ class TrainedTurn:
     self.stop, self.end = next(found, None) or self._stop_of_next_turn()
     token = self.text[self.stop : self.end]
     rest = self._renderer.template.stop.sub("", self.text[self.end :]).strip()
-    if rest and (
-      self.spans is None or any(p.end > self.stop for p in self.spans)
-    ):
+    spans = self.spans if rest else []
+    if spans is None or any(span.end > self.stop for span in spans):
       raise RowError(
         self.where,
         f"{rest[:40]!r} after the stop token {token!r}",
@@ -174,21 +162,15 @@ class TrainedTurn:
       after = renderer.spans(self.index + 1, text, True)
     except RowError:
       raise refusal from None
-    same = [
-      span
-      for span in after or ()
-      if (span.role, span.written) == (own[-1].role, own[-1].written)
-    ]
-    if not same:
-      raise refusal
-    rest = self.text[own[-1].end :]
-    for suffix in (rest, rest.rstrip()):
-      if text.startswith(suffix, same[-1].end):
-        at = same[-1].end + len(suffix)
-        if stop := template.stop.match(text, at):
-          begin = own[-1].end + len(suffix)
-          self.text = self.text[:begin] + stop[0]
-          return begin, begin + len(stop[0])
+    last = own[-1]
+    ends = [span.end for span in after or () if span[2:] == last[2:]]
+    rest = self.text[last.end :]
+    for suffix in (rest, rest.rstrip()) if ends else ():
+      stop = template.stop.match(text, ends[-1] + len(suffix))
+      if stop and text.startswith(suffix, ends[-1]):
+        begin = last.end + len(suffix)
+        self.text = self.text[:begin] + stop[0]
+        return begin, begin + len(stop[0])
     raise refusal
 
 
@@ -200,18 +182,13 @@ def divergence(one: str, other: str) -> str:
 
 
 class Filled(NamedTuple):
-  """A rendering with the reasoning in it.
+  """A rendering with the reasoning in it."""
 
-  Attributes:
-    text: the rendering.
-    start, end: the reasoning, its tags not included.
-    moved: how far what comes after the block has moved.
-  """
-
-  text: str
+  text: str  # The rendering.
+  # The reasoning, its tags not included.
   start: int
   end: int
-  moved: int
+  moved: int  # How far what comes after the block has moved.
 
 
 def fill(prompt: str, full: str, thought: str) -> Filled | None:
@@ -238,20 +215,12 @@ def fill(prompt: str, full: str, thought: str) -> Filled | None:
   empty = _EMPTY.match(full, at)
   if not opened and not empty and prompt.rstrip().endswith("</think>"):
     return None
-  if opened:
-    opening = opened[0]
-  else:
-    opening = "<think>" if empty and not empty[1] else "<think>\n"
+  opening = "<think>" if empty and not empty[1] else "<think>\n"
+  opening = opened[0] if opened else opening
   line = "\n" if opening.endswith("\n") else ""
   closing, until = f"{line}</think>{line}{line}", at
   if empty:
-    closing = line + full[empty.end(1) : empty.end()]
-    until = empty.end()
-  block = opening + thought + closing
-  start = at + len(opening)
-  return Filled(
-    full[:at] + block + full[until:],
-    start,
-    start + len(thought),
-    len(block) - (until - at),
-  )
+    closing, until = line + full[empty.end(1) : empty.end()], empty.end()
+  block, start = opening + thought + closing, at + len(opening)
+  text, moved = full[:at] + block + full[until:], len(block) - (until - at)
+  return Filled(text, start, start + len(thought), moved)

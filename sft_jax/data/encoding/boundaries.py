@@ -46,41 +46,36 @@ def encode_rendered(
   conversation: Conversation,
 ) -> list[Tokens]:
   """One sequence, or one per span where spans cannot share their ids."""
-  spans, where = rendered.spans, conversation.source or "row"
+  spans, where = rendered.spans, conversation.place
   ids, offsets = tokenizer.encode_with_offsets(
     rendered.text, rendered.special_as_text
   )
   if not spans:
     weights = np.ones(len(ids), np.float32)
     return [Tokens(ids, weights, _roles(rendered, offsets))]
-  starts = [
-    count
-    for start, _, _ in spans
-    if (count := _prompt_length(rendered, start, ids, offsets, tokenizer))
-  ]
-  if len(starts) == len(spans):
+  length = functools.partial(_prompt_length, rendered, ids, offsets, tokenizer)
+  starts = [length(start) for start, _, _ in spans]
+  if all(starts):
     weights = np.zeros(len(ids), np.float32)
     for start, (_, end, weight) in zip(starts, spans, strict=True):
+      assert start
       stop = _stop_index(ids, offsets, start, end, tokenizer, where)
       weights[start : stop + 1] = weight
     _mask(weights, rendered, offsets)
     return [Tokens(ids, weights, _roles(rendered, offsets))]
   if len(spans) > 1 and options.history == "keep":
-    raise RowError(
-      where,
-      "a token that joins a prompt to its reply",
-      "replies that begin with a token of their own (history='keep')",
-      "Set data.history to auto or split.",
-    )
+    got = "a token that joins a prompt to its reply"
+    expected = "replies that begin with a token of their own (history='keep')"
+    raise RowError(where, got, expected, "Set data.history to auto or split.")
   return [_encode_apart(rendered, span, tokenizer, where) for span in spans]
 
 
 def _prompt_length(
   rendered: Rendered,
-  start: int,
   ids: list[int],
   offsets: Offsets,
   tokenizer: Tokenizer,
+  start: int,
 ) -> int | None:
   """How many ids the prompt text[:start] has, if they are the first of all.
 
@@ -94,11 +89,8 @@ def _prompt_length(
     if ids[index] in special:
       begin, last = offsets[index][0], index
       break
-  literal = tuple(
-    (a - begin, b - begin)
-    for a, b in rendered.special_as_text
-    if begin <= a and b <= start
-  )
+  inside = [x for x in rendered.special_as_text if begin <= x[0]]
+  literal = tuple((a - begin, b - begin) for a, b in inside if b <= start)
   tail = tail_ids(tokenizer, rendered.text[begin:start], literal)
   count = last + len(tail)
   return count if tuple(ids[last:count]) == tail else None

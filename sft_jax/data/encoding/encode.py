@@ -76,9 +76,8 @@ def encode(
   Raises:
     NothingToTrain: none is left; its reason is the ledger's key.
   """
-  row = encode_row(
-    conversation, tokenizer, RenderOptions(**options), max_length=max_length
-  )
+  how = RenderOptions(**options)
+  row = encode_row(conversation, tokenizer, how, max_length=max_length)
   if not row.examples:
     raise NothingToTrain(next(iter(row.dropped)), conversation.source)
   return row.examples
@@ -96,9 +95,8 @@ def encode_rows(
   Rows of one form (the same roles, and only texts in them) take the fast
   path, which gives the same; all others take the full path, one by one.
   """
-  ready = fast_path.tokenize_rows(
-    [merged(one, options.merge) for one in conversations], tokenizer, options
-  )
+  rows = [merged(one, options.merge) for one in conversations]
+  ready = fast_path.tokenize_rows(rows, tokenizer, options)
   for conversation, row in zip(conversations, ready, strict=True):
     try:
       yield encode_row(
@@ -151,9 +149,8 @@ def encode_row(
     ValueError: an argument out of range; the tokenizer has no chat template.
   """
   if max_length < 2:
-    raise ValueError(
-      f"data.seq_len: got {max_length}; expected at least 2. Correct it."
-    )
+    got = f"data.seq_len: got {max_length}"
+    raise ValueError(f"{got}; expected at least 2. Correct it.")
   if conversation.text is not None and options.text == "plain":
     windows, notes = _text_windows(conversation, tokenizer, options, max_length)
     notes = dict.fromkeys(notes, 1)
@@ -167,12 +164,9 @@ def encode_row(
     _check_bos(one.ids, tokenizer, conversation)
     long = len(one.ids) > max_length
     if long and options.over_long == "error":
-      raise RowError(
-        conversation.source or "row",
-        f"{len(one.ids)} tokens",
-        f"at most {max_length}",
-        "Raise data.seq_len, or set data.over_long to drop or truncate.",
-      )
+      got = f"{len(one.ids)} tokens"
+      cure = "Raise data.seq_len, or set data.over_long to drop or truncate."
+      raise RowError(conversation.place, got, f"at most {max_length}", cure)
     if long and options.over_long == "drop":
       dropped["over long"] += 1
       continue
@@ -244,12 +238,9 @@ def _check_bos(
 ) -> None:
   bos = tokenizer.bos_id
   if bos is not None and ids[:2] == [bos, bos]:
-    raise RowError(
-      conversation.source or "row",
-      f"two BOS tokens (id {bos}) at the start",
-      "one",
-      "Correct the chat template: it writes BOS twice.",
-    )
+    got = f"two BOS tokens (id {bos}) at the start"
+    cure = "Correct the chat template: it writes BOS twice."
+    raise RowError(conversation.place, got, "one", cure)
 
 
 def _example(tokens: Tokens) -> Example:
@@ -288,9 +279,8 @@ def _text_windows(
   roles[: len(bos)] = TOKEN_ROLES.index("template")
   roles[len(start) :] = TOKEN_ROLES.index("stop")
   weights = np.ones(len(ids), np.float32)
-  cuts = [
-    slice(at, at + max_length) for at in range(0, len(ids) - 1, max_length - 1)
-  ]
+  starts = range(0, len(ids) - 1, max_length - 1)
+  cuts = [slice(at, at + max_length) for at in starts]
   windows = [Tokens(ids[cut], weights[cut], roles[cut]) for cut in cuts]
   return TokenizedRow(windows, notes)
 
@@ -305,20 +295,13 @@ def _given_ids(conversation: Conversation, tokenizer: Tokenizer) -> Tokens:
   ids, size = list(conversation.ids), tokenizer.vocab_size
   strange = next((one for one in ids if not 0 <= one < size), None)
   if strange is not None:
-    raise RowError(
-      conversation.source or "row",
-      f"the id {strange}",
-      f"ids from 0 to {size - 1}, those of {tokenizer.folder}",
-      "Tokenize the row with this model's tokenizer.",
-    )
+    expected = f"ids from 0 to {size - 1}, those of {tokenizer.folder}"
+    cure = "Tokenize the row with this model's tokenizer."
+    raise RowError(conversation.place, f"the id {strange}", expected, cure)
   weights = np.array(conversation.id_weights, np.float32)
   if not np.isfinite(weights).all() or (weights < 0).any():
-    raise RowError(
-      conversation.source or "row",
-      "a weight that is negative or not finite",
-      "weights of at least 0",
-      "Correct the row's weights.",
-    )
+    got, cure = "a weight below 0 or not finite", "Correct the row's weights."
+    raise RowError(conversation.place, got, "weights of at least 0", cure)
   if not weights[1:].any():
     raise NothingToTrain("no trained token", conversation.source)
   roles = np.full(len(ids), TOKEN_ROLES.index("text"), np.uint8)

@@ -46,43 +46,30 @@ _HEADER = 64
 
 
 class Position(NamedTuple):
-  """A position between characters, in every rendering of a form.
+  """A position between characters, in every rendering of a form."""
 
-  Attributes:
-    texts: how many of the turns' texts are before it.
-    static: how many characters of the template are.
-    special: how many special tokens end at or before it; or -1 - how many
-      end before it, where one starts there.
-    header: the text from the last special token to the position, the token
-      included; None where a turn's text or much of the template is between.
-  """
-
-  texts: int
-  static: int
+  texts: int  # How many of the turns' texts are before it.
+  static: int  # How many characters of the template are.
+  # How many special tokens end at or before it; or -1 - how many end before it,
+  # where one starts there.
   special: int
+  # The text from the last special token to the position, the token included;
+  # None where a turn's text or much of the template is between.
   header: str | None
 
 
 class RenderTemplate(NamedTuple):
-  """What all conversations of a form have in common.
+  """What all conversations of a form have in common."""
 
-  Attributes:
-    static: the template's texts before, between and after the contents.
-    trained: indices of the trained turns.
-    spans: (start, end, weight) of each.
-    roles: (start, end, token role).
-    num_special: special tokens in it.
-    in_ids: whether special tokens give all positions.
-    notes: see `encode.EncodedRow`.
-  """
-
+  # The template's texts before, between and after the contents.
   static: tuple[str, ...]
-  trained: tuple[int, ...]
+  trained: tuple[int, ...]  # Indices of the trained turns.
+  # (start, end, weight) of each.
   spans: tuple[tuple[Position, Position, float], ...]
-  roles: tuple[tuple[Position, Position, str], ...]
-  num_special: int
-  in_ids: bool
-  notes: frozenset[str]
+  roles: tuple[tuple[Position, Position, str], ...]  # (start, end, token role).
+  num_special: int  # Special tokens in it.
+  in_ids: bool  # Whether special tokens give all positions.
+  notes: frozenset[str]  # See `encode.EncodedRow`.
 
   @property
   def cuts(self) -> list[tuple[int, bool]]:
@@ -144,21 +131,13 @@ def tokenize_rows(
 
 
 class _Filled(NamedTuple):
-  """A render template filled in.
+  """A render template filled in."""
 
-  Attributes:
-    form: the render template, known from another conversation.
-    text: the rendering.
-    texts: contents of the turns, as rendered.
-    before: characters of contents before each turn, and in all.
-    notes: of the rendering.
-  """
-
-  form: RenderTemplate
-  text: str
-  texts: list[str]
-  before: list[int]
-  notes: frozenset[str]
+  form: RenderTemplate  # The render template, known from another conversation.
+  text: str  # The rendering.
+  texts: list[str]  # Contents of the turns, as rendered.
+  before: list[int]  # Characters of contents before each turn, and in all.
+  notes: frozenset[str]  # Of the rendering.
 
   def at(self, position: Position) -> int:
     return position.static + self.before[position.texts]
@@ -166,16 +145,13 @@ class _Filled(NamedTuple):
 
 def _is_plain(conversation: Conversation, options: RenderOptions) -> bool:
   """Whether its turns are texts, and nothing else."""
-  return (
-    options.train_on != "all"
-    and not conversation.tools
-    and bool(conversation.messages)
-    and all(
-      message == Message(message.role, message.content)
-      and message.content.strip()
-      and "<think>" not in message.content
-      for message in conversation.messages
-    )
+  messages = conversation.messages
+  plain = options.train_on != "all" and messages and not conversation.tools
+  return bool(plain) and all(
+    one == Message(one.role, one.content)
+    and one.content.strip()
+    and "<think>" not in one.content
+    for one in messages
   )
 
 
@@ -223,11 +199,9 @@ def _rendered(filled: _Filled) -> Rendered:
       a = filled.text.index(core, a)
       b = a + len(core)
     roles.append((a, b, role))
-  spans = tuple(
-    (filled.at(start), filled.at(end), weight)
-    for start, end, weight in filled.form.spans
-  )
-  return Rendered(filled.text, spans, tuple(roles), notes=filled.notes)
+  at, spans = filled.at, filled.form.spans
+  made = tuple((at(start), at(end), weight) for start, end, weight in spans)
+  return Rendered(filled.text, made, tuple(roles), notes=filled.notes)
 
 
 def _render_template(
@@ -238,11 +212,9 @@ def _render_template(
   None where it has none: of several renderings, or with a text that is masked,
   escaped, or not where it should be.
   """
-  texts = [message.content.strip() for message in conversation.messages]
-  messages = tuple(
-    dataclasses.replace(message, content=text)
-    for message, text in zip(conversation.messages, texts, strict=True)
-  )
+  strip = lambda one: dataclasses.replace(one, content=one.content.strip())
+  messages = tuple(map(strip, conversation.messages))
+  texts = [one.content for one in messages]
   conversation = dataclasses.replace(conversation, messages=messages)
   rendered = render_spans(conversation, template, options)
   if len(rendered) != 1 or rendered[0].special_as_text or rendered[0].masked:
@@ -274,10 +246,9 @@ def _render_template(
   spans = tuple((position(a), position(b), x) for a, b, x in one.spans)
   roles = tuple((position(a), position(b), x) for a, b, x in one.role_spans)
   positions = itertools.chain(*(two for *two, _ in (*spans, *roles)))
+  gaps = zip(bounds[::2], bounds[1::2], strict=True)
   return RenderTemplate(
-    static=tuple(
-      one.text[a:b] for a, b in zip(bounds[::2], bounds[1::2], strict=True)
-    ),
+    static=tuple(one.text[a:b] for a, b in gaps),
     trained=tuple(trained),
     spans=spans,
     roles=roles,

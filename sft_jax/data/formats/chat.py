@@ -87,12 +87,9 @@ def spoken(role: str, content: str, **parts: Any) -> Message:
     begin = thought.start(1) + thought[1].index(inner)
     between = content[begin + len(inner) : thought.start(2)]
     parts["think_block"] = (content[:begin], between)
-    if parts.get("spans"):
-      # They count from where the content began.
-      before = thought.start(2)
-      parts["spans"] = tuple(
-        (a - before, b - before) for a, b in parts["spans"]
-      )
+    if spans := parts.get("spans"):  # They count from where the content began.
+      cut = thought.start(2)
+      parts["spans"] = tuple((a - cut, b - cut) for a, b in spans)
     content = thought[2]
   return Message(role, content, **parts)
 
@@ -104,13 +101,13 @@ def reasoning(item: Mapping[str, Any], where: str, names: Names) -> str | None:
   """
   found = {}
   for key in REASONINGS:
-    if (value := item.get(key)) is not None:
-      plain = not isinstance(value, list | Mapping)
-      found[key] = value if plain else _thought(_parts(value, where, names))
-  found = {key: value for key, value in found.items() if value is not None}
+    if isinstance(value := item.get(key), list | Mapping):
+      value = _thought(_parts(value, where, names))
+    if value is not None:
+      found[key] = value
   # In parts, and whole: the parts do not say what was between them.
   if len({"".join(str(value).split()) for value in found.values()}) == 1:
-    found = dict(list(found.items())[:1])
+    found = dict([*found.items()][:1])
   if not found:
     return None
   return fields.text(found, fields.only(found, list(found), where), where)
@@ -121,23 +118,23 @@ def _thought(parts: "_Parts") -> str | None:
   return parts.text or None if parts.reasoning is None else parts.reasoning
 
 
+def weighed(messages: Iterable[Message], weight: float) -> list[Message]:
+  """The same turns, with a weight for those of the assistant without one."""
+  own = lambda one: one.role != "assistant" or one.weight is not None
+  give = lambda one: dataclasses.replace(one, weight=weight)
+  return [one if own(one) else give(one) for one in messages]
+
+
 def as_prompt(messages: Iterable[Message]) -> list[Message]:
   """The same turns as what comes before the answer: no longer trained.
 
   A weight that a turn was given itself stays.
   """
-  return [
-    dataclasses.replace(one, weight=0.0)
-    if one.role == "assistant" and one.weight is None
-    else one
-    for one in messages
-  ]
+  return weighed(messages, 0.0)
 
 
 def refuse_media(item: Mapping[str, Any], where: str) -> None:
   """A picture left out would leave an answer about nothing."""
-  if item.keys().isdisjoint(MEDIA):
-    return
   for key in MEDIA:
     if item.get(key):
       raise RowError(
@@ -161,15 +158,14 @@ def _messages(item: Any, where: str, names: Names) -> list[Message]:
   role = ROLES.get(role.strip().lower(), role)
   is_call = role.lower() in CALLS
   keys = ("content", "value", "parts")
-  found = [key for key in keys if key in item] or ["refusal"]
-  said = item[fields.only(item, found, where)] if found[0] in item else ""
+  keys = keys if any(key in item for key in keys) else ("refusal",)
+  said = fields.one_of(item, keys, where, "")
   if role == "tool" and (
     isinstance(said, dict | int | float) or _is_data(said)
   ):
     said = fields.json_text(said, where)
   parts = _Parts(said) if isinstance(said, str) else _parts(said, where, names)
-  found = [key for key in ("tool_calls", "function_call") if key in item]
-  calls = item[fields.only(item, found, where)] if found else []
+  calls = fields.one_of(item, ("tool_calls", "function_call"), where, [])
   thoughts = {reasoning(item, where, names), parts.reasoning} - {None}
   if len(thoughts) > 1:
     raise RowError(
@@ -198,9 +194,8 @@ def _messages(item: Any, where: str, names: Names) -> list[Message]:
 def _is_data(said: Any) -> bool:
   """Whether a list is what a tool gave, and no list of parts."""
   kinds = {"type", "text", "functionResponse", "function_response"}
-  return isinstance(said, list) and not any(
-    isinstance(one, Mapping) and kinds & one.keys() for one in said
-  )
+  is_part = lambda one: isinstance(one, Mapping) and kinds & one.keys()
+  return isinstance(said, list) and not any(map(is_part, said))
 
 
 def _parts(value: Any, where: str, names: Names) -> _Parts:
@@ -210,12 +205,10 @@ def _parts(value: Any, where: str, names: Names) -> _Parts:
     RowError: a part that is no text; an order that would change, since a
       Message has reasoning, text and calls in this order.
   """
-  if isinstance(value, Mapping):
-    value = [value]
+  value = [value] if isinstance(value, Mapping) else value
   if not isinstance(value, list):
-    raise RowError(
-      where, f"content of {fields.kind(value)}", "a string", "Make it a string."
-    )
+    got = f"content of {fields.kind(value)}"
+    raise RowError(where, got, "a string", "Make it a string.")
   # Of each kind: results, reasoning, text, calls.
   made: tuple[list, list, list, list] = ([], [], [], [])
   last = 0
@@ -244,19 +237,13 @@ def _parts(value: Any, where: str, names: Names) -> _Parts:
     else:
       rank, one = 2, text if kind in _TEXTS else None
     if one is None:
-      raise RowError(
-        where,
-        f"a content part {fields.shown(part)}",
-        "parts {'type': 'text', 'text': ...}",
-        "Only text can be trained on: drop the row.",
-      )
+      got = f"a content part {fields.shown(part)}"
+      cure = "Only text can be trained on: drop the row."
+      raise RowError(where, got, "parts {'type': 'text', 'text': ...}", cure)
     if rank < last and one:
-      raise RowError(
-        where,
-        f"a content part {fields.shown(part)} after others",
-        "results of tools, reasoning, text and calls in this order",
-        "Split the turn into several.",
-      )
+      got = f"a content part {fields.shown(part)} after others"
+      expected = "results of tools, reasoning, text and calls in this order"
+      raise RowError(where, got, expected, "Split the turn into several.")
     made[rank].append(one)
     last = rank if one else last
   results, thoughts, texts, calls = made
@@ -317,12 +304,10 @@ def _loose_item(item: Any, where: str, names: Names) -> Message | None:
 def _joined(a: Message, b: Message) -> Message:
   """Two items that are one turn of the assistant."""
   thoughts = [one.reasoning for one in (a, b) if one.reasoning is not None]
-  return dataclasses.replace(
-    b,
-    content=a.content + b.content,
-    reasoning="\n".join(thoughts) if thoughts else None,
-    tool_calls=a.tool_calls + b.tool_calls,
-  )
+  reasoning = "\n".join(thoughts) if thoughts else None
+  content, calls = a.content + b.content, a.tool_calls + b.tool_calls
+  parts = {"content": content, "reasoning": reasoning, "tool_calls": calls}
+  return dataclasses.replace(b, **parts)
 
 
 def _calls_of_text(
@@ -342,8 +327,7 @@ def _calls_of_text(
       one = dataclasses.replace(one, content=rest, tool_calls=calls)
       names.notes.add("tool calls read from <tool_call> text")
     results = _RESULT_TEXT.findall(one.content) if one.role == "tool" else []
-    if results and not _RESULT_TEXT.sub("", one.content):
-      made += [dataclasses.replace(one, content=text) for text in results]
-    else:
-      made.append(one)
+    if not results or _RESULT_TEXT.sub("", one.content):
+      results = [one.content]
+    made += [dataclasses.replace(one, content=text) for text in results]
   return made

@@ -1,5 +1,6 @@
 """A row's fields, or what is wrong with them; and a data set's own names."""
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -44,13 +45,9 @@ class Fields(dict[str, Any]):
 
 def unread(row: Fields) -> list[str]:
   """Keys under which a row or turn has text that nothing has read."""
-  return [
-    key
-    for key in row.keys() - row.read
-    if isinstance(key, str)
-    and not _ABOUT.fullmatch(key)
-    and _holds_text(dict.get(row, key))
-  ]
+  names = [key for key in row.keys() - row.read if isinstance(key, str)]
+  told = [key for key in names if not _ABOUT.fullmatch(key)]
+  return [key for key in told if _holds_text(dict.get(row, key))]
 
 
 def _holds_text(value: Any, levels: int = 10) -> bool:
@@ -82,6 +79,12 @@ def only(row: Row, keys: Sequence[str], where: str) -> str:
   return found[0]
 
 
+def one_of(row: Row, keys: Sequence[str], where: str, default: Any) -> Any:
+  """What is under the one of `keys` that the row has; else the default."""
+  found = [key for key in keys if key in row]
+  return row[only(row, found, where)] if found else default
+
+
 def text(row: Row, key: str, where: str) -> str:
   """row[key] as a string; '' where it is absent or null."""
   value = row.get(key)
@@ -100,12 +103,8 @@ def items(row: Row, key: str, where: str) -> list[Any]:
   if isinstance(value, str) and value.lstrip().startswith("["):
     value = loads(value, f"{where} {key}")
   if not isinstance(value, list) or not value:
-    raise RowError(
-      where,
-      f"{key} of {kind(value)}" if value else f"no {key}",
-      f"a list of {key}",
-      "Fill it or drop the row.",
-    )
+    got = f"{key} of {kind(value)}" if value else f"no {key}"
+    raise RowError(where, got, f"a list of {key}", "Fill it or drop the row.")
   return value
 
 
@@ -123,10 +122,9 @@ def shown(value: Any) -> str:
   if isinstance(value, str):
     return ascii(value[:40]) + ("..." if len(value) > 40 else "")
   if isinstance(value, Mapping):
-    pairs = [
-      f"{shown(key)}: {'{...}' if isinstance(held, Mapping) else shown(held)}"
-      for key, held in list(value.items())[:12]
-    ]
+    inner = lambda x: "{...}" if isinstance(x, Mapping) else shown(x)
+    first = itertools.islice(value.items(), 12)
+    pairs = [f"{shown(key)}: {inner(held)}" for key, held in first]
     return "{" + ", ".join(pairs) + (", ...}" if len(value) > 12 else "}")
   if isinstance(value, list | tuple):
     return f"[{len(value)} items]"
@@ -139,10 +137,8 @@ def tool_calls(value: Any, where: str) -> tuple[ToolCall, ...]:
   """The calls in a list, in one object, or in either as JSON text."""
   if isinstance(value, str):
     value = loads(value, where) if value.strip() else []
-  return tuple(
-    tool_call(call, where)
-    for call in (value if isinstance(value, list) else [value])
-  )
+  value = value if isinstance(value, list) else [value]
+  return tuple(tool_call(call, where) for call in value)
 
 
 def tool_call(call: Any, where: str) -> ToolCall:
@@ -154,25 +150,18 @@ def tool_call(call: Any, where: str) -> ToolCall:
   outer = as_json(call, where) if isinstance(call, Mapping) else {}
   inner = outer.get("function") or outer
   if not isinstance(inner, Mapping) or inner.get("name") is None:
-    raise RowError(
-      where,
-      f"a tool call {shown(call)}",
-      "an object with name and arguments",
-      "Write {'function': {'name': ..., 'arguments': {...}}}.",
-    )
-  found = [key for key in ("arguments", "parameters") if key in inner]
-  arguments = inner[only(inner, found, where)] if found else None
+    got = f"a tool call {shown(call)}"
+    cure = "Write {'function': {'name': ..., 'arguments': {...}}}."
+    raise RowError(where, got, "an object with name and arguments", cure)
+  arguments = one_of(inner, ("arguments", "parameters"), where, None)
   if isinstance(arguments, str) and arguments.strip():
     arguments = loads(arguments, where)
   if arguments is None or arguments == "":
     arguments = {}
   if not isinstance(arguments, dict):
-    raise RowError(
-      where,
-      f"tool call arguments of {kind(arguments)}",
-      "an object",
-      "Name every argument: {'city': 'Paris'}.",
-    )
+    got = f"tool call arguments of {kind(arguments)}"
+    cure = "Name every argument: {'city': 'Paris'}."
+    raise RowError(where, got, "an object", cure)
   call_id = text(outer, "id", where) or None
   return ToolCall(text(inner, "name", where), arguments, call_id)
 
@@ -182,31 +171,24 @@ def tools(row: Row, where: str) -> tuple[dict[str, Any], ...]:
   found = [key for key in ("tools", "functions") if row.get(key)]
   if not found:
     return ()
-  value = row[only(row, found, where)]
-  if isinstance(value, str):
-    absent = value.strip() in ("", "None")
-    value = [] if absent else loads(value, f"{where} tools")
-  else:
+  value, where_tools = row[only(row, found, where)], f"{where} tools"
+  if not isinstance(value, str):
     value = as_json(value, where)
-  value = value if isinstance(value, list) else [value] if value else []
-  as_text = [isinstance(one, str) and one.startswith("{") for one in value]
-  value = [
-    declared
-    for text, one in zip(as_text, value, strict=True)
-    for tool in [loads(one, f"{where} tools") if text else one]
-    for declared in (
-      (isinstance(tool, dict) and tool.get("functionDeclarations")) or [tool]
-    )
-  ]
+  else:
+    absent = value.strip() in ("", "None")
+    value = [] if absent else loads(value, where_tools)
+  made: list[Any] = []
+  for tool in value if isinstance(value, list) else [value] if value else []:
+    if isinstance(tool, str) and tool.startswith("{"):
+      tool = loads(tool, where_tools)
+    declared = isinstance(tool, dict) and tool.get("functionDeclarations")
+    made += declared or [tool]
   named = {"name", "function", "type"}
-  if not all(isinstance(tool, dict) and named & tool.keys() for tool in value):
-    raise RowError(
-      where,
-      f"tools {shown(value)}",
-      "a list of JSON schemas, each with the name of its function",
-      "Write [{'type': 'function', 'function': {'name': ...}}].",
-    )
-  return tuple(value)
+  if not all(isinstance(tool, dict) and named & tool.keys() for tool in made):
+    expected = "a list of JSON schemas, each with the name of its function"
+    cure = "Write [{'type': 'function', 'function': {'name': ...}}]."
+    raise RowError(where, f"tools {shown(made)}", expected, cure)
+  return tuple(made)
 
 
 def as_json(value: Any, where: str) -> Any:
@@ -214,11 +196,10 @@ def as_json(value: Any, where: str) -> Any:
   try:
     json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
   except (TypeError, ValueError, RecursionError) as error:
+    got = f"a value that JSON cannot hold ({error})"
+    expected = "objects, lists, strings, numbers, booleans and null"
     raise RowError(
-      where,
-      f"a value that JSON cannot hold ({error})",
-      "objects, lists, strings, numbers, booleans and null",
-      "Write it as JSON text, or drop the row.",
+      where, got, expected, "Write it as JSON text, or drop the row."
     ) from None
   return value
 
@@ -286,15 +267,10 @@ def spans(item: Row, where: str) -> tuple[tuple[int, int], ...] | None:
     else:
       start, end = one if isinstance(one, list) and len(one) == 2 else (0, None)
       train = True
-    if not (
-      type(start) is int and type(end) is int and isinstance(train, bool)
-    ):
-      raise RowError(
-        where,
-        f"{key} {shown(one)}",
-        "[start, end], or {begin_offset, end_offset, train}",
-        "Correct it: both count characters of content.",
-      )
+    if (type(start), type(end), type(train)) != (int, int, bool):
+      expected = "[start, end], or {begin_offset, end_offset, train}"
+      cure = "Correct it: both count characters of content."
+      raise RowError(where, f"{key} {shown(one)}", expected, cure)
     if train:
       made.append((start, end))
   return tuple(sorted(made))
@@ -304,19 +280,12 @@ def spans(item: Row, where: str) -> tuple[tuple[int, int], ...] | None:
 
 
 class Names(NamedTuple):
-  """Each maps names of a data set to ours.
+  """Each maps names of a data set to ours."""
 
-  Attributes:
-    columns: of a row.
-    keys: of a turn.
-    roles: the values of a turn's role.
-    notes: what the ledger says of the row that is read with them.
-  """
-
-  columns: Mapping[str, str]
-  keys: Mapping[str, str]
-  roles: Mapping[str, str]
-  notes: set[str]
+  columns: Mapping[str, str]  # Of a row.
+  keys: Mapping[str, str]  # Of a turn.
+  roles: Mapping[str, str]  # The values of a turn's role.
+  notes: set[str]  # What the ledger says of the row that is read with them.
 
 
 def to_names(columns: Mapping[str, Any]) -> Names:
@@ -332,17 +301,12 @@ def to_names(columns: Mapping[str, Any]) -> Names:
   Raises:
     ValueError: a new name that is no string, or that two columns share.
   """
-  inner = {
-    key: dict(columns[key])
-    for key in ("messages", "role")
-    if isinstance(columns.get(key), Mapping)
-  }
-  made = Names(
-    {key: new for key, new in columns.items() if key not in inner},
-    inner.get("messages", {}),
-    inner.get("role", {}),
-    set(),
-  )
+  named = [
+    x for x in ("messages", "role") if isinstance(columns.get(x), Mapping)
+  ]
+  inner = {key: dict(columns[key]) for key in named}
+  own = {key: new for key, new in columns.items() if key not in inner}
+  made = Names(own, inner.get("messages", {}), inner.get("role", {}), set())
   for part in made[:3]:
     news = list(part.values())
     shared = part is not made.roles and len(set(map(str, news))) < len(news)
@@ -361,9 +325,6 @@ def renamed(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
   >>> renamed({"q": "2 + 2?", "answer": 4}, {"q": "prompt"})
   {'answer': 4, 'prompt': '2 + 2?'}
   """
-  kept = {
-    key: held
-    for key, held in row.items()
-    if key not in names and key not in names.values()
-  }
+  gone = {*names, *names.values()}
+  kept = {key: held for key, held in row.items() if key not in gone}
   return kept | {new: row[old] for old, new in names.items() if old in row}

@@ -63,16 +63,11 @@ def to_conversation(
   if columns:
     row = fields.renamed(row, names.columns)
   # A null answer is an empty answer; any other null is a key left out.
-  nulls = [str(key) for key, held in row.items() if held is None]
-  row = fields.Fields(
-    {
-      key: held
-      for key, held in row.items()
-      if held is not None or key in instruction.ANSWERS
-    }
-  )
+  nulls = [key for key, held in row.items() if held is None]
+  left = {key: row[key] for key in nulls if key not in instruction.ANSWERS}
+  row = fields.Fields({x: held for x, held in row.items() if x not in left})
   if format == "auto":
-    format = _format_of(row, where, nulls)
+    format = _format_of(row, where, [*map(str, nulls)])
   elif format not in FORMATS:
     raise ValueError(
       f"format: got {format!r}; expected auto or one of {', '.join(FORMATS)}. "
@@ -115,28 +110,23 @@ class Format(NamedTuple):
   convert: Callable[[Row, str, Names], Conversation]
 
 
-# Keys that several formats look for.
-def _has_answer(row: Row) -> bool:
-  return not row.keys().isdisjoint(instruction.ANSWERS)
-
-
-def _has_chosen(row: Row) -> bool:
-  return isinstance(row.get("chosen"), str | list | Mapping)
+_ANSWERS, _QUESTIONS = {*instruction.ANSWERS}, {*instruction.QUESTIONS}
+_TURNS, _SHAREGPT = ("messages", "contents"), ("conversations", "conversation")
+_has_chosen = lambda row: isinstance(row.get("chosen"), str | list | Mapping)
 
 
 FORMATS = {
   "alpaca": Format(
     "instruction, input?, output | response",
     lambda row: (
-      "instruction" in row and (_has_answer(row) or not _has_chosen(row))
+      "instruction" in row
+      and bool(row.keys() & _ANSWERS or not _has_chosen(row))
     ),
     instruction.from_alpaca,
   ),
   "prompt_completion": Format(
     "prompt | question | query, completion | response | answer",
-    lambda row: (
-      not row.keys().isdisjoint(instruction.QUESTIONS) and _has_answer(row)
-    ),
+    lambda row: bool(row.keys() & _QUESTIONS and row.keys() & _ANSWERS),
     instruction.from_prompt_completion,
   ),
   "messages": Format(
@@ -145,14 +135,12 @@ FORMATS = {
       ("messages" in row or isinstance(row.get("contents"), list))
       and not _has_chosen(row)
     ),
-    functools.partial(_from_turns, keys=("messages", "contents")),
+    functools.partial(_from_turns, keys=_TURNS),
   ),
   "sharegpt": Format(
     "conversations",
-    lambda row: (
-      ("conversations" in row or "conversation" in row) and not _has_chosen(row)
-    ),
-    functools.partial(_from_turns, keys=("conversations", "conversation")),
+    lambda row: bool(row.keys() & {*_SHAREGPT}) and not _has_chosen(row),
+    functools.partial(_from_turns, keys=_SHAREGPT),
   ),
   "preference": Format(
     "chosen, rejected, prompt | messages | conversations",
@@ -198,13 +186,7 @@ def _weighed(
       "label not read; where it marks good answers, rename it to kto_tag "
       "(data.columns)"
     )
-  weight = fields.row_weight(row, where, names)
-  if weight is None:
+  if (weight := fields.row_weight(row, where, names)) is None:
     return made
-  messages = [
-    dataclasses.replace(one, weight=weight)
-    if one.role == "assistant" and one.weight is None
-    else one
-    for one in made.messages
-  ]
-  return dataclasses.replace(made, messages=tuple(messages))
+  messages = tuple(chat.weighed(made.messages, weight))
+  return dataclasses.replace(made, messages=messages)

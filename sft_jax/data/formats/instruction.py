@@ -20,15 +20,10 @@ Row = Mapping[str, Any]
 ANSWERS = ("output", "response", "completion", "answer")
 QUESTIONS = ("prompt", "question", "query")
 INPUTS = ("input", "context")
-SYSTEMS = (
-  *("system", "system_prompt"),
-  *("systemInstruction", "system_instruction"),
-)
+SYSTEMS = ("system", "system_prompt", "systemInstruction", "system_instruction")
 # Where a prompt may stand: as turns or as a question.
-PROMPTS = (
-  *("messages", "conversations", "conversation", "instruction"),
-  *QUESTIONS,
-)
+_TURNS = ("messages", "conversations", "conversation", "instruction")
+PROMPTS = (*_TURNS, *QUESTIONS)
 
 
 def from_alpaca(row: Row, source: str, names: Names) -> Conversation:
@@ -63,34 +58,27 @@ def from_preference(row: Row, source: str, names: Names) -> Conversation:
   chosen = reply(row, "chosen", source, names)
   if chosen[0].role == "assistant":
     if not found:
-      raise RowError(
-        where,
-        f"no prompt in {fields.shown(row)}",
-        "a prompt that chosen answers, or turns that begin with it",
-        'Add one; raw text is columns {"chosen": "text"}.',
-      )
+      expected = "a prompt that chosen answers, or turns that begin with it"
+      cure = 'Add one; raw text is columns {"chosen": "text"}.'
+      raise RowError(where, f"no prompt in {fields.shown(row)}", expected, cure)
     key = fields.only(row, found, where)
     before = prompt(row, key, where, names)
     if before[-1].role == "assistant":
+      got = f"an assistant turn at the end of {key}, and chosen"
+      cure = "Drop one of the two, or name the format (data.format: messages)."
       raise RowError(
-        where,
-        f"an assistant turn at the end of {key}, and chosen",
-        "turns up to the one that chosen answers",
-        "Drop one of the two, or name the format (data.format: messages).",
+        where, got, "turns up to the one that chosen answers", cure
       )
     return finished([*chat.as_prompt(before), *chosen], row, source)
   # The whole conversation; a prompt beside it repeats its beginning.
   said = [one for one in chosen if one.role != "system"]
   for key in found:
-    before = prompt(row, key, where, names)
-    again = [one for one in before if one.role != "system"]
+    again = prompt(row, key, where, names)
+    again = [one for one in again if one.role != "system"]
     if said[: len(again)] != again:
-      raise RowError(
-        where,
-        f"a {key} with which chosen does not begin",
-        "chosen as the answer alone, or as the whole conversation",
-        "Drop one of the two columns.",
-      )
+      got = f"a {key} with which chosen does not begin"
+      expected = "chosen as the answer alone, or as the whole conversation"
+      raise RowError(where, got, expected, "Drop one of the two columns.")
   shared = max(i for i, one in enumerate(chosen) if one.role != "assistant")
   if isinstance(row.get("rejected"), list):
     rejected = chat.read(row["rejected"], "rejected", where, names)
@@ -141,14 +129,11 @@ def finished(messages: list[Message], row: Row, source: str) -> Conversation:
   if isinstance(kwargs, str):
     kwargs = loads(kwargs, f"{where} chat_template_kwargs")
   if not isinstance(kwargs, Mapping) or any(
-    value is not None for value in kwargs.values()
+    x is not None for x in kwargs.values()
   ):
-    raise RowError(
-      where,
-      f"chat_template_kwargs {fields.shown(kwargs)}",
-      "template arguments of the whole run",
-      "Set data.template_kwargs, and drop the column.",
-    )
+    got = f"chat_template_kwargs {fields.shown(kwargs)}"
+    cure = "Set data.template_kwargs, and drop the column."
+    raise RowError(where, got, "template arguments of the whole run", cure)
   if found := [key for key in SYSTEMS if row.get(key)]:
     system = chat.text_of(row[fields.only(row, found, where)], where)
     if system.strip():
@@ -171,11 +156,9 @@ def _history(row: Row, where: str) -> list[Message]:
   pairs = fields.items(row, "history", where) if row.get("history") else []
   for index, pair in enumerate(pairs):
     if not isinstance(pair, list) or list(map(type, pair)) != [str, str]:
+      got, expected = fields.shown(pair), "[question, answer], both strings"
       raise RowError(
-        f"{where} history[{index}]",
-        fields.shown(pair),
-        "[question, answer], both strings",
-        "Correct or drop the row.",
+        f"{where} history[{index}]", got, expected, "Correct or drop the row."
       )
     made += [Message("user", pair[0]), chat.spoken("assistant", pair[1])]
   return made

@@ -39,21 +39,14 @@ def from_tokens(
   }
   for key, column in columns.items():
     if len(column) != len(ids):
-      raise RowError(
-        where,
-        f"{len(column)} {key} for {len(ids)} input_ids",
-        "as many",
-        "Correct or drop the row.",
-      )
+      got = f"{len(column)} {key} for {len(ids)} input_ids"
+      raise RowError(where, got, "as many", "Correct or drop the row.")
   attended = columns.pop("attention_mask", [1] * len(ids))
   positions = columns.pop("position_ids", None)
   if not columns:
-    raise RowError(
-      where,
-      "input_ids alone",
-      "labels, which say what is trained",
-      "Add labels: the ids, or -100 where nothing is trained.",
-    )
+    got = "input_ids alone"
+    cure = "Add labels: the ids, or -100 where nothing is trained."
+    raise RowError(where, got, "labels, which say what is trained", cure)
   labels = columns.pop("labels", ids)
   trained = [label != IGNORED for label in labels]
   for mask in columns.values():
@@ -63,12 +56,9 @@ def from_tokens(
   _check_labels(ids, labels, where)
   first = positions[start] if positions else 0
   if positions and positions[start:end] != list(range(first, first + len(ids))):
-    raise RowError(
-      where,
-      "position_ids that do not count up",
-      "one document in a row",
-      "Give each document its own row: packing is done here.",
-    )
+    got = "position_ids that do not count up"
+    cure = "Give each document its own row: packing is done here."
+    raise RowError(where, got, "one document in a row", cure)
   if min(ids, default=0) < 0:
     raise RowError(
       where, f"the id {min(ids)}", "ids from 0", "Correct or drop the row."
@@ -85,12 +75,9 @@ def _integers(row: Mapping[str, Any], key: str, where: str) -> list[int]:
   for index, one in enumerate(value):
     # Booleans make a mask.
     if not isinstance(one, int) or abs(one) >= 2**31:
-      raise RowError(
-        where,
-        f"{key}[{index}] {fields.shown(one)}",
-        "integers of 32 bits",
-        "Correct or drop the row.",
-      )
+      got = f"{key}[{index}] {fields.shown(one)}"
+      expected = "integers of 32 bits"
+      raise RowError(where, got, expected, "Correct or drop the row.")
   return value
 
 
@@ -104,28 +91,19 @@ def _without_padding(
   end = len(attended) - attended[::-1].index(1)
   inside = all(one == 1 for one in attended[start:end])
   if not inside or any(trained[:start]) or any(trained[end:]):
-    raise RowError(
-      where,
-      "trained padding" if inside else "padding between tokens",
-      "attention_mask 0 at the ends alone, on labels of -100",
-      "Correct or drop the row.",
-    )
+    got = "trained padding" if inside else "padding between tokens"
+    expected = "attention_mask 0 at the ends alone, on labels of -100"
+    raise RowError(where, got, expected, "Correct or drop the row.")
   return start, end
 
 
 def _check_labels(ids: list[int], labels: list[int], where: str) -> None:
-  wrong = [
-    index
-    for index, (one, label) in enumerate(zip(ids, labels, strict=True))
-    if label not in (one, IGNORED)
-  ]
-  if not wrong:
+  fits = [a in (b, IGNORED) for a, b in zip(labels, ids, strict=True)]
+  if all(fits):
     return
-  index = wrong[0]
-  shifted = all(
-    label in (IGNORED, one)
-    for label, one in zip(labels[:-1], ids[1:], strict=True)
-  )
+  index = fits.index(False)
+  pairs = zip(labels[:-1], ids[1:], strict=True)
+  shifted = all(label in (IGNORED, one) for label, one in pairs)
   raise RowError(
     f"{where} labels[{index}]",
     f"{labels[index]} where input_ids has {ids[index]}"

@@ -51,8 +51,7 @@ def read_arrow(file: Path, on_bad_row: OnBadRow) -> Rows:
   with pyarrow.memory_map(str(file)) as mapped:
     with _reading(file):
       if is_stream:
-        table = pyarrow.ipc.open_stream(mapped)
-        whole = iter(table)
+        whole = table = pyarrow.ipc.open_stream(mapped)
       else:
         table = pyarrow.ipc.open_file(mapped)
         whole = map(table.get_batch, range(table.num_record_batches))
@@ -106,14 +105,9 @@ def _one_by_one(
     except RowError as error:
       on_bad_row(error)
     except _FAULTS as error:
-      on_bad_row(
-        RowError(
-          where,
-          f"a value that cannot be read ({error})",
-          "UTF-8 text, finite numbers and values that Python has",
-          "Correct or drop the row.",
-        )
-      )
+      got = f"a value that cannot be read ({error})"
+      expected = "UTF-8 text, finite numbers and values that Python has"
+      on_bad_row(RowError(where, got, expected, "Correct or drop the row."))
     else:
       yield at, row
 
@@ -126,23 +120,18 @@ def _reading(file: Path) -> Iterator[None]:
   except (pyarrow.ArrowException, OSError) as error:
     if isinstance(error, FileNotFoundError | PermissionError):
       raise
+    got = f"a file that is damaged or breaks off ({error})"
+    expected = f"a whole {file.suffix} file"
     raise RowError(
-      one_line(file.name),
-      f"a file that is damaged or breaks off ({error})",
-      f"a whole {file.suffix} file",
-      "Fetch or write the file again.",
+      one_line(file.name), got, expected, "Fetch or write the file again."
     ) from None
 
 
 def _check_names(schema: pyarrow.Schema, file: Path) -> None:
   twice = [name for name in schema.names if schema.names.count(name) > 1]
   if twice:
-    raise RowError(
-      one_line(file.name),
-      f"two columns of the name {twice[0]!r}",
-      "each name once",
-      "Rename one of them.",
-    )
+    got, expected = f"two columns of the name {twice[0]!r}", "each name once"
+    raise RowError(one_line(file.name), got, expected, "Rename one of them.")
 
 
 def _not_finite(batch: pyarrow.RecordBatch) -> str | None:
@@ -171,11 +160,8 @@ def _has_struct(kind: pyarrow.DataType) -> bool:
 
 def _without_nulls(value: Any) -> Any:
   if isinstance(value, dict):
-    return {
-      key: _without_nulls(held)
-      for key, held in value.items()
-      if held is not None
-    }
+    pairs = ((key, held) for key, held in value.items() if held is not None)
+    return {key: _without_nulls(held) for key, held in pairs}
   if isinstance(value, list):
     return [_without_nulls(held) for held in value]
   return value

@@ -24,14 +24,10 @@ _TEXT = {
 }
 # By the end of a file's name.
 READERS = {
-  **{
-    ending + compression: read
-    for ending, read in _TEXT.items()
-    for compression in ("", *json.COMPRESSIONS)
-  },
-  ".parquet": arrow.read_parquet,
-  ".arrow": arrow.read_arrow,
-}
+  ending + packed: read
+  for ending, read in _TEXT.items()
+  for packed in ("", *json.COMPRESSIONS)
+} | {".parquet": arrow.read_parquet, ".arrow": arrow.read_arrow}
 # In folders: tables about the data and caches, and the numbers of shards.
 _NO_ROWS = re.compile(
   r"(dataset_infos?|dataset_dict|state)\.json|cache-.*\.arrow"
@@ -74,18 +70,14 @@ def read_rows(path: str | Path, *, on_bad_row: OnBadRow = stop) -> Rows:
     for file in files:
       yield from READERS[_ending(file)](file, bad)
 
-  if not (cut := slice_of(path)):
-    yield from rows(on_bad_row)
-    return
-  total = 0
-  if "%" in cut or "-" in cut:
-    total = sum(1 for _ in rows(lambda error: None))
-  ends = [
-    None if not end else round(float(end[:-1]) * total / 100)
-    if end.endswith("%") else int(end)
-    for end in cut[1:-1].split(":")
-  ]  # fmt: skip
-  first, last = (x and max(x + total * (x < 0), 0) for x in ends)
+  first = last = None
+  if cut := slice_of(path):
+    total = 0
+    if "%" in cut or "-" in cut:
+      total = sum(1 for _ in rows(lambda error: None))
+    of = lambda x: float(x[:-1]) * total / 100 if x.endswith("%") else int(x)
+    ends = [round(of(end)) if end else None for end in cut[1:-1].split(":")]
+    first, last = (x and max(x + total * (x < 0), 0) for x in ends)
   yield from itertools.islice(rows(on_bad_row), first, last)
 
 
@@ -123,9 +115,9 @@ def find_files(path: str | Path) -> list[Path]:
   """
   named = os.path.expanduser(path)
   named = named.removesuffix(slice_of(named))
-  name, _, part = (
-    (named, "", "") if Path(named).exists() else named.partition("#")
-  )
+  name, _, part = named.partition("#")
+  if Path(named).exists():
+    name, part = named, ""
   if Path(name).is_file():
     found = [Path(name)]
   elif Path(name).is_dir():
@@ -161,10 +153,8 @@ def _glob(pattern: str) -> list[Path]:
     if not (fixed / part).exists():
       break
     fixed /= part
-  rest = Path(pattern).relative_to(fixed)
-  matches = glob_lib.glob(
-    f"{glob_lib.escape(str(fixed))}/{rest}", recursive=True
-  )
+  rest, start = Path(pattern).relative_to(fixed), glob_lib.escape(str(fixed))
+  matches = glob_lib.glob(f"{start}/{rest}", recursive=True)
   # A link that leads to its own folder gives every file again.
   files = {os.path.realpath(x): Path(x) for x in sorted(matches, reverse=True)}
   found = sorted(file for file in files.values() if file.is_file())
@@ -215,9 +205,8 @@ def _one_split(folder: Path, part: str, path: str) -> list[Path]:
     return chosen, sorted({_SHARD.sub("", found[file]) for file in chosen})
 
   chosen, sets = with_part(part)
-  if len(sets) > 1 and not part:
-    train, its_sets = with_part("train")
-    chosen, sets = (train, its_sets) if len(its_sets) == 1 else (chosen, sets)
+  if len(sets) > 1 and not part and len(with_part("train")[1]) == 1:
+    chosen, sets = with_part("train")
   if len(sets) != 1:
     listed = list(map(one_line, (sets or with_part("")[1])[:20]))
     part = Path(listed[-1]).name.partition(".")[0] if listed else "train"

@@ -82,11 +82,10 @@ def read_json(file: Path, on_bad_row: OnBadRow) -> Rows:
       data = _guarded(stream.read, MAX_ARRAY_BYTES + 1, file)
   if head.startswith(b"["):
     if len(data) > MAX_ARRAY_BYTES:
+      got = f"a JSON array of more than {MAX_ARRAY_BYTES // 2**20} MiB"
+      cure = "Convert it: jq -c '.[]' rows.json > rows.jsonl."
       raise RowError(
-        one_line(file.name),
-        f"a JSON array of more than {MAX_ARRAY_BYTES // 2**20} MiB",
-        "JSON lines, which are read row by row",
-        "Convert it: jq -c '.[]' rows.json > rows.jsonl.",
+        one_line(file.name), got, "JSON lines, which are read row by row", cure
       )
     text = _decoded(data, one_line(file.name))
     del data
@@ -94,11 +93,10 @@ def read_json(file: Path, on_bad_row: OnBadRow) -> Rows:
     return
   start = head[:20].decode(errors="replace")
   if not start.startswith("{") or start.split("\n")[0].strip() == "{":
+    got = f"text that begins with {start!r}" if start else "an empty file"
+    expected = "an array of objects, or an object on each line"
     raise RowError(
-      one_line(file.name),
-      f"text that begins with {start!r}" if start else "an empty file",
-      "an array of objects, or an object on each line",
-      "Wrap the rows in an array.",
+      one_line(file.name), got, expected, "Wrap the rows in an array."
     )
   yield from read_jsonl(file, on_bad_row)
 
@@ -211,11 +209,10 @@ def _guarded(read: Callable[[int], bytes], size: int, file: Path) -> bytes:
   except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
     if file.suffix.lower() not in COMPRESSIONS:
       raise
+    got = f"packed data that is damaged or breaks off ({error})"
+    expected = f"a whole {file.suffix} file"
     raise RowError(
-      one_line(file.name),
-      f"packed data that is damaged or breaks off ({error})",
-      f"a whole {file.suffix} file",
-      "Fetch or pack the file again.",
+      one_line(file.name), got, expected, "Fetch or pack the file again."
     ) from None
 
 
@@ -223,10 +220,9 @@ def _lines(stream: Any, file: Path) -> Iterator[tuple[int, bytes]]:
   """Numbered lines; of one that is too long, only its beginning."""
   limit = MAX_ROW_BYTES + 1
   for number in itertools.count(1):
-    line = _guarded(stream.readline, limit, file)
+    rest = line = _guarded(stream.readline, limit, file)
     if not line:
       return
-    rest = line
     while len(rest) == limit and not rest.endswith(b"\n"):
       rest = _guarded(stream.readline, limit, file)
     yield number, line
@@ -236,33 +232,23 @@ def _decoded(data: bytes, where: str) -> str:
   try:
     return data.decode()
   except UnicodeDecodeError as error:
-    raise RowError(
-      f"{where} byte {error.start}",
-      f"the byte 0x{data[error.start]:02x}, which is not UTF-8",
-      "UTF-8",
-      "Convert the file, or correct or drop the row.",
-    ) from None
+    got = f"the byte 0x{data[error.start]:02x}, which is not UTF-8"
+    cure = "Convert the file, or correct or drop the row."
+    raise RowError(f"{where} byte {error.start}", got, "UTF-8", cure) from None
 
 
 def _object(row: Any, where: str) -> dict[str, Any]:
   if not isinstance(row, dict):
-    raise RowError(
-      where,
-      f"a JSON {type(row).__name__}",
-      "an object",
-      "Give every row as {...}.",
-    )
+    got = f"a JSON {type(row).__name__}"
+    raise RowError(where, got, "an object", "Give every row as {...}.")
   return row
 
 
 def too_long(where: str) -> RowError:
   """What is wrong with a row of more than `MAX_ROW_BYTES`."""
-  return RowError(
-    where,
-    f"a row of more than {MAX_ROW_BYTES // 2**20} MiB",
-    f"rows of at most {MAX_ROW_BYTES // 2**20} MiB",
-    "Cut it into several rows.",
-  )
+  got = f"a row of more than {MAX_ROW_BYTES // 2**20} MiB"
+  expected = f"rows of at most {MAX_ROW_BYTES // 2**20} MiB"
+  return RowError(where, got, expected, "Cut it into several rows.")
 
 
 # -- Values -------------------------------------------------------------------
@@ -323,11 +309,9 @@ def _decode(text: str, start: int) -> tuple[Any, int]:
     raise
   except ValueError:
     # Of Python's limit on digits, which keeps conversion from hanging.
-    raise _Fault(
-      "an integer of thousands of digits",
-      "a number of ordinary size",
-      "Write it as a string, or drop the row.",
-    ) from None
+    got = "an integer of thousands of digits"
+    cure = "Write it as a string, or drop the row."
+    raise _Fault(got, "a number of ordinary size", cure) from None
   nested = text.count("[", start, end) + text.count("{", start, end)
   if nested > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
     raise _TOO_DEEP
@@ -336,22 +320,16 @@ def _decode(text: str, start: int) -> tuple[Any, int]:
     try:
       json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-      raise _Fault(
-        f"half a surrogate pair ({error.object[error.start]!r})",
-        "whole characters",
-        "Correct the escape or drop the row.",
-      ) from None
+      got = f"half a surrogate pair ({error.object[error.start]!r})"
+      cure = "Correct the escape or drop the row."
+      raise _Fault(got, "whole characters", cure) from None
   return value, end
 
 
 def _syntax_error(error: json.JSONDecodeError, where: str) -> RowError:
   near = error.doc[max(0, error.pos - 10) : error.pos + 20]
-  return RowError(
-    where,
-    f"{error.msg.lower()} at {near!r}",
-    "valid JSON",
-    "Correct or drop the row.",
-  )
+  got = f"{error.msg.lower()} at {near!r}"
+  return RowError(where, got, "valid JSON", "Correct or drop the row.")
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
@@ -367,11 +345,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     known = set()
     for key, _ in pairs:
       if key in known:
-        raise _Fault(
-          f"the key {key!r} twice in one object",
-          "each key once",
-          "Keep one of the two values.",
-        )
+        got = f"the key {key!r} twice in one object"
+        raise _Fault(got, "each key once", "Keep one of the two values.")
       known.add(key)
   return made
 

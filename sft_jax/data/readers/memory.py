@@ -32,11 +32,10 @@ class MemoryRows:
           json.dumps(row, default=_plain, allow_nan=False).encode() + b"\n"
         )
       except (TypeError, ValueError, RecursionError) as error:
+        got = f"a value that JSON cannot hold ({error})"
+        expected = "strings, finite numbers, booleans, null, lists and dicts"
         raise RowError(
-          f"rows[{index}]",
-          f"a value that JSON cannot hold ({error})",
-          "strings, finite numbers, booleans, null, lists and dicts",
-          "Convert or drop it.",
+          f"rows[{index}]", got, expected, "Convert or drop it."
         ) from None
     self.digest = made.hexdigest()
 

@@ -120,16 +120,15 @@ def build(
     tokenizer, options, max_length, format, skip_bad_rows=on_bad_row == "skip"
   )
 
-  def files() -> list[Path]:
-    return [file for one in parts for file in one.files()]
+  def check() -> None:
+    """Whether the files are those whose digests are in the key."""
+    digests.check(file for one in parts for file in one.files())
 
   def write(place: Path) -> None:
     """Encodes all rows into a folder."""
     log(f"data: encoding {', '.join(s.label for s in parts)}")
-    jobs = itertools.chain.from_iterable(
-      shards.read(number, source, seed=seed)
-      for number, source in enumerate(parts)
-    )
+    read = [shards.read(i, source, seed=seed) for i, source in enumerate(parts)]
+    jobs = itertools.chain.from_iterable(read)
     processes = num_workers or workers.num_cores()
     with _Writer(place, tokenizer.vocab_size, parts) as writer:
       try:
@@ -137,9 +136,9 @@ def build(
           for chunk in encoded:
             writer.append(chunk)
       except (ValueError, OSError):
-        digests.check(files())  # Half of a file may be a malformed row.
+        check()  # Half of a file may be a malformed row.
         raise
-    digests.check(files())
+    check()
     _seal(place, parts, writer.stats, inputs, writer.tokens)
 
   try:
@@ -149,8 +148,7 @@ def build(
     atexit.register(shutil.rmtree, private, ignore_errors=True)
     log(
       f"data: the cache {directory} cannot be used ({why}): the rows are "
-      f"encoded into {private}, for this run alone. data.cache_dir names "
-      "another one."
+      f"encoded into {private}, for this run alone. Change data.cache_dir."
     )
     return _open_or_build(private, name, parts, write, log)
 
@@ -181,7 +179,13 @@ def _open_or_build(
       place.mkdir()
       try:
         write(place)
-        _move(place, folder)
+        _sync_folder(place)
+        try:
+          place.rename(folder)
+        except OSError:  # Another process was first.
+          if not folder.exists():
+            raise
+        _sync_folder(directory)
       finally:
         shutil.rmtree(place, ignore_errors=True)
     store = open_store(folder, sources)
@@ -193,9 +197,8 @@ def _open_or_build(
         "kept: make room, or name a folder elsewhere in data.cache_dir."
       ) from error
     where = Path(error.filename or ".")
-    ours = where in (directory, *directory.parents) or (
-      directory in where.parents
-    )
+    ours = {directory, *directory.parents}
+    ours = where in ours or directory in where.parents
     if error.errno in _NO_ACCESS and ours:
       raise _NoAccess(error) from error
     raise
@@ -277,13 +280,8 @@ class _Writer:
     self._begin["run"] += len(chunk.runs)
     self._begin["row"] += chunk.stats.rows_trained
     self._begin["place"] += len(chunk.places)
-    data = (
-      tokens.tobytes(),
-      chunk.runs.tobytes(),
-      chunk.index.tobytes(),
-      chunk.places,
-      chunk.bad_rows,
-    )
+    arrays = (tokens, chunk.runs, chunk.index)
+    data = (*(x.tobytes() for x in arrays), chunk.places, chunk.bad_rows)
     for file, content in zip(self._files.values(), data, strict=True):
       file.write(content)
 
@@ -303,25 +301,9 @@ def _seal(
   made = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
   made.update((files["tokens.bin"] + files["runs.bin"]).encode())
   made.update(index["length"].tobytes() + index["source"].tobytes())
-  meta = {
-    "files": files,
-    "tokens": tokens.str,
-    "fingerprint": made.hexdigest(),
-    "fingerprint_inputs": inputs,
-    "stats": stats.to_json(),
-  }
-  write_meta(folder, meta)
-
-
-def _move(building: Path, folder: Path) -> None:
-  """Puts a whole store in its place, unless another process was first."""
-  _sync_folder(building)
-  try:
-    building.rename(folder)
-  except OSError:
-    if not folder.exists():
-      raise
-  _sync_folder(folder.parent)
+  meta = {"files": files, "tokens": tokens.str, "stats": stats.to_json()}
+  made_of = {"fingerprint": made.hexdigest(), "fingerprint_inputs": inputs}
+  write_meta(folder, meta | made_of)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -368,9 +350,8 @@ def _wait(file: IO[bytes], directory: Path, name: str, log: Log) -> bool:
     if not said:
       log(f"data: waiting for another run that encodes into {directory}")
       said = True
-    now = sum(
-      one.stat().st_size for one in directory.glob(f".building-{name}.*/*")
-    )
+    files = directory.glob(f".building-{name}.*/*")
+    now = sum(file.stat().st_size for file in files)
     if now != size:
       size, since = now, time.monotonic()
     elif time.monotonic() - since > _PATIENCE:

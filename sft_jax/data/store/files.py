@@ -93,7 +93,7 @@ class Digests:
     Raises:
       ValueError: a file has changed, is gone or is new.
     """
-    now = dict.fromkeys(paths)
+    now, what = dict.fromkeys(paths), None
     for path in dict.fromkeys([*self._known, *now]):
       state, before = self._known.get(path, (None, ""))
       if path not in now:
@@ -102,13 +102,12 @@ class Digests:
         what = "is new"
       elif _state(path) != state or digest(path) != before:
         what = "has changed"
-      else:
-        continue
-      raise ValueError(
-        f"{path}: {what} while its rows were read; expected files that stay "
-        "as they are until they are encoded. Nothing was kept: run the same "
-        "command again when nobody writes to it."
-      )
+      if what:
+        raise ValueError(
+          f"{path}: {what} while its rows were read; expected files that stay "
+          "as they are until they are encoded. Nothing was kept: run the same "
+          "command again when nobody writes to it."
+        )
 
 
 def _state(path: Path) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """What a store was made from, by name: the key of a cache says it in full."""
 
 import importlib.metadata
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,8 @@ from sft_jax.data.tokenizers.tokenizer import Tokenizer
 # What has no say in what an example is: changing it leaves every example as it
 # is.
 _ELSEWHERE = (
-  "audit/",
-  "packing.py",
-  "pipeline.py",
-  "selection.py",
-  "chat/template_export.py",
-  "store/stats.py",
-  "store/workers.py",
+  *("audit/", "packing.py", "pipeline.py", "selection.py"),
+  *("chat/template_export.py", "store/stats.py", "store/workers.py"),
 )
 _LIBRARIES = ("jinja2", "sentencepiece", "tokenizers")
 
@@ -42,16 +38,13 @@ def of_source(
 
 
 def of_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+  # How a model likes to be sampled does not change what text becomes.
+  files = [x for x in tokenizer.files if x.name != "generation_config.json"]
   return {
     "fingerprint": tokenizer.fingerprint,
     "chat template": hash_text(tokenizer.chat_template or ""),
     "stop ids": list(tokenizer.stop_ids),
-    # How a model likes to be sampled does not change what text becomes.
-    **{
-      file.name: digest(file)
-      for file in tokenizer.files
-      if file.name != "generation_config.json"
-    },
+    **{file.name: digest(file) for file in files},
   }
 
 
@@ -59,11 +52,8 @@ def code_version() -> str:
   """Hash of what turns rows into examples: our sources, others' versions."""
   folder = Path(__file__).parents[1]
   names = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*.py"))
-  ours = [
-    digest(folder / name)
-    for name in names
-    if not name.startswith(_ELSEWHERE) and not name.endswith("__init__.py")
-  ]
+  names = [x for x in names if not x.startswith(_ELSEWHERE)]
+  ours = [digest(folder / x) for x in names if not x.endswith("__init__.py")]
   others = [importlib.metadata.version(name) for name in _LIBRARIES]
   return hash_text(" ".join(ours + others))
 
@@ -79,14 +69,10 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     if before == after:
       return []
     if isinstance(before, dict) and isinstance(after, dict):
-      keys = dict.fromkeys([*before, *after])
-      return [
-        line
-        for key in keys
-        for line in look(
-          before.get(key), after.get(key), f"{name}, {key}" if name else key
-        )
-      ]
+      pairs = {x: (before.get(x), after.get(x)) for x in [*before, *after]}
+      start = f"{name}, " if name else ""
+      inner = (look(*pair, start + key) for key, pair in pairs.items())
+      return list(itertools.chain.from_iterable(inner))
     for gone, word in ((after, "gone"), (before, "new")):
       if gone is None:
         return [f"{name}: {word}"]

@@ -18,7 +18,6 @@ from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.conversation import Conversation, NothingToTrain, RowError
 from sft_jax.data.encoding import encode
 from sft_jax.data.encoding.encode import Example
-from sft_jax.data.formats import formats
 from sft_jax.data.sources import Source, settle_weights
 from sft_jax.data.store.files import INDEX, RUN
 from sft_jax.data.store.stats import SourceStats
@@ -48,45 +47,31 @@ class Chunk(NamedTuple):
 
 
 class Encoded(NamedTuple):
-  """What became of a chunk.
+  """What became of a chunk."""
 
-  Attributes:
-    number: of its source.
-    stats: what became of each row.
-    tokens: of all examples, back to back.
-    runs: see `store_files.RUN`.
-    index: see `store_files.INDEX`; starts and rows count from those of the
-      chunk.
-    places: of the rows trained on, as bytes.
-    bad_rows: lines for bad_rows.jsonl.
-    fault: what stops the build at this row, if anything does.
-  """
-
-  number: int
-  stats: SourceStats
-  tokens: Shaped[np.ndarray, " tokens"]
-  runs: Shaped[np.ndarray, " runs"]
+  number: int  # Of its source.
+  stats: SourceStats  # What became of each row.
+  tokens: Shaped[np.ndarray, " tokens"]  # Of all examples, back to back.
+  runs: Shaped[np.ndarray, " runs"]  # See `store_files.RUN`.
+  # See `store_files.INDEX`; starts and rows count from those of the chunk.
   index: Shaped[np.ndarray, " examples"]
-  places: bytes
-  bad_rows: bytes
-  fault: Exception | None
+  places: bytes  # Of the rows trained on, as bytes.
+  bad_rows: bytes  # Lines for bad_rows.jsonl.
+  fault: Exception | None  # What stops the build at this row, if anything does.
 
 
 def read(
   number: int, source: Source, *, seed: int, chunk_rows: int = _ROWS
 ) -> Iterator[Chunk]:
   """Reads the rows of a source, in chunks."""
-  pickled: list[bytes] = []
-  size = 0
   items = _items(source, seed)
   source = settle_weights(source).without_rows()
+  pickled: list[bytes] = []
   for item in items:
-    one = pickle.dumps(item, pickle.HIGHEST_PROTOCOL)
-    pickled.append(one)
-    size += len(one)
-    if len(pickled) == chunk_rows or size > _BYTES:
+    pickled.append(pickle.dumps(item, pickle.HIGHEST_PROTOCOL))
+    if len(pickled) == chunk_rows or sum(map(len, pickled)) > _BYTES:
       yield Chunk(number, source, pickled)
-      pickled, size = [], 0
+      pickled = []
   if pickled:
     yield Chunk(number, source, pickled)
 
@@ -114,15 +99,14 @@ class _Broken(NamedTuple):
 
 def _items(source: Source, seed: int) -> Iterator[Any]:
   """(place, row), or what stands in its stead, in the order of the rows."""
-  taken = None
-  if source.limit is not None:
-    number = sum(1 for _ in _read(source))
-    rng = np.random.default_rng(seed)
-    taken = np.zeros(number, bool)
-    limit = min(source.limit, number)
-    taken[rng.choice(number, limit, replace=False)] = True
+  if source.limit is None:
+    yield from _read(source)
+    return
+  number, rng = sum(1 for _ in _read(source)), np.random.default_rng(seed)
+  taken = np.zeros(number, bool)
+  taken[rng.choice(number, min(source.limit, number), replace=False)] = True
   for i, item in enumerate(_read(source)):
-    if taken is None or taken[i] or isinstance(item, _Broken):
+    if taken[i] or isinstance(item, _Broken):
       yield item
     else:
       place = item.where if isinstance(item, RowError) else item[0]
@@ -137,26 +121,21 @@ def _read(source: Source) -> Iterator[Any]:
       while unreadable:
         yield unreadable.pop(0)
       yield item
+    yield from unreadable
   except (ValueError, OSError) as fault:
     # Told in its turn, after the faults of rows before it.
     yield from unreadable
     yield _Broken(fault)
-  else:
-    yield from unreadable
 
 
 def encode_chunk(recipe: Recipe, chunk: Chunk) -> Encoded:
   """Encodes the rows of a chunk, in order, up to the first fault."""
+  tokenizer, options, max_length, *_ = recipe
   items = [pickle.loads(pickled) for pickled in chunk.rows]
   read = [_to_conversation(recipe, chunk.source, item) for item in items]
-  results = encode.encode_rows(
-    [one for one in read if isinstance(one, Conversation)],
-    recipe.tokenizer,
-    recipe.options,
-    max_length=recipe.max_length,
-  )
-  made = _Arrays(recipe)
-  fault = None
+  rows = [one for one in read if isinstance(one, Conversation)]
+  results = encode.encode_rows(rows, tokenizer, options, max_length=max_length)
+  made, fault = _Arrays(recipe), None
   for item, conversation in zip(items, read, strict=True):
     if isinstance(conversation, _Broken):
       fault = conversation.fault
@@ -191,12 +170,7 @@ def _to_conversation(
   if isinstance(row, NothingToTrain):
     return row
   try:
-    return formats.to_conversation(
-      row,
-      format=source.format or recipe.format,
-      columns=source.columns,
-      source=place,
-    )
+    return source.to_conversation(row, place, recipe.format)
   except (RowError, NothingToTrain) as error:
     return error
 
@@ -205,13 +179,11 @@ class _Arrays:
   """Grows the arrays of an `Encoded`."""
 
   def __init__(self, recipe: Recipe):
-    self.stats = SourceStats()
-    self.bad_rows = bytearray()
-    self._recipe = recipe
+    self.stats, self.bad_rows = SourceStats(), bytearray()
+    self._recipe, self._places = recipe, bytearray()
     self._examples: list[Example] = []
     self._runs: list[np.ndarray] = []
     self._records: list[tuple] = []
-    self._places = bytearray()
     self._num_tokens = self._num_runs = 0
 
   def add(
@@ -269,8 +241,7 @@ def to_runs(example: Example) -> Shaped[np.ndarray, " runs"]:
   starts = np.concatenate([[0], np.flatnonzero(new) + 1])
   runs = np.empty(len(starts), RUN)
   runs["length"] = np.diff(starts, append=len(weights))
-  runs["weight"] = weights[starts]
-  runs["role"] = roles[starts]
+  runs["weight"], runs["role"] = weights[starts], roles[starts]
   return runs
 
 

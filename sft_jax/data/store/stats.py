@@ -6,6 +6,7 @@ printed at the start of a run and kept with it, in ledger.json.
 """
 
 import collections
+import copy
 import dataclasses
 import glob
 from pathlib import Path
@@ -14,94 +15,89 @@ from typing import Any
 import numpy as np
 
 _EXAMPLES_KEPT = 5
+# What is counted by reason, and how a line of it begins after the number.
+_COUNTED = {
+  "notes": "rows: ",
+  "dropped": "rows dropped, ",
+  "dropped_turns": "turns dropped, ",
+}
 QUANTILES = {"shortest": 0.0, "median": 0.5, "95 %": 0.95, "longest": 1.0}
 
 
 @dataclasses.dataclass
 class SourceStats:
-  """What became of one source.
+  """What became of one source."""
 
-  Attributes:
-    rows_in: rows read.
-    rows_trained: rows with at least one example to train on.
-    rows_held_out: rows that measure the others, and are not trained on.
-    rows_text: those of `rows_trained` that are raw text, trained on whole.
-    dropped: rows not trained on, by reason.
-    dropped_turns: turns not trained on, by reason, in rows that are.
-    notes: rows trained on to which something happened, by what: see
-      `encode.EncodedRow`.
-    places: where the first few of each reason or note are, as 'file:line'.
-    examples: documents made from the trained rows.
-    tokens_prompt: tokens read but not trained.
-    tokens_trained: tokens with a weight above zero.
-    roles: (tokens, trained ones) by role: see `token_roles.TOKEN_ROLES`.
-    lengths: of the examples, in tokens: the quantiles named in `QUANTILES`.
-  """
-
-  rows_in: int = 0
-  rows_trained: int = 0
+  rows_in: int = 0  # Rows read.
+  rows_trained: int = 0  # Rows with at least one example to train on.
+  # Rows that measure the others, and are not trained on.
   rows_held_out: int = 0
+  # Those of `rows_trained` that are raw text, trained on whole.
   rows_text: int = 0
+  # Rows not trained on, by reason.
   dropped: dict[str, int] = dataclasses.field(default_factory=dict)
+  # Turns not trained on, by reason, in rows that are.
   dropped_turns: dict[str, int] = dataclasses.field(default_factory=dict)
+  # Rows trained on to which something happened, by what: see
+  # `encode.EncodedRow`.
   notes: dict[str, int] = dataclasses.field(default_factory=dict)
+  # Where the first few of each reason or note are, as 'file:line'.
   places: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-  examples: int = 0
-  tokens_prompt: int = 0
-  tokens_trained: int = 0
+  examples: int = 0  # Documents made from the trained rows.
+  tokens_prompt: int = 0  # Tokens read but not trained.
+  tokens_trained: int = 0  # Tokens with a weight above zero.
+  # (tokens, trained ones) by role: see `token_roles.TOKEN_ROLES`.
   roles: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+  # Of the examples, in tokens: the quantiles named in `QUANTILES`.
   lengths: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def add(self, later: "SourceStats") -> None:
     """Enters what became of rows that come after these."""
     self.rows_in += later.rows_in
-    for name in ("dropped", "dropped_turns", "notes"):
-      mine = getattr(self, name)
+    for name in _COUNTED:
       for reason, number in getattr(later, name).items():
-        mine[reason] = mine.get(reason, 0) + number
+        self._count(name, reason, number)
     for reason, places in later.places.items():
-      for place in places:
-        self.remember(reason, place)
+      both = self.places.get(reason, []) + places
+      self.places[reason] = both[:_EXAMPLES_KEPT]
 
   def drop(self, reason: str, place: str) -> None:
     """Counts a row that is not trained on."""
-    self.dropped[reason] = self.dropped.get(reason, 0) + 1
-    self.remember(reason, place)
+    self._count("dropped", reason, 1, place)
 
   def drop_turns(self, reason: str, number: int, place: str) -> None:
     """Counts turns lost from a row that is still trained on."""
-    self.dropped_turns[reason] = self.dropped_turns.get(reason, 0) + number
-    self.remember(f"{reason} (turns)", place)
+    self._count("dropped_turns", reason, number, place)
 
   def note(self, note: str, place: str) -> None:
     """Counts a row to which something happened."""
-    self.notes[note] = self.notes.get(note, 0) + 1
-    self.remember(note, place)
+    self._count("notes", note, 1, place)
+
+  def _count(
+    self, name: str, reason: str, number: int, place: str | None = None
+  ) -> None:
+    """Adds to what is counted for a reason; keeps its first few places."""
+    counts = getattr(self, name)
+    counts[reason] = counts.get(reason, 0) + number
+    places = self.places.setdefault(_key(name, reason), []) if place else []
+    if place and len(places) < _EXAMPLES_KEPT:
+      places.append(place)
 
   def read_as(self, whole: "SourceStats") -> None:
     """Enters what was read and dropped when all of the rows were here."""
     self.rows_in, self.rows_held_out = whole.rows_in, whole.rows_held_out
-    for name in ("dropped", "dropped_turns", "notes"):
-      setattr(self, name, dict(getattr(whole, name)))
-    self.places = {why: list(where) for why, where in whole.places.items()}
-
-  def remember(self, reason: str, place: str) -> None:
-    """Keeps the first few places of a reason, to name them."""
-    places = self.places.setdefault(reason, [])
-    if len(places) < _EXAMPLES_KEPT:
-      places.append(place)
+    for name in (*_COUNTED, "places"):
+      setattr(self, name, copy.deepcopy(getattr(whole, name)))
 
   def lines(self) -> list[str]:
     """What happened to rows, and where; nothing where all are as usual."""
     lines = [f"{self.rows_text:,} rows are raw text"] if self.rows_text else []
-    for note, number in self.notes.items():
-      lines.append(f"{number:,} rows: {note}{self._where(note, number)}")
-    for reason, number in self.dropped.items():
-      where = self._where(reason, number)
-      lines.append(f"{number:,} rows dropped, {reason}{where}")
-    for reason, number in self.dropped_turns.items():
-      where = self._where(f"{reason} (turns)", number)
-      lines.append(f"{number:,} turns dropped, {reason}{where}")
+    for name, what in _COUNTED.items():
+      for reason, number in getattr(self, name).items():
+        places = self.places.get(_key(name, reason), [])
+        more = ", ..." if number > len(places) == _EXAMPLES_KEPT else ""
+        where = f": {', '.join(places)}{more}" if places else ""
+        lines.append(f"{number:,} {what}{reason}{where}")
     return lines
 
   def details(self) -> list[str]:
@@ -111,37 +107,30 @@ class SourceStats:
       spread = [f"{what} {number:,}" for what, number in self.lengths.items()]
       lines.append(f"tokens of an example: {', '.join(spread)}")
     if self.roles:
+      trained = {role: n for role, (_, n) in self.roles.items() if n}
       said = [
-        f"{role} {tokens:,}" + (f" ({trained:,} trained)" if trained else "")
-        for role, (tokens, trained) in self.roles.items()
+        f"{role} {tokens:,}"
+        + (f" ({trained[role]:,} trained)" if role in trained else "")
+        for role, (tokens, _) in self.roles.items()
       ]
       lines.append(f"tokens by role: {', '.join(said)}")
     return lines
 
-  def _where(self, reason: str, number: int) -> str:
-    """': a.jsonl:1, a.jsonl:2'; may be ''."""
-    places = self.places.get(reason, [])
-    more = ", ..." if number > len(places) == _EXAMPLES_KEPT else ""
-    return f": {', '.join(places)}{more}" if places else ""
+
+def _key(name: str, reason: str) -> str:
+  """Under what the places of a reason are kept."""
+  return f"{reason} (turns)" if name == "dropped_turns" else reason
 
 
 @dataclasses.dataclass
 class Mixed:
-  """What one source makes of an epoch.
+  """What one source makes of an epoch."""
 
-  Attributes:
-    copies: times that its rows are seen.
-    loss_weight: what scales its tokens' loss.
-    tokens: prompt and trained.
-    share: of the epoch's tokens.
-    trained_share: of the epoch's trained tokens.
-  """
-
-  copies: float
-  loss_weight: float
-  tokens: int
-  share: float
-  trained_share: float
+  copies: float  # Times that its rows are seen.
+  loss_weight: float  # What scales its tokens' loss.
+  tokens: int  # Prompt and trained.
+  share: float  # Of the epoch's tokens.
+  trained_share: float  # Of the epoch's trained tokens.
 
 
 @dataclasses.dataclass
@@ -228,16 +217,14 @@ class DatasetStats:
   def lines(self) -> list[str]:
     """A plain table for the start of a run, and why rows are dropped."""
     names = self.short_names()
-    rows: list[tuple[str, ...]] = [
-      ("source", "rows", "trained", "held out", "dropped", "prompt tok",
-       "trained tok", "of tokens", "of trained")
-    ]  # fmt: skip
+    head = "source,rows,trained,held out,dropped,prompt tok,trained tok"
+    rows = [[*head.split(","), "of tokens", "of trained"]]
     for name, s in self.sources.items():
-      counts = (s.rows_in, s.rows_trained, s.rows_held_out,
-                sum(s.dropped.values()), s.tokens_prompt,
-                s.tokens_trained)  # fmt: skip
+      read = (s.rows_in, s.rows_trained, s.rows_held_out)
+      counts = (*read, sum(s.dropped.values()), s.tokens_prompt)
+      numbers = (f"{n:,}" for n in (*counts, s.tokens_trained))
       shares = (f"{share:.1%}" for share in self._shares(name))
-      rows.append((names[name], *(f"{n:,}" for n in counts), *shares))
+      rows.append([names[name], *numbers, *shares])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
       "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
@@ -248,10 +235,8 @@ class DatasetStats:
     if e := self.epoch:
       for name, mixed in e.mixture.items():
         if mixed.copies != 1 or mixed.loss_weight != 1:
-          lines.append(
-            f"{names[name]}: seen {mixed.copies:g} times per epoch, "
-            f"loss x {mixed.loss_weight:g}"
-          )
+          seen = f"seen {mixed.copies:g} times per epoch"
+          lines.append(f"{names[name]}: {seen}, loss x {mixed.loss_weight:g}")
       lines.append(
         f"one epoch: {e.packs:,} packs of {e.slots // e.packs:,} slots, "
         f"{e.fill:.2%} full: {e.tokens_prompt:,} prompt + "
@@ -261,12 +246,8 @@ class DatasetStats:
 
   def details(self) -> list[str]:
     """What `lines` leaves out: lengths, and tokens by role."""
-    names = self.short_names()
-    return [
-      f"{names[name]}: {line}"
-      for name, s in self.sources.items()
-      for line in s.details()
-    ]
+    named = [(self.short_names()[x], s) for x, s in self.sources.items()]
+    return [f"{name}: {line}" for name, s in named for line in s.details()]
 
   def _shares(self, name: str) -> tuple[float, float]:
     """Of tokens and of trained ones: an epoch's, or the rows' seen once."""
@@ -280,13 +261,9 @@ class DatasetStats:
 
   def short_names(self) -> dict[str, str]:
     """Of a path the file's name, where no other source has it."""
-    short = {
-      name: Path(name).name
-      if Path(name).suffix and not glob.has_magic(name)
-      else name
-      for name in self.sources
-    }
+    short = {}
+    for name in self.sources:
+      is_file = Path(name).suffix and not glob.has_magic(name)
+      short[name] = Path(name).name if is_file else name
     number = collections.Counter(short.values())
-    return {
-      name: one if number[one] == 1 else name for name, one in short.items()
-    }
+    return {x: one if number[one] == 1 else x for x, one in short.items()}

@@ -24,29 +24,22 @@ _MANY = 1 << 18  # examples counted together
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-  """Encoded examples in the order read; row i of a store is one example.
+  """Encoded examples in the order read; row i of a store is one example."""
 
-  Attributes:
-    tokens: all tokens on disk; of these `index` may select some.
-    runs: beside them, the weight of predicting each and its role.
-    places: all places on disk, as bytes.
-    index: one INDEX record per example.
-    sources: what was read, and how much of it an epoch sees.
-    fingerprint: hash of the examples and of what they were made from.
-    fingerprint_inputs: what they were made from, by name (digests of files,
-      options): `fingerprint.differences` says what differs.
-    stats: what became of every row read.
-    weights: what scales each example's loss; None is 1. See `selection`.
-  """
-
+  # All tokens on disk; of these `index` may select some.
   tokens: Integer[np.ndarray, " tokens"]
+  # Beside them, the weight of predicting each and its role.
   runs: Shaped[np.ndarray, " runs"]
-  places: UInt8[np.ndarray, " bytes"]
-  index: Shaped[np.ndarray, " rows"]
+  places: UInt8[np.ndarray, " bytes"]  # All places on disk, as bytes.
+  index: Shaped[np.ndarray, " rows"]  # One INDEX record per example.
+  # What was read, and how much of it an epoch sees.
   sources: tuple[Source, ...]
-  fingerprint: str
+  fingerprint: str  # Hash of the examples and of what they were made from.
+  # What they were made from, by name (digests of files, options):
+  # `fingerprint.differences` says what differs.
   fingerprint_inputs: dict[str, Any]
-  stats: DatasetStats
+  stats: DatasetStats  # What became of every row read.
+  # What scales each example's loss; None is 1. See `selection`.
   weights: Float32[np.ndarray, " rows"] | None = None
 
   @functools.cached_property
@@ -114,9 +107,9 @@ class Store:
     rng = np.random.default_rng(seed)
     chosen = rng.choice(contents, number, replace=False)
     held = np.isin(self.index["content"], chosen)
-
-    train = self._part(~held, self.sources)
-    held_out = self._part(held, tuple(map(_once, self.sources)))
+    plain = {"repeat": 1.0, "share": None, "loss_weight": 1.0}
+    once = tuple(dataclasses.replace(x, **plain) for x in self.sources)
+    train, held_out = self._part(~held, self.sources), self._part(held, once)
     for name, rest in train.stats.sources.items():
       away = held_out.stats.source(name)
       away.rows_in = away.rows_trained
@@ -150,14 +143,13 @@ class Store:
           entry.drop(reason, self.place(i))
     kept.stats.check()
     made = hashlib.sha256(kept.fingerprint.encode() + weights[keep].tobytes())
+    from_ = self.fingerprint_inputs
+    more = {x: {**from_[x], **mine} for x, mine in inputs.items() if x in from_}
     return dataclasses.replace(
       kept,
       fingerprint=made.hexdigest(),
       weights=weights[keep],
-      fingerprint_inputs={
-        name: {**value, **inputs[name]} if name in inputs else value
-        for name, value in self.fingerprint_inputs.items()
-      },
+      fingerprint_inputs=from_ | more,
     )
 
   def _part(self, keep: np.ndarray, sources: tuple[Source, ...]) -> "Store":
@@ -171,10 +163,6 @@ class Store:
       stats=count(self.index[keep], self.runs, sources, DatasetStats()),
       weights=None if self.weights is None else self.weights[keep],
     )
-
-
-def _once(source: Source) -> Source:
-  return dataclasses.replace(source, repeat=1.0, share=None, loss_weight=1.0)
 
 
 def count(
@@ -194,19 +182,12 @@ def count(
     entry.rows_text = int((first & index["text"][mine]).sum())
     entry.examples = int(mine.sum())
     if lengths := np.sort(index["length"][mine]).tolist():
-      last = len(lengths) - 1
-      entry.lengths = {
-        name: lengths[int(share * last)] for name, share in QUANTILES.items()
-      }
+      at = {x: int(q * (len(lengths) - 1)) for x, q in QUANTILES.items()}
+      entry.lengths = {name: lengths[i] for name, i in at.items()}
     entry.tokens_trained = int(index["trained"][mine].sum(dtype=np.int64))
     entry.tokens_prompt = sum(lengths) - entry.tokens_trained
-    entry.roles = {
-      role: (int(tokens), int(trained))
-      for role, tokens, trained in zip(
-        TOKEN_ROLES, *by_role[:, number], strict=True
-      )
-      if tokens
-    }
+    pairs = zip(TOKEN_ROLES, by_role[:, number].T.tolist(), strict=True)
+    entry.roles = {role: (some, t) for role, (some, t) in pairs if some}
   return stats
 
 
@@ -222,9 +203,8 @@ def _count_roles(
     some = index[begin : begin + _MANY]
     number = some["runs"]
     starts = np.cumsum(number) - number
-    mine = runs[
-      np.arange(number.sum()) + np.repeat(some["run"] - starts, number)
-    ]
+    at = np.arange(number.sum()) + np.repeat(some["run"] - starts, number)
+    mine = runs[at]
     key = np.repeat(some["source"], number) * len(TOKEN_ROLES) + mine["role"]
     lengths = mine["length"]
     for kind, tokens in enumerate((lengths, lengths * (mine["weight"] > 0))):
@@ -244,6 +224,9 @@ def open_store(folder: Path, sources: Sequence[Source]) -> Store:
   try:
     meta = read_meta(folder)
     found = {name: digest(folder / name) for name in meta["files"]}
+    damaged = [name for name in found if found[name] != meta["files"][name]]
+    if damaged:
+      raise ValueError(f"contents of {damaged} that differ from their digests")
   except PermissionError:
     raise
   except (OSError, ValueError, KeyError, TypeError) as error:
@@ -251,13 +234,6 @@ def open_store(folder: Path, sources: Sequence[Source]) -> Store:
       f"cache {folder}: got {error!r}; expected a whole store. Delete the "
       "folder, and it is made again."
     ) from error
-  damaged = [name for name in found if found[name] != meta["files"][name]]
-  if damaged:
-    raise ValueError(
-      f"cache {folder}: got contents of {damaged} that differ from their "
-      "digests; expected the bytes that were written. Delete the folder, and "
-      "it is made again."
-    )
   # Sources are named as they were then; files may have moved.
   written = DatasetStats.from_json(meta["stats"]).sources.values()
   names = [source.label for source in sources]

@@ -67,11 +67,9 @@ def map_ordered(
     WorkerDied: a worker was killed or crashed, or gave no answer in time and
       was ended, its stack on stderr; names its process and how it ended.
   """
+  context, start = multiprocessing.get_context("spawn"), pickle.dumps(function)
   executor = concurrent.futures.ProcessPoolExecutor(
-    workers,
-    multiprocessing.get_context("spawn"),
-    _begin,
-    (pickle.dumps(function), patience),
+    workers, context, _begin, (start, patience)
   )
   processes: dict[int, Any] = {}
   under_way: deque[concurrent.futures.Future[Result]] = deque()
@@ -123,19 +121,17 @@ def _starting() -> Iterator[None]:
 
 def _died(processes: dict[int, Any], patience: float) -> WorkerDied:
   """Which worker ended first, and how; the pool has ended the others."""
-  codes = {}
-  for pid, process in processes.items():
+  for process in processes.values():
     process.join(_GRACE)
-    codes[pid] = process.exitcode
+  codes = {pid: process.exitcode for pid, process in processes.items()}
   # The pool ends the others by SIGTERM.
   first = [pid for pid, code in codes.items() if code not in (None, -15, 0)]
-  pid = first[0] if first else next(iter(codes), 0)
+  pid = next(iter([*first, *codes]), 0)
   if codes.get(pid) == _STALLED:
     return _stalled([pid], patience)
   code = codes.get(pid) or -signal.SIGTERM
-  how = f"exit code {code}"
-  if code < 0:
-    how = f"signal {-code} ({signal.Signals(-code).name})"
+  name = signal.Signals(-code).name if code < 0 else ""
+  how = f"signal {-code} ({name})" if name else f"exit code {code}"
   return WorkerDied(
     f"data worker {pid}: got {how} in the middle of its work; expected an "
     f"answer. If the machine ran out of memory, lower data.workers; {_CURE}"

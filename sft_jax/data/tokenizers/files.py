@@ -1,6 +1,7 @@
 """What the files of a tokenizer folder hold beside the vocabulary."""
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -18,33 +19,26 @@ SPECIAL = dict.fromkeys(_FLAGS, False) | {"special": True}
 
 
 class Folder(NamedTuple):
-  """What a tokenizer folder holds beside the vocabulary.
+  """What a tokenizer folder holds beside the vocabulary."""
 
-  Attributes:
-    path, files: the folder, and its files that belong to the tokenizer.
-    fingerprint: a digest of what decides ids.
-    config: tokenizer_config.json.
-    named_tokens: {'bos_token': '<s>', ...}.
-    unnamed: keys such as 'eos_token' that some file sets to null.
-    special: texts of special tokens, named or listed.
-    added: {text: (id, flags)} of tokens beside the vocabulary.
-    stop_ids: eos_token_id of generation_config.json, or else of config.json.
-    chat_templates: {name: Jinja source}, 'default' among them or not.
-    extra_tokens: {text: id} of tokens that no file calls special; see
-      `tokenizer.Tokenizer.with_new_tokens`.
-  """
-
+  # The folder, and its files that belong to the tokenizer.
   path: Path
   files: tuple[Path, ...]
-  fingerprint: str
-  config: dict[str, Any]
-  named_tokens: dict[str, str]
+  fingerprint: str  # A digest of what decides ids.
+  config: dict[str, Any]  # tokenizer_config.json.
+  named_tokens: dict[str, str]  # {'bos_token': '<s>', ...}.
+  # Keys such as 'eos_token' that some file sets to null.
   unnamed: frozenset[str]
-  special: tuple[str, ...]
+  special: tuple[str, ...]  # Texts of special tokens, named or listed.
+  # {text: (id, flags)} of tokens beside the vocabulary.
   added: dict[str, tuple[int, dict[str, Any]]]
+  # eos_token_id of generation_config.json, or else of config.json.
   stop_ids: tuple[int, ...]
+  # {name: Jinja source}, 'default' among them or not.
   chat_templates: dict[str, str]
-  extra_tokens: dict[str, int]
+  # {text: id} of tokens that no file calls special; see
+  # `tokenizer.Tokenizer.with_new_tokens`.
+  extra_tokens: dict[str, int] = {}  # noqa: RUF012, never changed
 
 
 def read(folder: Path) -> Folder:
@@ -52,9 +46,8 @@ def read(folder: Path) -> Folder:
   config = _json(folder / "tokenizer_config.json")
   listed = _json(folder / "special_tokens_map.json")
   # As transformers: the list counts where the config is too old to have all.
-  tokens = (
-    listed | config if "added_tokens_decoder" in config else config | listed
-  )
+  new = "added_tokens_decoder" in config
+  tokens = listed | config if new else config | listed
   tokens |= tokens.get("model_specific_special_tokens") or {}
   # {'content': '</s>', ...} and '</s>' are the same token.
   named = {
@@ -79,10 +72,9 @@ def read(folder: Path) -> Folder:
     generation = _json(folder / "config.json")
   stops = generation.get("eos_token_id")
   stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
-  more = [
-    f for one in _TEMPLATES for f in sorted((folder / one).glob("*.jinja"))
-  ]
-  files = [folder / name for name in FILES if (folder / name).is_file()] + more
+  files = [folder / name for name in FILES if (folder / name).is_file()]
+  more = [sorted((folder / one).glob("*.jinja")) for one in _TEMPLATES]
+  files += itertools.chain.from_iterable(more)
   digest = hashlib.sha256(repr(sorted(stops)).encode())
   for file in files:
     # How a model likes to be sampled does not change what text becomes.
@@ -99,8 +91,7 @@ def read(folder: Path) -> Folder:
     special=tuple(dict.fromkeys(special)),
     added=added,
     stop_ids=tuple(stops),
-    chat_templates=_chat_templates(folder, config, more),
-    extra_tokens={},
+    chat_templates=_chat_templates(folder, config, files),
   )
 
 
@@ -120,15 +111,12 @@ def write(read: Folder, folder: Path, chat_template: str | None) -> None:
     path.write_text(chat_template, encoding="utf-8")
   if not read.extra_tokens:
     return
-  tokens = {
-    text: {"id": number, "content": text, **SPECIAL}
-    for text, number in read.extra_tokens.items()
-  }
   if (path := folder / "tokenizer.json").is_file():
     state = _json(path)
     added = {one["content"]: one for one in state["added_tokens"]}
-    for text, token in tokens.items():
-      added[text] = added.get(text, token) | {"special": True}
+    for text, number in read.extra_tokens.items():
+      token = added.get(text, {"id": number, "content": text, **SPECIAL})
+      added[text] = token | {"special": True}
     state["added_tokens"] = sorted(added.values(), key=lambda one: one["id"])
     _write_json(path, state)
   path = folder / "added_tokens.json"
@@ -144,7 +132,7 @@ def write(read: Folder, folder: Path, chat_template: str | None) -> None:
     key = "additional_special_tokens"
   listed = config.get(key) or []
   texts = set(map(_content, listed))
-  config[key] = [*listed, *(one for one in tokens if one not in texts)]
+  config[key] = [*listed, *(x for x in read.extra_tokens if x not in texts)]
   _write_json(path, config)
 
 
@@ -160,11 +148,10 @@ def _chat_templates(
     elif isinstance(source, list):
       source = {one["name"]: one["template"] for one in source}
     found |= source
-  if (path := folder / "chat_template.jinja").is_file():
-    files = [path, *files]
   for path in files:
-    own = path.parent == folder
-    found["default" if own else path.stem] = path.read_text(encoding="utf-8")
+    if path.suffix == ".jinja":
+      name = "default" if path.parent == folder else path.stem
+      found[name] = path.read_text(encoding="utf-8")
   return found
 
 
@@ -180,15 +167,11 @@ def _json(path: Path) -> dict[str, Any]:
     return {}
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+      raise ValueError(f"a {type(value).__name__}")
   except ValueError as error:
-    raise ValueError(
-      f"{path}: got {error}; expected JSON. Copy it again."
-    ) from error
-  if not isinstance(value, dict):
-    raise ValueError(
-      f"{path}: got a {type(value).__name__}; expected an object. "
-      "Copy it again."
-    )
+    expected = "expected JSON of an object. Copy it again."
+    raise ValueError(f"{path}: got {error}; {expected}") from error
   return value
 
 

@@ -45,7 +45,7 @@ class HuggingFaceTokenizer(Tokenizer):
     else:
       growth = _GROWTH["NFC"]
       self._model, named = _from_vocab_and_merges(read.path, read.config)
-      named = named | read.named_tokens
+      named |= read.named_tokens
       special = tuple(dict.fromkeys([*named.values(), *read.special]))
       read = read._replace(named_tokens=named, special=special)
     self._longest = int(_MOST_CHARACTERS / growth)
@@ -96,21 +96,20 @@ class HuggingFaceTokenizer(Tokenizer):
 
   def encode_with_offsets(self, text: str, literal: Ranges = ()) -> Encoded:
     if literal:
-      return self._searched(
-        lambda text, **_: self._literal.encode_with_offsets(text, literal), text
-      )
+      encode = lambda text, **_: self._literal.encode(text, literal)
+      return self._searched(encode, text)
     encoding = self._searched(self._model.encode, text)
     return encoding.ids, encoding.offsets
 
   def _searched(self, encode: Callable[..., Any], text: Any) -> Any:
     """What the library encodes; no BOS is added, for templates write it."""
-    for one in [text] if isinstance(text, str) else text:
-      if len(one) > self._longest:
-        raise ValueError(
-          f"{self.folder}: got a text of {len(one)} characters; expected at "
-          f"most {self._longest}, for its tokenizer may make many of one. Cut "
-          "the row, or use the tokenizer of another model."
-        )
+    texts, most = [text] if isinstance(text, str) else text, self._longest
+    if (longest := max(map(len, texts), default=0)) > most:
+      raise ValueError(
+        f"{self.folder}: got a text of {longest} characters; expected at most "
+        f"{most}, for its tokenizer may make many of one. Cut the row, or use "
+        "the tokenizer of another model."
+      )
     return self._guarded(lambda: encode(text, add_special_tokens=False), text)
 
   def _guarded(self, function: Callable[[], Any], given: Any) -> Any:
@@ -133,15 +132,13 @@ class HuggingFaceTokenizer(Tokenizer):
   @functools.cached_property
   def _literal(self) -> LiteralEncoder:
     unknown = self.special_tokens.get(self.named_tokens.get("unk_token", ""))
-    return LiteralEncoder(
-      self._model, self.special_tokens, unknown, self.folder
-    )
+    special, folder = self.special_tokens, self.folder
+    return LiteralEncoder(self._model, special, unknown, folder)
 
   def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-    return self._guarded(
-      lambda: self._model.decode(list(ids), skip_special_tokens=skip_special),
-      ids,
-    )
+    given, model = list(ids), self._model
+    decode = lambda: model.decode(given, skip_special_tokens=skip_special)
+    return self._guarded(decode, ids)
 
 
 def _from_json(path: Path) -> tuple[tokenizers.Tokenizer, float]:
@@ -156,10 +153,8 @@ def _from_json(path: Path) -> tuple[tokenizers.Tokenizer, float]:
     state = json.loads(path.read_text(encoding="utf-8"))
     for key in ("decoder", "normalizer"):
       if (growth := _growth(state[key])) > _MAX_GROWTH:
-        raise ValueError(
-          f"a {key} that makes up to {growth:g} characters of one, more than "
-          f"{_MAX_GROWTH}"
-        )
+        most = f"{growth:g} characters of one, more than {_MAX_GROWTH}"
+        raise ValueError(f"a {key} that makes up to {most}")
     return tokenizers.Tokenizer.from_file(str(path)), growth
   except BaseException as error:  # Bare ones, and panics that are no Exception.
     if isinstance(error, KeyboardInterrupt | SystemExit):
@@ -181,11 +176,9 @@ def _growth(part: dict[str, Any] | None) -> float:
     if key in part:
       return math.prod(map(_growth, part[key]))
   if part.get("type") == "Replace":
-    pattern = part["pattern"].get("String")
+    content, pattern = len(part["content"]), part["pattern"].get("String")
     # A regular expression may match between characters.
-    if not pattern:
-      return 1 + len(part["content"])
-    return max(1.0, len(part["content"]) / len(pattern))
+    return max(1.0, content / len(pattern)) if pattern else 1 + content
   if part.get("type") == "Prepend":
     return 1.0 + len(part["prepend"])
   if part.get("type") == "Precompiled":
@@ -222,10 +215,9 @@ def _from_vocab_and_merges(
       f"{folder}: got {error}; expected the vocab.json and merges.txt of one "
       "tokenizer. Copy them again."
     ) from error
-  qwen = kind == "Qwen2Tokenizer"
+  qwen, space = kind == "Qwen2Tokenizer", bool(config.get("add_prefix_space"))
   bytes_of = pre_tokenizers.ByteLevel(
-    add_prefix_space=bool(config.get("add_prefix_space", False)),
-    use_regex=not qwen,
+    add_prefix_space=space, use_regex=not qwen
   )
   model.pre_tokenizer = bytes_of
   if qwen:
@@ -233,8 +225,6 @@ def _from_vocab_and_merges(
     split = pre_tokenizers.Split(Regex(_QWEN2), "isolated")
     model.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_of])
   model.decoder = decoders.ByteLevel()
-  return model, {
-    name: text
-    for name, text in dict.fromkeys(_DEFAULTS[kind], "<|endoftext|>").items()
-    if name not in config and model.token_to_id(text) is not None
-  }
+  end = "<|endoftext|>"
+  names = _DEFAULTS[kind] if model.token_to_id(end) is not None else ()
+  return model, {name: end for name in names if name not in config}

@@ -37,17 +37,12 @@ def refusal(folder: Path, text: str) -> ValueError:
 
 
 class _Copy(NamedTuple):
-  """A tokenizer that reads special tokens as text, and placeholders whole.
+  """A tokenizer that reads special tokens as text, and placeholders whole."""
 
-  Attributes:
-    model: the tokenizer.
-    marks: {special token: placeholder}, and '' -> the placeholder that cuts.
-    ids: of the placeholders, the one that cuts first.
-  """
-
-  model: tokenizers.Tokenizer
+  model: tokenizers.Tokenizer  # The tokenizer.
+  # {special token: placeholder}, and '' -> the placeholder that cuts.
   marks: dict[str, str]
-  ids: list[int]
+  ids: list[int]  # Of the placeholders, the one that cuts first.
 
 
 class LiteralEncoder:
@@ -78,15 +73,13 @@ class LiteralEncoder:
     unknown: int | None,
     folder: Path,
   ):
-    self._original = model
-    self._special = special
+    self._original, self._special, self._folder = model, special, folder
     self._forbidden = frozenset(special.values()) - {unknown}
-    self._folder = folder
     self._pattern = any_of(special)
     self._copy = functools.lru_cache(maxsize=2)(self._make_copy)
 
-  def encode_with_offsets(self, text: str, literal: Ranges) -> Encoded:
-    """See `tokenizer.Tokenizer`."""
+  def encode(self, text: str, literal: Ranges) -> Encoded:
+    """See `tokenizer.Tokenizer.encode_with_offsets`."""
     for cuts in (False, True):
       if found := self._encode(text, literal, cuts):
         return found
@@ -122,18 +115,14 @@ class LiteralEncoder:
     keep(len(text))
     encoding = copy.model.encode("".join(written), add_special_tokens=False)
     spans.append((len(text), len(text)))
-    following = iter(structure)
     ids, offsets = [], []
     for number, (a, b) in zip(encoding.ids, encoding.offsets, strict=True):
-      if number in copy.ids:
-        if number == copy.ids[0]:
-          continue
-        number = next(following)
-      elif number in self._forbidden:
+      if number in self._forbidden:
         return None
-      ids.append(number)
-      offsets.append((spans[a][0], spans[b - 1][1] if b > a else spans[a][0]))
-    assert next(following, None) is None
+      if number != copy.ids[0]:
+        ids.append(structure.pop(0) if number in copy.ids else number)
+        offsets.append((spans[a][0], spans[b - 1][1] if b > a else spans[a][0]))
+    assert not structure
     return ids, offsets
 
   def _make_copy(self, block: int) -> _Copy:
@@ -144,17 +133,10 @@ class LiteralEncoder:
     model.add_special_tokens(structure)
     model.encode_special_tokens = True
     marks = [chr(_FIRST + _BLOCK * block + i) for i in range(5)]
-    model.add_tokens(
-      [
-        tokenizers.AddedToken(
-          mark, lstrip=i > 2, rstrip=i in (2, 4), normalized=False
-        )
-        for i, mark in enumerate(marks)
-      ]
-    )
-    return _Copy(
-      model,
-      {x.content: marks[1 + 2 * x.lstrip + x.rstrip] for x in structure}
-      | {"": marks[0]},
-      [cast(int, model.token_to_id(mark)) for mark in marks],
-    )
+    for i, mark in enumerate(marks):
+      strips = {"lstrip": i > 2, "rstrip": i in (2, 4)}
+      token = tokenizers.AddedToken(mark, **strips, normalized=False)
+      model.add_tokens([token])
+    own = {x.content: marks[1 + 2 * x.lstrip + x.rstrip] for x in structure}
+    ids = [cast(int, model.token_to_id(mark)) for mark in marks]
+    return _Copy(model, own | {"": marks[0]}, ids)

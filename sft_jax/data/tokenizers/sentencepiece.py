@@ -1,5 +1,6 @@
 """The tokenizer of a tokenizer.model: SentencePiece, and tokens around it."""
 
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -26,18 +27,15 @@ class SentencePieceTokenizer(Tokenizer):
   def __init__(self, read: files.Folder):
     path = read.path / "tokenizer.model"
     proto = path.read_bytes()
+    load = sentencepiece.SentencePieceProcessor
     try:
-      self._first = sentencepiece.SentencePieceProcessor(model_proto=proto)
-      self._rest = sentencepiece.SentencePieceProcessor(
-        model_proto=proto + _NO_DUMMY_PREFIX
-      )
+      self._first = self._rest = model = load(model_proto=proto)
+      if not read.config.get("legacy"):
+        self._rest = load(model_proto=proto + _NO_DUMMY_PREFIX)
     except RuntimeError as error:
       raise ValueError(
         f"{path}: got {error}; expected a SentencePiece model. Copy it again."
       ) from error
-    if read.config.get("legacy"):
-      self._rest = self._first
-    model = self._first
     pieces = {model.id_to_piece(i): i for i in range(model.vocab_size())}
     added = {text: number for text, (number, _) in read.added.items()}
     ids = pieces | added
@@ -50,15 +48,11 @@ class SentencePieceTokenizer(Tokenizer):
     }
     read = read._replace(named_tokens=named | read.named_tokens)
     super().__init__(read, ids)
-    special = {
-      x for x, (_, flags) in read.added.items() if flags.get("special")
-    }
+    special = {x for x, (_, how) in read.added.items() if how.get("special")}
     special |= {x for x, i in pieces.items() if model.is_control(i)}
     special |= {*read.special}
     self.special_tokens = {
-      text: number
-      for text, number in ids.items()
-      if text in special or number in self.stop_ids
+      x: i for x, i in ids.items() if x in special or i in self.stop_ids
     }
     self._whole = self.special_tokens | added
     self._texts = {number: text for text, number in self._whole.items()}
@@ -95,14 +89,12 @@ class SentencePieceTokenizer(Tokenizer):
 
     at = 0
     for token in self._split.finditer(text):
-      if token[0] in self.special_tokens and literals.overlaps(
-        token.span(), literal
-      ):
-        continue
-      read(at, token.start())
-      ids.append(self._whole[token[0]])
-      offsets.append(token.span())
-      at = token.end()
+      span, special = token.span(), token[0] in self.special_tokens
+      if not (special and literals.overlaps(span, literal)):
+        read(at, span[0])
+        ids.append(self._whole[token[0]])
+        offsets.append(span)
+        at = span[1]
     read(at, len(text))
     return ids, offsets
 
@@ -111,19 +103,10 @@ class SentencePieceTokenizer(Tokenizer):
 
   def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
     texts: list[str] = []
-    run: list[int] = []
-
-    def flush():
-      model = self._rest if any(texts) else self._first
-      if run:
-        texts.append(model.decode(run))
-        run.clear()
-
-    for number in map(int, ids):
-      if number in self._texts:
-        flush()
-        texts.append("" if skip_special else self._texts[number])
+    for own, run in itertools.groupby(map(int, ids), self._texts.__contains__):
+      if own:
+        texts += ["" if skip_special else self._texts[one] for one in run]
       else:
-        run.append(number)
-    flush()
+        model = self._rest if any(texts) else self._first
+        texts.append(model.decode([*run]))
     return "".join(texts)

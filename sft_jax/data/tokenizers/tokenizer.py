@@ -74,10 +74,9 @@ class Tokenizer(abc.ABC):
     if read.stop_ids and not {"eos_token"} & (read.unnamed | named.keys()):
       first = next(t for t, n in ids.items() if n == read.stop_ids[0])
       named["eos_token"] = first
-    self.bos_id, self.eos_id, self.pad_id = (
-      ids[named[key]] if key in named else None
-      for key in ("bos_token", "eos_token", "pad_token")
-    )
+    id_of = lambda key: ids[named[key]] if key in named else None
+    self.bos_id, self.eos_id = id_of("bos_token"), id_of("eos_token")
+    self.pad_id = id_of("pad_token")
     ends = () if self.eos_id is None else (self.eos_id,)
     self.stop_ids = tuple(sorted({*read.stop_ids, *ends}))
 
@@ -150,8 +149,7 @@ class Tokenizer(abc.ABC):
     read = read._replace(
       fingerprint=_digest(read.fingerprint, repr((list(texts), list(stop)))),
       special=tuple(dict.fromkeys([*read.special, *texts])),
-      added=read.added
-      | {text: (n, files.SPECIAL) for text, n in numbers.items()},
+      added=read.added | {x: (n, files.SPECIAL) for x, n in numbers.items()},
       stop_ids=tuple(dict.fromkeys(stops)),
       extra_tokens=read.extra_tokens | {text: known[text] for text in texts},
     )
@@ -257,20 +255,18 @@ def _build(read: files.Folder) -> Tokenizer:
 
   path = read.path
   names = sorted(file.name for file in path.iterdir())
-  if "tokenizer.json" in names:
-    return HuggingFaceTokenizer(read)
-  if "tokenizer.model" in names:
+  if "tokenizer.model" in names and "tokenizer.json" not in names:
     return SentencePieceTokenizer(read)
-  if {"vocab.json", "merges.txt"} <= {*names}:
+  if "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= {*names}:
     return HuggingFaceTokenizer(read)
-  foreign = [name for name in names if "tekken" in name or "tiktoken" in name]
   cure = "Copy it from the model's repository."
-  if foreign:
-    cure = (
-      f"{foreign[0]} is a format of Mistral's or OpenAI's own libraries: copy "
-      "tokenizer.json from the repository's files for transformers, or convert "
-      "it with transformers.convert_slow_tokenizer."
-    )
+  for name in names:
+    if "tekken" in name or "tiktoken" in name:
+      cure = (
+        f"{name} is a format of Mistral's or OpenAI's own libraries: copy "
+        "tokenizer.json from the repository's files for transformers, or "
+        "convert it with transformers.convert_slow_tokenizer."
+      )
   raise ValueError(
     f"{path}: got {names}; expected tokenizer.json, or tokenizer.model, or "
     f"vocab.json and merges.txt. {cure}"

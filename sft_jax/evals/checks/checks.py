@@ -30,12 +30,14 @@ def exact(reply: Reply, text: str) -> bool:
 
 def normalised(reply: Reply, text: str) -> bool:
   """Equal but for case, ASCII punctuation and spacing: 'A  cat.' is 'a cat'."""
-  return _normal(reply.text) == _normal(text)
+  plain = lambda text: text.casefold().translate(_NO_PUNCTUATION).split()
+  return plain(reply.text) == plain(text)
 
 
 def contains(reply: Reply, text: str) -> bool:
   """`text` stands in the reply as whole words, in any case: 7 is not in 17."""
-  return _words(text).search(reply.text) is not None
+  whole = rf"(?<!\w){re.escape(text)}(?!\w)"
+  return re.search(whole, reply.text, re.IGNORECASE) is not None
 
 
 def not_contains(reply: Reply, text: str) -> bool:
@@ -114,12 +116,9 @@ def json_equals(reply: Reply, value: Any) -> bool:
 
 def tool_call(reply: Reply, name: str, arguments: dict) -> bool:
   """The reply makes exactly one tool call: this one."""
-  calls = reply.message.tool_calls
-  return (
-    len(calls) == 1
-    and calls[0].name == name
-    and json_values.equal(calls[0].arguments, arguments)
-  )
+  made = [(call.name, call.arguments) for call in reply.message.tool_calls]
+  names = [name for name, _ in made]
+  return names == [name] and json_values.equal(made[0][1], arguments)
 
 
 def tool_calls(reply: Reply, functions: list, answers: list) -> bool:
@@ -269,20 +268,18 @@ def validate(check: Any, where: str) -> None:
     )
   arguments = {key: x for key, x in check.items() if key != "kind"}
   name = arguments.pop("check")
-  signature = inspect.signature(CHECKS[name])
-  wanted = list(signature.parameters.values())[1:]
+  wanted = [*inspect.signature(CHECKS[name]).parameters.values()][1:]
   takes = ", ".join(str(p) for p in wanted) or "no arguments"
   needed = {p.name for p in wanted if p.default is p.empty}
-  fits = needed <= arguments.keys() <= {p.name for p in wanted} and all(
-    p.annotation is Any
-    or p.name not in arguments
-    or (
-      isinstance(arguments[p.name], p.annotation)
-      and isinstance(arguments[p.name], bool) == (p.annotation is bool)
-    )
-    for p in wanted
+  types = {p.name: p.annotation for p in wanted}
+  of_type = lambda x, wanted: (
+    wanted is Any
+    or (isinstance(x, wanted) and isinstance(x, bool) == (wanted is bool))
   )
-  if not fits:
+  fits = needed <= arguments.keys() <= types.keys()
+  if not fits or not all(
+    of_type(x, types[key]) for key, x in arguments.items()
+  ):
     raise ValueError(
       f"{where}: got {name} with {arguments}; expected {takes}. "
       "Correct the arguments."
@@ -302,11 +299,3 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 def _bare(number: str) -> str:
   """'$1,018.' is '1018'."""
   return re.sub(r"[,$]", "", number).removesuffix(".").lower()
-
-
-def _normal(text: str) -> str:
-  return " ".join(text.casefold().translate(_NO_PUNCTUATION).split())
-
-
-def _words(text: str) -> re.Pattern[str]:
-  return re.compile(rf"(?<!\w){re.escape(text)}(?!\w)", re.IGNORECASE)

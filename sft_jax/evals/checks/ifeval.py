@@ -80,10 +80,8 @@ def number_sentences(text: str, num_sentences: int, relation: Relation) -> bool:
 
 def number_paragraphs(text: str, num_paragraphs: int) -> bool:
   """Exactly so many paragraphs, divided by ***; none of them empty."""
-  parts = re.split(r"\s?\*\*\*\s?", text)
-  inner = parts[1:-1]
-  filled = sum(bool(part.strip()) for part in parts)
-  return all(part.strip() for part in inner) and filled == num_paragraphs
+  parts = [part.strip() for part in re.split(r"\s?\*\*\*\s?", text)]
+  return all(parts[1:-1]) and sum(map(bool, parts)) == num_paragraphs
 
 
 def number_words(text: str, num_words: int, relation: Relation) -> bool:
@@ -99,10 +97,8 @@ def nth_paragraph_first_word(
   filled = sum(bool(one.strip()) for one in paragraphs)
   if nth_paragraph > filled or filled != num_paragraphs:
     return False
-  words = paragraphs[nth_paragraph - 1].split()
-  if not words:
-    return False
-  word = words[0].lstrip("'").lstrip('"')
+  word, *_ = paragraphs[nth_paragraph - 1].split() or [""]
+  word = word.lstrip("'").lstrip('"')
   return re.split(r"[.,?!'\"]", word)[0].lower() == first_word.lower()
 
 
@@ -171,13 +167,9 @@ def title(text: str) -> bool:
 
 def two_responses(text: str) -> bool:
   """Two different responses, divided by ******."""
-  parts = text.split("******")
-  filled = [part.strip() for part in parts if part.strip()]
-  return (
-    all(part.strip() for part in parts[1:-1])
-    and len(filled) == 2
-    and filled[0] != filled[1]
-  )
+  parts = [part.strip() for part in text.split("******")]
+  filled = [part for part in parts if part]
+  return all(parts[1:-1]) and len(filled) == 2 and filled[0] != filled[1]
 
 
 def repeat_prompt(text: str, prompt_to_repeat: str) -> bool:
@@ -257,10 +249,8 @@ def follows(text: str, instruction: str, **arguments: Any) -> bool:
 
 def follows_loosely(text: str, instruction: str, **arguments: Any) -> bool:
   """Whether one of `loose_variants` follows."""
-  return any(
-    follows(variant, instruction, **arguments)
-    for variant in loose_variants(text)
-  )
+  variants = loose_variants(text)
+  return any(follows(one, instruction, **arguments) for one in variants)
 
 
 def _pattern(source: str) -> re.Pattern[str]:

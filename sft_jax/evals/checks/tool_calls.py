@@ -44,10 +44,8 @@ def match(
   """
   if len(calls) != len(answers):
     return False
-  fits = [
-    [_fits(call, functions, answer) for call in calls] for answer in answers
-  ]
-  return _perfect(fits)
+  fit = lambda answer: [_fits(call, functions, answer) for call in calls]
+  return _perfect([*map(fit, answers)])
 
 
 def check_arguments(functions: Sequence[Any], answers: Sequence[Any]) -> None:
@@ -55,21 +53,16 @@ def check_arguments(functions: Sequence[Any], answers: Sequence[Any]) -> None:
   named: dict[str, Any] = {}
   for function in functions:
     schema = _schema(function)
-    properties = _parameters(schema)["properties"]
-    if not isinstance(schema.get("name"), str) or not isinstance(
-      properties, dict
-    ):
+    properties, name = _parameters(schema)["properties"], schema.get("name")
+    if not isinstance(name, str) or not isinstance(properties, dict):
       raise ValueError(
         f"functions: got {function!r}; expected a name and parameters with "
         "properties. Correct the schema."
       )
-    named[schema["name"]] = properties
+    named[name] = properties
   for answer in answers:
-    ((name, parameters),) = (
-      answer.items()
-      if isinstance(answer, dict) and len(answer) == 1
-      else (("", None),)
-    )
+    alone = isinstance(answer, dict) and len(answer) == 1
+    ((name, parameters),) = answer.items() if alone else [("", None)]
     if name not in named or not isinstance(parameters, dict):
       raise ValueError(
         f"answers: got {answer!r}; expected {{function: {{parameter: [values]"
@@ -127,44 +120,31 @@ def _right(value: Any, accepted: Sequence[Any], schema: Mapping) -> bool:
     inner = TYPES.get(schema.get("items", {}).get("type", ""))
     if inner is dict:
       return any(_list_of_dicts(value, one) for one in accepted)
-    if inner is not None and not all(
-      _of_type(item, inner, accepted) for item in value
-    ):
+    # Of the schema's type, or of that of the accepted lists' items.
+    lists = [many for many in accepted if isinstance(many, list)]
+    types = {inner, *(type(one) for many in lists for one in many)}
+    if inner is not None and not {*map(type, value)} <= types:
       return False
   if wanted is dict:
     return any(_dict(value, one) for one in accepted if one != "")
   return any(_equal(_plain(value), _plain(one)) for one in accepted)
 
 
-def _of_type(item: Any, wanted: type, accepted: Sequence[Any]) -> bool:
-  """Of the schema's type, or of that of the accepted lists' items."""
-  of_answers = {
-    type(one) for many in accepted if isinstance(many, list) for one in many
-  }
-  return type(item) is wanted or type(item) in of_answers
-
-
 def _list_of_dicts(value: Any, accepted: Any) -> bool:
-  return (
-    isinstance(accepted, list)
-    and len(value) == len(accepted)
-    and all(
-      isinstance(one, dict) and _dict(one, want)
-      for one, want in zip(value, accepted, strict=True)
-    )
-  )
+  if not isinstance(accepted, list) or len(value) != len(accepted):
+    return False
+  pairs = zip(value, accepted, strict=True)
+  return all(isinstance(one, dict) and _dict(one, want) for one, want in pairs)
 
 
 def _dict(value: Mapping, accepted: Any) -> bool:
   """Each key allowed, its value accepted; no key missing that must be."""
-  return (
-    isinstance(accepted, dict)
-    and all(
-      key in accepted
-      and any(_equal(_plain(one), _plain(want)) for want in accepted[key])
-      for key, one in value.items()
-    )
-    and all(key in value or "" in accepted[key] for key in accepted)
+  if not isinstance(accepted, dict) or value.keys() - accepted.keys():
+    return False
+  fits = lambda one, many: any(_equal(_plain(one), _plain(x)) for x in many)
+  return all(
+    fits(value[key], many) if key in value else "" in many
+    for key, many in accepted.items()
   )
 
 

@@ -4,5 +4,5 @@ In come plain values as the files of a workdir hold them; out comes one HTML
 file. Templates (*.html.jinja) hold the HTML, the modules what they show.
 
 Reading order: elements (escaping, tables, marked differences), charts (inline
-SVG), run_page, compare_page, audit_page.
+SVG), figures (tables), replies, run_page, compare_page, audit_page.
 """

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from sft_jax.reporting.html.elements import tag
@@ -63,7 +64,10 @@ def chart(
   drawn, legend = {}, []
   for i, (name, points) in enumerate(series.items()):
     fine = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
-    drawn[name], k = _thin(fine)
+    # Means of k neighbours, so that few enough remain.
+    k = -(-len(fine) // _MAX_POINTS) or 1
+    groups = [np.mean(fine[j : j + k], 0) for j in range(0, len(fine), k)]
+    drawn[name] = [group.tolist() for group in groups]
     last = _tick_of(abs(fine[-1][1]))(fine[-1][1]) if fine else ""
     said = f"{name}: " + (f"last {last}" if fine else "no points")
     if k > 1:
@@ -150,12 +154,10 @@ def histogram(
     # One example among thousands is still there.
     tall = max(floor - float(py(number)), 1) if number else 0
     left, right = float(px(start)) + 0.5, float(px(end)) - 0.5
-    place = {
-      **{"x": f"{left:.1f}", "y": f"{floor - tall:.1f}"},
-      **{"width": f"{max(right - left, 1):.1f}", "height": f"{tall:.1f}"},
-    }
+    box = {"x": left, "y": floor - tall, "width": max(right - left, 1)}
+    box = {key: f"{x:.1f}" for key, x in {**box, "height": tall}.items()}
     note = tag("title", f"{start:,.4g} to {end:,.4g} {unit}: {number:,}")
-    parts.append(tag("rect", note, **place))
+    parts.append(tag("rect", note, **box))
   svg = _svg(parts, _WIDTH, _HEIGHT, label)
   return tag("figure", tag("h3", label), svg)
 
@@ -229,13 +231,6 @@ def _tick_of(largest: float) -> Callable[[float], str]:
   return lambda y: f"{y:.4g}"
 
 
-def _thin(points: list) -> tuple[list, int]:
-  """Means of k neighbours, so that few enough remain; and k."""
-  k = -(-len(points) // _MAX_POINTS) or 1
-  groups = [points[i : i + k] for i in range(0, len(points), k)]
-  return [[sum(c) / len(g) for c in zip(*g, strict=True)] for g in groups], k
-
-
 Curves = tuple[list[Markup], list[Markup]]
 
 
@@ -253,23 +248,25 @@ def of_run(
   """
   values = [(name, (before or {}).get(name)) for name in number_names(records)]
   first = {name: x for name, x in values if isinstance(x, int | float)}
-  if first:
-    records = [{"step": 0, **first}, *records]
-  names = number_names(records)
-  main, rest = [], list(names)
+  records = [{"step": 0, **first}, *records] if first else records
+
+  def draw(title: str, names: Sequence[str], unit: str) -> Markup:
+    series = {name: points(records, name) for name in names}
+    return chart(title, series, marks, unit)
+
+  main, rest = [], number_names(records)
   for title, unit, pattern in CHARTS:
     mine = [name for name in rest if re.fullmatch(pattern, name)]
     rest = [name for name in rest if name not in mine]
-    if mine:
-      main.append(_of(title, records, mine, marks, unit))
+    main += [draw(title, mine, unit)] if mine else []
   families: dict[str, list[str]] = {}
   for name in rest:
     families.setdefault(_family(name), []).append(name)
-  others = []
-  for family, mine in families.items():
-    for i in range(0, len(mine), COLORS):
-      some = mine[i : i + COLORS]
-      others.append(_of(family, records, some, marks, _unit(some[0])))
+  others = [
+    draw(family, mine[i : i + COLORS], _unit(mine[i]))
+    for family, mine in families.items()
+    for i in range(0, len(mine), COLORS)
+  ]
   return main, others
 
 
@@ -289,15 +286,9 @@ def _family(name: str) -> str:
 
 def of_runs(runs: Mapping[str, Records]) -> Curves:
   """A chart per metric, a curve per run; those of `CHARTS` are open."""
-  names = dict.fromkeys(
-    n for records in runs.values() for n in number_names(records)
-  )
-  main = [
-    name
-    for *_, pattern in CHARTS
-    for name in names
-    if re.fullmatch(pattern, name)
-  ]
+  names = dict.fromkeys(n for of in runs.values() for n in number_names(of))
+  patterns = [pattern for *_, pattern in CHARTS]
+  main = [n for p in patterns for n in names if re.fullmatch(p, n)]
 
   def draw(name: str) -> Markup:
     series = {run: points(records, name) for run, records in runs.items()}
@@ -309,28 +300,18 @@ def of_runs(runs: Mapping[str, Records]) -> Curves:
 
 def number_names(records: Records) -> list[str]:
   """Names of the figures in the records, in their order."""
-  found: dict[str, None] = {}
-  for record in records:
-    for name, value in record.items():
-      if name != "step" and isinstance(value, int | float | None):
-        found[name] = None
-  return list(found)
+  found = dict.fromkeys(
+    name
+    for record in records
+    for name, value in record.items()
+    if isinstance(value, int | float | None)
+  )
+  return [name for name in found if name != "step"]
 
 
 def points(records: Records, name: str) -> list[tuple[int, float | None]]:
   """(step, value) of one figure, wherever it was recorded."""
   return [(r["step"], r[name]) for r in records if name in r]
-
-
-def _of(
-  title: str,
-  records: Records,
-  names: Sequence[str],
-  marks: Sequence[tuple[int, str]],
-  unit: str,
-) -> Markup:
-  series = {name: points(records, name) for name in names}
-  return chart(title, series, marks, unit)
 
 
 def _unit(name: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from sft_jax.data.store import fingerprint
 from sft_jax.evals import behaviours
 from sft_jax.reporting import run_files
-from sft_jax.reporting.html import charts, run_page
+from sft_jax.reporting.html import charts, figures, replies, run_page
 from sft_jax.reporting.html.elements import Table, flat, tag, write_page
 
 Runs = Mapping[str, run_page.Run]
@@ -46,24 +46,25 @@ def _tables(runs: Runs) -> dict[str, list[dict]]:
   }
   for name, run in runs.items():
     one, records = scores[name], run.get("metrics", ())
+    add = lambda table, *, run=name, **row: found[table].append(
+      {"run": run, **row}
+    )
     for group, score in one.groups.items() if one else ():
       low, high = score.interval
       rates = {"rate": score.rate, "low": low, "high": high}
       stopped = score.stopped / score.n
-      row = {"run": name, "group": group, "n": score.n, **rates}
-      found["behaviours"].append(row | {"stopped": stopped})
+      add("behaviours", group=group, n=score.n, **rates, stopped=stopped)
     if first and one and one is not first:
       a, b = map(behaviours.Scores, _common([first.replies, one.replies]))
-      for pair in behaviours.compare(a, b):
-        row = {"run": name, "group": pair.group, "gained": pair.gained}
-        found["paired"].append(row | {"lost": pair.lost, "p": pair.p})
-    losses = run.get("result", {}).get("losses", ())
-    found["losses"] += [{"run": name, **row} for row in losses]
+      for x in behaviours.compare(a, b):
+        add("paired", group=x.group, gained=x.gained, lost=x.lost, p=x.p)
+    for row in run.get("result", {}).get("losses", ()):
+      add("losses", **row)
     for metric in charts.number_names(records):
       points = charts.points(records, metric)
       if values := [value for _, value in points if value is not None]:
-        row = {"run": name, "name": metric, "last": values[-1]}
-        found["metrics"].append(row | {"median": statistics.median(values)})
+        median = statistics.median(values)
+        add("metrics", name=metric, last=values[-1], median=median)
   return found
 
 
@@ -126,44 +127,32 @@ def write(path: str | os.PathLike, runs: Runs) -> None:
     return [Table("", [head, *runs], rows)] if rows else []
 
   def differing(head: str, rows: list[dict[str, Any]]) -> list[Table]:
-    cells = {run: {row["key"]: row[run] for row in rows} for run in runs}
-    shown = {
-      run: {key: "absent" if x is None else str(x) for key, x in of.items()}
-      for run, of in cells.items()
-    }
-    return by_run(head, shown)
+    text = lambda value: "absent" if value is None else str(value)
+    cells = {run: {x["key"]: text(x[run]) for x in rows} for run in runs}
+    return by_run(head, cells)
 
-  medians = {
-    run: {
-      row["name"]: row["median"]
-      for row in found["metrics"]
-      if row["run"] == run
-      and row["name"].startswith(("speed/", "time/", "memory/"))
-    }
-    for run in runs
+  medians: dict[str, dict[str, Any]] = {run: {} for run in runs}
+  losses: dict[str, dict[str, Any]] = {run: {} for run in runs}
+  for row in found["metrics"]:
+    if row["name"].startswith(("speed/", "time/", "memory/")):
+      medians[row["run"]][row["name"]] = row["median"]
+  for row in found["losses"]:
+    sides = f"{row['before']:.3f} → {row['after']:.3f} ({row['change']:+.1%})"
+    losses[row["run"]][figures.label(row["name"])] = sides
+  counts, trained, inputs = {}, {}, []
+  for name, run in runs.items():
+    ledger = run.get("ledger", {"sources": {}})
+    pairs = ((c.replace("_", " "), figures.total(ledger, c)) for c in _COUNTS)
+    counts[name] = dict(pairs)
+    sources = ledger["sources"].items()
+    trained[name] = {label: s["rows_trained"] for label, s in sources}
+    inputs.append(run.get("data", {}).get("fingerprint_inputs", {}))
+  incidents = {
+    n: {"incidents": len(r.get("incidents", ()))} for n, r in runs.items()
   }
-  losses = {
-    run: {
-      run_page.label(row["name"]): f"{row['before']:.3f} → "
-      f"{row['after']:.3f} ({row['change']:+.1%})"
-      for row in found["losses"]
-      if row["run"] == run
-    }
-    for run in runs
-  }
-  stats = {n: run.get("ledger", {"sources": {}}) for n, run in runs.items()}
-  counts = {
-    run: {c.replace("_", " "): run_page.total(of, c) for c in _COUNTS}
-    for run, of in stats.items()
-  }
-  trained = {
-    run: {name: s["rows_trained"] for name, s in of["sources"].items()}
-    for run, of in stats.items()
-  }
-  inputs = [
-    run.get("data", {}).get("fingerprint_inputs", {}) for run in runs.values()
-  ]
   first, *others = runs
+  against = [f"{name} against {first}" for name in others]
+  changed = (fingerprint.differences(inputs[0], of) for of in inputs[1:])
   write_page(
     path,
     "compare.html.jinja",
@@ -179,17 +168,11 @@ def write(path: str | os.PathLike, runs: Runs) -> None:
         *by_run("all sources", counts),
         *differing("rows trained, by source", _differing(trained)),
       ],
-      "differences": {
-        f"{name} against {first}": fingerprint.differences(inputs[0], of)
-        for name, of in zip(others, inputs[1:], strict=True)
-      },
+      "differences": dict(zip(against, changed, strict=True)),
     },
     speed=by_run("median of the records", medians),
     replies=_replies(runs),
-    incidents=by_run(
-      "",
-      {n: {"incidents": len(r.get("incidents", ()))} for n, r in runs.items()},
-    ),
+    incidents=by_run("", incidents),
     versions=differing("version", _differing(versions)),
     commands={n: s["command"] for n, s in starts.items() if s.get("command")},
   )
@@ -197,11 +180,10 @@ def write(path: str | os.PathLike, runs: Runs) -> None:
 
 def _behaviours(runs: Runs, found: Mapping[str, list[dict]]) -> list[Table]:
   """After training: a row per group; runs are paired with the first."""
-  shares = {
-    (row["run"], row["group"]): (row["rate"], row["low"], row["high"])
-    for row in found["behaviours"]
-  }
-  paired = {(row["run"], row["group"]): row for row in found["paired"]}
+  key = lambda row: (row["run"], row["group"])
+  rates = lambda row: (row["rate"], row["low"], row["high"])
+  shares = {key(row): rates(row) for row in found["behaviours"]}
+  paired = {key(row): row for row in found["paired"]}
   first, *others = runs
 
   def against(run: str, group: str) -> object:
@@ -209,18 +191,15 @@ def _behaviours(runs: Runs, found: Mapping[str, list[dict]]) -> list[Table]:
       return ""
     better = "good" if row["gained"] > row["lost"] else "bad"
     text = f"+{row['gained']} / -{row['lost']}, p {row['p']:.2g}"
-    return tag("span", text, class_=better if row["p"] < 0.05 else "dim")
+    surely = row["p"] < figures.SIGNIFICANT
+    return tag("span", text, class_=better if surely else "dim")
 
   rows = []
   for group in dict.fromkeys(group for _, group in shares):
     of_runs = [shares.get((run, group)) for run in runs]
     drawn = charts.intervals(of_runs, f"{group}: {', '.join(runs)}")
-    rows.append(
-      [
-        *(group, *map(run_page.share, of_runs), drawn),
-        *(against(run, group) for run in others),
-      ]
-    )
+    against_first = (against(run, group) for run in others)
+    rows.append([group, *map(figures.share, of_runs), drawn, *against_first])
   note = (
     "Share of prompts passed after training, with 95 % intervals. Against: "
     "prompts that only the one, only the other passed, and the exact McNemar "
@@ -238,10 +217,7 @@ def _replies(runs: Runs) -> list[dict[str, Any]] | None:
   if len(answered) < 2:
     return None
   sides = dict(zip(answered, _common(list(answered.values())), strict=True))
-  differ = [
-    len({answer["passed"] for answer in answers}) > 1
-    for answers in zip(*sides.values(), strict=True)
-  ]
-  return run_page.cards(
-    {name: [*itertools.compress(of, differ)] for name, of in sides.items()}
-  )
+  answers = zip(*sides.values(), strict=True)
+  differ = [len({x["passed"] for x in of}) > 1 for of in answers]
+  kept = {name: [*itertools.compress(of, differ)] for name, of in sides.items()}
+  return replies.cards(kept)

@@ -7,6 +7,7 @@ runs nothing.
 """
 
 import difflib
+import functools
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -69,19 +70,13 @@ def write_page(path: str | os.PathLike, template: str, **values: Any) -> None:
 
 
 class Table(NamedTuple):
-  """A table of a page or of the terminal.
+  """A table of a page or of the terminal."""
 
-  Attributes:
-    title: above it; '' is none.
-    head: names of the columns.
-    rows: their cells: numbers, texts or Markup; None is empty.
-    note: below it, in small letters.
-  """
-
-  title: str
-  head: Sequence[object]
+  title: str  # Above it; '' is none.
+  head: Sequence[object]  # Names of the columns.
+  # Their cells: numbers, texts or Markup; None is empty.
   rows: Sequence[Sequence[object]]
-  note: str = ""
+  note: str = ""  # Below it, in small letters.
 
 
 def with_classes(
@@ -93,70 +88,54 @@ def with_classes(
   lines ('long').
   """
   body = [list(row) for row in rows]
-  columns = list(zip(*body, strict=True)) or [()] * len(head)
-  numbers = [
-    bool(column) and all(map(_is_number, column)) for column in columns
-  ]
+  number = lambda x: (
+    x is None or (isinstance(x, int | float) and not isinstance(x, bool))
+  )
+  columns = zip(*body, strict=True) if body else [["no rows"]] * len(head)
+  numbers = [all(map(number, column)) for column in columns]
 
   def kind(cell: object, number: bool) -> str:
     long = not isinstance(cell, Markup) and len(str(cell)) > _LINE
     return "n" if number else "long" if long else ""
 
-  return [
-    [
-      (kind(cell, number), cell)
-      for cell, number in zip(line, numbers, strict=True)
-    ]
-    for line in ([*head], *body)
-  ]
-
-
-def _is_number(value: object) -> bool:
-  number = isinstance(value, int | float) and not isinstance(value, bool)
-  return number or value is None
+  pairs = (zip(line, numbers, strict=True) for line in ([*head], *body))
+  return [[(kind(cell, number), cell) for cell, number in of] for of in pairs]
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   """Nested dicts as {'a.b': value}."""
   found = {}
   for key, value in tree.items():
-    if isinstance(value, Mapping) and value:
-      found |= flat(value, f"{prefix}{key}.")
-    else:
-      found[f"{prefix}{key}"] = value
+    inner = isinstance(value, Mapping) and flat(value, f"{prefix}{key}.")
+    found |= inner or {f"{prefix}{key}": value}
   return found
 
 
 class Marked(NamedTuple):
-  """Two texts with their differences marked.
+  """Two texts with their differences marked."""
 
-  Attributes:
-    old, new: the texts; words only in one are <del> there, <ins> here.
-    note: what is to be known of them as a whole, '' where marks say it.
-  """
-
+  # The texts; words only in one are <del> there, <ins> here.
   old: Markup
   new: Markup
-  note: str
+  note: str  # What is to be known of them as a whole, '' where marks say it.
 
 
 def mark(old: str, new: str) -> Marked:
   """Marks the words that only one of two texts has, in their order."""
+  plain = functools.partial(Marked, join([old]), join([new]))
   if old == new:
-    return Marked(join([old]), join([new]), "the same")
-  a, b = _words(old), _words(new)
+    return plain("the same")
+  # Words, spaces and signs, which together are the text.
+  a, b = (re.findall(r"\w+|\s+|[^\w\s]", text) for text in (old, new))
   if max(len(a), len(b)) > _MAX_WORDS:
-    return Marked(join([old]), join([new]), "too long to be compared")
+    return plain("too long to be compared")
   found = difflib.SequenceMatcher(None, a, b, autojunk=False)
   # Spaces and full stops are in both of any two texts.
-  same = sum(
-    word[0].isalnum()
-    for start, _, size in found.get_matching_blocks()
-    for word in a[start : start + size]
-  )
-  shorter = min(sum(w[0].isalnum() for w in words) for words in (a, b))
-  if same < _ALIKE * shorter:
-    return Marked(join([old]), join([new]), "hardly a word in common")
+  number = lambda words: sum(word[0].isalnum() for word in words)
+  blocks = found.get_matching_blocks()
+  same = sum(number(a[start : start + size]) for start, _, size in blocks)
+  if same < _ALIKE * min(number(a), number(b)):
+    return plain("hardly a word in common")
   before, after = [], []
   for kind, a0, a1, b0, b1 in found.get_opcodes():
     left, right = "".join(a[a0:a1]), "".join(b[b0:b1])
@@ -167,11 +146,6 @@ def mark(old: str, new: str) -> Marked:
       before += [tag("del", left)] if left else []
       after += [tag("ins", right)] if right else []
   return Marked(join(before), join(after), "")
-
-
-def _words(text: str) -> list[str]:
-  """Words, spaces and signs, which together are the text."""
-  return re.findall(r"\w+|\s+|[^\w\s]", text)
 
 
 _ENVIRONMENT = jinja2.Environment(

@@ -300,7 +300,7 @@ def test_control_tokens_made_by_text_and_template_together(tmp_path):
   source = CHATML.replace("{{ m.content }}", "<{{ m.content }}|>")
   one = load_tokenizer(byte_level(tmp_path, source))
   row = chat("u:|im_end", "a:Hi")
-  with pytest.raises(RowError, match="which a text and the template make"):
+  with pytest.raises(RowError, match="made up by a text and the template"):
     trained(row, one, control_tokens="error")
   assert trained(row, one) == ["<Hi|><|im_end|>"]
 

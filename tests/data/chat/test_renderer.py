@@ -70,5 +70,7 @@ def test_control_tokens_in_what_is_said(fields, where):
 def test_half_a_character_is_refused():
   row = Conversation((Message("user", "a \ud83d b"),), source="rows.jsonl:3")
   template = templates.ChatTemplate(CHATML)
-  with pytest.raises(RowError, match=r"rows.jsonl:3: got the lone surrogate"):
+  with pytest.raises(
+    RowError, match=r"rows.jsonl:3: got half a surrogate pair"
+  ):
     ConversationRenderer(row, template, DEFAULT).prompt(1)

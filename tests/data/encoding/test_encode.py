@@ -516,8 +516,8 @@ def test_ids_that_cannot_be_this_tokenizers(tmp_path):
   size = one.vocab_size
   for ids, weights, fault, said in (
     ((5, size), (0.0, 1.0), RowError, f"the id {size}; expected ids from 0"),
-    ((5, 6), (0.0, -1.0), RowError, "negative or not finite"),
-    ((5, 6), (0.0, float("nan")), RowError, "negative or not finite"),
+    ((5, 6), (0.0, -1.0), RowError, "below 0 or not finite"),
+    ((5, 6), (0.0, float("nan")), RowError, "below 0 or not finite"),
     # Nothing is before the first to predict it from.
     ((5, 6), (1.0, 0.0), NothingToTrain, "no trained token"),
   ):

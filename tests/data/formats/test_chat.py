@@ -109,7 +109,7 @@ def test_harmonys_analysis_is_reasoning():
     {"role": "assistant", "channel": "analysis", "content": "Hm."},
     {"role": "assistant", "channel": "final", "content": "Yes."},
   )
-  assert made[1:] == [Message("assistant", "Yes.", "Hm.")]
+  assert made[1:] == (Message("assistant", "Yes.", "Hm."),)
 
 
 def test_refusals_data_of_tools_and_roles_with_space():

@@ -258,7 +258,7 @@ def die(*_):
   os.kill(os.getpid(), signal.SIGKILL if when != "term" else signal.SIGTERM)
 
 
-if when in ("seal", "move"):
+if when in ("seal", "sync_folder"):
   setattr(build, f"_{when}", die)
 else:
   append, left = build._Writer.append, [3]
@@ -273,7 +273,7 @@ build.build(rows, load_tokenizer(folder), RenderOptions(), directory=directory,
 """
 
 
-@pytest.mark.parametrize("when", ["append", "term", "seal", "move"])
+@pytest.mark.parametrize("when", ["append", "term", "seal", "sync_folder"])
 def test_a_killed_build_is_begun_again(tmp_path, tokenizer, when):
   path = _write(tmp_path / "rows.jsonl", map(_row, range(20)))
   directory = tmp_path / "cache"
