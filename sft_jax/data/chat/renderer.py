@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -231,6 +232,7 @@ def refuse_control_tokens(
   """
   if options.control_tokens == "allow":
     return False
+  as_json = functools.partial(json.dumps, ensure_ascii=False)
   escapes, may_escape = False, options.control_tokens == "escape"
 
   def check(where: str, *texts: str | None, escapable: bool = False) -> None:
@@ -252,10 +254,10 @@ def refuse_control_tokens(
     for call in message.tool_calls:
       # What has a role span can be escaped: names and texts, but not keys.
       keys = template_messages.map_strings(call.arguments, lambda *_: "")
-      check(where, call.id, sandbox.tojson(keys))
-      whole = sandbox.tojson([call.name, call.arguments])
+      check(where, call.id, as_json(keys))
+      whole = as_json([call.name, call.arguments])
       check(where, whole, escapable=True)
   if conversation.tools:
-    check(f"{conversation.place} tools", sandbox.tojson(conversation.tools))
+    check(f"{conversation.place} tools", as_json(conversation.tools))
   check(f"{conversation.place} text", conversation.text, escapable=True)
   return escapes

@@ -7,7 +7,7 @@ import time
 import pytest
 
 import real_templates
-from sft_jax.data.chat import sandbox
+from sft_jax.data.chat import sandbox, sandbox_child
 from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.chat.template import ChatTemplate
 from sft_jax.data.conversation import RowError
@@ -409,8 +409,10 @@ def test_windows_are_the_renderings_of_each_cut(body, windowed):
   (made,) = sandbox.render(source, [job])
   for cut, text in zip(cuts, made, strict=True):
     assert [[text]] == sandbox.render(source, [job._replace(cuts=[cut])])
-  template = sandbox.compile(source)
-  assert bool(sandbox._by_windows(template, messages, {}, cuts)) == windowed
+  template = sandbox_child.compile(source)
+  assert (
+    bool(sandbox_child._by_windows(template, messages, {}, cuts)) == windowed
+  )
 
 
 # Which asks where the last question is, as many of today's do.
