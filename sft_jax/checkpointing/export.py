@@ -7,6 +7,7 @@ where the model stops and to render the prompts that it was trained on.
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +89,7 @@ def save_pretrained(
   options: RenderOptions = DEFAULT,
   shardings: load_save.Shardings | None = None,
   export_into: str | Path | None = None,
+  share: Callable[[Path], None] = lambda folder: None,
 ) -> Evidence:
   """Writes a Hugging Face folder, adapters merged, and verifies it.
 
@@ -101,6 +103,8 @@ def save_pretrained(
     export_into: the folder that the model came from, perhaps a multimodal one:
       what is written is a copy in which this model's weights alone are others,
       of the dtype that they have there; `tokenizer` and `dtype` have no say.
+    share: gives every process the folder that the first has written, where
+      they have none in common.
 
   Raises ValueError: parameters that are not this model's, a path that holds
   something else than a model; or what was written is not what was meant: it is
@@ -120,6 +124,7 @@ def save_pretrained(
     if tokenizer:
       _write_template(folder, tokenizer, options)
     distributed.barrier("sft_jax.export")
+    share(folder)
     try:
       found.append(
         _verify(folder, model, params, tokenizer, written, options, shardings)

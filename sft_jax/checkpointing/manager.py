@@ -17,6 +17,10 @@ from orbax.checkpoint import v1 as ocp
 
 from sft_jax.checkpointing import digests
 from sft_jax.common import distributed
+from sft_jax.common.buckets import storage
+
+# What Orbax writes last into a checkpoint of gs://, where nothing is renamed.
+_COMMITTED = "commit_success.txt"
 
 
 class Restored(NamedTuple):
@@ -42,13 +46,16 @@ class Checkpoints:
     keep: int,
     keep_every: int = 0,
     keep_best: str = "",
+    before_save: Callable[[], None] = lambda: None,
   ):
     """Opens (or creates) the folder.
 
     Args:
+      directory: holds a folder per step; one of gs:// is an epath.Path.
       keep: the newest so many are kept, 1 or more.
       keep_every: and those of steps that this divides; 0 = none.
       keep_best: and the one of the 'lowest' or 'highest' score; '' = none.
+      before_save: called before each save: records must not be older.
     """
     self._directory = directory
     self._rejected = directory.with_name(f"{directory.name}_rejected")
@@ -56,6 +63,7 @@ class Checkpoints:
     self._scored = bool(keep_best)
     self._sign = -1 if keep_best == "highest" else 1
     self._scores: dict[int, float] = {}
+    self._before_save = before_save
     self._saving = 0  # The step being written.
     self._open()
 
@@ -71,7 +79,7 @@ class Checkpoints:
     every_save: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
     retention: Any = self
     self._orbax = ocp.training.Checkpointer(
-      str(self._directory.absolute()),
+      address(self._directory),
       save_decision_policy=every_save,
       preservation_policy=retention,
     )
@@ -148,6 +156,7 @@ class Checkpoints:
     if score is not None and self._scored:
       self._scores[step] = score
     self._saving = step
+    self._before_save()
     with self._explained():
       self._orbax.save_checkpointables_async(
         step, {"state": state}, custom_metadata=sealed
@@ -288,7 +297,11 @@ class Checkpoints:
     distributed.barrier("names of rejected checkpoints")
     if jax.process_index() == 0:
       self._rejected.mkdir(exist_ok=True)
-      shutil.move(self._directory / str(step), target)
+      held = self._directory / str(step)
+      if storage.is_remote(held):
+        storage.move_folder(str(held), str(target), _COMMITTED)
+      else:
+        shutil.move(held, target)
     distributed.barrier("a checkpoint is set aside")
     self._scores.pop(step, None)
     self._open()
@@ -299,7 +312,17 @@ class Checkpoints:
     if jax.process_index() == 0:
       for path in self._directory.glob("*.orbax-checkpoint-tmp"):
         shutil.rmtree(path)
+      if storage.is_remote(self._directory):
+        names = storage.list_objects(str(self._directory))
+        steps = {name.partition("/")[0] for name in names}
+        for step in (s for s in steps if f"{s}/{_COMMITTED}" not in names):
+          storage.remove(str(self._directory / step))
     distributed.barrier("unfinished checkpoints are removed")
+
+
+def address(path: Path) -> str:
+  """As Orbax wants it."""
+  return str(path) if storage.is_remote(path) else str(path.absolute())
 
 
 def other_base(where: str, changed: list[str]) -> str:

@@ -9,8 +9,10 @@ curves, config, data, speed. A finished run has its `report.html` already;
 """
 
 import argparse
+import tempfile
 from pathlib import Path
 
+from sft_jax.common.buckets import storage
 from sft_jax.reporting import run_files
 from sft_jax.reporting.html import compare_page, run_page
 
@@ -21,6 +23,7 @@ def main() -> None:
   parser.add_argument("runs", nargs="+", help="workdirs")
   parser.add_argument("--out", default="compare.html", help="the page")
   args = parser.parse_args()
+  storage.check_scheme(args.out, "--out")
   found = {}
   for path, name in zip(args.runs, _names(args.runs), strict=True):
     found[name] = run_files.read(path)
@@ -34,9 +37,13 @@ def report() -> None:
   parser.add_argument("run", help="the workdir of a run")
   parser.add_argument("--out", help="default: report.html in the workdir")
   args = parser.parse_args()
-  path = Path(args.out) if args.out else Path(args.run) / "report.html"
-  run_page.write(path, run_files.read(args.run))
-  print(path)
+  inside, remote = storage.join(args.run, "report.html"), False
+  if not args.out and (remote := storage.is_remote(inside)):
+    args.out = Path(tempfile.mkdtemp()) / "report.html"
+  run_page.write(Path(args.out or inside), run_files.read(args.run))
+  if remote:
+    storage.upload(args.out, inside)
+  print(inside if remote else args.out or inside)
 
 
 def _names(paths: list[str]) -> list[str]:

@@ -4,12 +4,14 @@ sft-jax export --workdir=runs/demo --out=my_model
 """
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
 from sft_jax.checkpointing.resume import restore
+from sft_jax.common.buckets import remote_workdir, storage
 from sft_jax.common.workdir import read_json
 from sft_jax.reporting import terminal
 from sft_jax.training.build import build, outputs
@@ -24,7 +26,8 @@ def main() -> None:
   out = terminal.console()
   say = out.print
   workdir = Path(args.workdir)
-  read = read_json(workdir / "config.json")
+  with remote_workdir.copied(args.workdir) as copy:
+    read = read_json(copy / "config.json")
   config: Any = ml_collections.ConfigDict(read, type_safe=False)
   run = build.build_run(config, say)
   checkpoints = outputs.open_checkpoints(config, workdir)
@@ -42,4 +45,12 @@ def main() -> None:
     config.export_dtype = args.dtype
   say(f"Writing step {int(state.step)} to {args.out} ...")
   del state  # The moments make room for the folder's parameters.
-  say(f"{args.out}: {outputs.export_run(config, run, params, Path(args.out))}")
+  if not storage.is_remote(args.out):
+    path = Path(args.out)
+    say(f"{args.out}: {outputs.export_run(config, run, params, path)}")
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "export"
+    evidence = outputs.export_run(config, run, params, path)
+    storage.upload_folder(path, args.out, "config.json")
+  say(f"{args.out}: {evidence}")

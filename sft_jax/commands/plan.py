@@ -16,6 +16,7 @@ from absl import flags
 
 from sft_jax.commands import command
 from sft_jax.common import hub, machines, sharding, trees
+from sft_jax.common.buckets import storage
 from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.models.config import ModelConfig, read_config
 from sft_jax.models.lora.quantize import num_scalars
@@ -95,7 +96,9 @@ def find_shape(path: str) -> ModelConfig:
   for folder in (Path(path), SHAPES / path):
     if (folder / "config.json").is_file():
       return read_config(folder)
-  if hub.is_id(path):
+  if storage.is_remote(path) and not path.startswith("hf://"):
+    return read_config(storage.fetch(path, ("config.json",)))
+  if hub.is_id(path := path.removeprefix("hf://")):
     found = hub.fetch(path, kind="model", patterns=("config.json",))
     return read_config(found.folder)
   return read_config(path)
@@ -147,6 +150,7 @@ def show(out, config, outline, found: plan.Plan, fill: float) -> None:
       **{
         name: "not known" if time is None else f"at least {time:.4g} s"
         for name, time in times._asdict().items()
+        if time != 0.0
       },
       "step": f"at least {times.step:.4g} s, by {times.bound}",
       "speed": f"at most {tokens / times.step:,.0f} tokens/s, an MFU of "

@@ -10,12 +10,12 @@ must have the fingerprint that the run's data.json says.
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import ml_collections
 
 from sft_jax.commands.inspect import show_sample
+from sft_jax.common.buckets import remote_workdir
 from sft_jax.common.workdir import read_json
 from sft_jax.data.audit.summary import step_rows
 from sft_jax.data.store import fingerprint
@@ -32,17 +32,18 @@ def main() -> None:
   parser.add_argument("--step", required=True, type=int, help="1 is the first")
   args = parser.parse_args()
   out = terminal.console()
-  workdir = Path(args.workdir)
-  read = read_json(workdir / "config.json")
+  workdir = args.workdir
+  with remote_workdir.copied(workdir) as copy:
+    read = read_json(copy / "config.json")
+    made_from = read_json(copy / "data.json")
   config: Any = ml_collections.ConfigDict(read, type_safe=False)
   with config.unlocked():
-    config.workdir = str(workdir)
+    config.workdir = workdir
   folder = model.find_model(config).folder
   tokenizer = tokenizers.load_tokenizer(folder)
   say = out.print
   store = data.load_stores(config, tokenizer, say).train
   stream = data.make_train_stream(config, store)
-  made_from = read_json(workdir / "data.json")
   if made_from["fingerprint"] != stream.fingerprint:
     changed = fingerprint.differences(
       made_from["fingerprint_inputs"], stream.fingerprint_inputs

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from sft_jax.commands import command
 from sft_jax.common import sharding
+from sft_jax.common.buckets import storage
 from sft_jax.data import selection
 from sft_jax.data.audit import score_summary
 from sft_jax.data.readers import files
@@ -97,6 +98,11 @@ def files_of(config: Config) -> list[Source]:
   made: dict[str, Source] = {}
   columns = config.data.columns.to_dict()
   for source in make_sources(config.data.train, columns):
+    if storage.is_remote(source.path) and not config.data.scores:
+      raise ValueError(
+        f"data.scores: got '' with rows in {source.path}, expected a folder "
+        "of this machine for their scores. Set data.scores."
+      )
     for file in files.find_files(source.path):
       plain = dataclasses.replace(
         Source(str(file)), format=source.format, columns=source.columns

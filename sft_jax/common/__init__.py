@@ -2,5 +2,6 @@
 
 Reading order: `batch` (what data hands to training), `trees` (parameters by
 path), `sharding` (meshes and where arrays are), `distributed` (several
-processes), then `machines`, `flops`, `hub`, `compile_cache` and `workdir`.
+processes), then `machines`, `flops`, `buckets`, `hub`,
+`compile_cache` and `workdir`.
 """

@@ -19,6 +19,8 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from sft_jax.common.buckets import storage
+
 # Of what JAX asks to be kept; what compiles faster is not worth a file.
 _MIN_SECONDS = 0.2
 _HIT = "/jax/compilation_cache/cache_hits"
@@ -31,8 +33,9 @@ def opened(path: str, log: Callable[[str], None]) -> Iterator[None]:
   JAX's own settings are as they were afterwards.
 
   Args:
-    path: the folder; 'auto' is one under the user's cache; '' is no cache:
-      JAX's settings, such as JAX_COMPILATION_CACHE_DIR, are left alone.
+    path: the folder, perhaps of gs://; 'auto' is one under the user's cache;
+      '' is no cache: JAX's settings, such as JAX_COMPILATION_CACHE_DIR, are
+      left alone.
     log: called if others may write there: what is read there is executed.
 
   Raises OSError: the folder cannot be made.
@@ -42,12 +45,15 @@ def opened(path: str, log: Callable[[str], None]) -> Iterator[None]:
     return
   try:
     folder = _own_folder() if path == "auto" else Path(path).resolve()
+    if storage.is_remote(path):  # JAX writes there itself.
+      folder = path
   except RuntimeError as error:  # No HOME, and a user that nobody knows.
     log(f"compile_cache: none ({error}); name a folder to have one.")
     yield
     return
-  folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-  if place := writable_by_others(folder):
+  if isinstance(folder, Path):
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+  if isinstance(folder, Path) and (place := writable_by_others(folder)):
     log(
       f"compile_cache: other users can write in {place}. Programs found there "
       "are run as they are: name a folder that only you can write to, or '' "

@@ -7,9 +7,11 @@ minute, and they name it (`lifeline`).
 
 import collections
 import contextlib
+import importlib.util
 import itertools
 import json
 import os
+import socket
 import sys
 import time
 import traceback
@@ -32,6 +34,8 @@ _NEWS = 5
 _SHUTDOWN = 30
 # Milliseconds to wait for the first process: it may be encoding the data.
 _A_DAY = 24 * 3600 * 1000
+# Where the first pod of a Kubernetes job listens.
+_PORT = 55527
 
 
 @contextlib.contextmanager
@@ -44,8 +48,9 @@ def joined(
 ) -> Iterator[None]:
   """Within, this process is one of the run's; call it before all else of JAX.
 
-  With no arguments, the processes of a TPU pod, a SLURM step or an Open MPI
-  job find one another; where there is none of these, this process is alone.
+  With no arguments, the processes of a TPU pod, a SLURM step, an Open MPI or
+  an indexed Kubernetes job (a JobSet's) find one another; where there is none
+  of these, this process is alone.
 
   Args:
     coordinator: host:port of the first process, which others can reach.
@@ -60,14 +65,14 @@ def joined(
       f"--coordinator, --processes, --process: got {coordinator!r}, "
       f"{processes} and {process}, expected all or none. Give the others."
     )
-  if not all(given) and not _detected():
+  who = None if all(given) else _detected()
+  if who is None and not all(given):
     yield
     return
   # Signals are StopRequest's; and gloo is what lets CPUs of two processes add.
   jax.config.update("jax_enable_preemption_service", False)
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
-  who = {}
-  if all(given):
+  if who is None:
     who = {"coordinator_address": coordinator, "num_processes": processes}
     # Else SLURM's variables would tell it which devices are its own.
     who |= {"process_id": process, "cluster_detection_method": "deactivate"}
@@ -123,16 +128,61 @@ def _lifeline() -> lifeline.Lifeline:
     ) from error
 
 
-def _detected() -> bool:
-  """Whether this process is one of several that a cluster started."""
-  # JAX looks by itself, but only where it knows that there is something.
-  from jax._src.clusters import ClusterEnv
+def _detected() -> dict[str, Any] | None:
+  """What JAX must be told to join the processes of a cluster; None = alone.
 
-  return any(
-    env.is_env_present() and env.get_process_count() > 1
-    for env in ClusterEnv._cluster_types
-    if not env.opt_in_only_method and env.name != "k8s"
-  )
+  Raises:
+    ValueError: a pod of an indexed Job that cannot tell how many there are.
+  """
+  # JAX looks by itself, but only where it knows that there is something.
+  from jax._src.clusters import ClusterEnv, K8sCluster
+
+  for env in ClusterEnv._cluster_types:
+    if env.opt_in_only_method or env is K8sCluster:
+      continue
+    if env.is_env_present():
+      return {} if env.get_process_count() > 1 else None
+  # A pod that belongs to no indexed Job is alone, and asks nobody.
+  index = os.environ.get("JOB_COMPLETION_INDEX")
+  if index is None or "KUBERNETES_SERVICE_HOST" not in os.environ:
+    return None
+  count = os.environ.get("JAX_NUM_PROCESSES")
+  where = f"hosts: pod {index} of an indexed Job"
+  if count is None:
+    if not importlib.util.find_spec("kubernetes"):
+      raise ValueError(
+        f"{where}: got no number of its pods, expected JAX_NUM_PROCESSES (1 "
+        "where it is alone), or the kubernetes package to ask for it. Set it "
+        "in the pod's env, or pip install kubernetes."
+      )
+    try:
+      several = K8sCluster.is_env_present() and K8sCluster.get_process_count()
+    except Exception as error:  # Of its client, which is not installed here.
+      said = " ".join(str(error).split())[:300]
+      raise ValueError(
+        f"{where}: Kubernetes did not say how many pods there are ({said}), "
+        "expected a service account that may read pods and jobs. Give it the "
+        "right, or set JAX_NUM_PROCESSES in the pod's env."
+      ) from error
+    return {} if several and several > 1 else None
+  if int(count) == 1:
+    return None
+  # 'job-3.subdomain.namespace...': the first pod is 'job-0.subdomain'.
+  host, _, domain = socket.getfqdn().partition(".")
+  address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+  if not address and not domain:
+    raise ValueError(
+      f"{where}: got the host name {host!r} without a subdomain, expected "
+      "that of a headless service, by which pods find one another. Set "
+      "spec.template.spec.subdomain, or JAX_COORDINATOR_ADDRESS."
+    )
+  return {
+    "coordinator_address": address
+    or f"{host.removesuffix(index)}0.{domain.split('.')[0]}:{_PORT}",
+    "num_processes": int(count),
+    "process_id": int(os.environ.get("JAX_PROCESS_ID", index)),
+    "cluster_detection_method": "deactivate",
+  }
 
 
 def _leave(code: int) -> None:

@@ -25,6 +25,10 @@ class Chip(NamedTuple):
     bandwidth: bytes per second between memory and cores; None: not known.
     links: bytes per second that a device receives from others of its slice
       or host, over all links; None: not known.
+    fp8: the peak of float8 products; None: it has none.
+    network: bytes per second that it receives from other slices; None: not
+      known.
+    source: where the figures were published; '' = they were not.
   """
 
   name: str
@@ -32,31 +36,98 @@ class Chip(NamedTuple):
   memory: float
   bandwidth: float | None = None
   links: float | None = None
+  fp8: float | None = None
+  network: float | None = None
+  source: str = ""
 
 
+_GiB = 2**30
+_TPU = "cloud.google.com/tpu/docs"
+_NVIDIA = "NVIDIA's data sheet of "
+_ADA = "NVIDIA Ada GPU architecture, appendix A"
+_RTX = "NVIDIA RTX Blackwell GPU architecture, appendix A"
+
+
+def _chip(
+  name: str,
+  tflops: float,
+  memory: float,
+  bandwidth: float | None = None,
+  links: float | None = None,
+  fp8: float | None = None,
+  *,
+  network: float | None = None,
+  source: str = "",
+) -> Chip:
+  """Rates in 1e12 FLOPs and 1e9 bytes per second."""
+  giga = lambda x: None if x is None else x * 1e9
+  return Chip(
+    *(name, tflops * 1e12, memory, giga(bandwidth), giga(links)),
+    fp8=None if fp8 is None else fp8 * 1e12,
+    network=giga(network),
+    source=source or _NVIDIA + name,
+  )
+
+
+_V6E = _chip(
+  *("TPU v6e", 918, 31.25 * _GiB, 1640, 400, 918),
+  network=12.5,
+  source=f"{_TPU}/v6e",
+)
+_V5E = _chip("TPU v5e", 197, 15.75 * _GiB, 819, 200, source=f"{_TPU}/v5e")
+_V5P = _chip(
+  *("TPU v5p", 459, 95.74 * _GiB, 2765, 600, 459),
+  network=6.25,
+  source=f"{_TPU}/v5p",
+)
 # `Device.device_kind` contains the key; the first that does decides, so that a
 # kind stands before the shorter one it contains. The vendors' published dense
-# figures (half of those "with sparsity"); of the rates only those of TPU v4,
-# v5e, v5p and v6e were compared with JAX's own table. Memory of v5e, v5p and
-# v6e is what their compiler says is there (15.75, 95.74 and 31.25 GiB). Links
-# are published both ways together (for v5e, v5p and v6e 400, 1,200 and 800 GB/s
-# in Google Cloud's documentation; v4's was not found there): half is received.
-_GiB = 2**30
+# figures: half of those "with sparsity", and of cards for screens the rates
+# that sum in float32. Memory of v5e, v5p and v6e is what their compiler says is
+# there. JAX shows the two halves of a TPU7x as devices. Links and NVLink are
+# published both ways together: half is received.
 CHIPS = {
-  "TPU v6 lite": Chip("TPU v6e", 918e12, 31.25 * _GiB, 1640e9, 400e9),
-  "TPU v6e": Chip("TPU v6e", 918e12, 31.25 * _GiB, 1640e9, 400e9),
-  "TPU v5 lite": Chip("TPU v5e", 197e12, 15.75 * _GiB, 819e9, 200e9),
-  "TPU v5e": Chip("TPU v5e", 197e12, 15.75 * _GiB, 819e9, 200e9),
-  "TPU v5": Chip("TPU v5p", 459e12, 95.74 * _GiB, 2765e9, 600e9),
-  "TPU v4 lite": Chip("TPU v4i", 138e12, 8e9),
-  "TPU v4": Chip("TPU v4", 275e12, 32e9, 1228e9, 300e9),
-  "H200": Chip("H200 SXM", 989.4e12, 141e9, 4800e9, 450e9),
-  "H100 PCIe": Chip("H100 PCIe", 756.4e12, 80e9, 2000e9, 64e9),
-  "H100 NVL": Chip("H100 NVL", 835.5e12, 94e9, 3900e9, 300e9),
-  "H100": Chip("H100 SXM", 989.4e12, 80e9, 3350e9, 450e9),
-  "A100-SXM4-40GB": Chip("A100 40 GB", 312e12, 40e9, 1555e9, 300e9),
-  "A100-PCIE-40GB": Chip("A100 40 GB", 312e12, 40e9, 1555e9, 32e9),
-  "A100": Chip("A100 80 GB", 312e12, 80e9, 2039e9, 300e9),
+  "TPU7x": _chip(
+    *("TPU7x, a half", 2307 / 2, 96 * _GiB, 7380 / 2, 300, 4614 / 2),
+    network=6.25,
+    source=f"{_TPU}/tpu7x",
+  ),
+  "TPU v6 lite": _V6E,
+  "TPU v6e": _V6E,
+  "TPU v5 lite": _V5E,
+  "TPU v5e": _V5E,
+  "TPU v5p": _V5P,
+  "TPU v5": _V5P,
+  "TPU v4 lite": _chip("TPU v4i", 138, 8e9, source="arXiv:2104.13835"),
+  "TPU v4": _chip("TPU v4", 275, 32e9, 1228, 300, source=f"{_TPU}/v4"),
+  "GB300": _chip("GB300", 2500, 288e9, 8000, 900, 5000),
+  "B300": _chip("B300", 2250, 288e9, 8000, 900, 4500),
+  "GB200": _chip("GB200", 2500, 186e9, 8000, 900, 5000),
+  "B200": _chip("B200", 2250, 180e9, 8000, 900, 4500),
+  "GH200": _chip("GH200", 989.4, 96e9, 4000, 450, 1978.9),
+  "H200 NVL": _chip("H200 NVL", 835.5, 141e9, 4800, 450, 1671),
+  "H200": _chip("H200 SXM", 989.4, 141e9, 4800, 450, 1978.9),
+  "H100 PCIe": _chip("H100 PCIe", 756.4, 80e9, 2000, 64, 1513),
+  "H100 NVL": _chip("H100 NVL", 835.5, 94e9, 3900, 300, 1671),
+  "H100": _chip("H100 SXM", 989.4, 80e9, 3350, 450, 1978.9),
+  "A100-SXM4-40GB": _chip("A100 40 GB", 312, 40e9, 1555, 300),
+  "A100-PCIE-40GB": _chip("A100 40 GB", 312, 40e9, 1555, 32),
+  "A100": _chip("A100 80 GB", 312, 80e9, 2039, 300),
+  "L40S": _chip("L40S", 362.05, 48e9, 864, 32, 733),
+  "L40": _chip("L40", 181.05, 48e9, 864, 32, 362),
+  "L4": _chip("L4", 121, 24e9, 300, 32, 242.5),
+  "A10G": _chip("A10G", 70, 24e9, 600, 32),
+  # It has no bfloat16; the rate is float16's.
+  "Tesla T4": _chip("T4", 65, 16e9, 320, 16),
+  "RTX 4090": _chip("RTX 4090", 165.2, 24e9, 1008, 32, 330.3, source=_ADA),
+  "RTX 5090": _chip("RTX 5090", 209.5, 32e9, 1792, 64, 419, source=_RTX),
+  "RTX PRO 6000 Blackwell": _chip(
+    *("RTX PRO 6000", 503.8, 96e9, 1597, 64, 1007.6), source=_RTX
+  ),
+  "MI300X": _chip(
+    *("MI300X", 1307.4, 192e9, 5300, 448, 2614.9),
+    source="AMD's data sheet of Instinct MI300X",
+  ),
 }
 
 
@@ -68,7 +139,15 @@ def chip(device_kind: str) -> Chip | None:
   >>> chip('cpu') is None
   True
   """
-  return next((c for kind, c in CHIPS.items() if kind in device_kind), None)
+  # An A100X is another chip, as are RTX cards for laptops and the 4090 D.
+  if re.search(r"Laptop| D\b", device_kind):
+    return None
+  found = (
+    one
+    for kind, one in CHIPS.items()
+    if re.search(rf"(?<!\w){re.escape(kind)}(?![^\W_])", device_kind)
+  )
+  return next(found, None)
 
 
 def flops_per_second(device: Any) -> float:

@@ -12,12 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-# What of a tokenizer a model folder may have, beside its weights.
-TOKENIZER_FILES = (
-  *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"),
-  *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-  *("chat_template.jinja", "chat_template.json", "generation_config.json"),
-)
+from sft_jax.common.buckets import storage
+
 # What a model folder needs here; everything else in a repository stays there.
 TOKENIZER_FILES = (
   *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"),
@@ -69,11 +65,24 @@ def is_id(text: str) -> bool:
 def find_model(path: str | Path) -> Snapshot:
   """A model folder: the local one of this path, else the hub's of this id.
 
+  Of gs:// and s3:// it is a verified copy, see `storage.fetch`.
+
   Raises ValueError: neither; see `fetch`.
   """
-  if Path(path).exists() or not is_id(str(path)):
+  name = str(path).removeprefix("hf://")
+  if storage.is_remote(name):
+    try:
+      # All that an export has digests of.
+      without = ("consolidated*", "*/*", *_NEVER)
+      return Snapshot(storage.fetch(name, without=without))
+    except FileNotFoundError as error:
+      raise ValueError(
+        f"{name}: got no file of a model there, expected a folder with "
+        "config.json and *.safetensors. Check the path."
+      ) from error
+  if Path(path).exists() or not is_id(name):
     return Snapshot(Path(path))
-  return fetch(str(path), kind="model", patterns=MODEL_FILES)
+  return fetch(name, kind="model", patterns=MODEL_FILES)
 
 
 def fetch(

@@ -1,12 +1,14 @@
 """Machines by name, here or elsewhere: what a program can be compiled for.
 
     v5e:2x4     a slice of TPU chips, by the compiler that TPUs use
+    v5e:2x4*2   two such slices, joined by the data center's network
     cpu:8       fake devices on this machine's processor
     gpu-80GB:8  the CPU's program held against a GPU's limits: an estimate
 
 A TPU's compiler (`libtpu`) runs anywhere and needs no TPU.
 """
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -35,11 +37,16 @@ class Machine(NamedTuple):
   @property
   def published(self) -> bool:
     """The peaks are the vendor's, and not measured just now."""
-    return self.chip.name != _MEASURED
+    return bool(self.chip.source)
+
+  @property
+  def peak_known(self) -> bool:
+    """A share of the peak says something: not on an unknown accelerator."""
+    return not self.chip.name.startswith(_UNKNOWN)
 
 
-_MEASURED = "this processor"
-_TPU = re.compile(r"v\d\w*:\d+(x\d+)+")
+_MEASURED, _UNKNOWN = "this processor", "unknown"
+_TPU = re.compile(r"(v\d\w*|tpu7x):\d+(x\d+)+(\*[1-9]\d*)?")
 _OTHER = re.compile(r"(cpu|gpu-(\d+)GB)(?::([1-9]\d*))?")
 # By their memory in GB; of several the fastest.
 _GPUS = {"40": "A100-SXM4-40GB", "80": "H100", "94": "H100 NVL", "141": "H200"}
@@ -75,7 +82,7 @@ def _parse(name: str) -> tuple[str, int]:
   found = _OTHER.fullmatch(name)
   if found is None:
     raise ValueError(
-      f"topology: got {name!r}, expected a TPU slice (v5e:2x4, v5p:4x4x4), "
+      f"topology: got {name!r}, expected a TPU slice (v5e:2x4, v5p:4x4x4*2), "
       "cpu, cpu:8, gpu-80GB or gpu-80GB:8. Write it like one of these."
     )
   return found.group(2) or "", int(found.group(3) or 1)
@@ -90,8 +97,15 @@ def find_machine(name: str) -> Machine:
   if not name:
     # Of several processes each has a processor of its own.
     device, local = jax.devices()[0], jax.local_devices()
-    chip = flops.chip(device.device_kind) or _processor(local[0], len(local))
-    return Machine(device.device_kind, jax.devices(), chip)
+    kind = device.device_kind
+    if device.platform == "cpu":
+      chip = _processor(local[0], len(local))
+    elif (chip := flops.chip(kind)) is None:
+      # Nothing is published of it: its speed is measured, for estimates.
+      memory = (local[0].memory_stats() or {}).get("bytes_limit", math.inf)
+      speed = flops.flops_per_second(local[0])
+      chip = flops.Chip(f"{_UNKNOWN} accelerator {kind!r}", speed, memory)
+    return Machine(kind, jax.devices(), chip)
   kind, count = _parse(name)
   if kind == "tpu":
     return _tpu(name)
@@ -127,7 +141,11 @@ def _tpu(name: str) -> Machine:
   for key, value in _WITHOUT_A_TPU.items():
     os.environ.setdefault(key, value)
   try:
-    found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    slice_, _, count = name.partition("*")
+    several = {"num_slices": int(count)} if count else {}
+    found = topologies.get_topology_desc(
+      platform="tpu", topology_name=slice_, **several
+    )
   except (RuntimeError, ValueError) as error:
     raise ValueError(
       f"topology: got {name!r}, expected a slice that libtpu knows, and libtpu "

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int64
 
@@ -71,7 +72,10 @@ def make_mesh(
     tensor: devices that share each matrix product: heads, and widths of MLPs.
     context: devices that share each row: a part of its slots each.
 
-  Raises ValueError: the sizes do not multiply to the number of devices.
+  Over several slices of TPUs `data` goes across, all else stays within one.
+
+  Raises ValueError: the sizes do not multiply to the number of devices, or
+  slices do not divide `data`.
   """
   sizes = [data, fsdp, context, tensor]
   devices = jax.devices() if devices is None else devices
@@ -85,9 +89,24 @@ def make_mesh(
       "mesh.data, mesh.fsdp, mesh.tensor, mesh.context to -1."
     )
   # Auto: XLA propagates shardings from parameters and batch inwards.
-  return jax.make_mesh(
-    tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 4, devices=devices
+  auto = (AxisType.Auto,) * 4
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices == 1:
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
+  if sizes[0] % slices:
+    raise ValueError(
+      f"mesh: got {got} for {slices} slices of {len(devices) // slices} "
+      "devices, expected mesh.data to be a multiple of the slices: the network "
+      "between slices is too slow for fsdp, context and tensor. Set "
+      f"mesh.data to {slices}, or to -1 and the others to divide a slice."
+    )
+  grid = mesh_utils.create_hybrid_device_mesh(
+    (sizes[0] // slices, *sizes[1:]),
+    (slices, 1, 1, 1),
+    devices,
+    allow_split_physical_axes=True,
   )
+  return Mesh(grid, AXES, axis_types=auto)
 
 
 def place_parameter(path: str, shape: Sequence[int], mesh: Mesh) -> Placement:

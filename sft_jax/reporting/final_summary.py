@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from sft_jax.checkpointing import export
+from sft_jax.common.buckets import storage
 from sft_jax.reporting import run_files, terminal
 from sft_jax.reporting.html import figures, run_page
 
@@ -79,15 +80,19 @@ def _line(text: str) -> str:
 
 def show_places(out: Console, workdir: Path, config: Any) -> None:
   """Prints where a finished run's things are, and what to type next."""
+  place = str(config.workdir)  # Perhaps a bucket's.
   files = {"report": "report.html", "model": "export", "adapter": "adapter"}
-  paths = {x: workdir / file for x, file in files.items()}
-  paths["records"] = workdir / "metrics.jsonl"
-  found = {name: str(path) for name, path in paths.items() if path.exists()}
-  model = found.get("model", workdir)
+  files["records"] = "metrics.jsonl"
+  found = {
+    name: storage.join(place, file)
+    for name, file in files.items()
+    if (workdir / file).exists()
+  }
+  model = found.get("model", place)
   command = lambda *words: shlex.join(["sft-jax", *map(str, words)])
   sides = (f"--model={model}", f"--compare={config.model.path}")
   found["chat"] = command("chat", *sides)
-  found["compare"] = command("compare", workdir, "ANOTHER_RUN")
+  found["compare"] = command("compare", place, "ANOTHER_RUN")
   terminal.facts(out, "Where things are", found)
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from sft_jax.common.buckets import remote_workdir
 from sft_jax.common.workdir import Incidents, read_json
 from sft_jax.reporting import metrics
 
@@ -26,13 +27,17 @@ def read(workdir: str | Path) -> dict[str, Any]:
   Raises:
     ValueError: a folder without config.json, which every run writes first.
   """
-  workdir = Path(workdir)
+  with remote_workdir.copied(workdir) as folder:
+    return _read(folder, str(workdir))
+
+
+def _read(workdir: Path, name: str) -> dict[str, Any]:
   if not (workdir / "config.json").exists():
     raise ValueError(
-      f"{workdir}: got no config.json, expected the workdir of a run. Name the "
+      f"{name}: got no config.json, expected the workdir of a run. Name the "
       "folder that config.workdir named."
     )
-  found: dict[str, Any] = {"title": str(workdir)}
+  found: dict[str, Any] = {"title": name}
   for name, file in FILES.items():
     if (workdir / file).exists():
       found[name] = read_json(workdir / file)

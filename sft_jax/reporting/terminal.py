@@ -5,6 +5,7 @@ model is printed as text, never as markup. On processes other than the first
 nothing is shown.
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -185,9 +186,11 @@ def figures(values: Mapping[str, float]) -> str:
 
   A stop token that is predicted in fewer than 9 of 10 places is shown, too.
   """
-  mfu = "speed/mfu" in values
-  share = f"MFU {values['speed/mfu']:.0%}" if mfu else ""
-  share = share or f"{values['speed/peak_share']:.0%} of peak"
+  share = ""  # Of an accelerator that is not known.
+  if "speed/mfu" in values:
+    share = f"MFU {values['speed/mfu']:.0%}  "
+  elif "speed/peak_share" in values:
+    share = f"{values['speed/peak_share']:.0%} of peak  "
   device = "memory/device_peak_bytes" in values
   held = values[f"memory/{'device' if device else 'host'}_peak_bytes"]
   # Until it is learnt: without it no reply ends by itself.
@@ -195,7 +198,7 @@ def figures(values: Mapping[str, float]) -> str:
   return (
     f"loss {values['loss/nats_per_token']:.3f}  "
     f"{f'stop {stop:.0%}  ' if stop < 0.9 else ''}"
-    f"{values['speed/trained_tokens_per_s']:,.0f} trained/s  {share}  "
+    f"{values['speed/trained_tokens_per_s']:,.0f} trained/s  {share}"
     f"{held / 1e9:.1f} GB"
   )
 
@@ -219,7 +222,9 @@ def number(value: float) -> str:
 
 
 def size(num_bytes: float) -> str:
-  """'21.5 GB', '3.2 MB', '640 B'."""
+  """'21.5 GB', '3.2 MB', '640 B'; 'unknown' of infinity."""
+  if num_bytes == math.inf:
+    return "unknown"
   units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
   for scale, unit in units:
     if num_bytes >= scale:

@@ -85,7 +85,7 @@ class Throughput:
     *,
     flops_per_token: float,
     num_devices: int,
-    chip: flops.Chip,
+    chip: flops.Chip | None,
     published: bool,
   ):
     """Begins the first window.
@@ -96,7 +96,7 @@ class Throughput:
       before: what earlier processes of this run did.
       flops_per_token: see `flops.model_flops_per_token`.
       num_devices: that share the work.
-      chip: the peak of each.
+      chip: the peak of each; None = not known: no share is given.
       published: the peak is the vendor's, and not what was measured here.
     """
     self._clock, self._before = clock, before
@@ -145,8 +145,6 @@ class Throughput:
     clock.timers["compute"] += computing
     run = self._before.run + clock.seconds
     useful = self._before.useful + clock.timers["compute"]
-    share = self._share(tokens / stepping)
-    assert share is not None  # There is a chip.
     values = {
       "time/step_s": stepping / self._steps,
       "time/data_wait_s": spent["data_wait"] / self._steps,
@@ -155,10 +153,11 @@ class Throughput:
       "time/run_s": run,
       "speed/tokens_per_s": tokens / stepping,
       "speed/trained_tokens_per_s": trained_tokens / stepping,
-      self._share_name: share,
       "speed/goodput": useful / run,
       **memory(),
     }
+    if (share := self._share(tokens / stepping)) is not None:
+      values[self._share_name] = share
     self.begin()
     return values
 

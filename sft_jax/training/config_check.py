@@ -13,6 +13,7 @@ from typing import Any
 
 import ml_collections
 
+from sft_jax.common.buckets import storage
 from sft_jax.step import optimizer
 from sft_jax.training.config import RunConfig
 
@@ -69,6 +70,19 @@ _BOUNDS = {
   }.items()
   for key in keys.split()
 }
+# The schemes that a path may have; those of the other keys are none.
+_REMOTE = {
+  "workdir": ("gs", "s3"),
+  "compile_cache": ("gs",),
+  **dict.fromkeys(
+    (
+      *("model.path", "lora.path", "data.train", "data.eval"),
+      *("eval.behaviours", "eval.knowledge", "eval.general_text"),
+    ),
+    ("gs", "s3", "hf"),
+  ),
+}
+_LOCAL = ("data.cache_dir", "data.scores", "model.chat_template")
 # What a number may be besides.
 _WORDS = {"eval.max_seconds": ("auto",)}
 
@@ -82,11 +96,31 @@ def check(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
     config = config.to_dict()
   wrong = list(_wrong_keys(config, RunConfig, ""))
   if not wrong:
-    wrong = list(_wrong_pairs(config))
+    wrong = [*_wrong_places(config), *_wrong_pairs(config)]
   if wrong:
     many = f"{len(wrong)} keys are wrong:\n  " if len(wrong) > 1 else ""
     raise ValueError(f"config: {many}" + "\n  ".join(wrong))
   return _typed(config, RunConfig)
+
+
+def _wrong_places(c: Mapping[str, Any]) -> Iterator[str]:
+  """A line for each path of a scheme that its key does not take."""
+
+  def texts(value: Any) -> Iterator[str]:
+    inner = value.values() if isinstance(value, Mapping) else value
+    if isinstance(value, str):
+      yield from (text.strip() for text in value.split(","))
+    elif isinstance(value, Mapping | list | tuple):
+      for one in inner:
+        yield from texts(one)
+
+  for key in (*_REMOTE, *_LOCAL):
+    section, _, name = key.rpartition(".")
+    for text in texts((c[section] if section else c)[name]):
+      try:
+        storage.check_scheme(text, key, _REMOTE.get(key, ()))
+      except ValueError as error:
+        yield str(error)
 
 
 def _typed(values: Mapping[str, Any], kind: Any) -> Any:

@@ -37,7 +37,7 @@ class Records:
       throughput.previous_runtime(self._file.kept, self._file.forgotten),
       flops_per_token=built.flops_per_token,
       num_devices=built.mesh.size,
-      chip=built.machine.chip,
+      chip=built.machine.chip if built.machine.peak_known else None,
       published=built.machine.published,
     )
 

@@ -15,7 +15,8 @@ import optax
 from sft_jax.checkpointing import export, resume
 from sft_jax.checkpointing.manager import Checkpoints
 from sft_jax.common import compile_cache, trees
-from sft_jax.common.workdir import Incidents, find_json, locked, write_json
+from sft_jax.common.buckets import remote_workdir
+from sft_jax.common.workdir import Incidents, find_json, write_json
 from sft_jax.data.sources import MemoryRows
 from sft_jax.evals import suite as evaluation
 from sft_jax.reporting import (
@@ -103,7 +104,7 @@ def train(
       if config.eval[name] == "auto":  # Beside files of rows; there are none.
         config.eval[name] = ""
   config_check.check(config)
-  workdir = Path(config.workdir)
+  workdir = remote_workdir.folder(config.workdir)
   session = Session(
     config=config,
     workdir=workdir,
@@ -116,7 +117,7 @@ def train(
   )
   with (
     session.stop,
-    locked(workdir),
+    remote_workdir.opened(config.workdir, workdir),
     compile_cache.opened(config.compile_cache, session.log),
   ):
     if dry_run:

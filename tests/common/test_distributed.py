@@ -259,3 +259,74 @@ def test_alone_nothing_is_joined_and_wishes_are_read_at_once():
   with distributed.joined(), distributed.first_alone():
     wished = distributed.Agreement(None, behind=2)
     assert [wished(x) for x in (False, True)] == [False, True]
+
+
+@pytest.fixture
+def pod(monkeypatch):
+  """Gives this process the environment of a pod."""
+  for name in ("JAX_NUM_PROCESSES", "JAX_COORDINATOR_ADDRESS"):
+    monkeypatch.delenv(name, raising=False)
+
+  def become(host="run-workers-0-3.run.default.svc", **env):
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setattr(distributed.socket, "getfqdn", lambda: host)
+    for name, value in env.items():
+      monkeypatch.setenv(name, value)
+
+  return become
+
+
+def kubernetes(monkeypatch, count):
+  """The package is here, and says how many pods the job has."""
+  from jax._src.clusters import K8sCluster
+
+  monkeypatch.setattr(
+    distributed.importlib.util, "find_spec", lambda name: name == "kubernetes"
+  )
+  monkeypatch.setattr(K8sCluster, "is_env_present", classmethod(lambda _: True))
+  monkeypatch.setattr(K8sCluster, "get_process_count", classmethod(count))
+
+
+@pytest.mark.parametrize("package", [True, False])
+def test_a_pod_that_is_no_job_is_alone_and_asks_nobody(
+  pod, monkeypatch, package
+):
+  pod()
+  if package:
+    kubernetes(monkeypatch, lambda _: pytest.fail("asked"))
+  with distributed.joined():
+    pass
+
+
+def test_pods_of_a_job_find_one_another(pod, monkeypatch):
+  pod(JOB_COMPLETION_INDEX="3")
+  kubernetes(monkeypatch, lambda _: 8)
+  assert distributed._detected() == {}  # JAX asks Kubernetes itself.
+  kubernetes(monkeypatch, lambda _: 1)
+  assert distributed._detected() is None
+
+  def refused(_):
+    raise RuntimeError("Kubernetes API Error: 403\nForbidden")
+
+  kubernetes(monkeypatch, refused)
+  with pytest.raises(ValueError, match=r"403 Forbidden.*may read pods"):
+    distributed._detected()
+
+
+def test_pods_of_a_job_without_the_package(pod, monkeypatch):
+  monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda _: None)
+  pod(JOB_COMPLETION_INDEX="3")
+  with pytest.raises(ValueError, match=r"pod 3 .*JAX_NUM_PROCESSES"):
+    distributed._detected()
+  pod(JAX_NUM_PROCESSES="8")
+  assert distributed._detected() == {
+    "coordinator_address": "run-workers-0-0.run:55527",
+    "num_processes": 8,
+    "process_id": 3,
+    "cluster_detection_method": "deactivate",
+  }
+  pod(host="run-workers-0-3")
+  with pytest.raises(ValueError, match="subdomain"):
+    distributed._detected()
+  pod(JAX_NUM_PROCESSES="1")
+  assert distributed._detected() is None

@@ -22,6 +22,23 @@ def shape(*dims):
     ("NVIDIA H100 80GB HBM3", "H100 SXM"),
     ("NVIDIA H100 PCIe", "H100 PCIe"),
     ("NVIDIA H200", "H200 SXM"),
+    ("TPU7x", "TPU7x, a half"),
+    ("NVIDIA H200 NVL", "H200 NVL"),
+    ("NVIDIA GH200 480GB", "GH200"),
+    ("NVIDIA B200", "B200"),
+    ("NVIDIA GB200", "GB200"),
+    ("NVIDIA B300 SXM6 AC", "B300"),
+    ("NVIDIA L4", "L4"),
+    ("NVIDIA L40S", "L40S"),
+    ("NVIDIA A10G", "A10G"),
+    ("Tesla T4", "T4"),
+    ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+    ("NVIDIA GeForce RTX 5090", "RTX 5090"),
+    (
+      "NVIDIA RTX PRO 6000 Blackwell Server Edition",
+      "RTX PRO 6000",
+    ),
+    ("AMD Instinct MI300X", "MI300X"),
     ("NVIDIA A100-SXM4-40GB", "A100 40 GB"),
     ("NVIDIA A100-SXM4-80GB", "A100 80 GB"),
   ],
@@ -30,6 +47,24 @@ def test_chip(kind, name):
   found = fit.chip(kind)
   assert found is not None
   assert found.name == name
+
+
+def test_other_chips_of_similar_names_are_unknown():
+  for kind in (
+    *("TPU v3", "NVIDIA A10", "NVIDIA A100X", "NVIDIA T400", "NVIDIA L400"),
+    *("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D"),
+    *("AMD Instinct MI300A", "Quadro RTX 6000"),
+  ):
+    assert fit.chip(kind) is None, kind
+
+
+def test_every_peak_has_a_source_and_is_a_rate_of_its_chip():
+  for chip in fit.CHIPS.values():
+    assert chip.source, chip
+    assert 50e12 < chip.flops < 3e15
+    assert chip.fp8 is None or 1 <= chip.fp8 / chip.flops < 2.05
+    # What a byte is multiplied by before memory is the limit.
+    assert chip.bandwidth is None or 80 < chip.flops / chip.bandwidth < 600
 
 
 def test_no_peak_no_mfu():

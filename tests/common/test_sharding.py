@@ -1,5 +1,7 @@
 """Where parameters lie on a mesh of eight fake devices."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -23,6 +25,34 @@ def test_one_size_may_be_left_open():
 def test_sizes_that_cannot_be_are_refused(sizes):
   with pytest.raises(ValueError, match="mesh: got data="):
     sharding.make_mesh(*sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeChip:
+  id: int
+  coords: tuple[int, int, int]
+  slice_index: int
+  device_kind: str
+  platform: str = "tpu"
+  core_on_chip: int = 0
+  process_index: int = 0
+
+
+@pytest.mark.parametrize(
+  ("kind", "shape"), [("TPU v5", (2, 2, 2)), ("TPU v6 lite", (2, 4, 1))]
+)
+def test_only_data_goes_across_slices(kind, shape):
+  chips = [
+    FakeChip(8 * number + i, tuple(map(int, at)), number, kind)
+    for number in (1, 0)
+    for i, at in enumerate(np.ndindex(shape))
+  ]
+  mesh = sharding.make_mesh(-1, 2, 1, context=2, devices=chips)
+  assert tuple(mesh.shape.values()) == (4, 2, 2, 1)
+  slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+  assert (slices == np.array([0, 0, 1, 1])[:, None, None, None]).all()
+  with pytest.raises(ValueError, match="for 2 slices of 8 devices"):
+    sharding.make_mesh(1, -1, 1, devices=chips)
 
 
 def test_rules_divide_what_can_be_divided():

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from sft_jax.common import flops
-from sft_jax.reporting import throughput
+from sft_jax.reporting import terminal, throughput
 
 CHIP = flops.Chip("any", flops=100.0, memory=1.0)
 
@@ -29,14 +29,14 @@ def time() -> Time:
 FIRST = throughput.PreviousRuntime(0.0, 0.0)
 
 
-def make(time: Time, before=FIRST, published=True):
+def make(time: Time, before=FIRST, published=True, chip=CHIP):
   clock = throughput.Clock(time)
   return clock, throughput.Throughput(
     clock,
     before,
     flops_per_token=3.0,
     num_devices=2,
-    chip=CHIP,
+    chip=chip,
     published=published,
   )
 
@@ -140,6 +140,16 @@ def test_a_measured_peak_has_another_name(time):
   values = one.take(tokens=10, trained_tokens=1)
   assert values["speed/peak_share"] == pytest.approx(10 * 3 / 200)
   assert "speed/mfu" not in values
+  one.close()
+
+
+def test_an_unknown_peak_gives_no_share(time):
+  _, one = make(time, chip=None)
+  one.step(())
+  time.now += 1
+  values = one.take(tokens=10, trained_tokens=1)
+  assert not values.keys() & {"speed/peak_share", "speed/mfu"}
+  assert "peak" not in terminal.figures(values | {"loss/nats_per_token": 1.0})
   one.close()
 
 

@@ -2,6 +2,7 @@
 
     python tools/dev/soak.py --out=/tmp/soak --trials=300              # saving
     python tools/dev/soak.py --out=/tmp/soak --trials=20 --mode=run    # all
+    python tools/dev/soak.py --out=/tmp/soak --trials=300 --url=gs://bucket/soak
 
 Each trial is a process that is killed (SIGKILL) at a random time, and that
 begins with what the trial before left:
@@ -12,6 +13,9 @@ begins with what the trial before left:
   run    trains (a tiny model, made here), from loading to export. When it got
          through, records and export are compared with those of a run that was
          never disturbed, and the next trial begins anew.
+
+With --url trials of saving save to a bucket, under its lease; nothing is
+damaged there. `gs://tests` alone starts an emulator.
 
 A *bad restore* is a state, record or export that is not the undisturbed one's.
 A *lost step* was committed (its folder had its name when the process was
@@ -24,14 +28,17 @@ for no device: then JAX has no threads that a fork would lose.
 """
 
 import argparse
+import atexit
 import collections
 import contextlib
 import functools
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -46,10 +53,12 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from sft_jax import train
 from sft_jax.checkpointing.manager import Checkpoints
 from sft_jax.commands import command
+from sft_jax.common.buckets import remote_workdir, storage
 from sft_jax.reporting.metrics import read_jsonl
 
 _SHAPES = {"w": (128, 96), "m": (64,), "count": ()}
@@ -68,9 +77,17 @@ def expected(step: int) -> dict[str, jax.Array]:
   }
 
 
+def save_in_bucket(folder: Path, url: str, told: Any) -> None:
+  """The same of a bucket, by a machine that has nothing of the run."""
+  os.environ["XDG_CACHE_HOME"] = str(folder / f"machine_{os.getpid()}")
+  local = remote_workdir.folder(url)
+  with remote_workdir.opened(url, local):
+    save_on(epath.Path(storage.join(url, "checkpoints")), told)
+
+
 def save_on(folder: Path, told: Any) -> None:
   """The life of a trial of saving: restores, then saves until it is killed."""
-  checkpoints = Checkpoints(folder / "checkpoints", keep=2, keep_every=50)
+  checkpoints = Checkpoints(folder, keep=2, keep_every=50)
   checkpoints.remove_unfinished()
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
@@ -117,8 +134,19 @@ def in_child(folder: Path, act: Callable[[], Any]) -> int:
     os._exit(code)
 
 
-def committed(folder: Path) -> int:
-  """The newest step whose checkpoint has its name."""
+def committed(folder: Path, url: str = "") -> int:
+  """The newest step whose checkpoint has its name; in a bucket its marker."""
+  if url:  # Asked by another process: a client's threads survive no fork.
+    ask = (
+      "import sys; from sft_jax.common.buckets import storage; "
+      "print(*storage.list_objects(sys.argv[1]))"
+    )
+    place = storage.join(url, "checkpoints")
+    names = subprocess.check_output(
+      [sys.executable, "-c", ask, place], text=True
+    )
+    steps = re.findall(r"(\d+)/commit_success.txt", names)
+    return max(map(int, steps), default=0)
   names = [p.name for p in (folder / "checkpoints").glob("*")]
   return max((int(name) for name in names if name.isdigit()), default=0)
 
@@ -141,25 +169,36 @@ def damage(folder: Path, rng: random.Random) -> str:
   return f"{how} {file.name[:20]}"
 
 
-def trial_of_saving(folder: Path, rng: random.Random) -> dict[str, Any]:
+def trial_of_saving(
+  folder: Path, rng: random.Random, url: str = ""
+) -> dict[str, Any]:
   """One process, killed; what it restored, against what was committed."""
-  before, mark = committed(folder), folder / "spoiled"
+  before, mark = committed(folder, url), folder / "spoiled"
   many = len(list((folder / "checkpoints").glob("[0-9]*"))) > 1
   if many and not mark.exists() and rng.random() < 0.25:
     mark.write_text(damage(folder, rng))
   # Until somebody restores, it stays so.
   spoiled = mark.read_text() if mark.exists() else ""
   read, write = os.pipe()
-  child = in_child(folder, lambda: save_on(folder, os.fdopen(write, "w")))
+  act = functools.partial(save_on, folder / "checkpoints")
+  if url:
+    act = functools.partial(save_in_bucket, folder, url)
+  child = in_child(folder, lambda: act(os.fdopen(write, "w")))
   os.close(write)
   with os.fdopen(read) as pipe:
     # The clock starts when it has restored; one trial in ten dies before.
     line = "" if rng.random() < 0.1 else pipe.readline()
-    time.sleep(rng.uniform(0, _SAVING))
+    time.sleep(rng.uniform(0, _SAVING * (6 if url else 1)))
     os.kill(child, signal.SIGKILL)
     ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     line = line or pipe.readline()
-  outcome = {"spoiled": spoiled, "before": before, "after": committed(folder)}
+  outcome = {
+    "spoiled": spoiled,
+    "before": before,
+    "after": committed(folder, url),
+  }
+  for machine in folder.glob("machine_*"):
+    shutil.rmtree(machine)
   if ended != -signal.SIGKILL:
     return {**outcome, "bad": True, "why": f"ended with {ended}"}
   if not line:
@@ -262,16 +301,28 @@ def main() -> None:
   parser.add_argument("--out", required=True, help="a folder for the trials")
   parser.add_argument("--trials", type=int, default=300, help="in all")
   parser.add_argument("--mode", choices=["save", "run"], default="save")
+  parser.add_argument("--url", default="", help="of a bucket, to save there")
   parser.add_argument("--seconds", type=float, default=1e9, help="at most")
   args = parser.parse_args()
-  folder = Path(args.out) / args.mode
+  name = args.url.partition(":")[0] or args.mode
+  folder = Path(args.out) / name
   folder.mkdir(parents=True, exist_ok=True)
   # What was compiled once is not compiled in every trial.
   jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-  record = Path(args.out) / f"trials-{args.mode}.jsonl"
+  record = Path(args.out) / f"trials-{name}.jsonl"
   done = read_jsonl(record) if record.exists() else []
-  act = functools.partial(trial_of_saving, folder)
+  if args.url == "gs://tests":  # Its objects end with it.
+    sys.path.append(str(Path(__file__).parents[2] / "tests" / "support"))
+    import buckets
+
+    for left in folder.glob("env.json"):
+      left.unlink()
+    emulator = buckets.Buckets(folder)
+    atexit.register(emulator.close)
+    os.environ.update(emulator.env)
+    args.url = f"gs://{buckets.BUCKET}/soak"
+  act = functools.partial(trial_of_saving, folder, url=args.url)
   if args.mode == "run":
     act = functools.partial(trial_of_runs, folder, make=tiny_run(folder))
   end = time.monotonic() + args.seconds

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from sft_jax.common import hub
+from sft_jax.common.buckets import storage
 from sft_jax.data.conversation import RowError, one_line
 from sft_jax.data.readers import arrow, json
 from sft_jax.data.readers.json import OnBadRow, Rows
@@ -102,6 +103,7 @@ def find_files(path: str | Path) -> list[Path]:
       folder, folder#train             the files of one split in a folder, also
                                        of `datasets.save_to_disk`
       org/name, hf://org/name@v1#test  a data set of the Hugging Face hub
+      gs://bucket/rows, s3://...       any of the first four in a bucket
       ...[:10%]                        of any of them, the first tenth
 
   Of a folder or a hub id, '#main/train' is the files whose path has the part
@@ -118,7 +120,9 @@ def find_files(path: str | Path) -> list[Path]:
   name, _, part = named.partition("#")
   if Path(named).exists():
     name, part = named, ""
-  if Path(name).is_file():
+  if storage.is_remote(name) and not name.startswith("hf://"):
+    found = _remote(name, part, named)
+  elif Path(name).is_file():
     found = [Path(name)]
   elif Path(name).is_dir():
     found = _one_split(Path(name), part, named)
@@ -144,6 +148,21 @@ def find_files(path: str | Path) -> list[Path]:
         "convert the file."
       )
   return found
+
+
+def _remote(name: str, part: str, path: str) -> list[Path]:
+  """Verified copies of the objects that an address names."""
+  if glob_lib.has_magic(name):
+    copies = storage.fetch(name)
+    found = sorted(file for file in copies.rglob("*") if file.is_file())
+    return [file for file in found if not _is_scores(file)]
+  try:
+    # Some stores take a name without an ending for an object, too.
+    endings = [f"*{one}" for one in READERS]
+    copy = storage.fetch(name, ["*"] if _ending(Path(name)) else endings)
+  except FileNotFoundError:
+    return []
+  return [copy] if copy.is_file() else _one_split(copy, part, path)
 
 
 def _glob(pattern: str) -> list[Path]:

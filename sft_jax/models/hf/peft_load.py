@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from safetensors import safe_open
 
-from sft_jax.common import trees
+from sft_jax.common import hub, trees
 from sft_jax.common.trees import Tree
 from sft_jax.models import transformer
 from sft_jax.models.config import ModelConfig
@@ -54,7 +54,7 @@ def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
   Raises ValueError: no such folder; a kind or a setting of adapter that we do
   not have; tensors that do not fit the model or are not in every layer.
   """
-  folder = Path(path)
+  folder = hub.find_model(path).folder
   for name in (CONFIG, WEIGHTS):
     if not (folder / name).is_file():
       raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sft_jax.common import distributed
+from sft_jax.common.buckets import remote_workdir
 from sft_jax.data import selection
 from sft_jax.data.audit import checks, token_checks
 from sft_jax.data.chat import template as templates
@@ -130,7 +131,7 @@ def build_store(
       sources,
       tokenizer,
       make_render_options(config),
-      directory=config.data.cache_dir or Path(config.workdir) / "cache",
+      directory=config.data.cache_dir or remote_workdir.cache(config.workdir),
       format=config.data.format,
       max_length=config.data.seq_len,
       on_bad_row=config.data.on_bad_row,

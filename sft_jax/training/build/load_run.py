@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from sft_jax.checkpointing import digests, manager
 from sft_jax.common import sharding, trees
+from sft_jax.common.buckets import remote_workdir, storage
 from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.models.hf import load_save
@@ -48,7 +50,13 @@ def load(
   Raises ValueError: a folder that is none of these, a run without checkpoints,
   a damaged checkpoint, one trained beside other frozen parameters.
   """
-  path = Path(path)
+  if storage.is_remote(path):
+    storage.check_scheme(path, "model", ("gs", "s3", "hf"))
+    if remote_workdir.is_run(str(path)):
+      storage.check_scheme(path, "a run's checkpoints", ("gs",))
+    # Of gs:// Orbax reads the checkpoints where they are.
+    path = epath.Path(path)
+  path: Any = path if storage.is_remote(path) else Path(path)
   is_step = path.parent.name == "checkpoints"
   if not is_step and not (path / "checkpoints").is_dir():
     model, params = load_save.load_pretrained(
@@ -86,7 +94,7 @@ def load(
 
 def _read_manifest(path: Path) -> dict[str, Any]:
   """What a checkpoint's folder says of itself; a ValueError if damaged."""
-  metadata = ocp.checkpointables_metadata(str(path.absolute()))
+  metadata = ocp.checkpointables_metadata(manager.address(path))
   try:
     return digests.unseal(metadata.custom_metadata)
   except ValueError as error:
@@ -104,14 +112,14 @@ def _read_parameters(
   """
   if changed := digests.damaged(manifest["beside"], base):
     raise ValueError(manager.other_base(str(path), changed))
-  metadata = ocp.checkpointables_metadata(str(path.absolute()))
+  metadata = ocp.checkpointables_metadata(manager.address(path))
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
     metadata.metadata["state"],
   )
   asked = {"state": abstract}
-  state = ocp.load_checkpointables(str(path.absolute()), asked)["state"]
+  state = ocp.load_checkpointables(manager.address(path), asked)["state"]
   # As they were named when saved; the optimizer's arrays are not needed.
   named = TrainState(None, state["params"], state["frozen"], None)
   saved = {

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from sft_jax.common import hub, sharding, trees
+from sft_jax.common.buckets import remote_workdir, storage
 from sft_jax.common.workdir import find_json
 from sft_jax.data.chat import template as templates
 from sft_jax.data.tokenizers import tokenizer as tokenizers
@@ -30,6 +31,8 @@ def find_model(config: Config) -> hub.Snapshot:
   Raises ValueError: the workdir of a run that has written no export.
   """
   folder = Path(config.model.path)
+  if remote_workdir.is_run(config.model.path):
+    return hub.find_model(storage.join(config.model.path, "export"))
   if (folder / "metrics.jsonl").exists():
     if not (folder / "export").is_dir():
       raise ValueError(
@@ -37,7 +40,8 @@ def find_model(config: Config) -> hub.Snapshot:
         "Let it end with export=True, or write one: sft-jax export."
       )
     return hub.find_model(str(folder / "export"))
-  path, record = config.model.path, Path(config.workdir) / "model.json"
+  path = config.model.path
+  record = remote_workdir.folder(config.workdir) / "model.json"
   began = None if Path(path).exists() else find_json(record)
   if began and began["commit"]:
     path = f"{began['repo_id']}@{began['commit']}"

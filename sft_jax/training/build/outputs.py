@@ -1,11 +1,15 @@
 """What a run leaves behind: checkpoints and their origin, export, adapters."""
 
 from pathlib import Path
+from typing import Any
+
+from etils import epath
 
 from sft_jax.checkpointing import export
 from sft_jax.checkpointing.manager import Checkpoints
 from sft_jax.checkpointing.resume import Origin
 from sft_jax.common import sharding, trees
+from sft_jax.common.buckets import remote_workdir, storage
 from sft_jax.models.hf import peft_save
 from sft_jax.models.lora import base_model, merge
 from sft_jax.step.train_step import TrainState
@@ -43,11 +47,15 @@ def find_origin(config: Config, built: BuiltRun, own: Own = NOTHING) -> Origin:
 def open_checkpoints(config: Config, workdir: Path) -> Checkpoints:
   """The checkpoints of a run, kept as its config says."""
   keep = config.checkpoint
+  folder = workdir / "checkpoints"
+  if str(config.workdir).startswith("gs://"):  # Orbax writes there itself.
+    folder: Any = epath.Path(storage.join(config.workdir, "checkpoints"))
   return Checkpoints(
-    workdir / "checkpoints",
+    folder,
     keep=keep.keep,
     keep_every=keep.keep_every,
     keep_best=keep.best_is if followed_metric(config) else "",
+    before_save=lambda: remote_workdir.push(workdir),
   )
 
 
@@ -86,4 +94,5 @@ def export_run(
     dtype=config.export_dtype or config.model.param_dtype,
     options=make_render_options(config),
     shardings=lambda shapes: sharding.param_shardings(shapes, built.mesh),
+    share=lambda folder: remote_workdir.share(folder, config.workdir),
   )

@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_collections
 
+from sft_jax.common.buckets import remote_workdir, storage
 from sft_jax.common.workdir import write_jsonl
 from sft_jax.data.readers.files import slice_of
 from sft_jax.data.sources import MemoryRows, Source, to_sources
@@ -84,7 +85,11 @@ def beside(config: Config, name: str, log: Log) -> Any:
     return value or None
   first = make_sources(config.data.train)[0]
   path = Path(first.path).parent / f"{name}.jsonl"
-  if first.path and path.is_file():
+  if storage.is_remote(first.path) and not first.path.startswith("hf://"):
+    path = storage.join(first.path.rpartition("/")[0], f"{name}.jsonl")
+    if storage.exists(path):
+      return path
+  elif first.path and path.is_file():
     return str(path)
   log(f"eval.{name}: none, as there is no {path if first.path else 'file'}")
   return None
@@ -92,7 +97,7 @@ def beside(config: Config, name: str, log: Log) -> Any:
 
 def _canaries(config: Config) -> Source:
   """Writes the canaries of a run into its workdir, as rows to train on."""
-  path = Path(config.workdir) / CANARIES
+  path = remote_workdir.folder(config.workdir) / CANARIES
   drawn = memorization.draw_canaries(config.data.canaries, config.seed)
   rows = [memorization.canary_row(one.box, one.code) for one in drawn]
   write_jsonl(path, rows)

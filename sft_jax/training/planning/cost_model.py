@@ -21,6 +21,8 @@ from sft_jax.common import trees
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all")
 KINDS += ("ragged-all-to-all", "collective-permute", "collective-broadcast")
+# What the runtime of several slices hands to a device, of whatever kind.
+ACROSS = "across slices"
 
 
 def matmul_flops(function: Callable[..., Any], *arguments: Any) -> int:
@@ -109,7 +111,7 @@ class Traffic(NamedTuple):
     bytes: what one device receives in all of them, if each runs on a ring
       (Thakur, Rabenseifner, Gropp 2005): of n bytes gathered, scattered or
       exchanged among g devices n (g - 1) / g, reduced to all twice that, and
-      permuted n.
+      permuted n. From other slices what their runtime brings counts.
     exact: False if some are in a loop of unknown length, counted once.
   """
 
@@ -205,6 +207,8 @@ def _callees(line: str) -> list[str]:
 
 def _collective(line: str, num_devices: int) -> tuple[str, int] | None:
   """(kind, bytes that a device receives) of an instruction, if it is one."""
+  if found := re.search(r" = (.+?) recv\(.*_xla_megascale_transfer", line):
+    return ACROSS, _num_bytes(re.sub(r"(u32|token)\[\]", "", found[1]))
   found = re.search(rf" = (.+?) ({'|'.join(KINDS)})(-start)?\(", line)
   if found is None:
     return None

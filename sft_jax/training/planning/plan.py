@@ -47,12 +47,14 @@ class Times(NamedTuple):
     compute: executed matrix products, recomputed ones too, at the peak.
     memory: the state read and written, the weights read for each pass over
       the layers, gradients and activations written and read.
-    network: what a device receives from others.
+    network: what a device receives from others of its slice or host.
+    slices: what it receives from other slices, through the data center.
   """
 
   compute: float
   memory: float | None
   network: float | None
+  slices: float | None = 0.0
 
   @property
   def step(self) -> float:
@@ -200,11 +202,13 @@ def _times(
   passes = 2 * outline.batch.tokens.shape[0]
   moved = 2 * (memory.trained + memory.optimizer + memory.gradients)
   moved += passes * (weights + memory.activations)
-  received = sum(one.bytes for one in traffic.values())
+  across = traffic.get(cost_model.ACROSS, cost_model.Traffic(0, 0, True)).bytes
+  received = sum(one.bytes for one in traffic.values()) - across
   return Times(
     flops / mesh.size / chip.flops,
     moved / chip.bandwidth if chip.bandwidth else None,
     received / chip.links if chip.links else None,
+    across / chip.network if chip.network else 0.0 if not across else None,
   )
 
 

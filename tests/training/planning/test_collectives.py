@@ -1,6 +1,10 @@
 """Collectives of programs whose traffic is known."""
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +120,13 @@ HEAD = (
       "device_ids=([2,4]T(1,0)) {'x':(2)2,'y'}, to_apply=%add",
       ("all-reduce", 48),
     ),
+    (
+      "%r = (f32[256,8]{1,0}, u32[], token[]) recv(%after-all), "
+      "channel_id=1, is_host_transfer=true, frontend_attributes={"
+      '_xla_host_transfer_handler_name="xla_megascale_runtime",'
+      '_xla_megascale_transfer_type="ALL_REDUCE"}',
+      ("across slices", 256 * 8 * 4),
+    ),
   ],
 )
 def test_the_forms_that_xla_writes(line, expected):
@@ -123,6 +134,38 @@ def test_the_forms_that_xla_writes(line, expected):
   done = "\n  %d = f32[8]{0} all-gather-done(%a)\n}\n"
   found = collectives(f"{HEAD}  {line}{done}")
   assert found == {kind: Traffic(1, size, True)}
+
+
+_SLICES = """
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from sft_jax.common import machines, sharding
+from sft_jax.training.planning.cost_model import collectives
+two = machines.find_machine("v5p:2x2x1*2").devices
+mesh = sharding.make_mesh(2, 4, 1, devices=two)
+lies = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
+w = jax.ShapeDtypeStruct((1024, 256), jnp.float32, sharding=lies("fsdp"))
+x = jax.ShapeDtypeStruct((64, 1024), jnp.float32, sharding=lies(sharding.ROWS))
+loss = lambda w, x: ((x @ w) ** 2).sum()
+gradient = jax.jit(jax.grad(loss), out_shardings=lies("fsdp"))
+print(collectives(gradient.lower(w, x).compile().as_text())["across slices"])
+"""
+
+
+def test_a_sum_over_two_slices_is_counted_apart():
+  pytest.importorskip("libtpu", reason="needs the [tpu] extra")
+  # The flags that tests compile with are unknown to a TPU's compiler.
+  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  done = subprocess.run(
+    [sys.executable, "-c", _SLICES],
+    cwd=Path(__file__).parents[3],
+    env={"PYTHONPATH": ".", **environment},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  # Each device's share of the gradient, once.
+  assert done.stdout.strip() == str(Traffic(1, 1024 * 256 * 4 // 4, True))
 
 
 def test_an_asynchronous_computation_counts_once():

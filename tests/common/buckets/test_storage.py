@@ -1,0 +1,415 @@
+"""Buckets by emulators: copies verified, one lease, faults outlived."""
+
+import contextlib
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+import buckets as emulators
+import sft_jax
+import tiny
+from host_runs import ROOT
+from sft_jax.common import hub
+from sft_jax.common.buckets import remote_workdir, storage
+from sft_jax.data.readers import files
+from sft_jax.models.hf import load_save
+from sft_jax.reporting import run_files
+from sft_jax.training import config_check
+
+_CLIENTS = ("gcsfs", "s3fs", "gcp_storage_emulator", "moto")
+missing = [name for name in _CLIENTS if not importlib.util.find_spec(name)]
+remote = pytest.mark.skipif(
+  bool(missing), reason=f"needs {missing}: the [remote-test] extra"
+)
+both = pytest.mark.parametrize(
+  "scheme", [pytest.param("gs", marks=remote), pytest.param("s3", marks=remote)]
+)
+# Without a server what needs none of its faults is tested everywhere.
+every = pytest.mark.parametrize(
+  "scheme",
+  [
+    "memory",
+    pytest.param("gs", marks=remote),
+    pytest.param("s3", marks=remote),
+  ],
+)
+# Clients keep their connections until the end of the process.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+
+
+@pytest.fixture(scope="module")
+def buckets(tmp_path_factory):
+  if missing:
+    pytest.skip(f"needs {missing}")
+  found = emulators.Buckets(tmp_path_factory.mktemp("buckets"))
+  before = dict(os.environ)
+  os.environ.update(found.env)
+  storage._client.cache_clear()
+  yield found
+  found.close()
+  os.environ.clear()
+  os.environ.update(before)
+  storage._client.cache_clear()
+
+
+@pytest.fixture
+def url(request, scheme, monkeypatch):
+  if scheme == "memory":
+    scheme, fake = "gs", emulators.Memory()
+    monkeypatch.setattr(storage, "_client", lambda scheme: fake)
+    folder = request.getfixturevalue("tmp_path") / "home"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+  else:
+    request.getfixturevalue("buckets").fail("200", times=0)
+  name = "".join(c if c.isalnum() else "-" for c in request.node.name)
+  return f"{scheme}://{emulators.BUCKET}/{name}"
+
+
+@pytest.fixture
+def quick(monkeypatch):
+  monkeypatch.setattr(remote_workdir, "BEAT", 0.2)
+  monkeypatch.setattr(remote_workdir, "LAPSE", 1.0)
+
+
+# -- Refusals ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"workdir": "hf://org/name"},
+    {"workdir": "http://host/run"},
+    {"compile_cache": "s3://bucket/cache"},
+    {"data__cache_dir": "gs://bucket/cache"},
+    {"data__train": ({"path": "ftp://host/rows.jsonl", "repeat": 2},)},
+    {"data__train": "a.jsonl, ftp://host/rows.jsonl"},
+    {"eval__behaviours": {"maths": "az://bucket/maths.jsonl"}},
+    {"model__chat_template": "gs://bucket/template.jinja"},
+  ],
+)
+def test_a_key_refuses_by_name_what_it_does_not_take(tmp_path, changes):
+  key = next(iter(changes)).replace("__", ".")
+  with pytest.raises(
+    ValueError, match=rf"{key}: got '\w+://.*expected a local"
+  ):
+    config_check.check(tiny.config(tmp_path, "", "rows.jsonl", **changes))
+
+
+def test_taken_schemes_pass(tmp_path):
+  config_check.check(
+    tiny.config(
+      tmp_path,
+      "gs://bucket/model",
+      ("s3://bucket/a.jsonl", ("hf://org/rows#train", 2)),
+      workdir="gs://bucket/run",
+      compile_cache="gs://bucket/cache",
+    )
+  )
+
+
+def test_without_its_client_a_scheme_is_refused(monkeypatch):
+  storage._client.cache_clear()
+  monkeypatch.setitem(sys.modules, "gcsfs", None)
+  with pytest.raises(ValueError, match=r"pip install 'sft_jax\[remote\]'"):
+    storage.read("gs://bucket/object")
+  storage._client.cache_clear()
+
+
+# -- Copies --------------------------------------------------------------------
+
+
+@every
+def test_copies_are_fetched_once_and_again_when_they_change(url, monkeypatch):
+  rows = [b'{"text": "one"}\n', b'{"text": "two"}\n']
+  storage.write(f"{url}/rows/a.jsonl", rows[0])
+  storage.write(f"{url}/rows/train/b.jsonl", rows[1])
+  storage.write(f"{url}/rows/readme.md", b"none")
+  one = storage.fetch(f"{url}/rows/a.jsonl")
+  assert one.read_bytes() == rows[0]
+  with monkeypatch.context() as once:
+    once.setattr(storage, "_fetch_all", lambda *_: pytest.fail("again"))
+    assert storage.fetch(f"{url}/rows/a.jsonl") == one
+  # Of the same size; only the digest tells.
+  storage.write(f"{url}/rows/a.jsonl", rows[1])
+  assert storage.fetch(f"{url}/rows/a.jsonl").read_bytes() == rows[1]
+  read = lambda path: [row for _, row in files.read_rows(path)]
+  assert read(f"{url}/rows/a.jsonl") == [{"text": "two"}]
+  assert read(f"{url}/rows#train") == [{"text": "two"}]
+  assert read(f"{url}/rows/*.jsonl[:1]") == [{"text": "two"}]
+  assert len(read(f"{url}/rows/**/*.jsonl")) == 2
+  with pytest.raises(ValueError, match="no such file"):
+    read(f"{url}/nothing.jsonl")
+  with pytest.raises(ValueError, match="no file of a model"):
+    hub.find_model(f"{url}/nothing")
+
+
+@every
+def test_a_damaged_copy_is_fetched_again_and_a_torn_one_refused(
+  url, monkeypatch
+):
+  storage.write(f"{url}/a.jsonl", b"0123456789")
+  copy = storage.fetch(f"{url}/a.jsonl")
+  copy.write_bytes(b"0123")
+  assert storage.fetch(f"{url}/a.jsonl").read_bytes() == b"0123456789"
+  storage.write(f"{url}/b.jsonl", b"0123456789")
+  fs, _ = storage.client(url)
+  torn = lambda path, to: open(to, "wb").write(b"0123456788")  # noqa: SIM115
+  monkeypatch.setattr(fs, "get_file", torn)
+  with pytest.raises(OSError, match="digest says, expected 10, after 3 tries"):
+    storage.fetch(f"{url}/b.jsonl")
+  monkeypatch.setattr(fs, "put_file", lambda file, path: None)
+  storage.write(f"{url}/c", b"")
+  with pytest.raises(OSError, match="something else than"):
+    storage.upload(copy, f"{url}/c")
+
+
+@both
+@pytest.mark.parametrize(
+  "kind",
+  [
+    "503",
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ("429", "drop")),
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ("torn", "slow")),
+  ],
+)
+def test_faults_are_outlived(url, buckets, kind, tmp_path):
+  file = tmp_path / "a"
+  file.write_bytes(b"0123456789" * 1000)
+  buckets.fail(kind, times=2)
+  storage.upload(file, f"{url}/a")
+  buckets.fail(kind, times=2)
+  assert storage.fetch(f"{url}/a").read_bytes() == file.read_bytes()
+  assert buckets.left() == 0
+
+
+@both
+def test_a_missing_right_is_one_line(url, buckets):
+  storage.write(f"{url}/a", b"1")
+  buckets.fail("403", times=99)
+  with pytest.raises(PermissionError) as reading:
+    storage.read(f"{url}/a")
+  with pytest.raises(PermissionError) as writing:
+    storage.write(f"{url}/a", b"2")
+  for caught, right in ((reading, "Get|get"), (writing, "Put|create")):
+    caught.match(f"in bucket {emulators.BUCKET} the right .*({right})")
+    assert "\n" not in str(caught.value)
+  buckets.fail("", times=0)
+  with pytest.raises(OSError, match="there is no such bucket"):
+    storage.write(url.replace(emulators.BUCKET, "no-such-bucket"), b"")
+
+
+@every
+def test_the_marker_of_a_folder_is_written_last(url, tmp_path, monkeypatch):
+  for name in ("config.json", "a", "z/b"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(name)
+  written = []
+  real = storage.upload
+
+  def upload(file, there):
+    assert not storage.exists(f"{url}/config.json")
+    real(file, there)
+    written.append(there)
+
+  monkeypatch.setattr(storage, "upload", upload)
+  storage.write(f"{url}/config.json", b"of before")
+  storage.write(f"{url}/old", b"of before")
+  storage.upload_folder(tmp_path, url, "config.json")
+  assert written[-1] == f"{url}/config.json"
+  assert set(storage.list_objects(url)) == {"config.json", "a", "z/b"}
+
+
+# -- The lease -----------------------------------------------------------------
+
+
+@every
+def test_a_second_run_is_refused_by_name(url, tmp_path, quick, monkeypatch):
+  here = remote_workdir._process_namespace()
+  with remote_workdir.opened(url, tmp_path / "one"):
+    # Else it sees a living process of this machine, and need not wait.
+    monkeypatch.setattr(remote_workdir, "_process_namespace", lambda: "else")
+    with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"):
+      with remote_workdir.opened(url, tmp_path / "two"):
+        pass
+  monkeypatch.setattr(remote_workdir, "_process_namespace", lambda: here)
+  with remote_workdir.opened(url, tmp_path / "two"):
+    pass  # It was let go.
+
+
+@every
+def test_a_lapsed_lease_is_taken_and_who_had_it_learns(url, tmp_path, quick):
+  first = remote_workdir.Lease(url)
+  first.acquire()
+  second = remote_workdir.Lease(url)
+  second.acquire()
+  second.check()
+  with pytest.raises(OSError, match="its lease was taken by process"):
+    first.beat()
+  mirror = remote_workdir.Mirror(url, tmp_path, first)
+  (tmp_path / "config.json").write_text("{}")
+  with pytest.raises(OSError, match="was taken"):
+    mirror.push()
+  assert not storage.exists(f"{url}/config.json")
+  # A process of this machine that is no more needs no waiting for.
+  ended = subprocess.Popen(["true"])
+  ended.wait()
+  second._me["process"] = ended.pid
+  second.beat()
+  third = remote_workdir.Lease(url)
+  third._watch = lambda *_: pytest.fail("waited")
+  third.acquire()
+
+
+@every
+def test_of_many_that_try_at_once_one_has_the_lease(url, quick):
+  leases = [remote_workdir.Lease(url) for _ in range(4)]
+  got, barrier = [], threading.Barrier(4)
+
+  def take(lease):
+    barrier.wait()
+    with contextlib.suppress(ValueError):  # In use by another.
+      lease.acquire()
+      got.append(lease)
+
+  beats = threading.Event()
+
+  def beat():
+    while not beats.wait(0.1):
+      for lease in got:
+        lease.beat()
+
+  threads = [threading.Thread(target=take, args=(one,)) for one in leases]
+  keeper = threading.Thread(target=beat)
+  for thread in (*threads, keeper):
+    thread.start()
+  for thread in threads:
+    thread.join()
+  beats.set()
+  keeper.join()
+  assert len(got) == 1
+
+
+@both
+def test_an_answer_that_is_lost_takes_no_lease_away(url, buckets, quick):
+  buckets.fail("late", "(POST|PUT) ")
+  lease = remote_workdir.Lease(url)
+  lease.acquire()
+  assert buckets.left() == 0
+  lease.check()
+
+
+# -- The copy of a workdir -----------------------------------------------------
+
+
+@every
+def test_records_are_parts_that_readers_join(url, tmp_path, monkeypatch):
+  monkeypatch.setattr(remote_workdir, "_MOST_PARTS", 4)
+  folder = tmp_path / "run"
+  folder.mkdir()
+  mirror, log = remote_workdir.Mirror(url, folder), folder / "metrics.jsonl"
+  parts = f"{url}/metrics.jsonl.parts"
+
+  def other(name="other"):
+    one = remote_workdir.Mirror(url, tmp_path / name)
+    one.pull()
+    return one, (tmp_path / name / log.name).read_bytes()
+
+  whole = b""
+  for i in range(10):
+    whole += b'{"step": %d}\n' % i
+    log.write_bytes(whole + b'{"half')  # A line that is being written.
+    mirror.push()
+    assert other()[1] == whole
+  assert len(storage.list_objects(parts)) <= 4
+  # Steps that are taken again: the end is another one.
+  whole = whole[: len(whole) // 2 - 3].rpartition(b"\n")[0] + b"\n"
+  resumed, _ = other("run")
+  log.write_bytes(whole)
+  resumed.push()
+  assert other()[1] == whole
+  whole += b'{"step": 99}\n'
+  log.write_bytes(whole)
+  resumed.push()
+  assert other()[1] == whole
+  # A part that a listing does not show is no silent gap.
+  names = sorted(storage.list_objects(parts))
+  storage.write(f"{parts}/{names[-1][:-1]}7", b"\n")
+  with pytest.raises(OSError, match="expected all of them"):
+    other()
+
+
+# -- Whole runs ----------------------------------------------------------------
+
+CHOICES = {
+  "data__holdout": 0.2,
+  "eval__every": 3,
+  "eval__kl": False,
+  "eval__samples": 0,
+  "checkpoint__keep": 2,
+  "lora__rank": 2,
+}
+
+
+def left(folder) -> tuple:
+  """What a run has recorded, but for clocks."""
+  clocks = ("time/", "speed/", "memory/")
+  found = run_files.read(folder)
+  rows = [
+    {k: v for k, v in row.items() if not k.startswith(clocks)}
+    for row in found["metrics"]
+  ]
+  result = {k: v for k, v in found["result"].items() if k != "time"}
+  result["export"].pop("path")
+  return rows, result, found["held_out"]
+
+
+@remote
+@pytest.mark.parametrize(
+  "scheme", ["gs", pytest.param("s3", marks=pytest.mark.slow)]
+)
+def test_a_run_with_everything_in_a_bucket_is_a_local_run(url, tmp_path, quick):
+  model, rows = tiny.model_folder(tmp_path / "model"), tmp_path / "rows.jsonl"
+  tiny.rows_file(rows)
+  alone = sft_jax.train(tiny.config(tmp_path, model, rows, **CHOICES))
+  storage.upload_folder(model, f"{url}/model", "config.json")
+  storage.upload(rows, f"{url}/rows.jsonl")
+  place = f"{url}/run"
+  config = lambda **more: tiny.config(
+    *(tmp_path, f"{url}/model", f"{url}/rows.jsonl"),
+    **(CHOICES | {"workdir": place} | more),
+  )
+  # Stopped in the middle, and continued by a machine that has nothing of it.
+  stopped = []
+
+  def stop(record):
+    if record["step"] == 5 and not stopped:
+      stopped.append(1)
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    sft_jax.train(config(), on_record=stop)
+  storage.shutil.rmtree(storage.cache_folder() / "workdirs")
+  found = sft_jax.train(config())
+  resumed = run_files.read(place)["incidents"]
+  assert [(x["kind"], x["step"]) for x in resumed] == [("resumed", 4)]
+  assert left(place) == left(alone.workdir)
+  same = lambda x, y: np.testing.assert_array_equal(x, y)
+  jax.tree.map(same, found.params, alone.params)
+  export = hub.find_model(f"{place}/export").folder
+  for name in ("model.safetensors", "config.json", "tokenizer.json"):
+    there = (alone.workdir / "export" / name).read_bytes()
+    assert (export / name).read_bytes() == there
+  load_save.load_pretrained(f"{place}/export")
+  steps = {
+    n.split("/")[0] for n in storage.list_objects(f"{place}/checkpoints")
+  }
+  assert steps == {"4", "6"}
+  # Finished is finished, here and elsewhere.
+  assert sft_jax.train(config()).metrics["export"] == found.metrics["export"]
+  assert not (ROOT / f"{url.partition(':')[0]}:").exists()
