@@ -53,8 +53,7 @@ def digest(
 
   `blocks`: into how many each axis is cut; () is one block of all.
 
-  Returns:
-    [*blocks, 2], on every device.
+  Returns [*blocks, 2], on every device.
   """
   if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
     x, blocks = jax.random.key_data(x), ()

@@ -45,8 +45,7 @@ Config = data.Config
 def score(config: Config, say: data.Log) -> dict[str, list[RowScore]]:
   """Scores the rows of data.train and writes a file beside each of theirs.
 
-  Returns:
-    {file: its scores}, as in data.train.
+  Returns {file: its scores}, as in data.train.
 
   Raises ValueError: a file that two sources read in two ways, or two files
   whose scores would have one name.

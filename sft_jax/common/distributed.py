@@ -109,8 +109,7 @@ def joined(
 def _lifeline() -> lifeline.Lifeline:
   """This process's, once all have met.
 
-  Raises:
-    ValueError: the first process cannot be reached.
+  Raises ValueError: the first process cannot be reached.
   """
   from jax._src import distributed
 

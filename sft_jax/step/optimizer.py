@@ -195,9 +195,8 @@ def per_matrix(
   optimizer of its own: for factored moments, orthogonalization, or norms of
   one tensor; not for what looks at the whole tree (global norms, masks).
 
-  Returns:
-    A transformation whose state is a tree like the parameters', in the place
-    of each the state of `tx` with the leading axes of its stack.
+  Returns a transformation whose state is a tree like the parameters', in the
+  place of each the state of `tx` with the leading axes of its stack.
   """
 
   def stacked(fn: Callable, path: str, ndim: int) -> Callable:

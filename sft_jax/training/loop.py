@@ -86,8 +86,7 @@ def train_steps(
 ) -> TrainState:
   """Takes the steps that are left, or as many as eval.patience allows.
 
-  Returns:
-    The last state.
+  Returns the last state.
 
   Raises:
     FloatingPointError: at a bad step, where the run halts; the state before

@@ -178,8 +178,7 @@ def _check(
 ) -> list[str]:
   """Refuses what can be refused before anything is loaded.
 
-  Returns:
-    How the config differs from that of the run in the workdir.
+  Returns how the config differs from that of the run in the workdir.
   """
   config, workdir = session.config, session.workdir
   changes = []

@@ -34,9 +34,8 @@ def to_peft(
 ) -> Iterator[tuple[str, int, dict[str, np.ndarray]]]:
   """The adapters of the experts, parameter by parameter.
 
-  Yields:
-    (the parameter within a layer, the rank of each expert, {name within PEFT's
-    folder, but for its prefix: tensor}).
+  Yields (the parameter within a layer, the rank of each expert, {name within
+  PEFT's folder, but for its prefix: tensor}).
   """
   held = {
     name: [module for module in ours if module in pairs]
@@ -77,9 +76,8 @@ def from_peft(
     declared: PEFT's `target_parameters`.
     take: gives the tensors of one name within a layer, of all layers.
 
-  Yields:
-    (our module, the parameter within a layer that holds it, A [L, E, in, R],
-    B [L, E, R, out] without the scale).
+  Yields (our module, the parameter within a layer that holds it, A [L, E, in,
+  R], B [L, E, R, out] without the scale).
 
   Raises ValueError: a parameter that is no stack of experts; a stack that is
   declared and not there, or whose shape is not that of the experts.

@@ -50,8 +50,7 @@ def base_of(params: Tree, trains: Callable[[str], bool]) -> Tree | None:
   With PiSSA the kernels hold what the adapters' start A0 B0 left of the
   base's: A0 and B0 stand as its adapters then.
 
-  Returns:
-    A tree for the same model, or None where a copy is missing.
+  Returns a tree for the same model, or None where a copy is missing.
   """
   copies = trees.flatten(params.get(COPIES, {}))
   base: dict[str, Any] = {}
