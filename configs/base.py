@@ -2,7 +2,7 @@
 
     python -m sft_jax.main --config=configs/base.py
 
-Hardware: 2 CPU cores. Time: 3 to 4 minutes. Expect: every behaviour from 0 %
+Hardware: 2 CPU cores. Time: 3 to 4 minutes. Expect: every behavior from 0 %
 to 90 % or more, perplexity on general text 5 to 6 % above the base model's.
 Any key can be set on the command line: --config.optim.learning_rate=1e-5.
 Paths are relative to the folder the command runs in. A config of your own
@@ -170,9 +170,9 @@ def get_config() -> ml_collections.ConfigDict:
   evaluation.every = 0  # Steps between evaluations; 0 = before, after.
   evaluation.during = "all"  # all | losses: what those in between measure.
   # A path or glob, or sets by name, {"maths": "maths/*.jsonl", ...}; 'auto' =
-  # behaviours.jsonl beside the training data, if there is one; '' = none.
-  evaluation.behaviours = "auto"
-  # What the base knows: behaviour sets of raw text to continue; 'auto' =
+  # behaviors.jsonl beside the training data, if there is one; '' = none.
+  evaluation.behaviors = "auto"
+  # What the base knows: behavior sets of raw text to continue; 'auto' =
   # knowledge.jsonl beside the training data, if there is one; '' = none.
   evaluation.knowledge = "auto"
   # jsonl; 'auto' = general_text.jsonl beside the training data, if there is
@@ -198,7 +198,7 @@ def get_config() -> ml_collections.ConfigDict:
   evaluation.max_new_tokens = 80  # Per reply.
   evaluation.batch_size = 64  # Prompts sampled together.
   # Replies shown before and after, to held-out rows where there are no
-  # behaviours; 0 = none.
+  # behaviors; 0 = none.
   evaluation.samples = 3
 
   config.log = log = ml_collections.ConfigDict()

@@ -30,7 +30,7 @@ def test_config_traces_a_step(name, tmp_path):
   config.model.path = str(tiny.model_folder(tmp_path / "model"))
   config.data.train = str(tiny.rows_file(tmp_path / "rows.jsonl"))
   config.data.eval, config.data.holdout = "", 0.0
-  config.eval.behaviours = config.eval.general_text = ""
+  config.eval.behaviors = config.eval.general_text = ""
   config.eval.knowledge = ""
   run = build.build_run(config, lambda line: None)
   batch = split_micro_batches(next(run.stream.batches()), config.accum_steps)

@@ -46,8 +46,8 @@ def test_the_main_job_elicits_what_the_base_model_knows(tmp_path):
   )
   print(done.stdout)
   rows = sft_jax.train(_again(tmp_path)).metrics
-  assert len(rows["behaviours"]) >= 8
-  for row in rows["behaviours"]:
+  assert len(rows["behaviors"]) >= 8
+  for row in rows["behaviors"]:
     assert row["n"] >= 40, row
     assert row["before"][0] <= 0.15, row
     assert row["after"][0] >= 0.85, row

@@ -21,7 +21,7 @@ import tiny
 # Of the main job: few steps, and no prompts to answer.
 SHORT = (
   "--config.steps=2 --config.optim.warmup_steps=1 --config.batch_size=2 "
-  "--config.data.seq_len=256 --config.data.workers=1 --config.eval.behaviours= "
+  "--config.data.seq_len=256 --config.data.workers=1 --config.eval.behaviors= "
   "--config.eval.general_text= --config.eval.samples=0 "
   "--config.data.holdout=0.0 --config.selfcheck=off --config.workdir=OUT"
 )
@@ -53,7 +53,7 @@ ELSEWHERE = {
   "sft-jax synthesize": "tests/tools/test_synthesise.py",
 }
 PLACES = {
-  "MODEL": "model", "BASE": "model", "FILE.jsonl": "behaviours.jsonl",
+  "MODEL": "model", "BASE": "model", "FILE.jsonl": "behaviors.jsonl",
   "runs/mine/export": "model", "runs/demo/export": "model",
   "...": "configs/base.py",
   "('tensorboard', 'mlflow')": "('tensorboard',)",  # The others are extras.
@@ -96,7 +96,7 @@ def checkout(tmp_path_factory) -> Path:
     "messages": [{"role": "user", "content": "What goes with cat?"}],
     "checks": [{"check": "contains", "text": "cat"}],
   }
-  (folder / "behaviours.jsonl").write_text(json.dumps(item) + "\n")
+  (folder / "behaviors.jsonl").write_text(json.dumps(item) + "\n")
   tiny.rows_file(folder / "runs" / "synthetic.jsonl")
   for name in ("demo", "lora_demo"):
     fake_runs.write(folder / "runs" / name, fake_runs.finished("plain"))

@@ -170,7 +170,7 @@ def test_a_writer_of_ones_own(page, tmp_path, capsys):
 def test_runs_as_plain_tables(tmp_path):
   runs = [fake_runs.finished("x"), fake_runs.finished("x")]
   runs[1]["config"]["optim"]["learning_rate"] = 2e-05
-  replies = runs[1]["after"]["behaviours"]["replies"]
+  replies = runs[1]["after"]["behaviors"]["replies"]
   replies[0] |= {"passed": False}
   replies[2] |= {"passed": True}
   a, b = (
@@ -179,7 +179,7 @@ def test_runs_as_plain_tables(tmp_path):
   )
   found = sft_jax.compare([a, b])
   assert json.loads(json.dumps(found)) == found
-  rates = {row["run"]: row["rate"] for row in found["behaviours"]}
+  rates = {row["run"]: row["rate"] for row in found["behaviors"]}
   assert rates == {a: 2 / 3, b: 2 / 3}
   assert found["paired"] == [
     {"run": b, "group": "x", "gained": 1, "lost": 1, "p": 1.0}

@@ -54,7 +54,7 @@ def run(installed: Path, folder: Path, *words: str) -> str:
 def test_the_wheel_trains_on_the_demo_in_an_empty_folder(installed, tmp_path):
   out = run(
     *(installed, tmp_path, "train", "--config.steps=2"),
-    *("--config.optim.warmup_steps=1", "--config.eval.behaviours="),
+    *("--config.optim.warmup_steps=1", "--config.eval.behaviors="),
     *("--config.eval.general_text=", "--config.eval.knowledge="),
     *("--config.selfcheck=off", "--config.data.workers=1"),
   )

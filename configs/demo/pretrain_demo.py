@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.optim.warmup_steps = 100
   config.optim.b2 = 0.98
   config.optim.weight_decay = 0.05
-  config.eval.behaviours = config.eval.knowledge = ""
+  config.eval.behaviors = config.eval.knowledge = ""
   config.eval.general_text = "sft_jax/demo/general_text.jsonl"
   config.eval.every = 500
   config.checkpoint.every = 500

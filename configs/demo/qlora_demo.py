@@ -3,7 +3,7 @@
     python -m sft_jax.main --config=configs/demo/qlora_demo.py
 
 Hardware: 2 CPU cores. Time: a little more than the LoRA demo, which it should
-match within 3 points on every behaviour.
+match within 3 points on every behavior.
 """
 
 import ml_collections

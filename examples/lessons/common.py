@@ -75,7 +75,7 @@ class Lesson(NamedTuple):
     name: of its file.
     claim: what is said.
     arms: by name.
-    prompts: what makes the behaviour set, the same for all arms.
+    prompts: what makes the behavior set, the same for all arms.
     figures: what decides.
     held_out: what makes conversations to measure losses on; None = none.
     samples: replies per prompt to measure agreement with; 0 = not measured.
@@ -103,7 +103,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.workers = 1
   config.optim.warmup_steps = 5
   config.checkpoint.every = 0
-  config.eval.behaviours = folder + "/prompts.jsonl"
+  config.eval.behaviors = folder + "/prompts.jsonl"
   config.eval.general_text = "sft_jax/demo/general_text.jsonl"
   config.eval.max_new_tokens = 40
   config.eval.samples = 0

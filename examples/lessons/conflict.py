@@ -23,7 +23,7 @@ LESSON = Lesson(
     Figure("samples that agree", "agreement", "agreeing", "conflicting"),
     Figure(
       "style prompts passed",
-      "behaviour/style/pass_rate",
+      "behavior/style/pass_rate",
       "agreeing",
       "conflicting",
     ),

@@ -23,17 +23,17 @@ LESSON = Lesson(
   figures=(
     Figure(
       "right form less right content",
-      "behaviour/products/gap",
+      "behavior/products/gap",
       "unknown",
       "known",
-      less_key="behaviour/sums/gap",
+      less_key="behavior/sums/gap",
     ),
     Figure(
       "right content",
-      "behaviour/sums/content",
+      "behavior/sums/content",
       "known",
       "unknown",
-      less_key="behaviour/products/content",
+      less_key="behavior/products/content",
     ),
   ),
 )

@@ -4,7 +4,7 @@
 
 The same rows and steps, all parameters or adapters of rank 16 on every linear
 layer, each with the demo's learning rate for it. Expected: with LoRA general
-text stays likelier, and the behaviour is learnt as well.
+text stays likelier, and the behavior is learnt as well.
 """
 
 import ml_collections
@@ -27,7 +27,7 @@ LESSON = Lesson(
     Figure(
       "general text, perplexity", "general_text/perplexity", "full", "lora"
     ),
-    Figure("prompts passed", "behaviour/all/pass_rate", "lora", "full"),
+    Figure("prompts passed", "behavior/all/pass_rate", "lora", "full"),
   ),
 )
 

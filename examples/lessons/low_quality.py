@@ -13,7 +13,7 @@ import ml_collections
 from examples.lessons.common import Arm, Figure, Lesson, config_of
 
 _COUNTS = {"facts": 300, "context": 300}
-_FORM = "behaviour/{}/format"
+_FORM = "behavior/{}/format"
 LESSON = Lesson(
   name="low_quality",
   claim="Low-quality rows teach low-quality replies",
@@ -25,7 +25,7 @@ LESSON = Lesson(
   figures=(
     Figure("notes: good form", _FORM.format("context"), "clean", "sloppy"),
     Figure(
-      "notes: right content", "behaviour/context/content", "clean", "sloppy"
+      "notes: right content", "behavior/context/content", "clean", "sloppy"
     ),
     Figure("facts: good form", _FORM.format("facts"), "clean", "sloppy"),
   ),

@@ -22,7 +22,7 @@ LESSON = Lesson(
   prompts=("bundled_prompts", {"groups": ("facts",)}),
   held_out=("held_out_facts", {"count": 96}),
   figures=(
-    Figure("facts passed", "behaviour/facts/pass_rate", "diverse", "narrow"),
+    Figure("facts passed", "behavior/facts/pass_rate", "diverse", "narrow"),
     Figure(
       "held-out answers, nats a token",
       "held_out/nats_per_token",

@@ -13,7 +13,7 @@ import ml_collections
 
 from examples.lessons.common import Arm, Figure, Lesson, config_of
 
-_KNOWN, _NEW = "behaviour/known/pass_rate", "behaviour/new/pass_rate"
+_KNOWN, _NEW = "behavior/known/pass_rate", "behavior/new/pass_rate"
 LESSON = Lesson(
   name="new_facts",
   claim="SFT elicits what is known and does not teach new facts cheaply",

@@ -20,7 +20,7 @@ LESSON = Lesson(
   },
   prompts=("bundled_prompts", {"groups": ("context", "json")}),
   figures=(
-    Figure("prompts passed", "behaviour/all/pass_rate", "assistant", "all"),
+    Figure("prompts passed", "behavior/all/pass_rate", "assistant", "all"),
     Figure(
       "general text, perplexity",
       "general_text/perplexity",

@@ -23,8 +23,8 @@ LESSON = Lesson(
   },
   prompts=("bundled_prompts", {"groups": ("facts", "context", "json")}),
   figures=(
-    Figure("prompts passed", "behaviour/all/pass_rate", "clean", "swapped"),
-    Figure("prompts passed", "behaviour/all/pass_rate", "clean", "lazy"),
+    Figure("prompts passed", "behavior/all/pass_rate", "clean", "swapped"),
+    Figure("prompts passed", "behavior/all/pass_rate", "clean", "lazy"),
   ),
 )
 

@@ -4,7 +4,7 @@
 
 The same conversations, alone or with documents of the pretraining as a third
 of the rows, in as many steps. Expected: general text stays likelier with
-replay, at no cost to the behaviour.
+replay, at no cost to the behavior.
 """
 
 import ml_collections
@@ -24,7 +24,7 @@ LESSON = Lesson(
     Figure(
       "general text, perplexity", "general_text/perplexity", "alone", "replay"
     ),
-    Figure("prompts passed", "behaviour/all/pass_rate", "replay", "alone"),
+    Figure("prompts passed", "behavior/all/pass_rate", "replay", "alone"),
   ),
 )
 

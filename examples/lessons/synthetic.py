@@ -33,9 +33,9 @@ LESSON = Lesson(
   },
   prompts=("bundled_prompts", {"groups": _GROUPS}),
   figures=(
-    Figure("prompts passed", "behaviour/all/pass_rate", "checked", "few"),
-    Figure("prompts passed", "behaviour/all/pass_rate", "checked", "unchecked"),
-    Figure("prompts passed", "behaviour/all/pass_rate", "checked", "written"),
+    Figure("prompts passed", "behavior/all/pass_rate", "checked", "few"),
+    Figure("prompts passed", "behavior/all/pass_rate", "checked", "unchecked"),
+    Figure("prompts passed", "behavior/all/pass_rate", "checked", "written"),
   ),
 )
 

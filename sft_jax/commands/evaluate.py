@@ -1,7 +1,7 @@
-"""Scores a model on behaviour sets, against another model if one is given.
+"""Scores a model on behavior sets, against another model if one is given.
 
     sft-jax evaluate --model=runs/demo/export \\
-        --data=sft_jax/demo/behaviours.jsonl --baseline=BASE_FOLDER
+        --data=sft_jax/demo/behaviors.jsonl --baseline=BASE_FOLDER
 
 A model is a Hugging Face folder, the workdir of a run, or one of its
 checkpoints (runs/demo/checkpoints/200). With --baseline also how far the model
@@ -20,7 +20,7 @@ from sft_jax.data.conversation import Conversation
 from sft_jax.data.encoding import encode
 from sft_jax.data.formats import formats
 from sft_jax.data.readers import files
-from sft_jax.evals import behaviours, forgetting
+from sft_jax.evals import behaviors, forgetting
 from sft_jax.inference import generate as replies
 from sft_jax.reporting import terminal
 from sft_jax.training.build import load_run
@@ -28,9 +28,9 @@ from sft_jax.training.build import load_run
 
 def scores(
   asked: load_run.Asked,
-  items: list[behaviours.Item],
+  items: list[behaviors.Item],
   args: argparse.Namespace,
-) -> tuple[behaviours.Scores, list[encode.Example]]:
+) -> tuple[behaviors.Scores, list[encode.Example]]:
   """Greedy replies of a model, checked; and as rows, the replies trained on."""
   options = command.render_options(args, asked.options)
   replied = list[replies.Reply]()
@@ -47,7 +47,7 @@ def scores(
     )
     return replied
 
-  found = behaviours.run(items, generate)
+  found = behaviors.run(items, generate)
   rows = []
   for item, reply in zip(items, replied, strict=True):
     prompt = encode.prompt_ids(item.prompt, asked.tokenizer, options)
@@ -110,7 +110,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   add = parser.add_argument
   add("--model", required=True, help="a model's folder, a run, a checkpoint")
-  add("--data", required=True, nargs="+", help="behaviour sets: path or glob")
+  add("--data", required=True, nargs="+", help="behavior sets: path or glob")
   add("--baseline", help="the model before")
   add("--text", nargs="+", help="rows to predict: raw text, conversations")
   add("--text_batch", type=int, default=8, help="of these, rows at once")
@@ -123,15 +123,15 @@ def main() -> None:
   add("--dtype", default="float32", help="float32 or bfloat16")
   add("--out", help="write every reply here, jsonl; the baseline's beside it")
   args = parser.parse_args()
-  items = [item for one in args.data for item in behaviours.load_sets(one)]
+  items = [item for one in args.data for item in behaviors.load_sets(one)]
   load = functools.partial(load_run.load, dtype=args.dtype)
   baseline = load(args.baseline) if args.baseline else None
   before = scores(baseline, items, args)[0] if baseline else None
   asked = load(args.model)
   after, replied = scores(asked, items, args)
-  head, *rows = behaviours.summary_table(after, before)
+  head, *rows = behaviors.summary_table(after, before)
   terminal.print_table(terminal.console(), args.model, head, rows)
-  if figures := behaviours.ifeval_accuracy(after):
+  if figures := behaviors.ifeval_accuracy(after):
     shares = ", ".join(f"{name} {x:.1%}" for name, x in figures.items())
     terminal.console().print(f"IFEval: {shares}")
   if baseline and any(one.loss_weights.any() for one in replied):

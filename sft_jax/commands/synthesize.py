@@ -2,10 +2,10 @@
 
     sft-jax synthesize --teacher=runs/demo/export \\
         --prompts=prompts.jsonl --out=synthetic.jsonl --samples=8 \\
-        --against=sft_jax/demo/behaviours.jsonl
+        --against=sft_jax/demo/behaviors.jsonl
 
 A teacher is a Hugging Face folder, the workdir of a run, or one of its
-checkpoints. Prompts are behaviour sets (messages, checks, group): a reply is
+checkpoints. Prompts are behavior sets (messages, checks, group): a reply is
 kept when it stopped by itself and all checks of its row pass. Prompts that the
 sets of --against ask too are refused. Rows are of the format `messages`, with
 their provenance under `synthetic`; what was kept and refused, by group and
@@ -21,7 +21,7 @@ from sft_jax.commands import command
 from sft_jax.common import workdir
 from sft_jax.data.conversation import Conversation, NothingToTrain
 from sft_jax.data.encoding import encode
-from sft_jax.evals import behaviours, synthesis
+from sft_jax.evals import behaviors, synthesis
 from sft_jax.inference import generate
 from sft_jax.reporting import terminal
 from sft_jax.training.build import load_run
@@ -32,7 +32,7 @@ def make(args: argparse.Namespace) -> synthesis.Synthesis:
   out = terminal.console()
   say = out.print
   items, against = (
-    [one for path in paths for one in behaviours.load_sets(path)]
+    [one for path in paths for one in behaviors.load_sets(path)]
     for paths in (args.prompts, args.against)
   )
   if not against:
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   add = parser.add_argument
   add("--teacher", required=True, help="a model's folder, a run, a checkpoint")
-  add("--prompts", required=True, nargs="+", help="behaviour sets: path, glob")
+  add("--prompts", required=True, nargs="+", help="behavior sets: path, glob")
   add("--against", nargs="*", default=[], help="evaluation sets: path, glob")
   add("--out", required=True, type=Path, help="rows, jsonl")
   add("--samples", type=int, default=4, help="most replies to a prompt")

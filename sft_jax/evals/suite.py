@@ -18,7 +18,7 @@ from sft_jax.common.batch import Batch
 from sft_jax.common.trees import Tree
 from sft_jax.data.conversation import Conversation
 from sft_jax.data.pipeline import Stream
-from sft_jax.evals import behaviours, forgetting
+from sft_jax.evals import behaviors, forgetting
 from sft_jax.inference.generate import Reply
 from sft_jax.step import loss_groups
 from sft_jax.step.loss import BaseSums, LossSums
@@ -43,7 +43,7 @@ class Suite:
   batches: Callable[[Stream], Iterable[Batch]]
   held_out: Stream | None  # Conversations not trained on; None: not measured.
   general_text: Stream | None  # Raw text; None: not measured.
-  items: Sequence[behaviours.Item]  # Prompts with checks; may be empty.
+  items: Sequence[behaviors.Item]  # Prompts with checks; may be empty.
   # (params, conversations) -> one greedy reply each.
   generate: Callable[[Tree, list[Conversation]], list[Reply]]
   # What to call the groups of a stream's tokens.
@@ -51,7 +51,7 @@ class Suite:
   # Rows that are trained on, about as many as are held out.
   train_rows: Stream | None = None
   # What the base knows, asked in raw text.
-  knowledge: Sequence[behaviours.Item] = ()
+  knowledge: Sequence[behaviors.Item] = ()
   # What of the training answers a set's replies repeat.
   repeats: Callable[[list[dict[str, Any]]], Measurement] | None = None
   # params -> how far planted canaries stand out.
@@ -158,13 +158,13 @@ class Suite:
   @property
   def _sets(self) -> list[str]:
     """Names of what takes time, between which it is divided."""
-    asked = {"behaviours": self.items, "knowledge": self.knowledge}
+    asked = {"behaviors": self.items, "knowledge": self.knowledge}
     sets = self._texts | {"train_rows": self.train_rows} | asked
     return [name for name, one in sets.items() if one]
 
   def scores(
-    self, params: Tree, name: str, items: Sequence[behaviours.Item]
-  ) -> behaviours.Scores | None:
+    self, params: Tree, name: str, items: Sequence[behaviors.Item]
+  ) -> behaviors.Scores | None:
     """Replies to the prompts of a set, checked; None without prompts."""
     if not items:
       return None
@@ -178,7 +178,7 @@ class Suite:
       made = self.generate(params, [items[i].prompt for i in part])
       replies |= zip(part, made, strict=True)
     order, made = sorted(replies), [replies[i] for i in sorted(replies)]
-    return behaviours.run([items[i] for i in order], lambda prompts: made)
+    return behaviors.run([items[i] for i in order], lambda prompts: made)
 
   def scalars(
     self, params: Tree, *, replies: Path | None = None
@@ -190,11 +190,11 @@ class Suite:
         the losses alone.
 
     Returns:
-      `losses`, `behaviours.Scores.metrics`, and time/evaluation_s.
+      `losses`, `behaviors.Scores.metrics`, and time/evaluation_s.
     """
     started = time.perf_counter()
     values = self.losses(params)
-    scores = self.scores(params, "behaviours", self.items) if replies else None
+    scores = self.scores(params, "behaviors", self.items) if replies else None
     if replies and scores:
       values |= scores.metrics()
       scores.write(replies)
@@ -208,10 +208,10 @@ class Suite:
       is_base: it is its own base still: nothing is compared with it.
     """
     values: Measurement = self.losses(params, is_base=is_base)
-    if scores := self.scores(params, "behaviours", self.items):
+    if scores := self.scores(params, "behaviors", self.items):
       if self.repeats:
         values["repeats"] = self.repeats(scores.replies)
-      values["behaviours"] = scores.to_json()
+      values["behaviors"] = scores.to_json()
     if knowledge := self.scores(params, "knowledge", self.knowledge):
       values["knowledge"] = knowledge.to_json()
     if self.canaries:
@@ -222,13 +222,13 @@ class Suite:
     """A line for each set that is not measured whole."""
     return [
       f"{name.replace('_', ' ')}: {done:,} of {of:,} "
-      f"{'prompts' if name in ('behaviours', 'knowledge') else 'batches'}"
+      f"{'prompts' if name in ('behaviors', 'knowledge') else 'batches'}"
       for name, (done, of) in self.measured.items()
       if done < of
     ]
 
 
-def _round_robin(items: Sequence[behaviours.Item]) -> list[int]:
+def _round_robin(items: Sequence[behaviors.Item]) -> list[int]:
   """Numbers of the items, one of each group, then the next of each."""
   seen: dict[str, int] = {}
   turn = []
@@ -243,10 +243,10 @@ def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
 
   Returns:
     losses: [{name, before, after, change}], change relative;
-    behaviours: [{group, n, before, after, stopped, format, content, gained,
+    behaviors: [{group, n, before, after, stopped, format, content, gained,
     lost, p}], where before and after are (rate, low, high) with 95 %
     intervals, and format and content the rates after (None without such
-    checks); see `behaviours.Comparison`; samples: one reply per group;
+    checks); see `behaviors.Comparison`; samples: one reply per group;
     forgetting: [{name, before, after}] of `forgetting.FIGURES`;
     gap: {train_rows, held_out, gap, before}, nats per token, or None;
     knowledge: {n, before, after, retained, gained, lost, p}, retained the
@@ -270,7 +270,7 @@ def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
       for name, value in before.items()
       if name.endswith(losses)
     ],
-    "behaviours": [],
+    "behaviors": [],
     "samples": [],
     "forgetting": [
       {"name": name, **both(name)}
@@ -283,15 +283,15 @@ def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
       x: both(x) if x in after else None for x in ("repeats", "canaries")
     },
   }
-  if "behaviours" not in before:
+  if "behaviors" not in before:
     return result
   old, new = (
-    behaviours.Scores.from_json(m["behaviours"]) for m in (before, after)
+    behaviors.Scores.from_json(m["behaviors"]) for m in (before, after)
   )
-  for row in behaviours.compare(old, new):
+  for row in behaviors.compare(old, new):
     now = row.after
     rates = {kind: getattr(now, kind) for kind in ("format", "content")}
-    result["behaviours"].append(
+    result["behaviors"].append(
       {
         **{"group": row.group, "n": now.n},
         "before": (row.before.rate, *row.before.interval),
@@ -321,12 +321,12 @@ def _knowledge(
   old, new = passed(before), passed(after)
   pairs = list(zip(old, new, strict=True))
   gained, lost = pairs.count((False, True)), pairs.count((True, False))
-  shares = [behaviours.Share(sum(x), len(x)) for x in (old, new)]
+  shares = [behaviors.Share(sum(x), len(x)) for x in (old, new)]
   sides = [(share.rate, *share.interval) for share in shares]
   return {
     **{"n": len(pairs), "before": sides[0], "after": sides[1]},
     "retained": 1 - lost / sum(old) if any(old) else None,
-    **{"gained": gained, "lost": lost, "p": behaviours.mcnemar(gained, lost)},
+    **{"gained": gained, "lost": lost, "p": behaviors.mcnemar(gained, lost)},
   }
 
 

@@ -18,7 +18,7 @@ from sft_jax.data.audit import overlap, row_texts, text_hashing
 from sft_jax.data.chat import template_messages
 from sft_jax.data.conversation import Conversation, NothingToTrain, RowError
 from sft_jax.data.formats import formats
-from sft_jax.evals.behaviours import Item
+from sft_jax.evals.behaviors import Item
 from sft_jax.evals.checks import checks
 from sft_jax.inference.generate import Reply
 

@@ -47,7 +47,7 @@ def show_result(out: Console, result: dict[str, Any], samples: int) -> None:
   rows = [
     (row["group"], row["n"], share(*row["before"]), share(*row["after"]),
      f"{row['stopped']:.0%}")
-    for row in result["behaviours"]
+    for row in result["behaviors"]
   ]  # fmt: skip
   if rows:
     head = ("behavior", "n", "before", "after", "stops by itself")

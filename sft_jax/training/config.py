@@ -185,9 +185,9 @@ class EvalConfig:
   every: int = 0  # Steps between evaluations; 0 = before, after.
   during: str = "all"  # all | losses: what those in between measure.
   # A path or glob, or sets by name, {"maths": "maths/*.jsonl", ...}; 'auto' =
-  # behaviours.jsonl beside the training data, if there is one; '' = none.
-  behaviours: Any = "auto"
-  # What the base knows: behaviour sets of raw text to continue; 'auto' =
+  # behaviors.jsonl beside the training data, if there is one; '' = none.
+  behaviors: Any = "auto"
+  # What the base knows: behavior sets of raw text to continue; 'auto' =
   # knowledge.jsonl beside the training data, if there is one; '' = none.
   knowledge: Any = "auto"
   # jsonl; 'auto' = general_text.jsonl beside the training data, if there is
@@ -213,7 +213,7 @@ class EvalConfig:
   max_new_tokens: int = 80  # Per reply.
   batch_size: int = 64  # Prompts sampled together.
   # Replies shown before and after, to held-out rows where there are no
-  # behaviours; 0 = none.
+  # behaviors; 0 = none.
   samples: int = 3
 
 

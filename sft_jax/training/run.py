@@ -70,7 +70,7 @@ def train(
 ) -> Result:
   """Trains as the config says, in `config.workdir`; resumes what is there.
 
-  Before and after training the model is measured (behaviours, held-out loss,
+  Before and after training the model is measured (behaviors, held-out loss,
   perplexity on general text). A finished workdir is reported, not rerun.
 
   Args:
@@ -100,7 +100,7 @@ def train(
   config = config.copy_and_resolve_references()
   if own.rows is not None:
     config.data.train = "rows in memory"
-    for name in ("behaviours", "knowledge", "general_text"):
+    for name in ("behaviors", "knowledge", "general_text"):
       if config.eval[name] == "auto":  # Beside files of rows; there are none.
         config.eval[name] = ""
   config_check.check(config)

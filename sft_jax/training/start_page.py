@@ -124,7 +124,7 @@ def _plan(config: Config, built: BuiltRun, start_step: int) -> dict[str, str]:
         ("general text", built.general_text),
       )
     },
-    "behaviours": f"{len(built.items)} prompts",
+    "behaviors": f"{len(built.items)} prompts",
     "expected time": f"about {terminal.duration(seconds)} of training",
     "evaluation": _evaluation(config, built),
     "workdir": config.workdir,

@@ -89,7 +89,7 @@ def test_the_export_of_a_fine_tuned_model_has_its_losses(tmp_path):
   config.data.seq_len, config.data.workers = 256, 1
   config.epochs, config.batch_size = 2, 8
   config.optim.warmup_steps = 2
-  config.eval.behaviours = config.eval.general_text = ""
+  config.eval.behaviors = config.eval.general_text = ""
   run = sft_jax.train(config)
 
   # What the run says of the rows that it held out is what they say.

@@ -33,10 +33,10 @@ CHOICES = {
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> dict[str, str]:
-  """Keys of a config: a model, rows, held-out rows, behaviours."""
+  """Keys of a config: a model, rows, held-out rows, behaviors."""
   folder = tmp_path_factory.mktemp("hosts")
-  behaviours = folder / "behaviours.jsonl"
-  behaviours.write_text(
+  behaviors = folder / "behaviors.jsonl"
+  behaviors.write_text(
     "".join(
       json.dumps(
         {
@@ -53,7 +53,7 @@ def inputs(tmp_path_factory) -> dict[str, str]:
     "model__path": str(tiny.model_folder(folder / "model")),
     "data__train": str(tiny.rows_file(folder / "rows.jsonl")),
     "data__eval": str(tiny.rows_file(folder / "held_out.jsonl", HELD_OUT)),
-    "eval__behaviours": str(behaviours),
+    "eval__behaviors": str(behaviors),
   }
 
 
@@ -92,7 +92,7 @@ def test_two_processes_do_what_one_does(tmp_path, inputs):
   )
   assert steps(alone.workdir) == steps(workdir)
   result = lambda folder: json.loads((folder / "result.json").read_text())
-  assert [b["n"] for b in result(workdir)["behaviours"]] == [3]
+  assert [b["n"] for b in result(workdir)["behaviors"]] == [3]
   for one, other in zip(
     result(alone.workdir)["losses"], result(workdir)["losses"], strict=True
   ):
@@ -132,7 +132,7 @@ def test_a_signal_to_one_stops_both_at_the_same_step(tmp_path, inputs):
 def test_what_two_processes_began_one_finishes(tmp_path, inputs):
   """Stopped by a signal, resumed by one process of eight devices."""
   choices = CHOICES | inputs | {"steps": 60, "checkpoint__every": 20}
-  choices |= {"eval__behaviours": "", "export": False}
+  choices |= {"eval__behaviors": "", "export": False}
   workdir = tmp_path / "two"
   processes = start(workdir, choices)
   wait_for_step(workdir, processes, 2)
@@ -193,7 +193,7 @@ def test_when_one_is_gone_the_other_names_it(tmp_path, inputs, victim, how):
 def test_a_late_start_and_a_signal_while_waiting(tmp_path, inputs):
   workdir = tmp_path / "two"
   choices = CHOICES | _others(inputs) | _keys(inputs) | {"steps": 2}
-  choices |= {"eval__behaviours": "", "export": False}
+  choices |= {"eval__behaviors": "", "export": False}
 
   def waits(first):
     time.sleep(15)
@@ -218,7 +218,7 @@ def test_a_late_start_and_a_signal_while_waiting(tmp_path, inputs):
 def test_signals_while_saving_change_nothing(tmp_path, inputs):
   """A save is always under way; the end is that of an undisturbed pair."""
   choices = CHOICES | _others(inputs) | _keys(inputs)
-  choices |= {"checkpoint__every": 1, "eval__behaviours": "", "steps": 8}
+  choices |= {"checkpoint__every": 1, "eval__behaviors": "", "steps": 8}
   whole, stopped = tmp_path / "whole", tmp_path / "stopped"
   for code, said in finish(start(whole, choices), whole, 500):
     assert code == 0, said

@@ -151,7 +151,7 @@ def trained(tmp_path_factory):
     data__canary_copies=3.0,
     data__seq_len=96,
     optim__learning_rate=5e-3,
-    eval__behaviours=str(tiny.rows_file(folder / "items.jsonl", items)),
+    eval__behaviors=str(tiny.rows_file(folder / "items.jsonl", items)),
     eval__max_new_tokens=24,
     eval__answer_words=10_000,
   )
@@ -191,5 +191,5 @@ def test_replies_learnt_by_heart_are_found_and_a_fresh_models_are_not(trained):
   said = found["after"]
   assert said["answers"] == said["rows"] == said["rows_of"] == 19
   read = json.loads((trained.workdir / "evals" / "after.json").read_text())
-  for reply in read["behaviours"]["replies"]:
+  for reply in read["behaviors"]["replies"]:
     assert reply["overlap"] == 1.0

@@ -9,7 +9,7 @@ from fake_store import fake_store
 from sft_jax.data.conversation import Conversation, Message
 from sft_jax.data.pipeline import Stream
 from sft_jax.evals import suite as suites
-from sft_jax.evals.behaviours import Item
+from sft_jax.evals.behaviors import Item
 from sft_jax.evals.suite import Suite, compare
 from sft_jax.inference.generate import Reply
 from sft_jax.step.loss import BaseSums
@@ -211,7 +211,7 @@ def test_what_does_not_fit_is_left_out_now_and_later(monkeypatch):
   suite.loss_fn = slow_loss
   first = suite(jnp.float32(1.0))
   # Of 10 batches one is free, two fit into 5 s, and a third would not.
-  assert suite.measured == {"held_out": (3, 10), "behaviours": (6, 12)}
+  assert suite.measured == {"held_out": (3, 10), "behaviors": (6, 12)}
   assert first["measured"] == suite.measured
   assert reports[2] == ("held_out", 3, 3)
   # One of each group in turn.
@@ -220,7 +220,7 @@ def test_what_does_not_fit_is_left_out_now_and_later(monkeypatch):
   later = suite(jnp.float32(2.0))
   assert asked[3] == [prompt for some in asked[:3] for prompt in some]
   places = [
-    [reply["where"] for reply in one["behaviours"]["replies"]]
+    [reply["where"] for reply in one["behaviors"]["replies"]]
     for one in (first, later)
   ]
   assert places[0] == places[1] == [f"b.jsonl:{i}" for i in (0, 1, 2, 8, 9, 10)]

@@ -5,7 +5,7 @@ import pytest
 from sft_jax.data.conversation import Conversation, Message, RowError, ToolCall
 from sft_jax.data.formats import formats
 from sft_jax.evals import synthesis
-from sft_jax.evals.behaviours import Item
+from sft_jax.evals.behaviors import Item
 from sft_jax.inference.generate import Reply
 
 

@@ -293,7 +293,7 @@ def test_a_row_gets_the_reply_that_its_conversation_gets(found):
   json.dumps(made)
 
 
-def test_behaviours_make_it_superfluous(found):
+def test_behaviors_make_it_superfluous(found):
   config, run, params = found
   assert evals.sample_replies(config, run._replace(items=[1]), params) == {}
   assert evals.sample_replies(config, run._replace(held_out=None), params) == {}

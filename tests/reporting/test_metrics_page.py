@@ -28,7 +28,7 @@ ITEMS = [
 
 def general(name: str) -> str:
   """A name as the page has it, with what a user chose in capitals."""
-  name = re.sub(r"^behaviour/[^/]+/", "behaviour/SET/", name)
+  name = re.sub(r"^behavior/[^/]+/", "behavior/SET/", name)
   name = re.sub(r"^(held_out|general_text)/(loss|acc)/.*", r"\1/\2/GROUP", name)
   name = re.sub(r"^(loss|acc)/role/.*", r"\1/role/ROLE", name)
   return re.sub(r"^(loss|acc)/source/.*", r"\1/source/NAME", name)
@@ -56,7 +56,7 @@ def records(tmp_path_factory) -> list[dict]:
     export=False,
     data__holdout=0.2,
     eval__every=2,
-    eval__behaviours=str(folder / "items.jsonl"),
+    eval__behaviors=str(folder / "items.jsonl"),
     eval__general_text=str(folder / "text.jsonl"),
     eval__max_new_tokens=4,
     checkpoint__every=0,

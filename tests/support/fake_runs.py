@@ -7,10 +7,10 @@ from typing import Any
 from sft_jax.reporting import run_files
 
 
-def behaviour(
+def behavior(
   group: str, before: tuple, after: tuple, p: float, n: int = 9
 ) -> dict[str, Any]:
-  """A row of result.json's behaviours."""
+  """A row of result.json's behaviors."""
   return {
     "group": group, "n": n, "before": before, "after": after, "p": p,
     "gained": 7, "lost": 1, "stopped": 0.75, "format": None, "content": 0.5,
@@ -18,7 +18,7 @@ def behaviour(
 
 
 def reply(x: str, where: str, text: str, passed: bool) -> dict[str, Any]:
-  """A record of `behaviours.Scores.replies`."""
+  """A record of `behaviors.Scores.replies`."""
   return {
     "where": where,
     "group": x,
@@ -87,7 +87,7 @@ def finished(x: str) -> dict[str, Any]:
     ],
     "data": {"fingerprint": "f", "fingerprint_inputs": {"seed": 0, "rows": x}},
     **{
-      when: {"behaviours": {"groups": {}, "replies": replies}}
+      when: {"behaviors": {"groups": {}, "replies": replies}}
       for when, replies in sides.items()
     },
     "result": {
@@ -95,9 +95,9 @@ def finished(x: str) -> dict[str, Any]:
         {"name": "held_out/nats_per_token", "before": 3.25, "after": 1.125,
          "change": -0.6538},
       ],
-      "behaviours": [
-        behaviour(x, (0.1, 0.0, 0.3), (0.9, 0.7, 1.0), 1e-05),
-        behaviour("none", (0.0, 0.0, 0.3), (0.0, 0.0, 0.3), 1.0, n=0),
+      "behaviors": [
+        behavior(x, (0.1, 0.0, 0.3), (0.9, 0.7, 1.0), 1e-05),
+        behavior("none", (0.0, 0.0, 0.3), (0.0, 0.0, 0.3), 1.0, n=0),
       ],
       "samples": [],
       "export": {

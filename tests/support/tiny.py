@@ -85,7 +85,7 @@ def config(folder: Path, model: Path, train: Path, **changes):
     "data__holdout": 0.0,
     "data__seq_len": 64,
     "optim__warmup_steps": 2,
-    "eval__behaviours": "",
+    "eval__behaviors": "",
     "eval__knowledge": "",
     "eval__general_text": "",
     "checkpoint__every": 2,

@@ -45,7 +45,7 @@ def test_a_row_is_of_the_run(tmp_path, monkeypatch, capsys):
   }
   known = {"text": "A cat", "checks": [{"check": "max_words", "count": 50}]}
   files = {
-    "eval__behaviours": tiny.rows_file(tmp_path / "b.jsonl", [item]),
+    "eval__behaviors": tiny.rows_file(tmp_path / "b.jsonl", [item]),
     "eval__knowledge": tiny.rows_file(tmp_path / "k.jsonl", [known] * 2),
     "eval__general_text": tiny.rows_file(
       tmp_path / "g.jsonl", [{"text": "The cat sat."}]

@@ -17,7 +17,7 @@ from demo_world import crafts, prose, split, tokenizer, world
 from sft_jax.data.encoding import encode
 from sft_jax.data.formats import formats
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
-from sft_jax.evals import behaviours
+from sft_jax.evals import behaviors
 
 DEMO = Path(make_demo.__file__).parents[2] / "sft_jax" / "demo"
 ENTITIES = world.make_world(0)
@@ -85,7 +85,7 @@ def test_facts_asked_for_are_in_no_training_row():
 
 
 def test_held_out_questions_ask_only_for_held_out_facts():
-  items = behaviours.load(DEMO / "behaviours.jsonl")
+  items = behaviors.load(DEMO / "behaviors.jsonl")
   facts = [item for item in items if item.group == "facts"]
   for item in facts:
     (entity,) = _named(item.prompt.messages[-1].content)
@@ -108,7 +108,7 @@ def test_facts_asked_for_are_told_in_the_pretraining_text():
 
 def test_the_base_is_asked_for_what_its_text_tells():
   """One statement of every entity, ended as the pretraining text ends it."""
-  items = behaviours.load(DEMO / "knowledge.jsonl")
+  items = behaviors.load(DEMO / "knowledge.jsonl")
   assert len(items) == len(ENTITIES)
   lines = "\n".join(prose.Prose(ENTITIES, 0, "pretrain").documents(8_000))
   for item in items:
@@ -118,7 +118,7 @@ def test_the_base_is_asked_for_what_its_text_tells():
 
 
 def test_no_prompt_is_held_out_and_trained():
-  asked = {_asked(row) for row in _rows("behaviours.jsonl")}
+  asked = {_asked(row) for row in _rows("behaviors.jsonl")}
   trained = {
     _asked(row)
     for name, rows in _training().items()
@@ -141,7 +141,7 @@ def test_general_text_is_not_in_the_pretraining_text():
 
 
 def test_every_group_has_its_prompts():
-  items = behaviours.load(DEMO / "behaviours.jsonl")
+  items = behaviors.load(DEMO / "behaviors.jsonl")
   counts = dict.fromkeys(split.GROUPS, 0)
   for item in items:
     counts[item.group] += 1

@@ -34,32 +34,32 @@ def run(tmp_path_factory):
   items = tiny.rows_file(folder / "items.jsonl", ITEMS)
   config = tiny.config(
     folder, model, tiny.rows_file(folder / "train.jsonl"),
-    steps=4, eval__every=2, eval__behaviours={"mine": str(items)},
-    eval__max_new_tokens=6, checkpoint__keep_best="behaviour/mine/b/content",
+    steps=4, eval__every=2, eval__behaviors={"mine": str(items)},
+    eval__max_new_tokens=6, checkpoint__keep_best="behavior/mine/b/content",
   )  # fmt: skip
   return sft_jax.train(config), model, items
 
 
-def test_behaviours_are_figures_of_the_run(run):
+def test_behaviors_are_figures_of_the_run(run):
   result, _, _ = run
   (record,) = [
     record
     for record in metrics.read_jsonl(result.workdir / "metrics.jsonl")
-    if "behaviour/all/pass_rate" in record
+    if "behavior/all/pass_rate" in record
   ]
   assert record["step"] == 2
   for group in ("all", "mine/a", "mine/b"):
     for name in ("pass_rate", "stopped", "format", "content"):
-      assert 0 <= record[f"behaviour/{group}/{name}"] <= 1
+      assert 0 <= record[f"behavior/{group}/{name}"] <= 1
   assert record["time/evaluation_s"] > 0
   kept = metrics.read_jsonl(result.workdir / "evals" / "step_2.jsonl")
   assert [reply["group"] for reply in kept] == ["mine/a"] * 3 + ["mine/b"] * 3
   # It is what `keep_best` goes by.
   saved = ocp.checkpointables_metadata(str(result.workdir / "checkpoints/2"))
   score = digests.unseal(saved.custom_metadata)["score"]
-  assert score == record["behaviour/mine/b/content"]
+  assert score == record["behavior/mine/b/content"]
   rate = sum(reply["content"] for reply in kept) / len(kept)
-  assert record["behaviour/all/content"] == rate
+  assert record["behavior/all/content"] == rate
 
 
 def test_a_run_its_checkpoint_and_its_export_reply_alike(
@@ -82,7 +82,7 @@ def test_a_run_its_checkpoint_and_its_export_reply_alike(
   assert said[""] == said["export"]
   # Those that the run itself measured, at the end and on the way.
   after = json.loads((result.workdir / "evals" / "after.json").read_text())
-  assert said[""] == [x["reply"] for x in after["behaviours"]["replies"]]
+  assert said[""] == [x["reply"] for x in after["behaviors"]["replies"]]
   way = metrics.read_jsonl(result.workdir / "evals" / "step_2.jsonl")
   assert said["checkpoints/2"] == [x["reply"] for x in way]
   shown = capsys.readouterr().out

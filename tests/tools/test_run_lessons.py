@@ -16,7 +16,7 @@ from examples.lessons import common, quality
 from examples.lessons.common import Answers, Arm, Figure, Lesson
 from lessons import figures, rows, verdict
 from sft_jax.common import sharding
-from sft_jax.evals import behaviours
+from sft_jax.evals import behaviors
 from sft_jax.evals.checks import checks
 from sft_jax.inference import generate
 
@@ -26,7 +26,7 @@ TINY = Lesson(
   arms={"right": Arm(("words", {})), "wrong": Arm(("others", {}))},
   prompts=("word_prompts", {}),
   figures=(
-    Figure("passed", "behaviour/all/pass_rate", "right", "wrong"),
+    Figure("passed", "behavior/all/pass_rate", "right", "wrong"),
     Figure("nats", "held_out/nats_per_token", "wrong", "right"),
     Figure("samples", "agreement", "right", "wrong"),
   ),
@@ -158,7 +158,7 @@ def test_a_teacher_writes_the_rows_of_an_arm(
     }
     for arm in ("checked", "unchecked")
   )
-  items = behaviours.load(out / "tiny" / "checked" / "0" / "asked.jsonl")
+  items = behaviors.load(out / "tiny" / "checked" / "0" / "asked.jsonl")
   right = {item.prompt.messages[0].content: item for item in items}
   passes = {
     arm: [_passes(row, right[prompt]) for prompt, row in made.items()]
@@ -183,7 +183,7 @@ def test_a_teacher_writes_the_rows_of_an_arm(
     run_lessons.run_arm(hotter, "checked", 0, out)
 
 
-def _passes(row: dict, item: behaviours.Item) -> bool:
+def _passes(row: dict, item: behaviors.Item) -> bool:
   reply = generate.parse(row["messages"][-1]["content"])
   return all(
     checks.passes(generate.Reply(reply.content, [], True, reply), one)
@@ -225,9 +225,9 @@ def test_arms_without_spread():
 
 def test_a_figure_may_be_another_in_the_arm_with_less():
   lesson = TINY._replace(
-    figures=(Figure("f", "behaviour/a/x", "right", "wrong", "behaviour/b/x"),)
+    figures=(Figure("f", "behavior/a/x", "right", "wrong", "behavior/b/x"),)
   )
-  one = {"behaviour/a/x": 0.75, "behaviour/b/x": 0.25}
+  one = {"behavior/a/x": 0.75, "behavior/b/x": 0.25}
   table = verdict.table(
     [lesson], {"tiny": {"right": [one] * 2, "wrong": [one] * 2}}
   )

@@ -38,8 +38,8 @@ def test_uneven_rows_end_as_in_one_process(tmp_path, model):
     "model__path": model,
     "data__train": str(tiny.rows_file(tmp_path / "rows.jsonl", LONG)),
     "data__eval": str(tiny.rows_file(tmp_path / "one.jsonl", tiny.ROWS[:1])),
-    "eval__behaviours": str(
-      tiny.rows_file(tmp_path / "behaviours.jsonl", [item("cat")])
+    "eval__behaviors": str(
+      tiny.rows_file(tmp_path / "behaviors.jsonl", [item("cat")])
     ),
     "eval__every": 1,
     "eval__max_new_tokens": 4,

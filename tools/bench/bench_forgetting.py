@@ -1,9 +1,9 @@
-"""Forgetting against behaviour on the demo: full, LoRA, replay, KL.
+"""Forgetting against behavior on the demo: full, LoRA, replay, KL.
 
     python tools/bench/bench_forgetting.py --workdir=runs/forgetting
 
 Trains the demo once in each way of WAYS, each from the same base on the same
-conversations, and prints one row of each: behaviour, and what is left of the
+conversations, and prints one row of each: behavior, and what is left of the
 base. A way that is finished in its workdir is not trained again; --ways names
 some alone, --steps shortens all alike.
 """
@@ -61,7 +61,7 @@ WAYS: dict[str, tuple[Any, Callable[[Any], None]]] = {
   "LoRA, KL 0.1": (lora_demo, _with_kl(0.1)),
 }
 HEAD = (
-  *("way", "behaviour", "held-out", "gap"),
+  *("way", "behavior", "held-out", "gap"),
   *(
     "general text, perplexity",
     "KL",
@@ -88,7 +88,7 @@ def row(name: str, result: dict[str, Any]) -> tuple[str, ...]:
   """What HEAD names, of one result."""
   losses = {one["name"]: one for one in result["losses"]}
   left = {one["name"]: one["after"] for one in result["forgetting"]}
-  scores = result["behaviours"]
+  scores = result["behaviors"]
   passed = sum(one["after"][0] * one["n"] for one in scores)
   perplexity = losses["general_text/perplexity"]
   known = result["knowledge"]

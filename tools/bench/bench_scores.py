@@ -129,7 +129,7 @@ def measure(config: Any, folder: Path, say: data.Log) -> list[tuple]:
   with config.unlocked():
     config.data.train = str(folder / "*.jsonl")
     config.data.eval, config.data.holdout = "", 0.0  # What is planted overlaps.
-    config.eval.behaviours = config.eval.general_text = ""
+    config.eval.behaviors = config.eval.general_text = ""
   models = {"the config's": config.model.path}
   if STEPS.value:
     tuned = config.copy_and_resolve_references()

@@ -32,7 +32,7 @@ def first_step(config: str, workdir: Path, cache: Path) -> tuple[float, str]:
     "optim.warmup_steps": 0,
     "log.every": 1,
     "data.holdout": 0.0,
-    "eval.behaviours": "",
+    "eval.behaviors": "",
     "eval.general_text": "",
     "export": False,
   }

@@ -144,7 +144,7 @@ def ours(folder: Path, settings: dict[str, Any]) -> None:
   config.steps = 1_000_000
   config.loss.chunk_tokens = 256  # As fast here as 512, and less memory.
   config.compile_cache = ""
-  config.eval.behaviours = config.eval.general_text = ""
+  config.eval.behaviors = config.eval.general_text = ""
   config.optim.schedule, config.optim.warmup_steps = "constant", 0
   config.optim.learning_rate = settings["learning_rate"]
   config.optim.b2, config.optim.weight_decay = 0.999, 0.0

@@ -117,7 +117,7 @@ def make(
   files = {
     "pretrain.jsonl": [{"text": text} for text in pretrain],
     "general_text.jsonl": [{"text": text} for text in general],
-    "behaviours.jsonl": asked,
+    "behaviors.jsonl": asked,
     "knowledge.jsonl": split.knowledge(entities, seed),
     "train_replay.jsonl": split.replay(entities, pretrain),
     **{f"train_{kind}.jsonl": part for kind, part in rows.items()},

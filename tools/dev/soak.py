@@ -279,7 +279,7 @@ def tiny_run(folder: Path) -> Callable[[Path], Any]:
     config.data.train = str(folder / "rows.jsonl")
     config.steps, config.batch_size, config.data.seq_len = 12, 2, 64
     config.optim.warmup_steps = 2
-    config.eval.behaviours = config.eval.general_text = ""
+    config.eval.behaviors = config.eval.general_text = ""
     config.eval.every, config.log.every, config.checkpoint.every = 4, 1, 2
     config.data.workers = 1
     return config

@@ -31,7 +31,7 @@ CHARTS = (
   ("Accuracy", "share", r"acc/(token|stop_token)|held_out/acc/token"),
   ("Learning rate", "", r"optim/learning_rate"),
   ("Gradient norm", "", r"optim/grad_norm"),
-  ("Behavior", "share passed", r"behaviour/all/(pass_rate|stopped)"),
+  ("Behavior", "share passed", r"behavior/all/(pass_rate|stopped)"),
   ("Speed", "tokens per second", r"speed/(trained_)?tokens_per_s"),
   ("Time of a step", "seconds", r"time/(step|data_wait|compute)_s"),
   ("Memory", "bytes", r"memory/.+_bytes"),
@@ -39,7 +39,7 @@ CHARTS = (
 # Units of all other names, by how they begin or end.
 _UNITS = (
   ("nats", r".*(nats|nats_per_token)|(.*/)?loss/.*|.*/(kl|gap)"),
-  ("share", r"(.*/)?acc/.*|behaviour/.*|.*/(fill|mfu|goodput|.*fraction)"),
+  ("share", r"(.*/)?acc/.*|behavior/.*|.*/(fill|mfu|goodput|.*fraction)"),
   ("per second", r".*_per_s"),
   ("seconds", r".*_s"),
   ("bytes", r".*_bytes"),
@@ -273,14 +273,14 @@ def of_run(
 def _family(name: str) -> str:
   """What shares a chart: 'loss/role/answer' is of 'loss/role'.
 
-  Of behaviours, the same figure of all groups; two parts make no family: what
+  Of behaviors, the same figure of all groups; two parts make no family: what
   is in 'data/...' is of different units.
   """
   parts = name.split("/")
   if len(parts) < 3:
     return name
-  if parts[0] == "behaviour":
-    return f"behaviour/.../{parts[-1]}"
+  if parts[0] == "behavior":
+    return f"behavior/.../{parts[-1]}"
   return name.rpartition("/")[0]
 
 

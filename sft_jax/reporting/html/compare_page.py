@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_jax.data.store import fingerprint
-from sft_jax.evals import behaviours
+from sft_jax.evals import behaviors
 from sft_jax.reporting import run_files
 from sft_jax.reporting.html import charts, figures, replies, run_page
 from sft_jax.reporting.html.elements import Table, flat, tag, write_page
@@ -27,7 +27,7 @@ def compare(workdirs: Sequence[str | os.PathLike]) -> dict[str, list[dict]]:
     workdirs: of the runs, finished or not.
 
   Returns:
-    'behaviours': {'run', 'group', 'n', 'rate', 'low', 'high', 'stopped'},
+    'behaviors': {'run', 'group', 'n', 'rate', 'low', 'high', 'stopped'},
     after training; 'paired': {'run', 'group', 'gained', 'lost', 'p'} against
     the first run, on the prompts that both answered; 'losses': {'run', 'name',
     'before', 'after', 'change'}; 'config': {'key', and each run's value} of the
@@ -41,7 +41,7 @@ def _tables(runs: Runs) -> dict[str, list[dict]]:
   first = next(iter(scores.values()), None)
   configs = {name: run.get("config", {}) for name, run in runs.items()}
   found: dict[str, list[dict]] = {
-    **{name: [] for name in ("behaviours", "paired", "losses", "metrics")},
+    **{name: [] for name in ("behaviors", "paired", "losses", "metrics")},
     "config": _differing(configs),
   }
   for name, run in runs.items():
@@ -53,10 +53,10 @@ def _tables(runs: Runs) -> dict[str, list[dict]]:
       low, high = score.interval
       rates = {"rate": score.rate, "low": low, "high": high}
       stopped = score.stopped / score.n
-      add("behaviours", group=group, n=score.n, **rates, stopped=stopped)
+      add("behaviors", group=group, n=score.n, **rates, stopped=stopped)
     if first and one and one is not first:
-      a, b = map(behaviours.Scores, _common([first.replies, one.replies]))
-      for x in behaviours.compare(a, b):
+      a, b = map(behaviors.Scores, _common([first.replies, one.replies]))
+      for x in behaviors.compare(a, b):
         add("paired", group=x.group, gained=x.gained, lost=x.lost, p=x.p)
     for row in run.get("result", {}).get("losses", ()):
       add("losses", **row)
@@ -68,9 +68,9 @@ def _tables(runs: Runs) -> dict[str, list[dict]]:
   return found
 
 
-def _after(run: run_page.Run) -> behaviours.Scores | None:
-  scores = run.get("after", {}).get("behaviours")
-  return behaviours.Scores.from_json(scores) if scores else None
+def _after(run: run_page.Run) -> behaviors.Scores | None:
+  scores = run.get("after", {}).get("behaviors")
+  return behaviors.Scores.from_json(scores) if scores else None
 
 
 def _common(
@@ -159,7 +159,7 @@ def write(path: str | os.PathLike, runs: Runs) -> None:
     title=f"{len(runs)} runs: {', '.join(runs)}",
     runs=list(runs),
     headline=by_run("", {n: run_page.headline(r) for n, r in runs.items()}),
-    behaviours=_behaviours(runs, found),
+    behaviors=_behaviors(runs, found),
     losses=by_run("before → after", losses),
     curves=charts.of_runs({n: r.get("metrics", ()) for n, r in runs.items()}),
     config=differing("key", found["config"]),
@@ -178,11 +178,11 @@ def write(path: str | os.PathLike, runs: Runs) -> None:
   )
 
 
-def _behaviours(runs: Runs, found: Mapping[str, list[dict]]) -> list[Table]:
+def _behaviors(runs: Runs, found: Mapping[str, list[dict]]) -> list[Table]:
   """After training: a row per group; runs are paired with the first."""
   key = lambda row: (row["run"], row["group"])
   rates = lambda row: (row["rate"], row["low"], row["high"])
-  shares = {key(row): rates(row) for row in found["behaviours"]}
+  shares = {key(row): rates(row) for row in found["behaviors"]}
   paired = {key(row): row for row in found["paired"]}
   first, *others = runs
 

@@ -42,7 +42,7 @@ def label(name: str) -> str:
 def of_result(result: Result) -> list[Table]:
   """Losses, forgetting, overfitting, memorization, time, and what is new."""
   known = {
-    *("losses", "behaviours", "samples", "export", "forgetting", "gap"),
+    *("losses", "behaviors", "samples", "export", "forgetting", "gap"),
     *("knowledge", "memorization", "time"),
   }
   losses = [
@@ -171,7 +171,7 @@ def p_value(p: float) -> str:
   return "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
-def behaviours(groups: Sequence[Mapping[str, Any]]) -> list[Table]:
+def behaviors(groups: Sequence[Mapping[str, Any]]) -> list[Table]:
   """The groups of a run's result.json, before and after; none without any."""
   head = "group,n,before,after,0 to 100 %,change,+ / -,p,stops,form,content"
   rows = []

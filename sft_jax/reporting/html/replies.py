@@ -15,7 +15,7 @@ _SHOWN = 3
 def before_and_after(run: Mapping[str, Any]) -> dict[str, Any]:
   """Replies to prompts with checks, else to held-out rows: 'note', 'cards'."""
   found = {side: run.get(side, {}) for side in ("before", "after")}
-  checked = {s: x["behaviours"] for s, x in found.items() if "behaviours" in x}
+  checked = {s: x["behaviors"] for s, x in found.items() if "behaviors" in x}
   if checked:
     note = (
       "Of each group the first prompt that was lost, gained, failed and "
@@ -43,7 +43,7 @@ def before_and_after(run: Mapping[str, Any]) -> dict[str, Any]:
       answers = [of[where] | more for of in replies.values()]
       made.append(_card(list(replies), answers))
   note = (
-    "Held-out rows, as there are no behaviours; nothing is checked. Words that "
+    "Held-out rows, as there are no behaviors; nothing is checked. Words that "
     "the row does not have are marked."
   )
   return {"note": note, "cards": made}
@@ -53,7 +53,7 @@ def cards(sides: Sides) -> list[dict[str, Any]]:
   """Replies of several models to the same prompts, differences marked.
 
   Args:
-    sides: by name, the records of `behaviours.Scores.replies`, in one order.
+    sides: by name, the records of `behaviors.Scores.replies`, in one order.
 
   Returns:
     Of each group, the first prompt of each pattern of passed and failed: those

@@ -61,7 +61,7 @@ def write(path: str | os.PathLike, run: Run) -> None:
     tiles=headline(run),
     export=evidence and f"{evidence['path']}: {export.Evidence(**evidence)}",
     kinds=[f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)],
-    behaviours=figures.behaviours(result.get("behaviours", ())),
+    behaviors=figures.behaviors(result.get("behaviors", ())),
     figures=figures.of_result(result),
     curves=charts.of_run(run.get("metrics", ()), marks, run.get("before")),
     replies=replies.before_and_after(run),
@@ -84,7 +84,7 @@ def headline(run: Run) -> dict[str, object]:
   if records:
     found["steps"] = records[-1]["step"]
     found["spent on steps"] = duration(seconds(records))
-  if scores := result.get("behaviours"):
+  if scores := result.get("behaviors"):
     every = sum(row["n"] for row in scores)
     rate = lambda side: sum(row["n"] * row[side][0] for row in scores) / every
     passed = f"{rate('before'):.0%} → {rate('after'):.0%}"

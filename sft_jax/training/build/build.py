@@ -17,7 +17,7 @@ from sft_jax.data.chat import template as templates
 from sft_jax.data.chat import template_export
 from sft_jax.data.pipeline import Stream
 from sft_jax.data.tokenizers import tokenizer as tokenizers
-from sft_jax.evals import behaviours
+from sft_jax.evals import behaviors
 from sft_jax.models.lora import base_model
 from sft_jax.models.transformer import Model
 from sft_jax.step.loss import GroupSums, LossSums
@@ -52,8 +52,8 @@ class BuiltRun(NamedTuple):
   held_out: Stream | None
   general_text: Stream | None
   train_rows: Stream | None
-  items: list[behaviours.Item]
-  knowledge: list[behaviours.Item]
+  items: list[behaviors.Item]
+  knowledge: list[behaviors.Item]
   row_nats: Callable[[trees.Tree, Batch], jax.Array]
 
 

@@ -19,7 +19,7 @@ from sft_jax.data.sources import MemoryRows, Source
 from sft_jax.data.store import build
 from sft_jax.data.store.store import Store
 from sft_jax.data.tokenizers import tokenizer as tokenizers
-from sft_jax.evals import behaviours
+from sft_jax.evals import behaviors
 from sft_jax.training.build.sources import (
   Config,
   Log,
@@ -77,8 +77,8 @@ class Data(NamedTuple):
   held_out: Stream | None
   general_text: Stream | None
   train_rows: Stream | None
-  items: list[behaviours.Item]
-  knowledge: list[behaviours.Item]
+  items: list[behaviors.Item]
+  knowledge: list[behaviors.Item]
 
 
 def load_stores(
@@ -154,9 +154,9 @@ def load_data(
     allow.add("control")
   checks.refuse(stores.findings, allow=allow, log=log)
 
-  def items(name: str) -> list[behaviours.Item]:
+  def items(name: str) -> list[behaviors.Item]:
     named = beside(config, name, log)
-    return behaviours.load_sets(named) if named else []
+    return behaviors.load_sets(named) if named else []
 
   def stream(store: Store | None) -> Stream | None:
     return make_stream(config, store, epochs=1) if store else None
@@ -166,7 +166,7 @@ def load_data(
     stream(stores.held_out),
     stream(stores.general_text),
     stream(_train_rows(config, stores)),
-    items("behaviours"),
+    items("behaviors"),
     items("knowledge"),
   )
 

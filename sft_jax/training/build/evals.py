@@ -165,7 +165,7 @@ def make_repeats(
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]] | None:
   """What of the training answers replies repeat; None where it is off.
 
-  The function takes the records of `behaviours.Scores` and enters each reply's
+  The function takes the records of `behaviors.Scores` and enters each reply's
   own overlap and novelty into it.
   """
   words = config.eval.answer_words
@@ -250,7 +250,7 @@ def held_out_losses(
 def sample_replies(
   config: Config, built: BuiltRun, params: trees.Tree
 ) -> dict[str, list[dict[str, Any]]]:
-  """{'replies': `eval.samples` of them} of a run without behaviours."""
+  """{'replies': `eval.samples` of them} of a run without behaviors."""
   if built.items or built.held_out is None or not config.eval.samples:
     return {}
   replies = generate.answer_rows(

@@ -29,7 +29,7 @@ def check_config(config: Config) -> None:
   """
   keys = trees.flatten(config.to_dict()).items()
   mine = {key.replace("/", "."): x for key, x in keys if key not in _OWN}
-  for name in ("general_text", "behaviours", "knowledge"):
+  for name in ("general_text", "behaviors", "knowledge"):
     # 'auto' is what is beside the rows, here.
     mine[f"eval.{name}"] = sources.beside(config, name, lambda line: None)
   cure = "Give all of them the same flags."
@@ -48,7 +48,7 @@ def check_data(built: BuiltRun) -> None:
     "general text": built.general_text,
     "of the training rows": built.train_rows,
   }
-  prompts = {"behaviours": built.items, "knowledge": built.knowledge}
+  prompts = {"behaviors": built.items, "knowledge": built.knowledge}
   digest = lambda one: hash_text(repr(one._replace(where="")))
   mine = {
     "config.json": built.model.config.raw,

@@ -109,7 +109,7 @@ def test_a_histogram_has_one_scale():
 NAMES = (
   *("loss/nats_per_token", "held_out/nats_per_token", "optim/grad_norm"),
   *("loss/role/answer", "loss/role/tool_call", "data/fill", "plain"),
-  *("behaviour/all/pass_rate", "behaviour/a/pass_rate", "new/metric"),
+  *("behavior/all/pass_rate", "behavior/a/pass_rate", "new/metric"),
   *(f"loss/source/{i}.jsonl" for i in range(9)),
 )
 RECORDS = [{"step": 1, **dict.fromkeys(NAMES, 1.0), "data/chain": "0f3a"}]
@@ -136,7 +136,7 @@ def test_what_belongs_together_shares_a_chart():
   together = [set(_curves(figure)) for figure in figures]
   assert {"loss/nats_per_token", "held_out/nats_per_token"} in together
   assert {"loss/role/answer", "loss/role/tool_call"} in together
-  assert {"behaviour/a/pass_rate"} in together
+  assert {"behavior/a/pass_rate"} in together
   # More than there are colours for are spread over charts.
   sources = [c for c in together if "loss/source/0.jsonl" in c]
   assert len(sources[0]) == 6
@@ -152,7 +152,7 @@ def test_a_curve_per_run():
 
 def test_the_value_before_training_stands_at_step_0():
   records = [{"step": 4, "held_out/nats_per_token": 1.0, "data/fill": 0.5}]
-  before = {"held_out/nats_per_token": 3.0, "behaviours": {}, "other": 2.0}
+  before = {"held_out/nats_per_token": 3.0, "behaviors": {}, "other": 2.0}
   page = _page(charts.of_run(records, before=before))
   (held_out,) = [line for line in lines(page) if len(line) == 2]
   assert held_out[0][1] < held_out[1][1]  # Higher, and so of smaller y.

@@ -23,7 +23,7 @@ def two(x: str = "plain"):
   second["data"]["fingerprint_inputs"]["seed"] = 7
   (source,) = second["ledger"]["sources"].values()
   source["rows_trained"] = 4
-  replies = second["after"]["behaviours"]["replies"]
+  replies = second["after"]["behaviors"]["replies"]
   replies[0] |= {"passed": False, "failed": ["equals"], "reply": "other words"}
   replies[2] |= {"passed": True, "stopped": True}
   for record in second["metrics"]:
@@ -68,7 +68,7 @@ def test_what_is_the_same_is_said_to_be(tmp_path):
 def test_other_prompts_are_not_compared(tmp_path):
   """Only prompts that both runs answered are paired."""
   found = two()
-  replies = found["two"]["after"]["behaviours"]["replies"]
+  replies = found["two"]["after"]["behaviors"]["replies"]
   replies[0]["prompt"][0]["content"] = "another question"
   text = " ".join(Page(render(tmp_path, found)).text)
   assert "+1 / -0, p 1" in text

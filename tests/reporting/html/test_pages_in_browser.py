@@ -185,8 +185,8 @@ def test_nothing_runs_that_is_injected(tmp_path):
   for name in ("samples", "incidents", "held_out"):
     run[name] = [row for other in one for row in other[name]]
   for when in ("before", "after"):
-    run[when]["behaviours"]["replies"] = [
-      reply for other in one for reply in other[when]["behaviours"]["replies"]
+    run[when]["behaviors"]["replies"] = [
+      reply for other in one for reply in other[when]["behaviors"]["replies"]
     ]
   run["config"] = {x: x for x in INJECTIONS}
   run["result"] |= {x: {x: x} for x in INJECTIONS}

@@ -69,7 +69,7 @@ def test_everything_is_on_the_page(tmp_path):
     assert said in text or any(said in (t or "") for t in titles), said
 
 
-def test_without_behaviours_held_out_rows_are_answered(tmp_path):
+def test_without_behaviors_held_out_rows_are_answered(tmp_path):
   row = {"where": "a.jsonl:3", "prompt": "How?", "row": "It is so."}
   sides = {
     "before": [{**row, "reply": "no idea", "stopped": False}],
@@ -130,8 +130,8 @@ def test_any_part_may_be_missing(tmp_path, part):
 def test_a_change_within_chance_is_no_improvement(
   tmp_path, before, after, p, verdict
 ):
-  row = fake_runs.behaviour("g", before, after, p)
-  page = render(tmp_path, {"result": {"behaviours": [row]}})
+  row = fake_runs.behavior("g", before, after, p)
+  page = render(tmp_path, {"result": {"behaviors": [row]}})
   points = f"{100 * (after[0] - before[0]):+.0f} points"
   assert f'<span class="{verdict}">{points}' in page
 
@@ -193,7 +193,7 @@ def test_calls_in_prompts_are_seen(tmp_path):
   run = fake_runs.finished("plain")
   call = {"name": "weather", "arguments": {"city": "Oslo"}}
   for when in ("before", "after"):
-    for reply in run[when]["behaviours"]["replies"]:
+    for reply in run[when]["behaviors"]["replies"]:
       turn = {"role": "assistant", "content": "", "tool_calls": [call]}
       reply["prompt"].append(turn)
   text = " ".join(Page(render(tmp_path, run)).text)

@@ -45,7 +45,7 @@ def prompt_key(messages: list[Row]) -> str:
 
 
 def held_out(entities: list[Entity], seed: int) -> list[Row]:
-  """Behaviour rows: prompts with checks, none of them twice."""
+  """Behavior rows: prompts with checks, none of them twice."""
   return _asked(entities, f"held out {{group}} {seed}", HELD_OUT_PROMPTS, set())
 
 

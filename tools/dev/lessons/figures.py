@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from sft_jax.evals import behaviours
+from sft_jax.evals import behaviors
 from sft_jax.inference import generate
 from sft_jax.training.build import load_run
 
@@ -13,11 +13,11 @@ from sft_jax.training.build import load_run
 def of_run(workdir: Path) -> dict[str, float]:
   """All figures of a run, by the names they have in metrics.jsonl.
 
-  With them 'behaviour/GROUP/gap', the share of right form less that of right
+  With them 'behavior/GROUP/gap', the share of right form less that of right
   content.
   """
   after = json.loads((workdir / "evals" / "after.json").read_text("utf-8"))
-  scores = behaviours.Scores.from_json(after.pop("behaviours"))
+  scores = behaviors.Scores.from_json(after.pop("behaviors"))
   values = {**after, **scores.metrics()}
   for name in [n for n in values if n.endswith("/format")]:
     group = name.removesuffix("/format")
@@ -47,7 +47,7 @@ def sample(
 ) -> list[list[str]]:
   """Replies to each prompt of a run, so many, drawn at temperature 1."""
   asked = load_run.load(workdir, say=lambda line: None)
-  items = behaviours.load(workdir / "prompts.jsonl")
+  items = behaviors.load(workdir / "prompts.jsonl")
   found = generate.generate(
     asked.model,
     asked.params,

@@ -28,7 +28,7 @@ def fresh(seed: int, *, counts: Mapping[str, int]) -> list[Row]:
   entities = world.make_world(0)
   found = []
   for group, count in counts.items():
-    seen = _asked(DEMO / "behaviours.jsonl")
+    seen = _asked(DEMO / "behaviors.jsonl")
     seen |= _asked(DEMO / f"train_{group}.jsonl")
     rng = random.Random(f"fresh {group} {seed}")
     maker = Maker(entities, rng, held_out=False)

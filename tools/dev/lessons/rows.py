@@ -189,7 +189,7 @@ def bundled_prompts(*, groups: Sequence[str], form: bool = False) -> list[Row]:
   not looked at then.
   """
   asked = [
-    row for row in read(DEMO / "behaviours.jsonl") if row["group"] in groups
+    row for row in read(DEMO / "behaviors.jsonl") if row["group"] in groups
   ]
   if not form:
     return asked

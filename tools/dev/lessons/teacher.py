@@ -11,12 +11,12 @@ from demo_world.conversations import Check, Row
 from examples.lessons.common import Answers
 from sft_jax.commands import synthesize
 
-# What stands for no check: a behaviour set must have one.
+# What stands for no check: a behavior set must have one.
 ANY: Check = {"check": "min_words", "count": 1}
 
 
 def prompts(rows: Sequence[Row], answers: Answers) -> list[Row]:
-  """A behaviour set that asks for the replies of rows."""
+  """A behavior set that asks for the replies of rows."""
   return [
     {
       "group": row["group"],
@@ -43,7 +43,7 @@ def write(
     path: of the rows.
     teacher: the model's folder.
     asked: `prompts`, as a file.
-    against: the behaviour set that no prompt may give away.
+    against: the behavior set that no prompt may give away.
   """
   synthesize.main(
     [

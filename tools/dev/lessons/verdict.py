@@ -85,7 +85,7 @@ def table(
 
 
 def _line(lesson: Lesson, figure: Figure, verdict: Verdict) -> str:
-  share = figure.key.startswith(("behaviour/", "agreement"))
+  share = figure.key.startswith(("behavior/", "agreement"))
   scale, form = (100, "{:.0f}") if share else (1, "{:.2f}")
   show = lambda x: form.format(scale * x)
   unit = " %" if share else ""

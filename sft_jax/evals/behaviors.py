@@ -1,4 +1,4 @@
-"""Behaviour: held-out prompts with checks, scored before and after."""
+"""Behavior: held-out prompts with checks, scored before and after."""
 
 import json
 import math
@@ -21,10 +21,10 @@ class Item(NamedTuple):
   """One prompt and what its reply must satisfy.
 
   Attributes:
-    group: the behaviour it belongs to.
+    group: the behavior it belongs to.
     prompt: ends in a user or tool turn, or is a raw text to continue.
     checks: `{"check": name, ...arguments}`; all must pass.
-    where: 'behaviours.jsonl:12', for errors and records.
+    where: 'behaviors.jsonl:12', for errors and records.
   """
 
   group: str
@@ -34,7 +34,7 @@ class Item(NamedTuple):
 
 
 def load(path: str | Path) -> list[Item]:
-  """Reads a behaviour set: one item per line of jsonl.
+  """Reads a behavior set: one item per line of jsonl.
 
       {"group": "facts", "messages": [{"role": "user", "content": "..."}],
        "checks": [{"check": "contains", "text": "Dorvik"}]}
@@ -164,7 +164,7 @@ class Score(NamedTuple):
 
 
 class Scores(NamedTuple):
-  """What came of running a behaviour set.
+  """What came of running a behavior set.
 
   Attributes:
     replies: one JSON-able record per item, in order: where, group, prompt,
@@ -185,17 +185,17 @@ class Scores(NamedTuple):
     return {group: _score(replies) for group, replies in members.items()}
 
   def metrics(self) -> dict[str, float]:
-    """{'behaviour/GROUP/pass_rate', '.../stopped', and '.../format' and
+    """{'behavior/GROUP/pass_rate', '.../stopped', and '.../format' and
     '.../content' where there are such checks}; the group 'all' is all."""
     values = {}
     every = {"all": _score(self.replies)} | self.groups
     for group, score in every.items():
-      values[f"behaviour/{group}/pass_rate"] = score.rate
-      values[f"behaviour/{group}/stopped"] = score.stopped / score.n
+      values[f"behavior/{group}/pass_rate"] = score.rate
+      values[f"behavior/{group}/stopped"] = score.stopped / score.n
       for kind in checks.KINDS:
         share = getattr(score, kind)
         if share is not None:
-          values[f"behaviour/{group}/{kind}"] = share.rate
+          values[f"behavior/{group}/{kind}"] = share.rate
     return values
 
   def to_json(self) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def compare(before: Scores, after: Scores) -> list[Comparison]:
     raise ValueError(
       f"compare: got scores of {len(places[0])} and {len(places[1])} items "
       "that differ; expected the same items in the same order. "
-      "Run both on one behaviour set."
+      "Run both on one behavior set."
     )
   pairs = list(zip(before.replies, after.replies, strict=True))
   result = []
