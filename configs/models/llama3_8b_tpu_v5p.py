@@ -20,7 +20,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.accum_steps = 4
   config.model.path = "meta-llama/Llama-3.1-8B-Instruct"
   config.model.dtype = "bfloat16"
-  config.model.remat = "full"
+  config.model.remat = "norms"
+  config.loss.chunk_tokens = 2048
   config.mesh.data = 1
   config.mesh.fsdp = -1
   config.data.train = "data/train.jsonl"

@@ -20,7 +20,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.path = "Qwen/Qwen3-0.6B"
   config.model.dtype = "bfloat16"
   config.model.param_dtype = "bfloat16"  # The base's; adapters are float32.
-  config.model.remat = "full"
+  config.model.remat = "attention"
+  config.loss.chunk_tokens = 2048
   config.lora.rank = 16
   config.lora.alpha = 32.0
   config.data.train = "data/train.jsonl"

@@ -9,8 +9,10 @@ are read. Where it does not fit, other settings are tried and the first that
 does is named; with --search, the largest batch that fits. See docs/planning.md.
 """
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -23,11 +25,15 @@ from sft_jax.models.lora.quantize import num_scalars
 from sft_jax.reporting import terminal
 from sft_jax.training.build import abstract, data, state
 from sft_jax.training.planning import plan
+from sft_jax.training.planning.step_time import Prediction
 
 CONFIG = command.config_flag()
 TOPOLOGY = flags.DEFINE_string("topology", "", "v5e:2x4, cpu:8, gpu-80GB, ...")
 SEARCH = flags.DEFINE_bool("search", False, "Find the largest batch_size.")
-QUICK = flags.DEFINE_bool("quick", False, "Optimise less; figures 10 % off.")
+QUICK = flags.DEFINE_bool(
+  "quick", False, "Optimise less: memory 10 % off, and no time predicted."
+)
+JSON = flags.DEFINE_string("json", "", "A file for the plan's figures.")
 MEAN_LENGTH = flags.DEFINE_integer(
   "mean_length", 0, "Tokens per document where there is no data; 0: a row."
 )
@@ -56,7 +62,15 @@ def main() -> None:
     useful = tokens_of(config, fill) * state.flops_per_token(
       one.step, one.model, one.params, lengths
     )
-    return plan.plan(one, machine, model_flops=useful, quick=QUICK.value)
+    tokens = one.batch.tokens.size // one.batch.tokens.shape[0]
+    copies = one.mesh.shape["data"] * one.mesh.shape["fsdp"]
+    chunks = -(-tokens // copies // config.loss.chunk_tokens)
+    return plan.plan(
+      *(one, machine),
+      model_flops=useful,
+      loss_chunks=chunks,
+      quick=QUICK.value,
+    )
 
   first = outline(config)
   trained, frozen = (
@@ -80,6 +94,11 @@ def main() -> None:
   out.print("Compiling ...")
   found = tried(config)
   show(out, config, first, found, fill)
+  if found.predicted:
+    figures = predicted(config, first, found, found.predicted, fill)
+    show_predicted(out, figures)
+    if JSON.value:
+      Path(JSON.value).write_text(json.dumps(figures, indent=2), "utf-8")
   if not found.fits:
     recommend(out, config, first, tried)
   if SEARCH.value:
@@ -155,6 +174,65 @@ def show(out, config, outline, found: plan.Plan, fill: float) -> None:
       "step": f"at least {times.step:.4g} s, by {times.bound}",
       "speed": f"at most {tokens / times.step:,.0f} tokens/s, an MFU of "
       f"{found.model_flops / times.step / peak:.0%}",
+    },
+  )
+
+
+def predicted(
+  config, outline, found: plan.Plan, times: Prediction, fill: float
+) -> dict[str, Any]:
+  """Figures of the predicted step: seconds, shares, FLOPs, plain values."""
+  tokens, chips = tokens_of(config, fill), outline.mesh.size
+  seconds = times.seconds
+  return {
+    "step_seconds": seconds,
+    "tokens_per_second_per_chip": tokens / seconds / chips,
+    "mfu": found.model_flops / seconds / chips / found.machine.chip.flops,
+    "links_busy_seconds": times.links,
+    "memory_bytes": found.memory.total,
+    "parts": {
+      part: {
+        phase: time
+        for (of, phase), time in times.by("part", "phase").items()
+        if of == part
+      }
+      for (part,) in times.by("part")
+    },
+    "kinds": {kind: time for (kind,), time in times.by("kind").items()},
+    "dearest": [one._asdict() for one in times.operations[:10]],
+    "notes": times.notes,
+  }
+
+
+def show_predicted(out, figures: dict[str, Any]) -> None:
+  """The compiler's own estimate of the step, and where its time goes."""
+  seconds = figures["step_seconds"]
+  share = lambda time: f"{time * 1e3:,.1f} ms, {time / seconds:.1%}"
+  terminal.facts(
+    out,
+    "Predicted by the compiler's cycles",
+    {
+      "step": f"{seconds * 1e3:,.0f} ms, "
+      f"{figures['tokens_per_second_per_chip']:,.0f} tokens/s per chip, an "
+      f"MFU of {figures['mfu']:.1%}",
+      **{
+        part: share(sum(phases.values()))
+        + " ("
+        + ", ".join(f"{k} {v * 1e3:,.1f}" for k, v in phases.items())
+        + ")"
+        for part, phases in figures["parts"].items()
+      },
+      **{f"  {kind}": share(time) for kind, time in figures["kinds"].items()},
+      **{f"note {i}": note for i, note in enumerate(figures["notes"], 1)},
+    },
+  )
+  terminal.facts(
+    out,
+    "The ten dearest operations",
+    {
+      f"{i:2d}": f"{share(one['seconds'])}, {one['times']} x {one['kind']}, "
+      f"{one['part']}, {one['phase']}, {one['source'] or one['name']}"
+      for i, one in enumerate(figures["dearest"], 1)
     },
   )
 

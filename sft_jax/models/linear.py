@@ -81,7 +81,8 @@ class Linear(nn.Module):
     scale = self.lora.scale("/".join(self.path))
     if self.lora.dropout and self.has_rng("dropout"):
       x = dropout(self.make_rng("dropout"), x, self.lora.dropout)
-    y = y + scale * ((x @ a.astype(self.dtype)) @ b.astype(self.dtype))
+    # The scale meets the R columns of x A, and not all of the output's.
+    y = y + (scale * (x @ a.astype(self.dtype))) @ b.astype(self.dtype)
     if self.has_variable("params", "lora_m"):
       whole, a, b = jax.lax.stop_gradient((dense(kernel), a, b))
       norm = column_norm(whole, a, b, scale)

@@ -426,13 +426,14 @@ _sums.defvjp(_sums_with_gradients, _scale_gradients, symbolic_zeros=True)
 
 
 class _Logits(NamedTuple):
-  """Logits and softmax [W, V] of a chunk; log_z, nll, correct [W]."""
+  """Logits and softmax [W, V] of a chunk; the rest [W], entropy in nats."""
 
   z: Array
   softmax: Array
   log_z: Array
   nll: Array
   correct: Array
+  entropy: Array
 
 
 class _Comparison(NamedTuple):
@@ -448,21 +449,24 @@ def _logits(h: Array, head: Array, y: Array, softcap) -> _Logits:
   if softcap is not None:
     z = softcap * jnp.tanh(z / softcap)
   top = z.max(axis=-1)
-  # One exponential of each logit serves the sum and the gradient.
-  softmax = jnp.exp(z - top[:, None])
-  total = softmax.sum(axis=-1)
-  softmax = softmax / total[:, None]
+  # One exponential of each logit serves both sums, which are one pass over
+  # the logits, and the gradient.
+  centered = z - top[:, None]
+  share = jnp.exp(centered)
+  total = share.sum(axis=-1)
+  entropy = jnp.log(total) - (share * centered).sum(axis=-1) / total
+  softmax = share / total[:, None]
   log_z = top + jnp.log(total)
   z_target = jnp.take_along_axis(z, y[:, None], axis=-1)[:, 0]
   # Ties count as correct: a maximum is cheaper than an argmax.
   correct = (z_target >= top).astype(jnp.float32)
-  return _Logits(z, softmax, log_z, log_z - z_target, correct)
+  return _Logits(z, softmax, log_z, log_z - z_target, correct, entropy)
 
 
 def _table(found: _Logits, w: Array, groups: Array, num_groups: int) -> Array:
   """[4, 1 + groups]: nats, weight, correct, entropy; of all, of each group."""
-  entropy = found.log_z - (found.softmax * found.z).sum(axis=-1)
-  values = w * jnp.stack([found.nll, jnp.ones_like(w), found.correct, entropy])
+  ones = jnp.ones_like(w)
+  values = w * jnp.stack([found.nll, ones, found.correct, found.entropy])
   member = jax.nn.one_hot(groups, num_groups).sum(axis=1)
   member = jnp.concatenate([jnp.ones((len(w), 1)), member], axis=1)
   return jnp.matmul(values, member, precision="highest")

@@ -149,7 +149,8 @@ class StepRunner:
     self._window = metrics.Window()
     self._rows: list[Any] = []
     self._step, self.found = compile_cache.compiled(
-      lower(train_step, state, batch)
+      lower(train_step, state, batch),
+      compile_cache.compiler_options(jax.devices()[0].device_kind),
     )
     self.program = flops.program(self._step)
 

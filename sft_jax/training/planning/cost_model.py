@@ -129,28 +129,28 @@ def collectives(compiled_text: str) -> dict[str, Traffic]:
 
   Raises ValueError: the text is no compiled program.
   """
-  computations, entry = _computations(compiled_text)
+  bodies, entry = computations(compiled_text)
   found = re.search(r"num_partitions=(\d+)", compiled_text)
   num_devices = int(found.group(1)) if found else 1
   total: dict[str, Traffic] = {}
 
   def visit(name: str, times: int, exact: bool) -> None:
-    for line in computations.get(name, ()):
-      if one := _collective(line, num_devices):
+    for line in bodies.get(name, ()):
+      if one := collective(line, num_devices):
         kind, size = one
         count, received, known = total.get(kind, (0, 0, True))
         received += times * size
         total[kind] = Traffic(count + times, received, known and exact)
         continue
-      trips = _trips(line, computations) if " while(" in line else 1
-      for callee in _callees(line):
-        visit(callee, times * (trips or 1), exact and trips is not None)
+      rounds = trips(line, bodies) if " while(" in line else 1
+      for callee in callees(line):
+        visit(callee, times * (rounds or 1), exact and rounds is not None)
 
   visit(entry, 1, True)
   return total
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
   """({name: its instructions}, name of the one that runs first)."""
   computations: dict[str, list[str]] = {}
   entry = None
@@ -162,6 +162,8 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
         entry = start.group(2)
     elif line.startswith(" "):
       lines.append(line)
+    elif lines and not line.startswith("}\n"):
+      lines[-1] += line  # A kernel's metadata has lines of its own.
   if entry is None:
     raise ValueError(
       "collectives: got no ENTRY computation; expected a compiled program. "
@@ -170,7 +172,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
   return computations, entry
 
 
-def _trips(line: str, computations: dict[str, list[str]]) -> int | None:
+def trips(line: str, computations: dict[str, list[str]]) -> int | None:
   """How often a loop runs, None where that is not known.
 
   XLA notes it for CPU and GPU. For a TPU it is what the condition compares
@@ -189,7 +191,7 @@ def _trips(line: str, computations: dict[str, list[str]]) -> int | None:
   return int(end.group(1)) if end else None
 
 
-def _callees(line: str) -> list[str]:
+def callees(line: str) -> list[str]:
   """Computations that an instruction runs; the end of an async one runs none.
 
   Reducers (`to_apply`) of a reduction come along; they hold no collective.
@@ -205,7 +207,7 @@ def _callees(line: str) -> list[str]:
   return one + [name.strip(" %") for names in many for name in names.split(",")]
 
 
-def _collective(line: str, num_devices: int) -> tuple[str, int] | None:
+def collective(line: str, num_devices: int) -> tuple[str, int] | None:
   """(kind, bytes that a device receives) of an instruction, if it is one."""
   if found := re.search(r" = (.+?) recv\(.*_xla_megascale_transfer", line):
     return ACROSS, _num_bytes(re.sub(r"(u32|token)\[\]", "", found[1]))
@@ -215,8 +217,8 @@ def _collective(line: str, num_devices: int) -> tuple[str, int] | None:
   types, kind, started = found.groups()
   if kind == "collective-permute" and started:
     # Begun apart, its type is (operand, result, words of context).
-    return kind, _num_bytes(types.replace("u32[]", "")) // 2
-  size = _num_bytes(types)
+    return kind, num_bytes(types.replace("u32[]", "")) // 2
+  size = num_bytes(types)
   if kind == "collective-permute":
     return kind, size
   devices = _group_size(line, num_devices)
@@ -228,7 +230,7 @@ def _collective(line: str, num_devices: int) -> tuple[str, int] | None:
   return kind, shares * size * (devices - 1) // devices
 
 
-def _num_bytes(types: str) -> int:
+def num_bytes(types: str) -> int:
   """Bytes of all arrays of a type: 'f32[2,3]{1,0}' or '(f32[2], bf16[])'."""
   bits = 0
   for dtype, dims in re.findall(r"\b([a-z]+\w*)\[([\d,]*)\]", types):

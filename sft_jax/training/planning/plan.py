@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import jax
 
+from sft_jax.common import compile_cache, trees
 from sft_jax.common import flops as fit
-from sft_jax.common import trees
 from sft_jax.common.machines import Machine
 from sft_jax.models import remat as remat_ladder
 from sft_jax.training.build.abstract import Outline
 from sft_jax.training.build.data import Config
-from sft_jax.training.planning import cost_model
+from sft_jax.training.planning import cost_model, step_time
 from sft_jax.training.planning.cost_model import Traffic, collectives
 
 
@@ -77,6 +77,8 @@ class Plan(NamedTuple):
     traffic: collectives of a step by kind; empty if it did not compile.
     times: lower bounds of a step; None if it did not compile.
     text: the compiled program, '' if it did not compile.
+    predicted: the step's time by operations, for TPUs whose compiler gives
+      cycles, compiled with full effort; None otherwise.
   """
 
   machine: Machine
@@ -87,6 +89,7 @@ class Plan(NamedTuple):
   traffic: Mapping[str, Traffic] = {}
   times: Times | None = None
   text: str = ""
+  predicted: step_time.Prediction | None = None
 
 
 def plan(
@@ -94,6 +97,7 @@ def plan(
   machine: Machine,
   *,
   model_flops: float = 0.0,
+  loss_chunks: int = 1,
   quick: bool = False,
 ) -> Plan:
   """Compiles the step for the machine; runs nothing.
@@ -105,6 +109,7 @@ def plan(
     machine: whose devices the outline's mesh is made of.
     model_flops: that the model asks for per step, see `common.flops`: they
       bound what is executed where kernels hide theirs.
+    loss_chunks: see `step_time.predict`.
     quick: have a TPU's compiler optimise less, in a fifth of the time: figures
       for a first look, temporaries some 10 % off.
   """
@@ -113,7 +118,9 @@ def plan(
   flops = max(executed, model_flops)
   parts = known_bytes(outline.step.loss_fn, outline.state, outline.batch)
   try:
-    compiled = outline.lower().compile(_QUICK if quick else None)
+    kind = machine.devices[0].device_kind
+    options = compile_cache.compiler_options(kind) | (_QUICK if quick else {})
+    compiled = outline.lower().compile(options or None)
   except jax.errors.JaxRuntimeError as error:
     total = needed(str(error))
     if total is None:
@@ -127,7 +134,22 @@ def plan(
   traffic = collectives(text)
   times = _times(outline, machine, memory, flops, traffic)
   fits = memory.total <= machine.chip.memory
-  return Plan(machine, memory, fits, flops, model_flops, traffic, times, text)
+  predicted = None
+  if machine.chip.name in step_time.CLOCKS and not quick:
+    predicted = step_time.predict(text, machine.chip, loss_chunks=loss_chunks)
+  return Plan(
+    *(
+      machine,
+      memory,
+      fits,
+      flops,
+      model_flops,
+      traffic,
+      times,
+      text,
+      predicted,
+    )
+  )
 
 
 # JAX passes it on to XLA; a CPU's compiler does not look at it.
