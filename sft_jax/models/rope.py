@@ -194,7 +194,7 @@ def apply(
     tpu=partial(_rotate_by_product, pairs=pairs),
     default=partial(_rotate_by_parts, pairs=pairs),
   )
-  if 2 * C == x.shape[-1]:
+  if x.shape[-1] == 2 * C:
     return rotated
   return jnp.concatenate((rotated, x[..., 2 * C :]), axis=-1)
 
