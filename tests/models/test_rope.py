@@ -109,6 +109,22 @@ def test_a_fraction_turns_the_first_dimensions_alone():
   np.testing.assert_allclose(got[..., :4], want, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_both_forms_are_equal_to_the_bit_and_turn_gradients_back(dtype, pairs):
+  """The product that a TPU takes, and the gradient, against JAX's own."""
+  x, dy = jax.random.normal(jax.random.key(0), (2, 2, 5, 3, 16), dtype)
+  at = turn([[0, 1, 7, 2, 90]] * 2)
+  at = at[0] * 1.5, at[1] * 1.5  # As scaled ropes have it.
+  by_parts = lambda x: rope._rotate_by_parts(x, *at, pairs=pairs)
+  equal = np.testing.assert_array_equal
+  equal(rope._rotate_by_product(x, *at, pairs=pairs), by_parts(x))
+  got, ours = jax.vjp(lambda x: rope.apply(x, at, pairs=pairs), x)
+  want, derived = jax.vjp(by_parts, x)
+  equal(got, want)
+  equal(ours(dy)[0], derived(dy)[0])
+
+
 def test_queries_grow_by_blocks_of_the_original_context():
   beta = Rope(100.0, original_max_positions=4, query_beta=0.5)
   positions = jnp.array([[3, 4, 9]])
