@@ -43,6 +43,12 @@ def main(name: str = "") -> None:
   except BrokenPipeError:  # As of "| head"; nobody reads what follows.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit("error: stdout: got no reader; expected one until the end.")
+  except KeyboardInterrupt:
+    print(
+      "stopped by Ctrl-C at once; a run resumes by the same command.",
+      file=sys.stderr,
+    )
+    sys.exit(130)
 
 
 def _run(name: str) -> None:

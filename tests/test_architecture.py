@@ -76,6 +76,15 @@ def _folders() -> list[Path]:
   return [init.parent for init in inits if init.parent.name != "__pycache__"]
 
 
+def test_modules_are_imported_where_a_platform_lacks_some():
+  """As Windows does: each such import is tried, or of a function."""
+  lacking = {"fcntl", "resource", "pwd", "grp", "termios", "pty"}
+  for file in sorted(PACKAGE.rglob("*.py")):
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+      if isinstance(node, ast.Import):
+        assert not lacking & {one.name for one in node.names}, file
+
+
 def test_folders_have_at_most_twelve_entries():
   beside = {"__init__.py", "__pycache__", "py.typed"}
   wide = {

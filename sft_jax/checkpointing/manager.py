@@ -6,6 +6,7 @@ part of what is committed, and a checkpoint that does not hold what was saved
 is set aside for an older one, never loaded and never deleted.
 """
 
+import concurrent.futures
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +19,12 @@ from orbax.checkpoint import v1 as ocp
 from sft_jax.checkpointing import digests
 from sft_jax.common import distributed
 from sft_jax.common.buckets import storage
+from sft_jax.common.workdir import sync_folder, sync_tree
 
 # What Orbax writes last into a checkpoint of gs://, where nothing is renamed.
 _COMMITTED = "commit_success.txt"
+# One folder after the other.
+_later = concurrent.futures.ThreadPoolExecutor(1, "sync")
 
 
 class Restored(NamedTuple):
@@ -65,6 +69,7 @@ class Checkpoints:
     self._scores: dict[int, float] = {}
     self._before_save = before_save
     self._saving = 0  # The step being written.
+    self._syncing: concurrent.futures.Future | None = None
     self._open()
 
   def _open(self) -> None:
@@ -143,6 +148,7 @@ class Checkpoints:
     Raises OSError: the save before failed.
     """
     self.wait()
+    self._synced()  # Before this save removes an older one.
     sealed: Any = digests.seal(
       {
         "step": step,
@@ -168,12 +174,36 @@ class Checkpoints:
       self.wait()
 
   def wait(self) -> None:
-    """Returns when the save under way is on disk; OSError if it failed."""
+    """Returns when the save under way is whole; OSError if it failed."""
     with self._explained():
       self._orbax.wait()
+      if self._saving and self._syncing is None and not jax.process_index():
+        self._syncing = _later.submit(
+          self._sync, self._directory / str(self._saving)
+        )
+
+  def _sync(self, folder: Path) -> None:
+    """A power cut keeps what this has seen: the checkpoint before the newest.
+
+    Only on disks that the first process writes to; those of networks, and
+    buckets, keep what is closed.
+    """
+    if storage.is_remote(self._directory):
+      return
+    if folder.exists():
+      sync_tree(folder)
+    sync_folder(self._directory)
+
+  def _synced(self) -> None:
+    if self._syncing is not None:
+      with self._explained():
+        self._syncing.result()
+      self._syncing = None
 
   def close(self) -> None:
     """Waits for the save under way and lets go of the folder."""
+    self.wait()
+    self._synced()
     with self._explained():
       self._orbax.close()
 

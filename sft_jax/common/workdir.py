@@ -110,10 +110,14 @@ def write_text(path: str | os.PathLike, text: str) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(f".{path.name}.{os.getpid()}.part")
   try:
-    part.write_text(text, encoding="utf-8")
+    with part.open("w", encoding="utf-8") as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
     part.replace(path)
   finally:
     part.unlink(missing_ok=True)
+  sync_folder(path.parent)
 
 
 def digest(path: Path) -> str:
@@ -152,14 +156,39 @@ def replace_folder(
     write(fresh)
     distributed.barrier("sft_jax.replace_folder")
     if first:
+      sync_tree(fresh)
       if path.exists():
         path.rename(old)
       fresh.rename(path)
+      sync_folder(path.parent)
   finally:
     if first:
       shutil.rmtree(fresh, ignore_errors=True)
       shutil.rmtree(old, ignore_errors=True)
   distributed.barrier("sft_jax.replace_folder")
+
+
+def sync_folder(folder: Path) -> None:
+  """Names that a folder has now are there after a power cut."""
+  if os.name != "posix":  # Windows opens no folders.
+    return
+  handle = os.open(folder, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+  """And all that is below it; what others remove meanwhile is left out."""
+  for place, _, names in os.walk(folder, topdown=False):
+    for name in names:
+      with (
+        contextlib.suppress(FileNotFoundError),
+        (Path(place) / name).open("rb+" if os.name == "nt" else "rb") as file,
+      ):
+        os.fsync(file.fileno())
+    sync_folder(Path(place))
 
 
 class Incidents:

@@ -1,11 +1,10 @@
 """Throughput: how fast a run is, where its time goes, and what memory."""
 
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import jax
@@ -169,9 +168,13 @@ def memory() -> dict[str, int]:
     memory/host_peak_bytes, and memory/device_peak_bytes of the fullest device
     where devices have memory of their own.
   """
-  unit = 1 if sys.platform == "darwin" else 1024
-  held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-  values = {"memory/host_peak_bytes": held}
+  values = {}
+  with suppress(ImportError):  # Windows has no such module.
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    values["memory/host_peak_bytes"] = held
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
   peaks = [x["peak_bytes_in_use"] for x in stats if "peak_bytes_in_use" in x]
   if peaks:

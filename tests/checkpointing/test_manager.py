@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sft_jax.checkpointing import digests
+from sft_jax.checkpointing import digests, manager
 from sft_jax.checkpointing.manager import Checkpoints
 from sft_jax.common import sharding
 
@@ -330,3 +330,22 @@ def test_what_killed_saves_left_is_removed(tmp_path, saved):
   checkpoints.remove_unfinished()
   assert {path.name for path in folder.iterdir()} == {"1", "2"}
   checkpoints.close()
+
+
+def test_a_checkpoint_is_removed_only_when_a_newer_one_is_on_the_disk(
+  tmp_path, monkeypatch
+):
+  """Whatever a power cut takes, one checkpoint is whole."""
+  synced = []
+
+  def sync(folder):
+    synced.append(folder.name)
+
+  monkeypatch.setattr(manager, "sync_tree", sync)
+  checkpoints = Checkpoints(tmp_path / "c", keep=2)
+  for step in (1, 2, 3, 4):
+    checkpoints.save(step, make_state(step), {})
+    # This save removes step - 2 once it is whole.
+    assert synced == [str(x) for x in range(1, step)]
+  checkpoints.close()
+  assert synced == ["1", "2", "3", "4"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sft_jax.common import workdir
 from sft_jax.common.workdir import Incidents, locked, write_json
 
 
@@ -72,3 +73,28 @@ def test_no_duration_is_measured_by_the_clock_on_the_wall():
     path.name for path in package.rglob("*.py") if wall.search(path.read_text())
   }
   assert found == {"workdir.py", "trackers.py"}
+
+
+def test_a_power_cut_finds_the_file_before_its_name(tmp_path, monkeypatch):
+  """First what is in it goes to the disk, then its name, then the folder's."""
+  happened = []
+  names = lambda number: os.readlink(f"/proc/self/fd/{number}")
+  fsync, replace = os.fsync, os.replace
+  monkeypatch.setattr(
+    os, "fsync", lambda n: (happened.append(("sync", names(n))), fsync(n))
+  )
+  monkeypatch.setattr(
+    *(os, "replace"),
+    lambda a, b: (happened.append(("name", str(b))), replace(a, b)),
+  )
+  write_json(tmp_path / "x.json", {"a": 1})
+  assert happened == [
+    ("sync", str(tmp_path / f".x.json.{os.getpid()}.part")),
+    ("name", str(tmp_path / "x.json")),
+    ("sync", str(tmp_path)),
+  ]
+  happened.clear()
+  (tmp_path / "a" / "b").mkdir(parents=True)
+  (tmp_path / "a" / "b" / "c").write_text("")
+  workdir.sync_tree(tmp_path / "a")
+  assert [Path(x).name for _, x in happened] == ["c", "b", "a"]

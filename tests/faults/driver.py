@@ -14,6 +14,7 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -52,6 +53,22 @@ def terminate(*arguments, **options):
 
 def interrupt(*arguments, **options):
   os.kill(os.getpid(), signal.SIGINT)  # As Ctrl-C does.
+
+
+def hang_up(*arguments, **options):
+  os.kill(os.getpid(), signal.SIGHUP)
+
+
+def interrupt_twice(*arguments, **options):
+  interrupt()
+  interrupt()
+
+
+def suspend(*arguments, **options):
+  """As Ctrl-Z and fg do."""
+  me = str(os.getpid())
+  subprocess.Popen(["sh", "-c", f"sleep 2; kill -CONT {me}"])
+  os.kill(os.getpid(), signal.SIGTSTP)
 
 
 def fail(*arguments, **options):
@@ -120,6 +137,13 @@ PHASES = {
   ),
   "SIGTERM while measuring": lambda: before(suite.Suite, "_sums", terminate),
   "Ctrl-C": lambda: before(step_runner.StepRunner, "submit", interrupt, call=5),
+  "Ctrl-C twice": lambda: before(
+    step_runner.StepRunner, "submit", interrupt_twice, call=5
+  ),
+  "hang up": lambda: before(step_runner.StepRunner, "submit", hang_up, call=3),
+  "suspended": lambda: before(
+    step_runner.StepRunner, "submit", suspend, call=2
+  ),
   "a hanging step": lambda: before(
     step_runner.StepRunner, "submit", lambda *_: time.sleep(600), call=3
   ),
@@ -139,6 +163,8 @@ def run(folder: str, model: str, rows: str, changes: dict) -> None:
   except Stopped as stopped:
     print(stopped, file=sys.stderr)
     sys.exit(STOPPED_EXIT)
+  except KeyboardInterrupt:
+    sys.exit(130)
   except USER_ERRORS as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

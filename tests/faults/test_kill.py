@@ -127,6 +127,16 @@ def test_ctrl_c_saves_and_says_how_to_go_on(place):
 
 
 @pytest.mark.slow
+def test_signals_of_a_terminal(place):
+  """SIGHUP saves; a second Ctrl-C ends at once; Ctrl-Z only takes time."""
+  phases = ("hang up", "Ctrl-C twice", "suspended")
+  codes, error = drive(place, "terminal", *phases)
+  assert codes == [75, 130, 0], error
+  assert "stopped by signal after step 3, which is saved" in error
+  check_same(place, "terminal")
+
+
+@pytest.mark.slow
 def test_sigterm_while_measuring(place):
   codes, error = drive(place, "asked", "SIGTERM while measuring", "whole")
   assert codes == [75, 0], error

@@ -147,6 +147,8 @@ def find_files(path: str | Path) -> list[Path]:
         f"{', '.join(json.COMPRESSIONS)}; or .parquet or .arrow. Rename or "
         "convert the file."
       )
+    if file.name.lower().endswith(".json"):
+      json.check_array(file)  # Before it is digested, for minutes perhaps.
   return found
 
 

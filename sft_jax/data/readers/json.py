@@ -82,11 +82,7 @@ def read_json(file: Path, on_bad_row: OnBadRow) -> Rows:
       data = _guarded(stream.read, MAX_ARRAY_BYTES + 1, file)
   if head.startswith(b"["):
     if len(data) > MAX_ARRAY_BYTES:
-      got = f"a JSON array of more than {MAX_ARRAY_BYTES // 2**20} MiB"
-      cure = "Convert it: jq -c '.[]' rows.json > rows.jsonl."
-      raise RowError(
-        one_line(file.name), got, "JSON lines, which are read row by row", cure
-      )
+      raise _long_array(file)
     text = _decoded(data, one_line(file.name))
     del data
     yield from read_array(text, one_line(file.name), on_bad_row)
@@ -99,6 +95,23 @@ def read_json(file: Path, on_bad_row: OnBadRow) -> Rows:
       one_line(file.name), got, expected, "Wrap the rows in an array."
     )
   yield from read_jsonl(file, on_bad_row)
+
+
+def check_array(file: Path) -> None:
+  """Raises a RowError of an array that is too long, of its first bytes."""
+  if file.stat().st_size > MAX_ARRAY_BYTES:
+    with open_bytes(file) as stream:
+      if stream.peek(1).lstrip().startswith(b"["):
+        raise _long_array(file)
+
+
+def _long_array(file: Path) -> RowError:
+  return RowError(
+    one_line(file.name),
+    f"a JSON array of more than {MAX_ARRAY_BYTES // 2**20} MiB",
+    "JSON lines, which are read row by row",
+    "Convert it: jq -c '.[]' rows.json > rows.jsonl.",
+  )
 
 
 def read_array(text: str, name: str, on_bad_row: OnBadRow) -> Rows:

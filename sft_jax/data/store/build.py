@@ -14,7 +14,6 @@ several runs that need one store, one builds and the others wait for it.
 import atexit
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -30,6 +29,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from sft_jax.common.workdir import sync_folder
 from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.sources import Source, Sources, to_sources
 from sft_jax.data.store import fingerprint, shards, workers
@@ -47,6 +47,11 @@ from sft_jax.data.store.files import (
 from sft_jax.data.store.stats import DatasetStats
 from sft_jax.data.store.store import Store, count, open_store
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
+
+try:
+  import fcntl
+except ImportError:  # Windows: whoever needs a store builds it.
+  fcntl = None
 
 Log = Callable[[str], None]
 
@@ -179,13 +184,13 @@ def _open_or_build(
       place.mkdir()
       try:
         write(place)
-        _sync_folder(place)
+        sync_folder(place)
         try:
           place.rename(folder)
         except OSError:  # Another process was first.
           if not folder.exists():
             raise
-        _sync_folder(directory)
+        sync_folder(directory)
       finally:
         shutil.rmtree(place, ignore_errors=True)
     store = open_store(folder, sources)
@@ -306,14 +311,6 @@ def _seal(
   write_meta(folder, meta | made_of)
 
 
-def _sync_folder(folder: Path) -> None:
-  handle = os.open(folder, os.O_RDONLY)
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)
-
-
 # -- One builds, others wait --------------------------------------------------
 
 
@@ -366,6 +363,8 @@ def _wait(file: IO[bytes], directory: Path, name: str, log: Log) -> bool:
 
 def _try_lock(file: IO[bytes]) -> bool | None:
   """Whether a lock was free; None where the file system has no locks."""
+  if fcntl is None:
+    return None
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:

@@ -110,13 +110,15 @@ def _starting() -> Iterator[None]:
   JAX would import it in each.
   """
   main = sys.modules["__main__"]
-  masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  mask = getattr(signal, "pthread_sigmask", None)  # Windows has none.
+  masked = mask and mask(signal.SIG_BLOCK, {signal.SIGINT})
   sys.modules["__main__"] = types.ModuleType("__main__")
   try:
     yield
   finally:
     sys.modules["__main__"] = main
-    signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+    if mask:
+      mask(signal.SIG_SETMASK, masked)
 
 
 def _died(processes: dict[int, Any], patience: float) -> WorkerDied:

@@ -322,3 +322,15 @@ def test_faults_that_end_an_array_are_placed(text, place):
   with pytest.raises(RowError) as error:
     read_array(text)
   assert str(error.value).startswith(f"a.json{place}: got ")
+
+
+def test_a_giant_array_is_refused_by_its_size_and_first_byte(tmp_path):
+  """Nobody waits until 2 GiB are digested and read."""
+  path = tmp_path / "a.json"
+  with path.open("wb") as file:
+    file.write(b'\xef\xbb\xbf [{"text": "')
+    file.truncate(2**31)  # A hole, which takes no room on the disk.
+  begin = time.perf_counter()
+  with pytest.raises(RowError, match=r"more than 1024 MiB.*Convert it: jq"):
+    files.find_files(path)
+  assert time.perf_counter() - begin < 1

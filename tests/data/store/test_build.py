@@ -259,7 +259,7 @@ def die(*_):
 
 
 if when in ("seal", "sync_folder"):
-  setattr(build, f"_{when}", die)
+  setattr(build, "_seal" if when == "seal" else when, die)
 else:
   append, left = build._Writer.append, [3]
 
