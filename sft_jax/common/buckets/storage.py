@@ -10,7 +10,6 @@ that changes is another file here; a copy is compared with its digest.
 
 import base64
 import contextlib
-import fcntl
 import fnmatch
 import functools
 import glob
@@ -24,6 +23,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+try:
+  import fcntl
+except ImportError:  # Windows: two runs may fetch the same at once.
+  fcntl = None
 
 _CLIENTS = {"gs": "gcsfs", "s3": "s3fs"}
 _RIGHTS = {
@@ -315,7 +319,8 @@ def fetch(
   copy = home / (start.rpartition("/")[2] or "bucket")
   home.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
   with (home.parent / f"{key}.lock").open("w") as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    if fcntl is not None:
+      fcntl.flock(lock, fcntl.LOCK_EX)
     if not all(
       (copy / name).is_file() and (copy / name).stat().st_size == size
       for name, size, _ in stamps
