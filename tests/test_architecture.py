@@ -110,7 +110,6 @@ ALONE = {
   "data/readers/memory.py": "a reader, beside those of files",
   "evals/checks/refusals.py": "lists of words, beside the other checks",
   "reporting/html/audit_page.py": "a page, beside the others",
-  "main.py": "where a process starts",
   "training/build/host_consistency.py": "what hosts must share, tested alone",
 }
 
