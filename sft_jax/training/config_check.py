@@ -77,7 +77,7 @@ _REMOTE = {
   **dict.fromkeys(
     (
       *("model.path", "lora.path", "data.train", "data.eval"),
-      *("eval.behaviours", "eval.knowledge", "eval.general_text"),
+      *("eval.behaviors", "eval.knowledge", "eval.general_text"),
     ),
     ("gs", "s3", "hf"),
   ),
