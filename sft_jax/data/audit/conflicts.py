@@ -45,11 +45,8 @@ def find_conflicts(texts: Texts) -> list[tuple[int, int]]:
   order = rows[np.argsort(keys[rows], kind="stable")]
   same = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
   neighbors = zip(order[same].tolist(), order[same + 1].tolist(), strict=True)
-  found = [
-    (a, b)
-    for a, b in neighbors
-    if disagree(texts.row(a).answer, texts.row(b).answer)
-  ]
+  answers = lambda pair: [texts.row(i).answer for i in pair]
+  found = [pair for pair in neighbors if disagree(*answers(pair))]
   _, first = np.unique(keys[rows], return_index=True)
   unique = np.zeros(len(texts), bool)
   unique[rows[first]] = True
@@ -59,11 +56,8 @@ def find_conflicts(texts: Texts) -> list[tuple[int, int]]:
   )
   for a, b in zip(pairs.first.tolist(), pairs.second.tolist(), strict=True):
     one, other = texts.row(a), texts.row(b)
-    if (
-      one.system == other.system
-      and same_question(one, other)
-      and disagree(one.answer, other.answer)
-    ):
+    same = one.system == other.system and same_question(one, other)
+    if same and disagree(one.answer, other.answer):
       found.append((a, b))
   return found
 
@@ -73,9 +67,8 @@ def same_question(one: Row, other: Row) -> bool:
   a, b = _count(one.prompt), _count(other.prompt)
   for apart, answer in ((a - b, one.answer), (b - a, other.answer)):
     said = _count(answer)
-    if apart.total() > _WORDS_APART or any(
-      word in said or not word.isalpha() for word in apart
-    ):
+    counts = any(word in said or not word.isalpha() for word in apart)
+    if counts or apart.total() > _WORDS_APART:
       return False
   return True
 

@@ -114,9 +114,8 @@ def find_near_duplicates(
     for keys in _band_keys(sets, file):
       for a, b in _candidates(keys):
         similarity = np.zeros(len(a))
-        for some in words_lib.batches(
-          words.counts[a] + words.counts[b], _PAIRS
-        ):
+        sizes = words.counts[a] + words.counts[b]
+        for some in words_lib.batches(sizes, _PAIRS):
           # Others of this bucket may have linked them by now.
           open_ = np.flatnonzero(group[a[some]] != group[b[some]]) + some.start
           similarity[open_] = _jaccard(sets, a[open_], b[open_])
@@ -138,9 +137,8 @@ def _jaccard(
   left = words_lib.take(some, place[: len(first)])
   right = words_lib.take(some, place[len(first) :])
   pairs = np.arange(len(first))
-  owner = np.concatenate(
-    [np.repeat(pairs, left.counts), np.repeat(pairs, right.counts)]
-  )
+  owner = [np.repeat(pairs, side.counts) for side in (left, right)]
+  owner = np.concatenate(owner)
   hashes = np.concatenate([left.hashes, right.hashes])
   order = np.lexsort((hashes, owner))
   hashes, owner = hashes[order], owner[order]

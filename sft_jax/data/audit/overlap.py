@@ -53,17 +53,15 @@ def find_overlap(train: Iterable[Rows], held_out: Iterable[Rows]) -> Overlap:
   the training rows are looked up a batch at a time. A row without a prompt
   is compared by its text.
   """
-  prompts, runs, counts = [], [], []
+  none = np.empty(0, np.uint64)
+  prompts, runs, counts = [none], [none], [np.empty(0, np.int64)]
   for batch in held_out:
     prompts.append(_key(batch))
     made = words_lib.runs(batch.texts, RUN)
     runs.append(made.hashes)
     counts.append(made.counts)
-  prompt = np.concatenate([*prompts, np.empty(0, np.uint64)])
-  count = np.concatenate([*counts, np.empty(0, np.int64)])
-  known, which = np.unique(
-    np.concatenate([*runs, np.empty(0, np.uint64)]), return_inverse=True
-  )
+  prompt, count = np.concatenate(prompts), np.concatenate(counts)
+  known, which = np.unique(np.concatenate(runs), return_inverse=True)
   asked = np.unique(prompt)
   asked_again = np.zeros(len(asked), bool)
   seen = np.zeros(len(known), np.int64)
@@ -84,15 +82,11 @@ def of_store(store: Store) -> Iterator[Rows]:
   """Tokens in the place of words: a prompt is all that is not trained."""
   for documents in token_checks.batches(store):
     hashes = words_lib.mix(documents.tokens.astype(np.uint64))
-    asked = documents.weights == 0
-    asked &= ~np.repeat(
-      store.index["text"][documents.rows], np.diff(documents.starts)
-    )
+    raw, starts = store.index["text"][documents.rows], documents.starts
+    asked = (documents.weights == 0) & ~np.repeat(raw, np.diff(starts))
     counted = np.concatenate([[0], np.cumsum(asked)])
-    yield Rows(
-      Words(hashes[asked], counted[documents.starts]),
-      Words(hashes, documents.starts),
-    )
+    prompts = Words(hashes[asked], counted[starts])
+    yield Rows(prompts, Words(hashes, starts))
 
 
 def _runs_in(

@@ -39,8 +39,7 @@ def check(
 
   Args:
     store: of render options that keep reasoning.
-    tokenizer: of the store.
-    seed: drew the rows of sources with a limit; see `cache.build`.
+    tokenizer, seed: of the store.
   """
   lost, examples_of = [], collections.defaultdict(list)
   for i, source in enumerate(store.source.tolist()):
@@ -55,23 +54,19 @@ def check(
       examples = examples_of.get((number, where), [])
       if not examples or store.index["may_run_on"][examples].any():
         continue
-      thoughts = [text for text in written(row, ours) if text.strip()]
-      if thoughts:
-        seen = "\n".join(
-          tokenizer.decode(store.example(i).tokens.tolist()) for i in examples
-        )
+      if thoughts := [text for text in written(row, ours) if text.strip()]:
+        ids = (store.example(i).tokens.tolist() for i in examples)
+        seen = "\n".join(map(tokenizer.decode, ids))
         if not all(holds(seen, thought) for thought in thoughts):
           lost.append(where)
   if not lost:
     return checks.Finding("think")
-  return checks.Finding(
-    "think",
-    len(lost),
+  message = (
     f"{lost[0]}: holds reasoning that is not in what is trained "
     f"({len(lost):,} such rows), expected all of it. Rename its key to "
-    "reasoning_content in a row of messages, or remove it from the rows.",
-    tuple(lost[:_SHOWN]),
+    "reasoning_content in a row of messages, or remove it from the rows."
   )
+  return checks.Finding("think", len(lost), message, tuple(lost[:_SHOWN]))
 
 
 def written(

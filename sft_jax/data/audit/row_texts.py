@@ -144,8 +144,7 @@ def collect(
     train, held_out: the second may be a part of the sources of the first, or
       of other files.
     folder: where the texts are kept.
-    format: of the rows; see `formats.to_conversation`.
-    seed: drew the rows of sources with a limit; see `cache.build`.
+    format, seed: see `build.build`.
   """
 
   def rows_of(store: Store) -> set[tuple[str, str]]:

@@ -63,14 +63,9 @@ def make(
     known = zip(selection.SCORES, values[i].tolist(), strict=True)
     return {**said[i], **{name: x for name, x in known if not np.isnan(x)}}
 
-  return {
-    "rows": len(values),
-    "spread": spread,
-    "ends": [
-      {"name": name, "rows": [row(i) for i in which.tolist()]}
-      for name, which in ends.items()
-    ],
-  }
+  shown = {name: [*map(row, which.tolist())] for name, which in ends.items()}
+  made = [{"name": name, "rows": rows} for name, rows in shown.items()]
+  return {"rows": len(values), "spread": spread, "ends": made}
 
 
 def of_store(
@@ -87,9 +82,8 @@ def of_store(
   Args:
     store: rows to train on.
     show: what to show of what a row says.
-    folder: that holds the scores; '' = beside the rows.
-    format: of the rows; see `formats.to_conversation`.
-    seed: drew the rows of sources with a limit; see `cache.build`.
+    folder: see `selection.select`.
+    format, seed: see `build.build`.
     most: rows of each end.
 
   Returns:

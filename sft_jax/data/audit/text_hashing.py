@@ -50,8 +50,7 @@ class Words(NamedTuple):
 def split(texts: Sequence[str]) -> Words:
   """The words of texts, in order."""
   plain = [_plain(text) for text in texts]
-  starts = np.zeros(len(plain) + 1, np.int64)
-  np.cumsum([len(text) + 1 for text in plain], out=starts[1:])
+  starts = _starts([len(text) + 1 for text in plain])
   points = code_points("\n".join([*plain, ""]))
   kinds = _kinds()[np.minimum(points, 0xFFFF)]
   before = np.zeros_like(kinds)
@@ -67,11 +66,15 @@ def split(texts: Sequence[str]) -> Words:
   return Words(mix(hashes), np.searchsorted(first, starts))
 
 
+def _starts(counts: Sequence[int] | np.ndarray) -> Int64[np.ndarray, " edges"]:
+  """[3, 5] -> [0, 3, 8]."""
+  return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
 def take(words: Words, texts: Int64[np.ndarray, " some"]) -> Words:
   """The words of some of the texts, in the order asked for."""
   counts = words.counts[texts]
-  starts = np.zeros(len(texts) + 1, np.int64)
-  np.cumsum(counts, out=starts[1:])
+  starts = _starts(counts)
   shift = np.repeat(words.starts[texts] - starts[:-1], counts)
   return Words(words.hashes[shift + np.arange(len(shift))], starts)
 
@@ -91,19 +94,15 @@ def sets(words: Words) -> Words:
   hashes, owner = words.hashes[order], owner[order]
   new = np.ones(len(hashes), bool)
   new[1:] = (hashes[1:] != hashes[:-1]) | (owner[1:] != owner[:-1])
-  kept = np.zeros(len(words.starts), np.int64)
-  np.cumsum(np.bincount(owner[new], minlength=len(kept) - 1), out=kept[1:])
-  return Words(hashes[new], kept)
+  counts = np.bincount(owner[new], minlength=len(words.starts) - 1)
+  return Words(hashes[new], _starts(counts))
 
 
 def batches(sizes: Int64[np.ndarray, " items"], limit: int) -> list[slice]:
   """Cuts items into runs of about `limit` in total, at least one in each."""
   total = np.cumsum(sizes)
-  cuts = (
-    np.searchsorted(total, np.arange(limit, total[-1] + limit, limit))
-    if len(total)
-    else np.empty(0, np.int64)
-  )
+  most = total[-1] if len(total) else 0
+  cuts = np.searchsorted(total, np.arange(limit, most + limit, limit))
   edges = np.unique(np.concatenate([[0], cuts, [len(sizes)]]))
   return [slice(int(a), int(b)) for a, b in itertools.pairwise(edges)]
 
@@ -127,8 +126,7 @@ def shingles(words: Words, n: int) -> Words:
 def runs(words: Words, n: int) -> Words:
   """Every run of n words of each text, as a hash; shorter texts have none."""
   counts = np.maximum(words.counts - n + 1, 0)
-  starts = np.zeros(len(words.starts), np.int64)
-  np.cumsum(counts, out=starts[1:])
+  starts = _starts(counts)
   inside = np.repeat(words.starts[:-1] - starts[:-1], counts)
   found = windows(words.hashes, n)
   return Words(found[inside + np.arange(len(inside))], starts)
@@ -215,18 +213,15 @@ def code_points(text: str) -> UInt32[np.ndarray, " characters"]:
 
 
 def _plain(text: str) -> str:
-  return (
-    text.lower()
-    if text.isascii()
-    else (unicodedata.normalize("NFKC", text).casefold())
-  )
+  if text.isascii():
+    return text.lower()
+  return unicodedata.normalize("NFKC", text).casefold()
 
 
 def _place(words: Words) -> Int64[np.ndarray, " words"]:
   """Position of each word in its text, from 0."""
-  return np.arange(len(words.hashes)) - np.repeat(
-    words.starts[:-1], words.counts
-  )
+  first = np.repeat(words.starts[:-1], words.counts)
+  return np.arange(len(words.hashes)) - first
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float32, Int32, Int64, Integer, UInt8
 
 from sft_jax.data.chat.options import DEFAULT, RenderOptions
 from sft_jax.data.chat.token_roles import TOKEN_ROLES
+from sft_jax.data.encoding import boundaries
 from sft_jax.data.store.store import Store
 from sft_jax.data.tokenizers import files
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
@@ -51,19 +52,13 @@ def facts(tokenizer: Tokenizer, options: RenderOptions = DEFAULT) -> Facts:
   Whether it adds BOS to texts is in its folder. Messages hold control tokens
   under control_tokens='allow' alone: otherwise they are refused or escaped.
   """
-  config = files.read(tokenizer.folder).config
-  unknown = tokenizer.named_tokens.get("unk_token")
-  special = {id_ for text, id_ in tokenizer.special_tokens.items()
-             if text != unknown}  # fmt: skip
-  return Facts(
-    vocab_size=tokenizer.vocab_size,
-    stop_ids=tokenizer.stop_ids,
-    bos_id=tokenizer.bos_id,
-    pad_id=tokenizer.pad_id,
-    adds_bos=config.get("add_bos_token") is True,
-    special_ids=special if options.control_tokens == "allow" else (),
-    turns=options.train_on != "all",
-  )
+  config, one = files.read(tokenizer.folder).config, tokenizer
+  special: Collection[int] = ()
+  if options.control_tokens == "allow":
+    special = boundaries.special_ids(tokenizer)
+  adds_bos, turns = config.get("add_bos_token"), options.train_on != "all"
+  own = (one.vocab_size, one.stop_ids, one.bos_id, one.pad_id)
+  return Facts(*own, adds_bos is True, special, turns)
 
 
 def batches(store: Store) -> Iterator[Documents]:
@@ -80,13 +75,8 @@ def batches(store: Store) -> Iterator[Documents]:
     first, many = store.index["run"][rows], store.index["runs"][rows]
     runs = store.runs[_places(first, many)]
     sizes = runs["length"]
-    yield Documents(
-      rows,
-      ends,
-      tokens.astype(np.int32),
-      np.repeat(runs["weight"], sizes),
-      np.repeat(runs["role"], sizes),
-    )
+    weights, roles = (np.repeat(runs[x], sizes) for x in ("weight", "role"))
+    yield Documents(rows, ends, tokens.astype(np.int32), weights, roles)
     at = end
 
 

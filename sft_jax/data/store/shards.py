@@ -219,19 +219,13 @@ class _Arrays:
     self.stats.rows_trained += 1
 
   def encoded(self, number: int, fault: Exception | None) -> Encoded:
-    tokens = [example.tokens for example in self._examples]
+    made = [example.tokens for example in self._examples]
+    tokens = np.concatenate([np.empty(0, np.int32), *made])
+    runs = np.concatenate([np.empty(0, RUN), *self._runs])
     index = np.array(self._records, INDEX)
     index["source"] = number
-    return Encoded(
-      number=number,
-      stats=self.stats,
-      tokens=np.concatenate([np.empty(0, np.int32), *tokens]),
-      runs=np.concatenate([np.empty(0, RUN), *self._runs]),
-      index=index,
-      places=bytes(self._places),
-      bad_rows=bytes(self.bad_rows),
-      fault=fault,
-    )
+    texts = (bytes(self._places), bytes(self.bad_rows))
+    return Encoded(number, self.stats, tokens, runs, index, *texts, fault)
 
 
 def to_runs(example: Example) -> Shaped[np.ndarray, " runs"]:
