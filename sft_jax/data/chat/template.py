@@ -185,13 +185,11 @@ def with_tokens(tokenizer: Tokenizer, source: str) -> ChatTemplate:
   which is no structure.
   """
   unknown = tokenizer.named_tokens.get("unk_token")
-  special = tokenizer.special_tokens
+  special, stop_ids = tokenizer.special_tokens, tokenizer.stop_ids
   return ChatTemplate(
     source,
     tokenizer.named_tokens,
-    stop_tokens=[
-      text for text in special if special[text] in tokenizer.stop_ids
-    ],
+    stop_tokens=[text for text in special if special[text] in stop_ids],
     control_tokens=[text for text in special if text != unknown],
     name=f"the chat template of {tokenizer.folder}",
   )

@@ -60,9 +60,7 @@ def read_jsonl(file: Path, on_bad_row: OnBadRow) -> Rows:
         continue
       where = f"{one_line(file.name)}:{number}"
       try:
-        if len(line) > MAX_ROW_BYTES:
-          raise too_long(where)
-        row = _object(loads(_decoded(line.rstrip(), where), where), where)
+        row = _object(loads(_decoded(line, where).rstrip(), where), where)
       except RowError as error:
         on_bad_row(error)
       else:
@@ -76,6 +74,7 @@ def read_json(file: Path, on_bad_row: OnBadRow) -> Rows:
     RowError: an array of more than `MAX_ARRAY_BYTES`; text that is not JSON,
       with line and column: after such a place nobody knows where values begin.
   """
+  name = one_line(file.name)
   with open_bytes(file) as stream:
     head = _guarded(stream.peek, 1, file).lstrip()
     if head.startswith(b"["):
@@ -83,17 +82,15 @@ def read_json(file: Path, on_bad_row: OnBadRow) -> Rows:
   if head.startswith(b"["):
     if len(data) > MAX_ARRAY_BYTES:
       raise _long_array(file)
-    text = _decoded(data, one_line(file.name))
+    text = _decoded(data, name, MAX_ARRAY_BYTES)
     del data
-    yield from read_array(text, one_line(file.name), on_bad_row)
+    yield from read_array(text, name, on_bad_row)
     return
   start = head[:20].decode(errors="replace")
   if not start.startswith("{") or start.split("\n")[0].strip() == "{":
     got = f"text that begins with {start!r}" if start else "an empty file"
     expected = "an array of objects, or an object on each line"
-    raise RowError(
-      one_line(file.name), got, expected, "Wrap the rows in an array."
-    )
+    raise RowError(name, got, expected, "Wrap the rows in an array.")
   yield from read_jsonl(file, on_bad_row)
 
 
@@ -156,10 +153,7 @@ def read_csv(file: Path, on_bad_row: OnBadRow, delimiter: str = ",") -> Rows:
 
   def text_lines(stream: io.BufferedReader) -> Iterator[str]:
     for number, line in _lines(stream, file):
-      where = f"{one_line(file.name)}:{number}"
-      if len(line) > MAX_ROW_BYTES:
-        raise too_long(where)
-      yield _decoded(line, where)
+      yield _decoded(line, f"{one_line(file.name)}:{number}")
 
   csv.field_size_limit(MAX_ROW_BYTES)
   at, names = 1, None
@@ -170,18 +164,16 @@ def read_csv(file: Path, on_bad_row: OnBadRow, delimiter: str = ",") -> Rows:
       try:
         cells = next(records, None)
       except csv.Error as error:
-        raise RowError(
-          where, str(error), "quoted text that ends", "Correct the file."
-        ) from None
+        got, cure = str(error), "Correct the file."
+        raise RowError(where, got, "quoted text that ends", cure) from None
       at = records.line_num + 1
       if cells is None:
         return
       if names is None:
         names = cells
         if len(set(names)) < len(names):
-          raise RowError(
-            where, f"columns {names}", "each name once", "Rename one of them."
-          )
+          got, cure = f"columns {names}", "Rename one of them."
+          raise RowError(where, got, "each name once", cure)
       elif len(cells) == len(names):
         yield where, dict(zip(names, cells, strict=True))
       elif cells:  # An empty line is none.
@@ -197,8 +189,6 @@ def read_txt(file: Path, on_bad_row: OnBadRow) -> Rows:
   with open_bytes(file) as stream:
     data = _guarded(stream.read, MAX_ROW_BYTES + 1, file)
   try:
-    if len(data) > MAX_ROW_BYTES:
-      raise too_long(one_line(file.name))
     text = _decoded(data, one_line(file.name))
   except RowError as error:
     on_bad_row(error)
@@ -241,7 +231,9 @@ def _lines(stream: Any, file: Path) -> Iterator[tuple[int, bytes]]:
     yield number, line
 
 
-def _decoded(data: bytes, where: str) -> str:
+def _decoded(data: bytes, where: str, most: int = 0) -> str:
+  if len(data) > (most or MAX_ROW_BYTES):
+    raise too_long(where)
   try:
     return data.decode()
   except UnicodeDecodeError as error:
@@ -371,9 +363,8 @@ def _no_constant(name: str) -> Any:
 def _float(text: str) -> float:
   value = float(text)
   if value in (float("inf"), float("-inf")):
-    raise _Fault(
-      f"the number {text[:40]}", "a number that fits a float", "Correct it."
-    )
+    got = f"the number {text[:40]}"
+    raise _Fault(got, "a number that fits a float", "Correct it.")
   return value
 
 
