@@ -114,8 +114,11 @@ class Throughput:
   def step(self, made: Any) -> None:
     """A step was handed to the device; `made` are arrays that it makes."""
     self._steps += 1
-    ready = lambda: (jax.block_until_ready(made), self._clock.seconds)[1]
-    self._done = self._watcher.submit(ready)
+    self._done = self._watcher.submit(self._when_ready, made)
+
+  def _when_ready(self, made: Any) -> float:
+    jax.block_until_ready(made)
+    return self._clock.seconds
 
   @contextmanager
   def waiting(self) -> Iterator[None]:

@@ -157,8 +157,8 @@ class ConversationRenderer:
     return [*itertools.chain.from_iterable(pairs), last]
 
   def _render(self, cuts: Sequence[_Cut]) -> None:
-    jobs, parts = [], ([x for x in cuts if not x.wrapped], [])
-    parts[1].extend(x for x in cuts if x.wrapped)
+    jobs = []
+    parts = [[x for x in cuts if x.wrapped == flag] for flag in (False, True)]
     for some in parts:
       then = [[self._following(x.count)] if x.followed else [] for x in some]
       pairs = zip(some, then, strict=True)
@@ -171,10 +171,11 @@ class ConversationRenderer:
 
   def _following(self, count: int) -> dict[str, Any]:
     """A turn that might come after the first `count`."""
-    for call in self.conversation.messages[count - 1].tool_calls[:1]:
-      own = {} if call.id is None else {"tool_call_id": call.id}
-      return {"role": "tool", "content": "Done.", "name": call.name, **own}
-    return {"role": "user", "content": "Go on."}
+    calls = self.conversation.messages[count - 1].tool_calls
+    if not calls:
+      return {"role": "user", "content": "Go on."}
+    own = {} if calls[0].id is None else {"tool_call_id": calls[0].id}
+    return {"role": "tool", "content": "Done.", "name": calls[0].name, **own}
 
   def _checked(self, text: str | Exception | None, count: int) -> str:
     """A refusal of the template is a RowError."""

@@ -44,27 +44,28 @@ def _tables(runs: Runs) -> dict[str, list[dict]]:
     **{name: [] for name in ("behaviors", "paired", "losses", "metrics")},
     "config": _differing(configs),
   }
-  for name, run in runs.items():
-    one, records = scores[name], run.get("metrics", ())
-    add = lambda table, *, run=name, **row: found[table].append(
-      {"run": run, **row}
-    )
+
+  def add(table: str, run: str, **row: Any) -> None:
+    found[table].append({"run": run, **row})
+
+  for run, of in runs.items():
+    one, records = scores[run], of.get("metrics", ())
     for group, score in one.groups.items() if one else ():
       low, high = score.interval
       rates = {"rate": score.rate, "low": low, "high": high}
       stopped = score.stopped / score.n
-      add("behaviors", group=group, n=score.n, **rates, stopped=stopped)
+      add("behaviors", run, group=group, n=score.n, **rates, stopped=stopped)
     if first and one and one is not first:
       a, b = map(behaviors.Scores, _common([first.replies, one.replies]))
       for x in behaviors.compare(a, b):
-        add("paired", group=x.group, gained=x.gained, lost=x.lost, p=x.p)
-    for row in run.get("result", {}).get("losses", ()):
-      add("losses", **row)
+        add("paired", run, group=x.group, gained=x.gained, lost=x.lost, p=x.p)
+    for row in of.get("result", {}).get("losses", ()):
+      add("losses", run, **row)
     for metric in charts.number_names(records):
       points = charts.points(records, metric)
       if values := [value for _, value in points if value is not None]:
         median = statistics.median(values)
-        add("metrics", name=metric, last=values[-1], median=median)
+        add("metrics", run, name=metric, last=values[-1], median=median)
   return found
 
 
