@@ -32,18 +32,7 @@ import numpy as np
 from sft_jax.common.workdir import sync_folder
 from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.sources import Source, Sources, to_sources
-from sft_jax.data.store import fingerprint, shards, workers
-from sft_jax.data.store.files import (
-  FILES,
-  INDEX,
-  RUN,
-  Digests,
-  digest,
-  hash_text,
-  map_file,
-  token_dtype,
-  write_meta,
-)
+from sft_jax.data.store import files, fingerprint, shards, workers
 from sft_jax.data.store.stats import DatasetStats
 from sft_jax.data.store.store import Store, count, open_store
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
@@ -108,7 +97,7 @@ def build(
       f"data.on_bad_row: got {on_bad_row!r}; expected 'error' or 'skip'. Set "
       "it to one of these."
     )
-  parts, digests = to_sources(sources), Digests()
+  parts, digests = to_sources(sources), files.Digests()
   inputs: dict[str, Any] = {
     f"source {number}": fingerprint.of_source(source, format, seed, digests)
     for number, source in enumerate(parts, 1)
@@ -120,7 +109,7 @@ def build(
     "options": options.to_json(),
   }
   key = json.dumps([inputs, fingerprint.code_version()], sort_keys=True)
-  name = hash_text(key)[:32]
+  name = files.hash_text(key)[:32]
   recipe = shards.Recipe(
     tokenizer, options, max_length, format, skip_bad_rows=on_bad_row == "skip"
   )
@@ -249,9 +238,9 @@ class _Writer:
     self.stats = DatasetStats()
     for source in sources:
       self.stats.source(source.label)
-    self.tokens = token_dtype(vocab_size)
+    self.tokens = files.token_dtype(vocab_size)
     self._sources = sources
-    names = (*FILES, "bad_rows.jsonl")
+    names = (*files.FILES, "bad_rows.jsonl")
     self._files = {name: (folder / name).open("wb") for name in names}
     # What the next chunk's counts begin from.
     self._begin = {"start": 0, "run": 0, "row": 0, "place": 0}
@@ -299,16 +288,17 @@ def _seal(
   tokens: np.dtype,
 ) -> None:
   """Counts what was written and puts it under digests."""
-  index = map_file(folder / "index.bin", INDEX)
-  runs = map_file(folder / "runs.bin", RUN)
+  index = files.map_file(folder / "index.bin", files.INDEX)
+  runs = files.map_file(folder / "runs.bin", files.RUN)
   count(index, runs, sources, stats).check()
-  files = {file.name: digest(file) for file in sorted(folder.iterdir())}
+  names = sorted(folder.iterdir())
+  digests = {file.name: files.digest(file) for file in names}
   made = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
-  made.update((files["tokens.bin"] + files["runs.bin"]).encode())
+  made.update((digests["tokens.bin"] + digests["runs.bin"]).encode())
   made.update(index["length"].tobytes() + index["source"].tobytes())
-  meta = {"files": files, "tokens": tokens.str, "stats": stats.to_json()}
+  meta = {"files": digests, "tokens": tokens.str, "stats": stats.to_json()}
   made_of = {"fingerprint": made.hexdigest(), "fingerprint_inputs": inputs}
-  write_meta(folder, meta | made_of)
+  files.write_meta(folder, meta | made_of)
 
 
 # -- One builds, others wait --------------------------------------------------
@@ -347,8 +337,8 @@ def _wait(file: IO[bytes], directory: Path, name: str, log: Log) -> bool:
     if not said:
       log(f"data: waiting for another run that encodes into {directory}")
       said = True
-    files = directory.glob(f".building-{name}.*/*")
-    now = sum(file.stat().st_size for file in files)
+    written = directory.glob(f".building-{name}.*/*")
+    now = sum(file.stat().st_size for file in written)
     if now != size:
       size, since = now, time.monotonic()
     elif time.monotonic() - since > _PATIENCE:
