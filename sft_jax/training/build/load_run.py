@@ -54,30 +54,29 @@ def load(
     storage.check_scheme(path, "model", ("gs", "s3", "hf"))
     if remote_workdir.is_run(str(path)):
       storage.check_scheme(path, "a run's checkpoints", ("gs",))
-    # Of gs:// Orbax reads the checkpoints where they are.
-    path = epath.Path(path)
-  path: Any = path if storage.is_remote(path) else Path(path)
-  is_step = path.parent.name == "checkpoints"
-  if not is_step and not (path / "checkpoints").is_dir():
+  # Of gs:// Orbax reads the checkpoints where they are.
+  where: Any = (epath.Path if storage.is_remote(path) else Path)(path)
+  is_step = where.parent.name == "checkpoints"
+  if not is_step and not (where / "checkpoints").is_dir():
     model, params = load_save.load_pretrained(
-      path, dtype=dtype, param_dtype=dtype
+      where, dtype=dtype, param_dtype=dtype
     )
     # An id of the hub is a folder by now.
-    folder = setup_model.hub.find_model(str(path)).folder
+    folder = setup_model.hub.find_model(str(where)).folder
     today = {"date": datetime.date.today().isoformat()}
     options = RenderOptions(today)  # Where its template asks for it.
     return Asked(model, params, tokenizers.load_tokenizer(folder), options)
-  workdir = path.parent.parent if is_step else path
+  workdir = where.parent.parent if is_step else where
   if not is_step:
-    steps = [p for p in (path / "checkpoints").iterdir() if p.name.isdigit()]
+    steps = [p for p in (where / "checkpoints").iterdir() if p.name.isdigit()]
     if not steps:
       raise ValueError(
         f"{workdir}/checkpoints: got no checkpoint, expected at least one. "
         "Train first, or name another folder."
       )
-    path = max(steps, key=lambda p: int(p.name))
-  say(f"Loading {path} ...")
-  manifest = _read_manifest(path)
+    where = max(steps, key=lambda p: int(p.name))
+  say(f"Loading {where} ...")
+  manifest = _read_manifest(where)
   config: Any = ml_collections.ConfigDict(
     manifest["meta"]["config"], type_safe=False
   )
@@ -86,7 +85,7 @@ def load(
   tokenizer = data.load_tokenizer(config, config.model.path)
   model, base = setup_model.load_model(config, mesh, say)
   held = trees.flatten(base)
-  for name, x in _read_parameters(path, manifest, base).items():
+  for name, x in _read_parameters(where, manifest, base).items():
     held[name] = jax.device_put(x, held[name].sharding)
   options = data.make_render_options(config)
   return Asked(model, trees.unflatten(held), tokenizer, options)
