@@ -226,7 +226,7 @@ class Checkpoints:
   def restore(
     self,
     abstract: Any,
-    announce: Callable[[str], None],
+    log: Callable[[str], None],
     *,
     beside: Any = None,
     cast: bool = False,
@@ -236,7 +236,7 @@ class Checkpoints:
 
     Args:
       abstract: tree of jax.ShapeDtypeStruct with shardings.
-      announce: called with a line for every checkpoint that is rejected.
+      log: called with a line for every checkpoint that is rejected.
       beside: the arrays that were beside the state when it was saved.
       cast: True gives arrays of another dtype the one asked for; else they
         are an error.
@@ -260,7 +260,7 @@ class Checkpoints:
         if "RESOURCE_EXHAUSTED: Out of memory" in str(error):
           raise
         aside = self._set_aside(step)
-        announce(
+        log(
           f"checkpoint {step} rejected ({type(error).__name__}: "
           f"{_line(error)}); set aside as {aside}"
         )

@@ -37,7 +37,7 @@ class Talk:
     system = self._args.system
     self._turns = (Message("system", system),) if system else ()
 
-  def answer(self, said: str, seed: int) -> Iterator[Text]:
+  def answer(self, typed: str, seed: int) -> Iterator[Text]:
     """The reply to one more user turn, as far as it is, again and again.
 
     The last form tells calls of tools and a cut apart; both turns are then
@@ -46,7 +46,7 @@ class Talk:
     Raises ValueError: what was said cannot be asked; nothing is remembered.
     """
     args, asked = self._args, self._asked
-    turns = (*self._turns, Message("user", said))
+    turns = (*self._turns, Message("user", typed))
     pieces = generate.stream(
       *asked[:3], [Conversation(messages=turns)],
       max_new_tokens=args.max_new_tokens, temperature=args.temperature,
@@ -69,25 +69,25 @@ class Talk:
 
 
 def one_by_one(
-  out: Console, talks: Mapping[str, Talk], said: str, seed: int
+  out: Console, talks: Mapping[str, Talk], typed: str, seed: int
 ) -> None:
   """Prints each model's reply as its text comes."""
   for path, talk in talks.items():
     if len(talks) > 1:
       out.print(f"{path}:", style="bold")
     shown = 0
-    for text in talk.answer(said, seed):
+    for text in talk.answer(typed, seed):
       out.print(text[shown:], end="", soft_wrap=True)
       shown = len(text)
     out.print()
 
 
 def side_by_side(
-  out: Console, talks: Mapping[str, Talk], said: str, seed: int
+  out: Console, talks: Mapping[str, Talk], typed: str, seed: int
 ) -> None:
   """Both replies grow in columns of their own, a piece of each in turn."""
   texts = dict.fromkeys(talks, Text())
-  growing = {path: talk.answer(said, seed) for path, talk in talks.items()}
+  growing = {path: talk.answer(typed, seed) for path, talk in talks.items()}
   with Live(console=out, vertical_overflow="visible") as live:
     while growing:
       for path, pieces in list(growing.items()):
@@ -128,12 +128,12 @@ def main() -> None:
   talks = {path: Talk(path, args) for path in paths}
   while True:
     try:
-      said = input("> ").strip()
+      typed = input("> ").strip()
     except EOFError:
-      said = ""
-    if not said:
+      typed = ""
+    if not typed:
       return
-    if said == "/new":
+    if typed == "/new":
       for talk in talks.values():
         talk.again()
       continue
@@ -141,6 +141,6 @@ def main() -> None:
     columns = args.compare and out.is_terminal
     show = side_by_side if columns else one_by_one
     try:
-      show(out, talks, said, seed)
+      show(out, talks, typed, seed)
     except ValueError as error:  # A control token typed in, say: ask again.
       out.print(f"error: {error}", style="red")

@@ -24,12 +24,12 @@ def main() -> None:
   parser.add_argument("--dtype", help="of the weights; as trained by default")
   args = parser.parse_args()
   out = terminal.console()
-  say = out.print
+  log = out.print
   workdir = Path(args.workdir)
   with remote_workdir.copied(args.workdir) as copy:
     read = read_json(copy / "config.json")
   config: Any = ml_collections.ConfigDict(read, type_safe=False)
-  run = build.build_run(config, say)
+  run = build.build_run(config, log)
   checkpoints = outputs.open_checkpoints(config, workdir)
   if not checkpoints.steps():
     raise ValueError(
@@ -37,20 +37,20 @@ def main() -> None:
       "Train first, or name another workdir."
     )
   state = restore(
-    checkpoints, run.state, outputs.find_origin(config, run), say
+    checkpoints, run.state, outputs.find_origin(config, run), log
   ).state
   checkpoints.close()
   params = outputs.own_params(state)
   if args.dtype:
     config.export_dtype = args.dtype
-  say(f"Writing step {int(state.step)} to {args.out} ...")
+  log(f"Writing step {int(state.step)} to {args.out} ...")
   del state  # The moments make room for the folder's parameters.
   if not storage.is_remote(args.out):
     path = Path(args.out)
-    say(f"{args.out}: {outputs.export_run(config, run, params, path)}")
+    log(f"{args.out}: {outputs.export_run(config, run, params, path)}")
     return
   with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "export"
     evidence = outputs.export_run(config, run, params, path)
     storage.upload_folder(path, args.out, "config.json")
-  say(f"{args.out}: {evidence}")
+  log(f"{args.out}: {evidence}")

@@ -36,18 +36,18 @@ JSON = flags.DEFINE_bool("json", False, "Print JSON for other programs.")
 HTML = flags.DEFINE_string("html", None, "Write a page to this path.")
 
 
-def inspect(config: data.Config, say: data.Log) -> dict[str, Any]:
+def inspect(config: data.Config, log: data.Log) -> dict[str, Any]:
   """Everything about the data of a config; see `summary.inspect`."""
-  tokenizer = data.load_tokenizer(config, model.find_model(config).folder, say)
+  tokenizer = data.load_tokenizer(config, model.find_model(config).folder, log)
   fault = None
   try:
-    stores = data.load_stores(config, tokenizer, say)
+    stores = data.load_stores(config, tokenizer, log)
   except RowError as error:
     # Training stops at the first such row; here all of them are wanted.
     fault = str(error)
     with config.unlocked():
       config.data.on_bad_row = "skip"
-    stores = data.load_stores(config, tokenizer, say)
+    stores = data.load_stores(config, tokenizer, log)
   findings = [*stores.findings, checks.malformed(stores.train, fault)]
   some = len(stores.train.index)
   stream = data.make_stream(config, stores.train) if some else None
@@ -147,8 +147,8 @@ def _row(row: dict[str, str]) -> str:
 
 def main() -> None:
   out = terminal.console()
-  say = (lambda line: None) if JSON.value else out.print
-  found = inspect(CONFIG.value, say)
+  log = (lambda line: None) if JSON.value else out.print
+  found = inspect(CONFIG.value, log)
   if HTML.value:
     audit_page.write(HTML.value, found)
   if JSON.value:

@@ -123,12 +123,12 @@ def find_shape(path: str) -> ModelConfig:
   return read_config(path)
 
 
-def documents(config, say) -> tuple[list[int], float, str]:
+def documents(config, log) -> tuple[list[int], float, str]:
   """(lengths, share of slots that hold a token, where this is from)."""
   files = ("tokenizer.json", "tokenizer.model")
   if any((Path(config.model.path) / name).is_file() for name in files):
     tokenizer = tokenizers.load_tokenizer(config.model.path)
-    stream = data.load_data(config, tokenizer, say).stream
+    stream = data.load_data(config, tokenizer, log).stream
     return list(stream.store.lengths), stream.fill, f"{config.data.train}"
   length = MEAN_LENGTH.value or config.data.seq_len
   return [length], 1.0, f"assumed: documents of {length} tokens, no padding"

@@ -41,8 +41,8 @@ def main() -> None:
     config.workdir = workdir
   folder = model.find_model(config).folder
   tokenizer = tokenizers.load_tokenizer(folder)
-  say = out.print
-  store = data.load_stores(config, tokenizer, say).train
+  log = out.print
+  store = data.load_stores(config, tokenizer, log).train
   stream = data.make_train_stream(config, store)
   if made_from["fingerprint"] != stream.fingerprint:
     changed = fingerprint.differences(

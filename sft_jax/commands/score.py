@@ -42,7 +42,7 @@ _CUT = 110  # Characters of a text shown.
 Config = data.Config
 
 
-def score(config: Config, say: data.Log) -> dict[str, list[RowScore]]:
+def score(config: Config, log: data.Log) -> dict[str, list[RowScore]]:
   """Scores the rows of data.train and writes a file beside each of theirs.
 
   Returns {file: its scores}, as in data.train.
@@ -57,13 +57,13 @@ def score(config: Config, say: data.Log) -> dict[str, list[RowScore]]:
   config.model.path = str(folder)
   tokenizer = data.load_tokenizer(config, folder)
   sources = files_of(config)
-  store = data.build_store(config, sources, tokenizer, say)
+  store = data.build_store(config, sources, tokenizer, log)
   if not len(store.index):
     raise ValueError(
       f"{config.data.train}: got no row to train on, expected some to score. "
       "Read the ledger: sft-jax inspect --config=..."
     )
-  model, params = setup_model.load_model(config, mesh, say)
+  model, params = setup_model.load_model(config, mesh, log)
   found = row_scores.score(
     store,
     model,
@@ -73,7 +73,7 @@ def score(config: Config, say: data.Log) -> dict[str, list[RowScore]]:
     batch_size=config.batch_size,
     mesh=mesh,
     chunk_tokens=config.loss.chunk_tokens,
-    log=say,
+    log=log,
   )
   first = np.diff(store.index["row"], prepend=-1) != 0
   of_row = store.source[first].tolist()
@@ -87,7 +87,7 @@ def score(config: Config, say: data.Log) -> dict[str, list[RowScore]]:
     mine = [x for x, of in zip(found, of_row, strict=True) if of == number]
     path = selection.scores_path(source.path, config.data.scores)
     selection.write_scores(path, by, mine)
-    say(f"{len(mine):,} scores in {path}")
+    log(f"{len(mine):,} scores in {path}")
     result[source.path] = mine
   return result
 

@@ -36,17 +36,17 @@ CONFIG = command.config_flag()
 _BATCHES = 4  # Of the run's own data, to look for stop tokens.
 
 
-def check(config: Config, say: Log) -> list[Finding]:
+def check(config: Config, log: Log) -> list[Finding]:
   """Every law, for the run of a config."""
-  built = build.build_run(config, say)
+  built = build.build_run(config, log)
   params = _stirred(trees.merge(built.state.params, built.state.frozen))
   built = built._replace(state=None)
-  say("The quick form ...")
+  log("The quick form ...")
   findings = quick_of_run(config, built, params)
-  say("The cut, rematerialisation, slices of the loss, devices ...")
+  log("The cut, rematerialisation, slices of the loss, devices ...")
   findings += _invariances(config, built, params)
   findings.append(_stops(built))
-  say("The export ...")
+  log("The export ...")
   with tempfile.TemporaryDirectory() as folder:
     found = export_run(config, built, params, Path(folder) / "export")
   difference, most = found.logit_difference, found.tolerance

@@ -30,14 +30,14 @@ from sft_jax.training.build import load_run
 def make(args: argparse.Namespace) -> synthesis.Synthesis:
   """Asks the teacher as the arguments say."""
   out = terminal.console()
-  say = out.print
+  log = out.print
   items, against = (
     [one for path in paths for one in behaviors.load_sets(path)]
     for paths in (args.prompts, args.against)
   )
   if not against:
-    say("--against: no evaluation set is named, so none was compared with.")
-  asked = load_run.load(args.teacher, dtype=args.dtype, say=say)
+    log("--against: no evaluation set is named, so none was compared with.")
+  asked = load_run.load(args.teacher, dtype=args.dtype, log=log)
   options = command.render_options(args, asked.options)
 
   def sample(
@@ -72,7 +72,7 @@ def make(args: argparse.Namespace) -> synthesis.Synthesis:
     seed=args.seed,
     against=against,
     usable=usable,
-    log=say,
+    log=log,
   )
 
 

@@ -195,7 +195,7 @@ class Incidents:
   """incidents.jsonl: what happened to a run that is not in its plan.
 
   One object per line: 'time' (of the clock on the wall, for people), 'kind',
-  'step' and 'said'. Kinds are resumed, rejected (a checkpoint), halted and
+  'step' and 'message'. Kinds are resumed, rejected (a checkpoint), halted and
   skipped (bad steps), records lost, forced (another config or data), and
   stopped.
   """
@@ -204,12 +204,12 @@ class Incidents:
     """Opens the record of a run; the first process alone writes to it."""
     self._path = workdir / "incidents.jsonl"
 
-  def add(self, kind: str, step: int | None, said: str) -> None:
+  def add(self, kind: str, step: int | None, message: str) -> None:
     """Appends a line, down to the disk."""
     if jax.process_index():
       return
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    line = {"time": now, "kind": kind, "step": step, "said": said}
+    line = {"time": now, "kind": kind, "step": step, "message": message}
     with self._path.open("a+b") as file:
       # A line that a crash cut short ends here.
       if file.tell():

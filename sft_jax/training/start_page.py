@@ -66,7 +66,7 @@ def write(
   command: str,
 ) -> None:
   """Writes start.json and samples.json, for the report."""
-  start = {"command": command, "facts": words, "said": list(messages)}
+  start = {"command": command, "facts": words, "messages": list(messages)}
   start["versions"] = installed_versions()
   write_json(workdir / "start.json", start)
   store = built.stream.store

@@ -66,7 +66,7 @@ def finished(x: str) -> dict[str, Any]:
     "start": {
       "command": f"python -m sft_jax.main --config=x.py {x}",
       "facts": {"Model": {"from": x}, "Plan": {"steps": x}},
-      "said": [x],
+      "messages": [x],
       "versions": {"jaxlib": "9.9.9", "commit": x},
     },
     "config": {"optim": {"learning_rate": 1e-05}, "model": {"path": x}},
@@ -75,8 +75,8 @@ def finished(x: str) -> dict[str, Any]:
       {"step": 2, "loss/nats_per_token": 1.5, "time/step_s": 1.0, x: None},
     ],
     "incidents": [
-      {"time": "T", "kind": "resumed", "step": 1, "said": x},
-      {"time": "T", "kind": "skipped", "step": None, "said": "left out"},
+      {"time": "T", "kind": "resumed", "step": 1, "message": x},
+      {"time": "T", "kind": "skipped", "step": None, "message": "left out"},
     ],
     "ledger": {"sources": {x: source}, "epoch": epoch},
     "samples": [sample],

@@ -244,7 +244,7 @@ def test_a_changed_config_is_refused(tmp_path, model, rows):
   result = sft_jax.train(changed, force=True)
   assert [row["step"] for row in records(result.workdir)] == [1, 2, 3, 4, 5]
   forced = [
-    line["said"]
+    line["message"]
     for line in read_jsonl(result.workdir / "incidents.jsonl")
     if line["kind"] == "forced"
   ]

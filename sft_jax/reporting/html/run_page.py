@@ -26,10 +26,10 @@ def write(path: str | os.PathLike, run: Run) -> None:
 
       title      text
       start      what the run said of itself at its start: 'facts' {title:
-                 {name: value}}, 'said' [line], 'command', 'versions'
+                 {name: value}}, 'messages' [line], 'command', 'versions'
       config     nested dict
       metrics    [{'step': n, name: number, ...}], rows of metrics.jsonl
-      incidents  [{'time', 'kind', 'step', 'said'}], lines of incidents.jsonl
+      incidents  [{'time', 'kind', 'step', 'message'}], lines of incidents.jsonl
       ledger     as in ledger.json
       samples    [`summary.sample`], training examples
       data       fingerprint and what it is made of, as in data.json

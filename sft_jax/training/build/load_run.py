@@ -36,7 +36,7 @@ def load(
   path: str | Path,
   *,
   dtype: str = "float32",
-  say: Callable[[str], None] = print,
+  log: Callable[[str], None] = print,
 ) -> Asked:
   """Loads a Hugging Face folder, a run's newest checkpoint, or one by name.
 
@@ -75,7 +75,7 @@ def load(
         "Train first, or name another folder."
       )
     where = max(steps, key=lambda p: int(p.name))
-  say(f"Loading {where} ...")
+  log(f"Loading {where} ...")
   manifest = _read_manifest(where)
   config: Any = ml_collections.ConfigDict(
     manifest["meta"]["config"], type_safe=False
@@ -83,7 +83,7 @@ def load(
   mesh = sharding.make_mesh(**config.mesh)
   config.model.path = str(setup_model.find_model(config).folder)
   tokenizer = data.load_tokenizer(config, config.model.path)
-  model, base = setup_model.load_model(config, mesh, say)
+  model, base = setup_model.load_model(config, mesh, log)
   held = trees.flatten(base)
   for name, x in _read_parameters(where, manifest, base).items():
     held[name] = jax.device_put(x, held[name].sharding)

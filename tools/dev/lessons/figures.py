@@ -46,7 +46,7 @@ def sample(
   workdir: Path, samples: int, *, seed: int, max_new_tokens: int
 ) -> list[list[str]]:
   """Replies to each prompt of a run, so many, drawn at temperature 1."""
-  asked = load_run.load(workdir, say=lambda line: None)
+  asked = load_run.load(workdir, log=lambda line: None)
   items = behaviors.load(workdir / "prompts.jsonl")
   found = generate.generate(
     asked.model,
