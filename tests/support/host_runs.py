@@ -29,6 +29,7 @@ def start(
   *,
   folders: Sequence[Path] = (ROOT, ROOT),
   between: Callable[[subprocess.Popen], Any] = lambda first: None,
+  homes: Sequence[Path] = (),
 ) -> list[subprocess.Popen]:
   """Two processes of the door, which share a workdir.
 
@@ -37,6 +38,7 @@ def start(
     choices: keys of a config.
     folders: where each of them runs.
     between: called with the first before the second is started.
+    homes: where each keeps what it fetches: machines that share no disk.
   """
   folder = workdir.parent
   arguments = _arguments(workdir, choices)
@@ -56,7 +58,8 @@ def start(
             *(f"--coordinator={address}", "--processes=2", f"--process={i}"),
           ],
           cwd=folders[i],
-          env=environment,
+          env=environment
+          | ({"XDG_CACHE_HOME": str(homes[i])} if homes else {}),
           stdout=out,
           stderr=subprocess.STDOUT,
         )
@@ -68,7 +71,7 @@ def start(
 
 def _arguments(workdir: Path, choices: dict) -> list[str]:
   config = tiny.config(workdir.parent, "", "", **choices)
-  config.workdir = str(workdir)
+  config.workdir = choices.get("workdir", str(workdir))
   keys = trees.flatten(config.to_dict())
   base = trees.flatten(tiny.base.get_config().to_dict())
   return [

@@ -14,7 +14,7 @@ import pytest
 import buckets as emulators
 import sft_jax
 import tiny
-from host_runs import ROOT
+from host_runs import ROOT, finish, start
 from sft_jax.common import hub
 from sft_jax.common.buckets import remote_workdir, storage
 from sft_jax.data.readers import files
@@ -295,6 +295,19 @@ def test_of_many_that_try_at_once_one_has_the_lease(url, quick):
   assert len(got) == 1
 
 
+@every
+def test_a_listing_of_before_takes_no_lease_away(url, quick):
+  first, second = remote_workdir.Lease(url), remote_workdir.Lease(url)
+  first.acquire()
+  answers, newest = [(0, None)], second._newest
+  second._newest = lambda: answers.pop() if answers else newest()
+  watched = []
+  second._watch = lambda number, held: watched.append(held["id"])  # It lapses.
+  second.acquire()
+  assert watched == [first._me["id"]]
+  assert second._number == 2
+
+
 @both
 def test_an_answer_that_is_lost_takes_no_lease_away(url, buckets, quick):
   buckets.fail("late", "(POST|PUT) ")
@@ -413,3 +426,46 @@ def test_a_run_with_everything_in_a_bucket_is_a_local_run(url, tmp_path, quick):
   # Finished is finished, here and elsewhere.
   assert sft_jax.train(config()).metrics["export"] == found.metrics["export"]
   assert not (ROOT / f"{url.partition(':')[0]}:").exists()
+
+
+@remote
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["gs"])
+def test_two_processes_that_share_no_disk(url, tmp_path):
+  """Four devices each, stopped and continued: one process of eight."""
+  model, rows = tiny.model_folder(tmp_path / "model"), tmp_path / "rows.jsonl"
+  tiny.rows_file(rows)
+  sizes = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+  choices = CHOICES | sizes | {"batch_size": 16, "steps": 6}
+  alone = sft_jax.train(tiny.config(tmp_path, model, rows, **choices))
+  storage.upload_folder(model, f"{url}/model", "config.json")
+  storage.upload(rows, f"{url}/rows.jsonl")
+  choices |= {
+    "model__path": f"{url}/model",
+    "data__train": f"{url}/rows.jsonl",
+    "workdir": f"{url}/run",
+  }
+  homes = [tmp_path / "machine_0", tmp_path / "machine_1"]
+  for code, said in finish(
+    start(tmp_path / "two", choices, homes=homes), tmp_path / "two", 300
+  ):
+    assert code == 0, said
+  found, wanted = run_files.read(f"{url}/run"), run_files.read(alone.workdir)
+  assert len(found["metrics"]) == len(wanted["metrics"])
+  for one, other in zip(found["metrics"], wanted["metrics"], strict=True):
+    assert one.get("data/chain") == other.get("data/chain")
+    for name, value in other.items():
+      if name.split("/")[0] in ("loss", "held_out"):
+        np.testing.assert_allclose(one[name], value, rtol=2e-4, err_msg=name)
+  _, got = load_save.load_pretrained(f"{url}/run/export")
+  _, want = load_save.load_pretrained(alone.workdir / "export")
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), got, want
+  )
+  # Other machines, one for two, continue from the bucket alone.
+  storage.remove(f"{url}/run/checkpoints/6")
+  storage.remove(f"{url}/run/result.json")
+  one = tiny.config(tmp_path, "", "", **choices)
+  sft_jax.train(one)
+  happened = run_files.read(f"{url}/run")["incidents"]
+  assert [(x["kind"], x["step"]) for x in happened] == [("resumed", 4)]
