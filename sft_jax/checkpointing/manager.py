@@ -214,11 +214,15 @@ class Checkpoints:
       yield
     except Exception as error:
       self._scores.pop(self._saving, None)
+      expected = "a disk with room that can be written"
+      cure = "make room, and run the same command again"
+      if storage.is_remote(self._directory):
+        expected = "a bucket that answers and may be written"
+        cure = "the same command continues from there"
       raise OSError(
         f"checkpoint {self._saving} in {self._directory}: could not be saved "
-        f"({_line(error)}), expected a disk with room that can be written. "
-        f"The checkpoints {self.steps()} are whole; make room, and run the "
-        "same command again."
+        f"({_line(error)}), expected {expected}. "
+        f"The checkpoints {self.steps()} are whole; {cure}."
       ) from error
 
   # -- Restoring ------------------------------------------------------------

@@ -5,10 +5,12 @@
 runs both behind a proxy until it is killed, and writes FOLDER/env.json. Before
 each request the proxy looks at FOLDER/faults.json:
 
-    {"kind": "503", "match": "regex of method and path", "times": 3}
+    {"kind": "503", "match": "regex of method and path", "times": 3,
+     "every": 1, "seen": 0}
 
-kind: a status; 'drop' (the connection ends without an answer); 'torn' (it ends
-in the middle of one); 'late' (the request is done, but nobody hears of it);
+Of the requests that match each `every`-th meets one of the kinds, in turn,
+until it was `times`. kind: a status; 'drop' (the connection ends without an
+answer); 'torn' (it ends in one); 'late' (all is done, but nobody hears of it);
 'slow' (half a second); 'stale' (a listing of before). The emulator of gs://
 knows no preconditions: the proxy checks ifGenerationMatch=0.
 """
@@ -78,9 +80,12 @@ class Proxy(BaseHTTPRequestHandler):
       line = f"{self.command} {self.path}"
       if not asked["times"] or not re.search(asked["match"], line):
         return ""
-      asked["times"] -= 1
+      asked["seen"] += 1
+      hit = asked["seen"] % asked["every"] == 0
+      asked["times"] -= hit
       self.faults.write_text(json.dumps(asked))
-      return asked["kind"]
+      kinds = asked["kind"].split(",")
+      return kinds[asked["times"] % len(kinds)] if hit else ""
 
   def ask(self, body: bytes) -> tuple[int, list, bytes]:
     there = http.client.HTTPConnection("127.0.0.1", self.backend, timeout=60)
@@ -228,9 +233,12 @@ class Buckets:
     self.env = json.loads((folder / "env.json").read_text())
     self.env["XDG_CACHE_HOME"] = str(folder / "cache")
 
-  def fail(self, kind: str, match: str = "", times: int = 1) -> None:
-    """The next requests that match get a fault."""
-    asked = {"kind": str(kind), "match": match, "times": times}
+  def fail(
+    self, kind: str, match: str = "", times: int = 1, every: int = 1
+  ) -> None:
+    """The next requests that match get a fault, or some of them."""
+    asked = {"kind": kind, "match": match, "times": times}
+    asked |= {"every": every, "seen": 0}
     (self._folder / "faults.json").write_text(json.dumps(asked))
 
   def left(self) -> int:

@@ -115,7 +115,7 @@ def client(url: str) -> tuple[Any, str]:
 def explained(url: str, right: str) -> Iterator[None]:
   """Whatever a store's client raises, as one OSError of one line.
 
-  FileExistsError, and of reading FileNotFoundError, are left as they are.
+  Of reading FileNotFoundError is left as it is.
 
   Args:
     url: what is asked for.
@@ -123,8 +123,6 @@ def explained(url: str, right: str) -> Iterator[None]:
   """
   try:
     yield
-  except FileExistsError:
-    raise
   except FileNotFoundError as error:
     if right == "read":
       raise
@@ -169,13 +167,17 @@ def write(url: str, data: bytes, *, new: bool = False) -> None:
     FileExistsError: with `new`, there is one: the store's own precondition.
   """
   fs, path = client(url)
+  there = False
   with explained(url, "write"):
     try:
       fs.pipe_file(path, data, mode="create" if new else "overwrite")
     except Exception as error:
-      if new and "412" in f"{getattr(error, 'code', '')} {error}":
-        raise FileExistsError(url) from error
-      raise
+      said = f"{type(error).__name__} {getattr(error, 'code', '')} {error}"
+      there = new and bool(re.search("FileExists|412", said))
+      if not there:
+        raise
+  if there:
+    raise FileExistsError(url)
 
 
 def remove(url: str) -> None:

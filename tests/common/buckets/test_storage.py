@@ -382,10 +382,8 @@ def left(folder) -> tuple:
   return rows, result, found["held_out"]
 
 
-@remote
-@pytest.mark.parametrize(
-  "scheme", ["gs", pytest.param("s3", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@both
 def test_a_run_with_everything_in_a_bucket_is_a_local_run(url, tmp_path, quick):
   model, rows = tiny.model_folder(tmp_path / "model"), tmp_path / "rows.jsonl"
   tiny.rows_file(rows)
@@ -426,6 +424,39 @@ def test_a_run_with_everything_in_a_bucket_is_a_local_run(url, tmp_path, quick):
   # Finished is finished, here and elsewhere.
   assert sft_jax.train(config()).metrics["export"] == found.metrics["export"]
   assert not (ROOT / f"{url.partition(':')[0]}:").exists()
+
+
+@remote
+@pytest.mark.slow
+@both
+def test_a_run_among_faults_is_an_undisturbed_one(
+  url, tmp_path, buckets, quick
+):
+  """Each eighth request fails; where that ends the run, it is begun again."""
+  model, rows = tiny.model_folder(tmp_path / "model"), tmp_path / "rows.jsonl"
+  tiny.rows_file(rows)
+  alone = sft_jax.train(tiny.config(tmp_path, model, rows, **CHOICES))
+  storage.upload_folder(model, f"{url}/model", "config.json")
+  storage.upload(rows, f"{url}/rows.jsonl")
+  kinds = "503,429,drop,torn,slow,late,stale,412"
+  buckets.fail(kinds, times=10**6, every=8)
+  for tries in range(9):
+    config = tiny.config(
+      *(tmp_path, f"{url}/model", f"{url}/rows.jsonl"),
+      **(CHOICES | {"workdir": f"{url}/run"}),
+    )
+    try:
+      found = sft_jax.train(config)
+      break
+    except (OSError, ValueError) as error:
+      print(f"try {tries}: {error}")
+      buckets.fail(kinds, times=10**6, every=8 * (2 + tries))
+  met = 10**6 - buckets.left()
+  buckets.fail("", times=0)
+  print(f"{met} faults in the last of {tries + 1} tries")
+  assert met > 3
+  assert left(f"{url}/run") == left(alone.workdir)
+  jax.tree.map(np.testing.assert_array_equal, found.params, alone.params)
 
 
 @remote
