@@ -210,7 +210,7 @@ def callees(line: str) -> list[str]:
 def collective(line: str, num_devices: int) -> tuple[str, int] | None:
   """(kind, bytes that a device receives) of an instruction, if it is one."""
   if found := re.search(r" = (.+?) recv\(.*_xla_megascale_transfer", line):
-    return ACROSS, _num_bytes(re.sub(r"(u32|token)\[\]", "", found[1]))
+    return ACROSS, num_bytes(re.sub(r"(u32|token)\[\]", "", found[1]))
   found = re.search(rf" = (.+?) ({'|'.join(KINDS)})(-start)?\(", line)
   if found is None:
     return None
