@@ -118,6 +118,28 @@ def get_config() -> ml_collections.ConfigDict:
   # forward pass of the base more per step; 0 = off. See docs/forgetting.md.
   loss.kl = 0.0
 
+  config.preference = preference = ml_collections.ConfigDict()
+  # dpo | ipo | robust | simpo | orpo | kto, in place of cross-entropy: rows are
+  # pairs of a chosen and a rejected answer; '' = off. See docs/preferences.md.
+  preference.loss = ""
+  preference.beta = 0.1  # How near to the reference; of SimPO 2 or more.
+  # Share of pairs believed swapped: cDPO, robust.
+  preference.label_smoothing = 0.0
+  preference.margin = 0.0  # Of SimPO, in rewards.
+  preference.sft = 0.0  # Weight of the chosen side's nats per token beside it.
+
+  config.distill = distill = ml_collections.ConfigDict()
+  # base | self (the base, shown the answer in its prompt) | kept (by sft-jax
+  # teach) | the folder of another model of the same vocabulary; '' = off. See
+  # docs/distillation.md.
+  distill.teacher = ""
+  distill.weight = 1.0  # Of the divergence from the teacher.
+  distill.ce = 0.0  # Of the cross-entropy beside it.
+  distill.divergence = "forward"  # forward | reverse | jsd.
+  distill.mix = 0.5  # Of jsd: share of the teacher in the mean.
+  distill.temperature = 1.0  # Of both models' predictions.
+  distill.top = 64  # Tokens that sft-jax teach keeps of each prediction.
+
   config.optim = optim = ml_collections.ConfigDict()
   optim.name = "adamw"  # adamw | adafactor | lion | sgd | muon.
   optim.learning_rate = 2e-3  # Peak. A model of 1.4 M needs a large one.
@@ -141,6 +163,9 @@ def get_config() -> ml_collections.ConfigDict:
   # (right on average, so that small updates are not lost).
   optim.rounding = "nearest"
   optim.clip_norm = 1.0  # Global gradient norm; 0 = off.
+  # Decay of an average of the weights, which is measured and exported in place
+  # of the last ones: 0.99 is over some hundred steps; 0 = off.
+  optim.ema = 0.0
 
   config.mesh = mesh = ml_collections.ConfigDict()
   mesh.data = -1  # Copies of the model; -1 = the remaining devices.

@@ -16,14 +16,23 @@ COMMANDS = {
   "evaluate": "behaviors and perplexity of a model, beside another",
   "chat": "talk with a model, or with two side by side",
   "score": "how hard each row is, written beside the rows",
+  "select": "a share of the rows that is hard and diverse, by their scores",
+  "teach": "what a teacher predicts of the rows, kept for distillation",
   "synthesize": "rows by a teacher, kept where checks pass",
+  "merge": "one model of several: averages, task vectors, TIES, DARE, SLERP",
   "compare": "one page of several runs",
   "report": "the page of a run, written again",
   "export": "a Hugging Face folder of a run's checkpoint",
   "replay": "the rows of one step of a run",
 }
 # Where a command is not `main` of the module of its name.
-MODULES = {"report": "compare:report", "train": "train:cli"}
+MODULES = {
+  "report": "compare:report",
+  "train": "train:cli",
+  "merge": "export:merge",
+  "teach": "score:teach",
+  "select": "score:select",
+}
 
 
 def main(name: str = "") -> None:

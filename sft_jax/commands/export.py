@@ -1,10 +1,25 @@
-"""Writes the newest checkpoint of a run as a verified Hugging Face folder.
+"""Model folders: of a run's newest checkpoint, or of several models.
 
-sft-jax export --workdir=runs/demo --out=my_model
+    sft-jax export --workdir=runs/demo --out=my_model
+
+writes a verified Hugging Face folder.
+
+    sft-jax merge --models A B C --out=merged
+    sft-jax merge --method=ties --models A B --base=BASE --out=merged
+    sft-jax merge --method=arithmetic --weights 0.7 --models A --base=BASE ...
+    sft-jax merge --greedy=held_out.jsonl --models A B C --out=merged
+
+Models are Hugging Face folders or PEFT folders (adapters) of one base; see
+sft_jax/models/hf/merging.py for the formulas. With --greedy they are tried from
+the best to the worst by their loss on these rows, and each is kept in the
+average if it does not become worse (the greedy soup of arXiv 2203.05482).
+Memory does not grow with the models; merge.json in OUT says what was merged.
 """
 
 import argparse
+import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +28,13 @@ import ml_collections
 from sft_jax.checkpointing.resume import restore
 from sft_jax.common.buckets import remote_workdir, storage
 from sft_jax.common.workdir import read_json
+from sft_jax.data.encoding import encode
+from sft_jax.data.formats import formats
+from sft_jax.data.readers import files
+from sft_jax.evals import forgetting
+from sft_jax.models.hf import merging
 from sft_jax.reporting import terminal
-from sft_jax.training.build import build, outputs
+from sft_jax.training.build import build, load_run, outputs
 
 
 def main() -> None:
@@ -54,3 +74,76 @@ def main() -> None:
     evidence = outputs.export_run(config, run, params, path)
     storage.upload_folder(path, args.out, "config.json")
   log(f"{args.out}: {evidence}")
+
+
+# -- One model of several -----------------------------------------------------
+
+
+def held_out_nats(model: Path, rows: str, max_length: int) -> float:
+  """Nats per trained token of a model's folder over the rows of a file."""
+  asked = load_run.load(str(model))
+  examples = [
+    example
+    for where, row in files.read_rows(rows)
+    for example in encode.encode_row(
+      formats.to_conversation(row, source=where),
+      asked.tokenizer,
+      asked.options,
+      max_length=max_length,
+    ).examples
+  ]
+  found = forgetting.compare_models(
+    asked.model, asked.params, None, examples, batch_size=8
+  )
+  return float(found.nats / found.weight)
+
+
+def greedy(models: Sequence[Path], rows: str, max_length: int) -> list[Path]:
+  """The models whose average is best by the rows, tried from the best on."""
+  log = terminal.console().print
+  scores = {path: held_out_nats(path, rows, max_length) for path in models}
+  first, *others = sorted(models, key=scores.__getitem__)
+  kept, best = [first], scores[first]
+  log(f"{first}: {best:.4f} nats per token, the first")
+  with tempfile.TemporaryDirectory(prefix="sft_jax-merge-") as folder:
+    for path in others:
+      tried = Path(folder) / "tried"
+      shutil.rmtree(tried, ignore_errors=True)
+      merging.merge_folders(merging.Merge("average"), [*kept, path], tried)
+      nats = held_out_nats(tried, rows, max_length)
+      log(
+        f"{path}: {scores[path]:.4f} alone, {nats:.4f} in the average: "
+        + ("kept" if nats <= best else "left out")
+      )
+      if nats <= best:
+        kept, best = [*kept, path], nats
+  return kept
+
+
+def merge(argv: Sequence[str] | None = None) -> None:
+  """Makes one model of several, on the command line's arguments by default."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  add = parser.add_argument
+  add("--models", required=True, nargs="+", type=Path, help="their folders")
+  add("--out", required=True, type=Path, help="the folder to write")
+  add("--method", choices=merging.METHODS, default="average")
+  add("--base", type=Path, help="what the models were tuned from")
+  add("--weights", type=float, nargs="+", default=(), help="of each; 1 each")
+  add("--density", type=float, default=0.2, help="kept by ties and dare")
+  add("--seed", type=int, default=0, help="of what dare drops")
+  add("--greedy", help="rows to choose models by: jsonl")
+  add("--max_length", type=int, default=1024, help="tokens of these rows")
+  args = parser.parse_args(argv)
+  models = args.models
+  if args.greedy:
+    if args.method != "average" or args.weights:
+      raise ValueError(
+        f"merge --greedy: got --method={args.method} and --weights="
+        f"{args.weights}; expected the plain average. Leave them out."
+      )
+    models = greedy(models, args.greedy, args.max_length)
+  choice = merging.Merge(
+    args.method, tuple(args.weights), args.density, args.seed
+  )
+  merging.merge_folders(choice, models, args.out, base=args.base)
+  terminal.console().print(f"{args.out}: {args.method} of {len(models)} models")

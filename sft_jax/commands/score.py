@@ -10,26 +10,44 @@ data.weight_by read them there. The summary shows percentiles, the hardest and
 easiest rows, those whose prompt makes the answer harder (IFD above 1), and
 those whose prompt says it (the lowest IFD); sft-jax inspect shows it
 again. See docs/selection.md.
+
+    sft-jax select --config=... --keep=10%
+
+scores the rows, and chooses a share of them that is hard and diverse: with
+data.filter = (("rank", "<", 1.0),) a run trains on these. Each row's line of
+scores says why it was kept or left; see sft_jax/evals/row_selection.py.
+
+    sft-jax teach --config=... --teacher=FOLDER
+
+keeps what another model predicts of the trained tokens of every row, the
+distill.top most likely ones of each, for runs with distill.teacher=kept; see
+docs/distillation.md.
 """
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from rich.console import Console
 
 from sft_jax.commands import command
 from sft_jax.common import sharding
+from sft_jax.common.batch import Batch
 from sft_jax.common.buckets import storage
-from sft_jax.data import selection
+from sft_jax.data import packing, selection
 from sft_jax.data.audit import score_summary
 from sft_jax.data.readers import files
 from sft_jax.data.selection import RowScore
 from sft_jax.data.sources import Source
-from sft_jax.evals import row_scores
+from sft_jax.data.store import teacher as kept_store
+from sft_jax.data.store.store import Store
+from sft_jax.evals import row_scores, row_selection
+from sft_jax.models.transformer import Model
 from sft_jax.reporting import terminal
 from sft_jax.training.build import data
 from sft_jax.training.build import model as setup_model
@@ -38,12 +56,17 @@ from sft_jax.training.build.sources import make_sources
 CONFIG = command.config_flag()
 SHOWN = flags.DEFINE_integer("shown", 3, "Rows to show of each kind.")
 _CUT = 110  # Characters of a text shown.
+_TOGETHER = 1024  # Tokens whose logits a teacher makes at once.
 
 Config = data.Config
 
 
-def score(config: Config, log: data.Log) -> dict[str, list[RowScore]]:
+def score(
+  config: Config, log: data.Log, keep: float = 0.0
+) -> dict[str, list[RowScore]]:
   """Scores the rows of data.train and writes a file beside each of theirs.
+
+  With `keep`, a share of the rows is chosen, and their ranks are scores, too.
 
   Returns {file: its scores}, as in data.train.
 
@@ -53,7 +76,7 @@ def score(config: Config, log: data.Log) -> dict[str, list[RowScore]]:
   mesh = sharding.make_mesh(**config.mesh)
   sharding.check_rows(mesh, config.batch_size, 1)
   folder = setup_model.find_model(config).folder
-  config = config.copy_and_resolve_references()
+  config = data.plain(config)
   config.model.path = str(folder)
   tokenizer = data.load_tokenizer(config, folder)
   sources = files_of(config)
@@ -75,6 +98,17 @@ def score(config: Config, log: data.Log) -> dict[str, list[RowScore]]:
     chunk_tokens=config.loss.chunk_tokens,
     log=log,
   )
+  if keep:
+    vectors = row_selection.embed(
+      store, model, params, batch_size=config.batch_size
+    )
+    chosen = row_selection.choose(found, vectors, keep, seed=config.seed)
+    found = [
+      x._replace(values=(*x.values, round(one.rank, 9)), reason=one.reason)
+      for x, one in zip(found, chosen, strict=True)
+    ]
+    kept = sum(one.rank < 1 for one in chosen)
+    log(f'{kept:,} of {len(chosen):,} rows: data.filter=(("rank","<",1.0),)')
   first = np.diff(store.index["row"], prepend=-1) != 0
   of_row = store.source[first].tolist()
   by = {
@@ -167,6 +201,97 @@ def show_figures(out: Console, found: dict[str, Any]) -> None:
         cut = " / ".join(text.split("\n"))
         cut = cut if len(cut) <= _CUT else cut[:_CUT] + " ..."
         out.print(f"  {cut}")
+
+
+KEEP = flags.DEFINE_string("keep", "10%", "Of select: a share of the rows.")
+
+
+def select() -> None:
+  """The command `select`."""
+  text = KEEP.value
+  try:
+    keep = float(text.removesuffix("%")) / (100 if "%" in text else 1)
+  except ValueError:
+    raise ValueError(
+      f"select --keep: got {text!r}; expected a share: 10% or 0.1."
+    ) from None
+  score(CONFIG.value, terminal.console().print, keep or -1)
+
+
+TEACHER = flags.DEFINE_string("teacher", "", "Of teach: a model's folder.")
+
+
+def keep_predictions(config: Config, path: str, log: data.Log) -> Path:
+  """Keeps a teacher's predictions of the rows of data.train; their folder.
+
+  Raises:
+    ValueError: no teacher, or one of another vocabulary.
+  """
+  config = config.copy_and_resolve_references()
+  folder = setup_model.find_model(config).folder
+  config.distill.teacher = path
+  mesh = sharding.make_mesh(**config.mesh)
+  tokenizer = data.load_tokenizer(config, folder, log)
+  found = setup_model.load_teacher(config, tokenizer, mesh, log)
+  if found is None:
+    raise ValueError(
+      f"teach --teacher: got {path!r}; expected a model's folder. Name one."
+    )
+  model, params = found
+  config.distill.teacher = ""
+  store = data.load_stores(config, tokenizer, log).train
+  rows, out = data.kept_folder(config, store)
+  top = min(config.distill.top, model.config.vocab_size)
+  kept_store.write(
+    out,
+    _predictions(store, model, params, top, config.batch_size),
+    vocab_size=model.config.vocab_size,
+    about={"rows": rows, "top": top, "teacher": path},
+  )
+  meta = kept_store.open_kept(out, rows)
+  size = meta.ids.shape[1] + 2 * top
+  log(f"{len(meta.ids):,} tokens, {size} bytes each, in {out}")
+  return out
+
+
+def _predictions(
+  store: Store, model: Model, params: Any, top: int, size: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+  """(start, ids, log-probabilities) of each example's trained tokens."""
+
+  @jax.jit
+  def likely(params: Any, batch: Batch, at: jax.Array) -> tuple[Any, Any]:
+    row = (batch.tokens, batch.positions, batch.segment_ids)
+    hidden = model.hidden(params, *row).reshape(-1, model.config.d_model)
+    z = (hidden[at] @ model.head(params).T).astype(jnp.float32)
+    if cap := model.config.logit_softcap:
+      z = cap * jnp.tanh(z / cap)
+    found, ids = jax.lax.top_k(jax.nn.log_softmax(z), top)
+    return ids, found
+
+  order = np.argsort(store.index["start"], kind="stable")
+  for first in range(0, len(order), size):
+    numbers = order[first : first + size]
+    examples = [store.example(int(i)) for i in numbers]
+    (batch,) = packing.padded_batches(examples, size)
+    at = np.flatnonzero(batch.loss_weights)
+    ids, logps = np.zeros((2, len(at), top))
+    for chunk in range(0, len(at), _TOGETHER):
+      own = at[chunk : chunk + _TOGETHER]
+      padded = np.pad(own, (0, _TOGETHER - len(own)))
+      made = likely(params, batch, padded)
+      here = slice(chunk, chunk + len(own))
+      ids[here], logps[here] = (np.asarray(x)[: len(own)] for x in made)
+    ends = np.cumsum([np.count_nonzero(x.loss_weights) for x in examples])
+    for i, end, before in zip(numbers, ends, [0, *ends], strict=False):
+      own = slice(before, end)
+      start = int(store.index["start"][i])
+      yield start, ids[own].astype(np.int32), logps[own]
+
+
+def teach() -> None:
+  """The command `teach`."""
+  keep_predictions(CONFIG.value, TEACHER.value, terminal.console().print)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from sft_jax.commands import command
 from sft_jax.common import sharding, trees
 from sft_jax.reporting import terminal
 from sft_jax.training import selfcheck
-from sft_jax.training.build import build
+from sft_jax.training.build import build, data
 from sft_jax.training.build import step as setup_step
 from sft_jax.training.build.data import Config, Log
 from sft_jax.training.build.model import build_model
@@ -75,7 +75,7 @@ def _invariances(
   def measure(
     mesh: Mesh, params: trees.Tree, remat: str = "", slices: int = 0
   ) -> Callable[..., selfcheck.Measured]:
-    other = config.copy_and_resolve_references()
+    other = data.plain(config)
     with other.unlocked():
       other.loss.chunk_tokens = slices or config.loss.chunk_tokens
       other.model.remat = remat or config.model.remat

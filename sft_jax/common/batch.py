@@ -36,6 +36,8 @@ class Batch(NamedTuple):
       is no target. Here a user says 11, an answer is 12 and 21, 22 ends it.
     sources: the source that a slot's document is from; 0 also for padding.
       Of made-up batches neither need be known: they only tell losses apart.
+    teacher_ids, teacher_logps: of the targets, the K tokens that a teacher held
+      most likely, and their log-probabilities; None where none was asked.
   """
 
   tokens: Int32[AnyArray, "B T"]
@@ -45,3 +47,5 @@ class Batch(NamedTuple):
   positions: Int32[AnyArray, "B T"]
   roles: UInt8[AnyArray, "B T"] | None = None
   sources: Int32[AnyArray, "B T"] | None = None
+  teacher_ids: Int32[AnyArray, "B T K"] | None = None
+  teacher_logps: Float32[AnyArray, "B T K"] | None = None

@@ -118,6 +118,8 @@ class Conversation:
     text: raw text, every token of which is trained; None for a conversation.
     ids: the tokens of a row that was tokenised elsewhere; else empty.
     id_weights: the weight of predicting each of `ids`, as many as they.
+    rejected: of a preference row, the same conversation with the worse answer.
+    desirable: False where the answer is one that should not be given.
     source: where it came from, such as 'rows.jsonl:12'; errors name it.
     notes: what the ledger says of the row, such as 'field not read: summary'.
   """
@@ -127,6 +129,8 @@ class Conversation:
   text: str | None = None
   ids: tuple[int, ...] = ()
   id_weights: tuple[float, ...] = ()
+  rejected: tuple[Message, ...] = ()
+  desirable: bool = True
   source: str = ""
   notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
@@ -236,6 +240,13 @@ def check(conversation: Conversation) -> Conversation:
       got = f"weight {weight}"
       raise RowError(conversation.place, got, WEIGHTS, "Correct id_weights.")
   before: Message | None = None
+  if conversation.rejected:
+    other = dataclasses.replace(
+      conversation, messages=conversation.rejected, rejected=()
+    )
+    check(
+      dataclasses.replace(other, source=f"{other.source or 'row'} rejected")
+    )
   for index, message in enumerate(conversation.messages):
     named = (message.name, message.tool_call_id)
     said = (message.content, message.reasoning, *named)

@@ -223,6 +223,9 @@ def pack_row(
   normalize: str = "token",
   scales: Sequence[float] = (),
   sources: Sequence[int] = (),
+  pairs: bool = False,
+  teachers: Sequence[tuple[np.ndarray, np.ndarray]] = (),
+  top: int = 0,
 ) -> Batch:
   """The Examples of one pack as one row, B = 1; see `Batch` for the picture.
 
@@ -236,35 +239,57 @@ def pack_row(
     normalize: see `pipeline.Stream`.
     scales: factor of each document's weights; none are all 1.
     sources: number of each document's source; none are all 0.
+    pairs: gives Example k the segments 2k - 1, its better side, and 2k, its
+      rejected one, so that a segment's number tells its pair and its side.
+    teachers: of each document, ids and log-probabilities [n, K] that a teacher
+      gives to its n trained tokens; see `store.teacher.Kept`.
+    top: K; 0 without a teacher.
   """
   int32, uint8, float32 = np.int32, np.uint8, np.float32
   dtypes = (int32, int32, float32, int32, int32, uint8, int32)
   row = Batch(*(np.zeros((1, seq_len), dtype) for dtype in dtypes))
+  if top:
+    shape = (1, seq_len, top)
+    row = row._replace(
+      teacher_ids=np.zeros(shape, int32), teacher_logps=np.zeros(shape, float32)
+    )
   assert row.roles is not None
   assert row.sources is not None
   start = 0
-  for segment, example in enumerate(examples, 1):
-    tokens, weights = example.tokens, example.loss_weights
-    end = start + len(tokens)
+  for number, example in enumerate(examples, 1):
+    weights = example.loss_weights
     if normalize == "example":
       weights = weights / weights.sum()
     if scales:
-      weights = weights * np.float32(scales[segment - 1])
-    row.tokens[0, start:end] = tokens
-    row.targets[0, start : end - 1] = tokens[1:]
-    row.loss_weights[0, start : end - 1] = weights[1:]
-    row.segment_ids[0, start:end] = segment
-    row.positions[0, start:end] = np.arange(len(tokens))
-    row.roles[0, start : end - 1] = example.roles[1:]
-    if sources:
-      row.sources[0, start:end] = sources[segment - 1]
-    start = end
+      weights = weights * np.float32(scales[number - 1])
+    better = len(weights) - example.rejected
+    for side, own in enumerate((slice(better), slice(better, None))):
+      tokens = example.tokens[own]
+      end = start + len(tokens)
+      if start == end:
+        continue
+      row.tokens[0, start:end] = tokens
+      row.targets[0, start : end - 1] = tokens[1:]
+      row.loss_weights[0, start : end - 1] = weights[own][1:]
+      segment = 2 * number - 1 + side if pairs else number
+      row.segment_ids[0, start:end] = segment
+      row.positions[0, start:end] = np.arange(len(tokens))
+      row.roles[0, start : end - 1] = example.roles[own][1:]
+      if row.teacher_ids is not None and row.teacher_logps is not None:
+        at = start - 1 + np.flatnonzero(example.loss_weights)
+        row.teacher_ids[0, at], row.teacher_logps[0, at] = teachers[number - 1]
+      if sources:
+        row.sources[0, start:end] = sources[number - 1]
+      start = end
   return row
 
 
 def stack_rows(rows: Sequence[Batch]) -> Batch:
   """One batch of all the rows."""
-  return Batch._make(map(np.concatenate, zip(*rows, strict=True)))
+  return Batch._make(
+    None if arrays[0] is None else np.concatenate(arrays)
+    for arrays in zip(*rows, strict=True)
+  )
 
 
 def padded_batches(examples: Sequence[Example], size: int) -> list[Batch]:

@@ -76,6 +76,7 @@ class Stream:
     packing: bool = True,
     epochs: int | None = None,
     normalize: str = "token",
+    pairs: bool = False,
   ):
     """Plans the first epoch; reads lengths, not tokens.
 
@@ -88,6 +89,7 @@ class Stream:
       epochs: passes over the data; None never ends.
       normalize: 'token' leaves weights as encoded; 'example' divides each
         document's by their sum, so that long answers count no more.
+      pairs: see `packing.pack_row`.
 
     Raises:
       ValueError: an empty store, a row longer than `seq_len`, or arguments
@@ -109,6 +111,7 @@ class Stream:
       )
     self.store, self.seq_len, self.batch_size = store, seq_len, batch_size
     self._seed, self._packing, self._normalize = seed, packing, normalize
+    self._pairs = pairs
     self._lock = threading.RLock()
     self._plan = functools.lru_cache(maxsize=2)(self._make_plan)
     self._patterns = functools.lru_cache(maxsize=1)(self._find_patterns)
@@ -141,6 +144,7 @@ class Stream:
       "data.packing": packing,
       "loss.normalize": normalize,
       **store.fingerprint_inputs,
+      **({"teacher": store.teacher.fingerprint} if store.teacher else {}),
     }
     for number, source in enumerate(store.sources, 1):
       mixed = {"repeat": float(source.repeat), "share": source.share}
@@ -186,6 +190,7 @@ class Stream:
       )
     block = len(wanted)
     steps = _ENDLESS if self.num_steps is None else self.num_steps
+    teacher = self.store.teacher
 
     def row(i: int) -> Batch:
       step, row = divmod(i, block)
@@ -196,6 +201,9 @@ class Stream:
         normalize=self._normalize,
         scales=self._scales[ids].tolist(),
         sources=self.store.source[ids].tolist(),
+        pairs=self._pairs,
+        teachers=[self.store.taught(int(k)) for k in ids] if teacher else (),
+        top=teacher.top if teacher else 0,
       )
 
     dataset = grain.MapDataset.range(steps * block).map(row)

@@ -148,9 +148,9 @@ class _Table:
       if np.isnan(found[i]):
         raise ValueError(
           f"{self.places[i]}: got no {name} of this row, expected a number; "
-          "raw text and answers without a prompt have none. Give its source a "
-          "filter and a weight_by of its own: {'path': ..., 'filter': (), "
-          "'weight_by': ()}."
+          "sft-jax select gives the rank, and raw text and answers without a "
+          "prompt have none of the others. Give its source a filter and a "
+          "weight_by of its own: {'path': ..., 'filter': (), 'weight_by': ()}."
         )
     return [x if keep else None for x, keep in zip(found, chosen, strict=True)]
 
@@ -259,8 +259,9 @@ class RowScore(NamedTuple):
 
   place: str  # 'rows.jsonl:12'.
   content: int  # Hash of the row, `shards.content_of`.
-  # Of each of `SCORES`; None where a row has no such score.
+  # Of each of `SCORES`, or of the first; None where a row has no such score.
   values: tuple[float | None, ...]
+  reason: str = ""  # Why sft-jax select kept or left it; for people.
 
 
 class Scores(NamedTuple):
@@ -309,7 +310,8 @@ def write_scores(
       file.write(json.dumps({"scores": _VERSION, **by}) + "\n")
       for row in rows:
         line = {"place": row.place, "content": f"{row.content:016x}"}
-        line |= dict(zip(SCORES, row.values, strict=True))
+        line |= dict(zip(SCORES, row.values, strict=False))
+        line |= {"reason": row.reason} if row.reason else {}
         file.write(json.dumps(line) + "\n")
       file.flush()
       os.fsync(file.fileno())
@@ -338,7 +340,8 @@ def read_scores(path: Path) -> Scores:
         places.append(_hash(line["place"]))
         contents.append(int(line["content"], 16))
         values.extend(
-          np.nan if line[name] is None else float(line[name]) for name in SCORES
+          np.nan if (x := line.get(name)) is None else float(x)
+          for name in SCORES
         )
   except FileNotFoundError:
     raise ValueError(

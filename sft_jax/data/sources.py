@@ -36,7 +36,7 @@ from sft_jax.data.readers.json import OnBadRow, Rows
 from sft_jax.data.readers.memory import MemoryRows
 
 # What `sft_jax.commands.score` gives each row; see `evals.row_scores`.
-SCORES = ("nats", "ifd", "alone", "tokens")
+SCORES = ("nats", "ifd", "alone", "tokens", "rank")
 _COMPARE = {
   "<": operator.lt,
   "<=": operator.le,

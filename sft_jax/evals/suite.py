@@ -25,6 +25,7 @@ from sft_jax.step.loss import BaseSums, LossSums
 
 Measurement = dict[str, Any]
 Part = TypeVar("Part")
+_OF_PAIRS = ("reward_margin", "reward_accuracy")
 # (what is measured, how much is done, how much there is).
 Progress = Callable[[str, int, int], None]
 
@@ -81,11 +82,11 @@ class Suite:
     """{'<set>/nats_per_token', '<set>/perplexity'} of each text set.
 
     With them '<set>/loss/<group>' and '<set>/acc/<group>' of its groups of
-    tokens, where there are such tokens, and `forgetting.base_agreement` where
-    the base is known. 'held_out/gap' is the held-out loss above that of
-    rows trained on ('train_rows/nats_per_token'), of the same parameters. Sums
-    are over the whole set and divided once, so the figures do not depend on
-    the batch size.
+    tokens, where there are such tokens, `forgetting.base_agreement` where the
+    base is known, and of pairs the means of `preferences.objective`.
+    'held_out/gap' is the held-out loss above that of rows trained on
+    ('train_rows/nats_per_token'), of the same parameters. Sums are over the
+    whole set and divided once, so the figures do not depend on the batch size.
     """
     values = {}
     for name, stream in self._texts.items():
@@ -97,6 +98,9 @@ class Suite:
       for group, (total, weight) in groups.items():
         if weight:
           values[f"{name}/{group}"] = float(total / weight)
+      if sums.named and sums.count:  # Of pairs.
+        for key, total in sums.named.items():
+          values[f"{name}/{key}"] = float(total / sums.count)
       if sums.base is not None:
         left = forgetting.base_agreement(sums.base, sums.weight)
         values |= {f"{name}/{figure}": x for figure, x in left.items()}
@@ -247,7 +251,8 @@ def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
     lost, p}], where before and after are (rate, low, high) with 95 %
     intervals, and format and content the rates after (None without such
     checks); see `behaviors.Comparison`; samples: one reply per group;
-    forgetting: [{name, before, after}] of `forgetting.FIGURES`;
+    forgetting: [{name, before, after}] of `forgetting.FIGURES`, and of pairs
+    the margin and accuracy of rewards;
     gap: {train_rows, held_out, gap, before}, nats per token, or None;
     knowledge: {n, before, after, retained, gained, lost, p}, retained the
     share of what the base answered right that still is, or None;
@@ -275,7 +280,7 @@ def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
     "forgetting": [
       {"name": name, **both(name)}
       for name in after
-      if name.rpartition("/")[2] in forgetting.FIGURES
+      if name.rpartition("/")[2] in (*forgetting.FIGURES, *_OF_PAIRS)
     ],
     "gap": gap,
     "knowledge": _knowledge(before, after),

@@ -22,7 +22,7 @@ from sft_jax.evals.behaviors import Item
 from sft_jax.evals.checks import checks
 from sft_jax.inference.generate import Reply
 
-KEEP = ("first", "shortest", "all")
+KEEP = ("first", "shortest", "all", "pairs")
 
 # (conversations, a seed for each) -> a reply to each.
 Sample = Callable[[list[Conversation], list[int]], list[Reply]]
@@ -104,7 +104,8 @@ def synthesise(
     attempts: most replies to a prompt.
     keep: 'first' asks until a reply passes; 'shortest' asks always and keeps
       the shortest that passes (in tokens, the earliest of equals); 'all'
-      keeps all different ones.
+      keeps all different ones; 'pairs' asks until one passes and another
+      fails a check, and makes them the chosen and rejected of one row.
     seed: of the sampling; see `seed_of`.
     against: evaluation items; prompts that overlap with them are not asked.
     usable: raises RowError where a conversation cannot be trained on.
@@ -127,8 +128,12 @@ def synthesise(
     if not known:
       open_.append(i)
   passed: dict[int, list[tuple[int, Reply]]] = {i: [] for i in open_}
+  failed: dict[int, Reply] = {}
   for attempt in range(attempts):
-    asked = [i for i in open_ if keep != "first" or not passed[i]]
+    done = lambda i: (
+      passed[i] and (keep == "first" or (keep == "pairs" and i in failed))
+    )
+    asked = [i for i in open_ if not done(i)]
     if not asked:
       break
     seeds = [seed_of(seed, items[i].where, attempt) for i in asked]
@@ -142,6 +147,13 @@ def synthesise(
         reason = "repeated"
       if reason:
         group.refuse(reason)
+        unchecked = items[i]._replace(checks=())
+        if (
+          keep == "pairs"
+          and i not in failed
+          and not _refused(unchecked, reply, usable)
+        ):
+          failed[i] = reply
       else:
         passed[i].append((attempt, reply))
     solved = f"{sum(map(bool, passed.values())):,} of {len(open_):,}"
@@ -154,6 +166,11 @@ def synthesise(
       for _ in kept[1:]:
         group.refuse("not the shortest")
       kept = [min(kept, key=lambda one: len(one[1].tokens))]
+    if keep == "pairs":
+      most = int(i in failed)
+      for _ in kept[most:]:
+        group.refuse("more than a pair" if most else "no other failed")
+      kept = kept[:most]
     group.solved += bool(kept)
     group.kept += len(kept)
     for attempt, reply in kept:
@@ -164,7 +181,12 @@ def synthesise(
         "attempt": attempt,
         "seed": seed_of(seed, item.where, attempt),
       }
-      rows.append(_row(item.prompt, reply) | {"synthetic": about})
+      row = _row(item.prompt, reply)
+      if keep == "pairs":
+        worse = _row(item.prompt, failed[i])["messages"]
+        row |= {"chosen": row["messages"][-1:], "rejected": worse[-1:]}
+        row["messages"] = row["messages"][:-1]
+      rows.append(row | {"synthetic": about})
   return Synthesis(rows, dict(groups))
 
 

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int32
 
 from sft_jax.common.batch import AnyArray
+from sft_jax.step.distillation import Divergence
 
 
 class Objective(NamedTuple):
@@ -29,7 +30,8 @@ class Objective(NamedTuple):
       f * ((1 - e) nll(y) + e mean_v nll(v)) + c log_z^2 + k KL(p_0 || p),
       nll(v) = log_z - z[v],  log_z = logsumexp(z),  p = softmax(z)
 
-  with p_0 the base model's prediction, and its gradient, f taken as a constant,
+  with p_0 the prediction of the base or a teacher, and its gradient, f taken
+  as a constant,
 
       (f + 2 c log_z) p - f (1 - e) onehot(y) - f e / V + k (p - p_0).
 
@@ -44,25 +46,29 @@ class Objective(NamedTuple):
       pull less (Wu et al., arXiv 2508.05629).
     kl: k; what the base held likely must stay likely, which forgetting loses;
       KL(p || p_0) would let the model drop all but one of its answers.
+    ce: f is multiplied by it: 0 leaves what the teacher says alone.
+    divergence: what stands for KL(p_0 || p) beside a teacher.
   """
 
   z_loss: float | int = 0.0
   label_smoothing: float | int = 0.0
   dft: bool = False
   kl: float | int = 0.0
+  ce: float | int = 1.0
+  divergence: Divergence = Divergence()
 
   def loss(self, z: Array, log_z: Array, nll: Array) -> Array:
     """Each token's, without the divergence; z is [W, V], the others [W]."""
     e = self.label_smoothing
     smooth = (1 - e) * nll + e * (log_z - z.mean(axis=-1)) if e else nll
-    factor = jnp.exp(-nll) if self.dft else 1.0
+    factor = self.ce * (jnp.exp(-nll) if self.dft else 1.0)
     return factor * smooth + self.z_loss * jnp.square(log_z)
 
   def slopes(
     self, log_z: Array, nll: Array, size: int
   ) -> tuple[Array, Array, Array]:
     """(a, b, s): the gradient is a p - b onehot(y) - s, but for divergence."""
-    factor = jnp.exp(-nll) if self.dft else jnp.ones_like(nll)
+    factor = self.ce * (jnp.exp(-nll) if self.dft else jnp.ones_like(nll))
     e = self.label_smoothing
     a = factor + 2 * self.z_loss * log_z
     return a, factor * (1 - e), factor * (e / size)
@@ -128,6 +134,7 @@ class LossSums(NamedTuple):
     groups: nats, weight and correct of each group of tokens.
     base: the comparison with the base; None without a base.
     named: the sums of a loss of one's own.
+    count: what objective and named are divided by; None is `weight`.
   """
 
   objective: Float32[Array, ""]
@@ -138,6 +145,7 @@ class LossSums(NamedTuple):
   groups: GroupSums
   base: BaseSums | None = None
   named: dict[str, Array] | None = None
+  count: Float32[Array, ""] | None = None
 
 
 class HeadRows(NamedTuple):
@@ -291,14 +299,14 @@ def _local_sums(
     known = None
     if base is not None:
       was = _logits(take(base_hidden), base[1], y_, static.softcap)
-      known = _compare(was, found)
+      known = _compare(was, found, static.objective)
       versus += (w_ * known.table).sum(axis=-1)
     d_h: Any = None
     d_e: Any = None
     if own_loss is None:
       value += (w_ * objective.loss(found.z, found.log_z, found.nll)).sum()
       if objective.kl and known is not None:
-        value += objective.kl * (w_ * known.table[0]).sum()
+        value += objective.kl * (w_ * known.value).sum()
       if to_hidden or to_head:
         # In the compute dtype: these products are as large as the forward's.
         d_z = _gradient(found, y_, w_, objective, static.softcap, known).astype(
@@ -437,10 +445,11 @@ class _Logits(NamedTuple):
 
 
 class _Comparison(NamedTuple):
-  """The base's softmax [W, V]; a table [4, W], its rows as `BaseSums`."""
+  """A table [4, W], its rows as `BaseSums`; the divergence [W], its slope."""
 
-  softmax: Array
   table: Array
+  value: Array
+  slope: Array
 
 
 def _logits(h: Array, head: Array, y: Array, softcap) -> _Logits:
@@ -472,7 +481,9 @@ def _table(found: _Logits, w: Array, groups: Array, num_groups: int) -> Array:
   return jnp.matmul(values, member, precision="highest")
 
 
-def _compare(base: _Logits, tuned: _Logits) -> _Comparison:
+def _compare(
+  base: _Logits, tuned: _Logits, objective: Objective | Loss
+) -> _Comparison:
   """KL(base || tuned) of each token, and whether the top tokens agree.
 
   sum_v p(v) (log p(v) - log q(v)),  p the base's and q the tuned softmax
@@ -483,7 +494,10 @@ def _compare(base: _Logits, tuned: _Logits) -> _Comparison:
   agree = jnp.take_along_axis(tuned.z, best, axis=-1)[:, 0] >= tuned.z.max(-1)
   both = base.correct * tuned.correct
   table = jnp.stack([kl, agree.astype(jnp.float32), base.correct, both])
-  return _Comparison(base.softmax, table)
+  kind = isinstance(objective, Objective) and objective.divergence
+  if not kind or kind == Divergence():
+    return _Comparison(table, kl, tuned.softmax - base.softmax)
+  return _Comparison(table, *kind(base.z, tuned.z))
 
 
 def _gradient(
@@ -502,7 +516,7 @@ def _gradient(
   if objective.label_smoothing:
     d_z -= s
   if objective.kl and known is not None:
-    d_z += objective.kl * w[:, None] * (found.softmax - known.softmax)
+    d_z += objective.kl * w[:, None] * known.slope
   if softcap is not None:
     d_z *= 1 - jnp.square(found.z / softcap)
   return d_z

@@ -101,6 +101,7 @@ def make(
   decay_patterns: Sequence[str],
   clip_norm: float,
   rates: Sequence[tuple[str, float]] = (),
+  ema: float = 0.0,
   **moments: Any,
 ) -> optax.GradientTransformation:
   """The chain of this module's first lines around one of `OPTIMIZERS`.
@@ -112,6 +113,7 @@ def make(
     rates: ((pattern, factor), ...) over parameter paths: the first that
       matches multiplies the learning rate, of the decay too. LoRA+ is
       (('lora_b$', 16.0),) (Hayou et al. 2024, arXiv 2402.12354).
+    ema: decay of an average of the weights, see `Average`; 0 = none.
     moments: the fields of `Moments`.
 
   Raises ValueError: narrow moments of an optimizer that does not have them.
@@ -133,6 +135,28 @@ def make(
     optax.add_decayed_weights(weight_decay, mask=decays),
     *([_scale_by_path(rates)] if rates else []),
     optax.scale_by_learning_rate(learning_rate),
+    *([_average(ema)] if ema else []),
+  )
+
+
+class Average(NamedTuple):
+  """a <- decay a + (1 - decay) w after each step, from the first weights on.
+
+  Attributes:
+    weights: a, float32, in the tree of the trained parameters.
+  """
+
+  weights: Any
+
+
+def _average(decay: float) -> optax.GradientTransformation:
+  def update(updates, state, params=None):
+    mix = lambda a, w, u: decay * a + (1 - decay) * (w.astype(jnp.float32) + u)
+    return updates, Average(jax.tree.map(mix, state.weights, params, updates))
+
+  # Copies: a step gives its old arrays away.
+  return optax.GradientTransformation(
+    lambda params: Average(jax.tree.map(jnp.copy, params)), update
   )
 
 

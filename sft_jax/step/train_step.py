@@ -38,6 +38,18 @@ class TrainState(NamedTuple):
   opt_state: Any
 
 
+def model_params(state: TrainState) -> trees.Tree:
+  """All parameters; of the trained ones their average, if one is kept."""
+  is_average = lambda x: isinstance(x, optimizer.Average)
+  leaves = jax.tree.leaves(state.opt_state, is_leaf=is_average)
+  trained = state.params
+  for kept in filter(is_average, leaves):
+    trained = jax.tree.map(
+      lambda a, w: a.astype(w.dtype), kept.weights, trained
+    )
+  return trees.merge(trained, state.frozen)
+
+
 def init_state(
   params: trees.Tree,
   trained: Callable[[str], bool],
@@ -67,7 +79,8 @@ def make_train_step(
 
       g = sum_a grad(sum_{bt} w * nll) / sum_{abt} w,
 
-  where another objective may stand for nll (`loss.Objective`), so the
+  where another objective may stand for nll (`loss.Objective`), and another
+  weight for the sum of w (`LossSums.count`: of pairs, not tokens), so the
   result does not depend on how the batch was cut. A step whose gradients are
   not finite changes nothing but the step count and says so in
   `optim/nonfinite`, and one whose loss is above `loss_limit` nats per token in
@@ -125,11 +138,13 @@ def make_train_step(
 
     with jax.named_scope("optimizer"):
       # A batch without a trained token divides by 1, not by 0.
-      scale = 1.0 / jnp.where(sums.weight > 0, sums.weight, 1.0)
+      inverse = lambda x: 1.0 / jnp.where(x > 0, x, 1.0)
+      count = sums.weight if sums.count is None else sums.count
+      scale = inverse(count)
       gradient = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, gradient)
       grad_norm = optax.tree.norm(gradient)
       finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.objective)
-      spike = finite & ~(sums.nats * scale <= loss_limit)
+      spike = finite & ~(sums.nats * inverse(sums.weight) <= loss_limit)
       updates, opt_state = tx.update(gradient, state.opt_state, state.params)
       add = lambda p, u: p.astype(jnp.float32) + u
       params = jax.tree.map(add, state.params, updates)
@@ -157,7 +172,7 @@ def make_train_step(
       "entropy/nats": (sums.entropy, sums.weight),
       **loss_groups.pairs(sums.groups, group_names),
       **({"loss/kl": (sums.base.kl, sums.weight)} if sums.base else {}),
-      **{f"loss/{k}": (x, sums.weight) for k, x in (sums.named or {}).items()},
+      **{f"loss/{k}": (x, count) for k, x in (sums.named or {}).items()},
       "data/trained_fraction": (trained, tokens),
       "data/fill": (tokens, jnp.asarray(batch.segment_ids.size)),
       "optim/grad_norm": (grad_norm, one),

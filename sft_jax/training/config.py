@@ -115,6 +115,35 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistillConfig:
+  """distill.*"""
+
+  # base | self (the base, shown the answer in its prompt) | kept (by sft-jax
+  # teach) | the folder of another model of the same vocabulary; '' = off. See
+  # docs/distillation.md.
+  teacher: str = ""
+  weight: float = 1.0  # Of the divergence from the teacher.
+  ce: float = 0.0  # Of the cross-entropy beside it.
+  divergence: str = "forward"  # forward | reverse | jsd.
+  mix: float = 0.5  # Of jsd: share of the teacher in the mean.
+  temperature: float = 1.0  # Of both models' predictions.
+  top: int = 64  # Tokens that sft-jax teach keeps of each prediction.
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceConfig:
+  """preference.*"""
+
+  # dpo | ipo | robust | simpo | orpo | kto, in place of cross-entropy: rows are
+  # pairs of a chosen and a rejected answer; '' = off. See docs/preferences.md.
+  loss: str = ""
+  beta: float = 0.1  # How near to the reference; of SimPO 2 or more.
+  label_smoothing: float = 0.0  # Share of pairs believed swapped: cDPO, robust.
+  margin: float = 0.0  # Of SimPO, in rewards.
+  sft: float = 0.0  # Weight of the chosen side's nats per token beside it.
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
   """optim.*"""
 
@@ -140,6 +169,9 @@ class OptimizerConfig:
   # (right on average, so that small updates are not lost).
   rounding: str = "nearest"
   clip_norm: float = 1.0  # Global gradient norm; 0 = off.
+  # Decay of an average of the weights, which is measured and exported in place
+  # of the last ones: 0.99 is over some hundred steps; 0 = off.
+  ema: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,6 +290,8 @@ class RunConfig:
   lora: LoraConfig = LoraConfig()
   data: DataConfig = DataConfig()
   loss: LossConfig = LossConfig()
+  preference: PreferenceConfig = PreferenceConfig()
+  distill: DistillConfig = DistillConfig()
   optim: OptimizerConfig = OptimizerConfig()
   mesh: MeshConfig = MeshConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()

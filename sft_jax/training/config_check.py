@@ -14,7 +14,7 @@ from typing import Any
 import ml_collections
 
 from sft_jax.common.buckets import storage
-from sft_jax.step import optimizer
+from sft_jax.step import distillation, optimizer, preferences
 from sft_jax.training.config import RunConfig
 
 # The only values of a text; '' is the first where nothing else is.
@@ -37,6 +37,8 @@ _CHOICES = {
   "data.merge": " turns system all",
   "data.on_bad_row": "error skip",
   "loss.normalize": "token example",
+  "distill.divergence": " ".join(distillation.KINDS),
+  "preference.loss": " " + " ".join(preferences.LOSSES),
   "optim.name": " ".join(optimizer.OPTIMIZERS),
   "optim.schedule": " ".join(optimizer.SCHEDULES),
   "optim.mu_dtype": _FLOATS,
@@ -56,9 +58,13 @@ _BOUNDS = {
     "checkpoint.keep eval.max_new_tokens eval.batch_size log.every "
     "profile.start",
     "[0, 1)": "lora.dropout data.holdout loss.label_smoothing "
-    "optim.warmup_fraction optim.b1 optim.b2",
+    "optim.warmup_fraction optim.b1 optim.b2 optim.ema",
+    "[0, 0.5)": "preference.label_smoothing",
+    "(0, 1)": "distill.mix",
+    "(0, 1e3]": "distill.temperature",
+    "[1, 1e6]": "distill.top",
     "(0, 1e30]": "lora.alpha lora.plus_ratio data.canary_copies "
-    "optim.learning_rate",
+    "optim.learning_rate preference.beta",
     "[2, 1e8]": "data.seq_len",
     "[0, 1e4]": "data.workers",
     "(0, 1]": "optim.decay_fraction",
@@ -83,6 +89,11 @@ _REMOTE = {
   ),
 }
 _LOCAL = ("data.cache_dir", "data.scores", "model.chat_template")
+# What knows of single tokens only.
+_NO_PAIRS = (
+  *("loss.z_loss", "loss.kl", "loss.label_smoothing", "loss.dft"),
+  "data.canaries",
+)
 # What a number may be besides.
 _WORDS = {"eval.max_seconds": ("auto",)}
 
@@ -251,6 +262,39 @@ def _wrong_pairs(c: Mapping[str, Any]) -> Iterator[str]:
       f"loss.kl: got {c['loss']['kl']} with model.from_scratch=True, expected "
       "0, or a model that knows something"
     )
+  pairs, teacher = c["preference"]["loss"], c["distill"]["teacher"]
+  of_pairs, taught = (
+    f"preference.loss={pairs!r}",
+    f"distill.teacher={teacher!r}",
+  )
+  whole = {"model.from_scratch": (False,), "lora.path": ("",)}
+  uncut = {"data.over_long": ("drop", "error")}
+  for on, what, wanted in (
+    (
+      pairs,
+      of_pairs,
+      whole
+      | uncut
+      | dict.fromkeys(_NO_PAIRS, (0,))
+      | {
+        "loss.normalize": ("token",),
+        "data.train_on": ("assistant", "last_turn"),
+      },
+    ),
+    (teacher, taught, {"preference.loss": ("",), "loss.kl": (0,)}),
+    (teacher in ("base", "self"), taught, whole),
+    (teacher == "self", taught, uncut | {"data.train_on": ("last_turn",)}),
+    (
+      teacher == "kept",
+      taught,
+      {"distill.divergence": ("forward",), "distill.temperature": (1,)},
+    ),
+  ):
+    for key, allowed in wanted.items() if on else ():
+      section, _, name = key.partition(".")
+      if (value := c[section][name]) not in allowed:
+        choices = " or ".join(map(repr, allowed))
+        yield f"{key}: got {value!r} with {what}, expected {choices}"
   if 0 < spike_factor <= 1:
     yield (
       f"faults.spike_factor: got {spike_factor}, expected more than 1, or 0 "

@@ -9,12 +9,16 @@ import jax
 
 from sft_jax.checkpointing.manager import Checkpoints
 from sft_jax.checkpointing.resume import Resumed, split_stored
-from sft_jax.common import distributed, sharding, trees
+from sft_jax.common import distributed, sharding
 from sft_jax.common.batch import Batch
 from sft_jax.data.audit.summary import step_rows
 from sft_jax.evals.suite import Suite
 from sft_jax.reporting import profiling, terminal
-from sft_jax.step.train_step import TrainState, split_micro_batches
+from sft_jax.step.train_step import (
+  TrainState,
+  model_params,
+  split_micro_batches,
+)
 from sft_jax.training import step_runner
 from sft_jax.training.build.build import BuiltRun
 from sft_jax.training.build.data import Config
@@ -290,7 +294,7 @@ class _Loop:
     if self.runner.halted or not (self._due.evaluation or self._due.gap):
       return
     step, state = self.runner.number, self.runner.state
-    params = trees.merge(state.params, state.frozen)
+    params = model_params(state)
     with self._session.clock.on("evaluation"):
       if self._due.evaluation:
         replies = self._session.workdir / "evals" / f"step_{step}.jsonl"

@@ -27,7 +27,7 @@ from sft_jax.reporting import (
   trackers,
 )
 from sft_jax.step.loss import Loss
-from sft_jax.step.train_step import TrainState
+from sft_jax.step.train_step import TrainState, model_params
 from sft_jax.training import config_check, loop, selfcheck, start_page
 from sft_jax.training.build import (
   data,
@@ -142,7 +142,7 @@ def run(session: Session, force: bool, command: str) -> Result:
       return _report_finished(session, result, resumed.state, checkpoints)
     if step := int(resumed.state.step):
       session.incidents.add("resumed", step, f"at step {step}")
-    params = _params(resumed.state)
+    params = model_params(resumed.state)
     selfcheck.check_at_start(config, built, params, session.log)
     suite = evals.make_suite(config, built, terminal.TaskProgress(session.out))
     before = measuring.before(session, built, suite, params, step)
@@ -154,7 +154,7 @@ def run(session: Session, force: bool, command: str) -> Result:
       raise
     del resumed  # Its state was donated.
     state, early_stop = _choose(session, built, checkpoints, state)
-  params = _params(state)
+  params = model_params(state)
   del state  # The moments make room: for the base, for what is exported.
   after, params = measuring.after(session, built, suite, params, before)
   result = evaluation.compare(before, after) | early_stop
@@ -310,7 +310,3 @@ def _export(
     evidence = outputs.export_run(config, built, params, path)
   session.log(f"{path}: {evidence}")
   return evidence
-
-
-def _params(state: TrainState) -> trees.Tree:
-  return trees.merge(state.params, state.frozen)

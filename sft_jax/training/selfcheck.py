@@ -31,6 +31,8 @@ from sft_jax.common import sharding, trees
 from sft_jax.common.batch import Batch
 from sft_jax.step import train_step
 from sft_jax.step.train_step import LossFn
+from sft_jax.training.build import data as setup_data
+from sft_jax.training.build import step as setup_step
 from sft_jax.training.build.build import BuiltRun
 from sft_jax.training.build.data import Config, Log
 
@@ -360,8 +362,14 @@ def quick_of_run(
 ) -> list[Finding]:
   """What of packing and placement can be measured in seconds."""
   rows, length = toy_shape(config, built.mesh)
+  loss_fn, plain = built.loss_fn, setup_data.plain(config)
+  if plain.to_dict() != config.to_dict():
+    # The toy documents are no pairs, and no teacher was asked of them.
+    loss_fn = setup_step.make_step(
+      *(plain, built.model, built.mesh, built.num_steps)
+    ).loss_fn
   return quick(
-    built.loss_fn,
+    loss_fn,
     built.model.hidden,
     params,
     built.trained,

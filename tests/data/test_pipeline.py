@@ -7,13 +7,14 @@ import threading
 import time
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fake_store import fake_store, random_store
-from sft_jax.common.batch import Batch
+from sft_jax.data.packing import stack_rows
 from sft_jax.data.pipeline import Stream
 from sft_jax.data.sources import Source
 from sft_jax.data.store.store import Store
@@ -145,10 +146,7 @@ def test_same_global_batches_on_any_processes_from_any_step(processes, epochs):
       itertools.islice(stream().batches(start, block), len(whole) - start)
       for block in np.split(np.arange(4), processes)
     ]
-    joined = [
-      Batch._make(map(np.concatenate, zip(*blocks, strict=True)))
-      for blocks in zip(*parts, strict=True)
-    ]
+    joined = [stack_rows(blocks) for blocks in zip(*parts, strict=True)]
     assert len(joined) == len(whole) - start
     assert all(_equal(a, b) for a, b in zip(joined, whole[start:], strict=True))
 
@@ -184,9 +182,7 @@ def test_any_mixture_resumes_anywhere_on_any_processes(
   for step, batch, parts in zip(
     range(start, start + steps), whole, blocks, strict=False
   ):
-    assert _equal(
-      batch, Batch._make(map(np.concatenate, zip(*parts, strict=True)))
-    )
+    assert _equal(batch, stack_rows(parts))
     ids = [i for row in stream().rows_of(step) for i in row]
     assert _documents(batch) == _stored(store, ids)
 
@@ -315,7 +311,7 @@ def test_only_the_rows_asked_for_are_read(monkeypatch):
 
   monkeypatch.setattr(Store, "example", watched)
   some = next(stream.batches(0, [2, 0]))
-  assert _equal(some, Batch(*(x[[2, 0]] for x in whole)))
+  assert _equal(some, jax.tree.map(lambda x: x[[2, 0]], whole))
   # Read ahead, but of these rows only.
   rows = [stream.rows_of(step) for step in range(20)]
   assert set(read) <= {i for step in rows for r in (0, 2) for i in step[r]}

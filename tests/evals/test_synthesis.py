@@ -65,6 +65,22 @@ def answers(made):
   return [row["messages"][-1]["content"] for row in made.rows]
 
 
+def test_pairs_are_one_that_passes_and_one_that_fails():
+  made, teacher = run(SAID, keep="pairs")
+  (row,) = made.rows
+  found = formats.to_conversation(row)
+  assert [one.content for one in found.messages] == [
+    "Question number 1?", "yes it is"
+  ]  # fmt: skip
+  assert found.rejected[-1].content == "no"
+  assert [n for n, _ in teacher.asked] == [1, 2, 3, 1, 2, 3, 2, 3]
+  # One that did not stop is no worse answer: it is cut off.
+  assert made.groups["g"].refused == {
+    "check contains": 2, "did not stop": 1, "check max_words": 1,
+    "no other failed": 3,
+  }  # fmt: skip
+
+
 def test_the_first_that_passes_ends_the_asking():
   made, teacher = run(SAID)
   assert answers(made) == ["yes it is", "oh yes"]

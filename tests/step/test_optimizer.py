@@ -8,8 +8,16 @@ import numpy as np
 import optax
 import pytest
 
+import tiny
 from sft_jax.common import sharding, trees
 from sft_jax.step import optimizer
+from sft_jax.step.train_step import (
+  init_state,
+  make_train_step,
+  model_params,
+  split_micro_batches,
+)
+from sft_jax.training import selfcheck
 
 ADAMW = {
   "b1": 0.9,
@@ -338,3 +346,30 @@ def test_nearest_draws_nothing():
   assert optimizer.rounding_seed("stochastic", 7) != optimizer.rounding_seed(
     "stochastic", 8
   )
+
+
+def test_an_average_of_the_weights_follows_every_step():
+  """By hand, in float64; the parameters do not know of it."""
+  start = {"a": {"kernel": jnp.ones((2, 3)) * 2}}
+  loss = lambda params, batch: tiny.loss_sums(
+    (params["a"]["kernel"] ** 2).sum(), jnp.ones(())
+  )
+  made = {}
+  for ema in (0.0, 0.9):
+    tx = optimizer.make(
+      "sgd", lambda step: 0.1, b1=0.0, b2=0.0, eps=1e-8, weight_decay=0.0,
+      decay_patterns=(), clip_norm=0.0, ema=ema,
+    )  # fmt: skip
+    state = init_state(start, lambda path: True, tx)
+    step = make_train_step(loss, tx, None)
+    batch = selfcheck.toy_batch(2, 8, 9)
+    values, average = [2.0], 2.0
+    for _ in range(3):
+      state, _ = step(state, split_micro_batches(batch, 1))
+      values.append(float(state.params["a"]["kernel"][0, 0]))
+      average = 0.9 * average + 0.1 * values[-1]
+    made[ema] = values
+    found = float(model_params(state)["a"]["kernel"][0, 0])
+    assert found == pytest.approx(average if ema else values[-1], rel=1e-6)
+  assert made[0.0] == made[0.9]
+  assert len(set(made[0.0])) == 4

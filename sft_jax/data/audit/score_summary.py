@@ -39,7 +39,7 @@ def make(
     [{name, rows: [{place, prompt, answer, score: value, ...}]}].
   """
   spread = {}
-  for name, column in zip(selection.SCORES, values.T, strict=True):
+  for name, column in zip(selection.SCORES, values.T, strict=False):
     known = column[~np.isnan(column)]
     if len(known):
       found = np.percentile(known, PERCENTILES).tolist()
@@ -60,7 +60,7 @@ def make(
   said = read({i for which in ends.values() for i in which.tolist()})
 
   def row(i: int) -> dict[str, Any]:
-    known = zip(selection.SCORES, values[i].tolist(), strict=True)
+    known = zip(selection.SCORES, values[i].tolist(), strict=False)
     return {**said[i], **{name: x for name, x in known if not np.isnan(x)}}
 
   shown = {name: [*map(row, which.tolist())] for name, which in ends.items()}

@@ -13,6 +13,7 @@ CHOICES = {
   "text": ("plain", "rendered"),
   "control_tokens": ("escape", "error", "allow"),
   "merge": ("", "turns", "system", "all"),
+  "pairs": ("", "both", "any", "shown"),
 }
 
 
@@ -51,6 +52,11 @@ class RenderOptions:
       'escape' reads it as the ordinary text it is, and counts the row;
       'error' refuses; 'allow' reads it as the control token.
     merge: turns that the template refuses apart, see `conversation.merged`.
+    pairs: '' encodes the better answer of a preference row; 'both' the two
+      as one Example, and drops rows that lack one; 'any' whatever there is,
+      answers marked as not desirable among it; 'shown' a conversation, and
+      beside it the same with the answer shown in the last prompt. Raw text is
+      no pair.
   """
 
   template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -62,6 +68,7 @@ class RenderOptions:
   text: str = "plain"
   control_tokens: str = "escape"
   merge: str = ""
+  pairs: str = ""
 
   def __post_init__(self):
     for name, allowed in CHOICES.items():

@@ -37,11 +37,14 @@ class Example:
       the first is 0, for nothing is before it.
     roles: of each token, as an index of `TOKEN_ROLES`; 'template' is what no
       message holds, or what is not certain.
+    rejected: so many at the end are a document of their own, the worse answer
+      after its prompt (options.pairs); all of them, if the answer is bad.
   """
 
   tokens: Int32[np.ndarray, " n"]
   loss_weights: Float32[np.ndarray, " n"]
   roles: UInt8[np.ndarray, " n"]
+  rejected: int = 0
 
 
 class EncodedRow(NamedTuple):
@@ -93,8 +96,12 @@ def encode_rows(
   """What `encode_row` returns or raises for each conversation, in order.
 
   Rows of one form (the same roles, and only texts in them) take the fast
-  path, which gives the same; all others take the full path, one by one.
+  path, which gives the same; all others take the full path, one by one. With
+  options.pairs a row's Example holds both of its sides, see `Example.rejected`.
   """
+  if options.pairs:
+    yield from _encode_pairs(conversations, tokenizer, options, max_length)
+    return
   rows = [merged(one, options.merge) for one in conversations]
   ready = fast_path.tokenize_rows(rows, tokenizer, options)
   for conversation, row in zip(conversations, ready, strict=True):
@@ -104,6 +111,112 @@ def encode_rows(
       )
     except (RowError, NothingToTrain) as error:
       yield error
+
+
+def _encode_pairs(
+  conversations: Sequence[Conversation],
+  tokenizer: Tokenizer,
+  options: RenderOptions,
+  max_length: int,
+) -> Iterator[EncodedRow | RowError | NothingToTrain]:
+  """Both sides of each row by themselves, then as one Example."""
+  apart = dataclasses.replace(options, pairs="")
+  if options.pairs == "shown":
+    conversations = [_with_answer_shown(one) for one in conversations]
+  sides = [
+    dataclasses.replace(one, messages=turns, rejected=(), desirable=True)
+    for one in conversations
+    for turns in (
+      (one.messages, one.rejected) if one.rejected else [one.messages]
+    )
+  ]
+  encoded = encode_rows(sides, tokenizer, apart, max_length=max_length)
+  for one in conversations:
+    found = [next(encoded) for _ in range(1 + bool(one.rejected))]
+    try:
+      yield _joined(one, found, options, max_length)
+    except (RowError, NothingToTrain) as error:
+      yield error
+
+
+# How a prompt shows its answer to the model that teaches it (arXiv 2601.19897).
+_SHOWN = (
+  "{prompt}\n\nHere is one good answer:\n{answer}\n\nNow give your own answer."
+)
+
+
+def _with_answer_shown(conversation: Conversation) -> Conversation:
+  """Beside the conversation the same after a prompt that holds its answer.
+
+  `rejected` is () where the last turns are not a user's and a text.
+  """
+  turns = conversation.messages
+  texts = [one.role for one in turns[-2:]] == ["user", "assistant"]
+  if not (texts and turns[-1].content.strip()):
+    return dataclasses.replace(conversation, rejected=())
+  asked, answer = turns[-2:]
+  prompt = _SHOWN.format(prompt=asked.content, answer=answer.content)
+  shown = dataclasses.replace(asked, content=prompt)
+  return dataclasses.replace(
+    conversation, rejected=(*turns[:-2], shown, answer)
+  )
+
+
+def _joined(
+  conversation: Conversation,
+  sides: Sequence[EncodedRow | RowError | NothingToTrain],
+  options: RenderOptions,
+  max_length: int,
+) -> EncodedRow:
+  """The row of a conversation whose sides were encoded."""
+  for side in sides:
+    if isinstance(side, Exception):
+      raise side
+  first, *other = [one for one in sides if isinstance(one, EncodedRow)]
+  where = conversation.source or "row"
+  if conversation.text is not None:
+    return first
+  if not other:
+    if options.pairs != "any":
+      lacks = "rejected answer" if options.pairs == "both" else "answer to show"
+      raise NothingToTrain(f"no {lacks}", where)
+    if conversation.desirable:
+      return first
+    bad = [
+      dataclasses.replace(one, rejected=len(one.tokens))
+      for one in first.examples
+    ]
+    return first._replace(examples=bad)
+  dropped = first.dropped | other[0].dropped
+  notes = first.notes | other[0].notes
+  if not (first.examples and other[0].examples):
+    return EncodedRow([], dropped, notes)
+  if len(first.examples) + len(other[0].examples) > 2:
+    raise RowError(
+      where,
+      "an answer of several turns that must be encoded apart",
+      "one sequence for each side of a pair",
+      "Set data.train_on to last_turn.",
+    )
+  pair = (*first.examples, *other[0].examples)
+  if options.pairs == "shown":
+    trained = [side.tokens[side.loss_weights != 0].tolist() for side in pair]
+    if trained[0] != trained[1]:
+      return EncodedRow([], {"answer encoded otherwise if shown": 1}, notes)
+  length = sum(len(side.tokens) for side in pair)
+  if length > max_length and options.over_long == "error":
+    raise RowError(
+      where,
+      f"a pair of {length} tokens",
+      f"at most {max_length}",
+      "Raise data.seq_len, or set data.over_long to drop.",
+    )
+  if length > max_length:
+    return EncodedRow([], {"over long": 1}, notes)
+  fields = ("tokens", "loss_weights", "roles")
+  joined = [np.concatenate([getattr(x, name) for x in pair]) for name in fields]
+  both = Example(*joined, rejected=len(pair[1].tokens))
+  return EncodedRow([both], dropped, notes)
 
 
 def encode_row(
@@ -151,6 +264,8 @@ def encode_row(
   if max_length < 2:
     got = f"data.seq_len: got {max_length}"
     raise ValueError(f"{got}; expected at least 2. Correct it.")
+  if not conversation.desirable:
+    raise NothingToTrain("kto_tag false", conversation.source)
   if conversation.text is not None and options.text == "plain":
     windows, notes = _text_windows(conversation, tokenizer, options, max_length)
     notes = dict.fromkeys(notes, 1)

@@ -49,7 +49,7 @@ def to_conversation(
       `conversation.check`.
     NothingToTrain: 'empty answer', in a row of one question and one answer
       (an empty assistant turn among messages is a RowError); 'empty text';
-      'nothing trained', in tokens; 'kto_tag false', for a rejected answer.
+      'nothing trained', in tokens.
     ValueError: an unknown format or malformed columns.
   """
   where = source or "row"
@@ -180,7 +180,7 @@ def _weighed(
   """With what the row as a whole says about its worth."""
   # An unpaired preference of LLaMA-Factory: is the answer a good one?
   if row.get("kto_tag") is False:
-    raise NothingToTrain("kto_tag false", made.source)
+    made = dataclasses.replace(made, desirable=False)
   if isinstance(row.get("label"), bool):
     names.notes.add(
       "label not read; where it marks good answers, rename it to kto_tag "
@@ -188,5 +188,6 @@ def _weighed(
     )
   if (weight := fields.row_weight(row, where, names)) is None:
     return made
-  messages = tuple(chat.weighed(made.messages, weight))
-  return dataclasses.replace(made, messages=messages)
+  sides = (made.messages, made.rejected)
+  messages, rejected = (tuple(chat.weighed(x, weight)) for x in sides)
+  return dataclasses.replace(made, messages=messages, rejected=rejected)

@@ -1,5 +1,6 @@
 """Rows of a question and its answer, or of a better and a worse answer."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,6 +57,10 @@ def from_preference(row: Row, source: str, names: Names) -> Conversation:
   where = source or "row"
   found = [key for key in PROMPTS if key in row]
   chosen = reply(row, "chosen", source, names)
+  other = row.get("rejected")
+  if isinstance(other, str):
+    other = other.strip()
+  rejected = reply(row, "rejected", source, names) if other else []
   if chosen[0].role == "assistant":
     if not found:
       expected = "a prompt that chosen answers, or turns that begin with it"
@@ -69,7 +74,7 @@ def from_preference(row: Row, source: str, names: Names) -> Conversation:
       raise RowError(
         where, got, "turns up to the one that chosen answers", cure
       )
-    return finished([*chat.as_prompt(before), *chosen], row, source)
+    return _pair(chat.as_prompt(before), chosen, rejected, row, source)
   # The whole conversation; a prompt beside it repeats its beginning.
   said = [one for one in chosen if one.role != "system"]
   for key in found:
@@ -80,12 +85,27 @@ def from_preference(row: Row, source: str, names: Names) -> Conversation:
       expected = "chosen as the answer alone, or as the whole conversation"
       raise RowError(where, got, expected, "Drop one of the two columns.")
   shared = max(i for i, one in enumerate(chosen) if one.role != "assistant")
-  if isinstance(row.get("rejected"), list):
-    rejected = chat.read(row["rejected"], "rejected", where, names)
+  if rejected and rejected[0].role != "assistant":
     pairs = enumerate(zip(chosen, rejected, strict=False))
     shared = next((i for i, (a, b) in pairs if a != b), shared)
-  messages = [*chat.as_prompt(chosen[:shared]), *chosen[shared:]]
-  return finished(messages, row, source)
+    rejected = rejected[shared:]
+  prompted = chat.as_prompt(chosen[:shared])
+  return _pair(prompted, chosen[shared:], rejected, row, source)
+
+
+def _pair(
+  before: list[Message],
+  chosen: list[Message],
+  rejected: list[Message],
+  row: Row,
+  source: str,
+) -> Conversation:
+  """Both sides after the turns before them; there may be no other side."""
+  made = finished([*before, *chosen], row, source)
+  if not rejected:
+    return made
+  other = finished([*before, *rejected], row, source)
+  return dataclasses.replace(made, rejected=other.messages)
 
 
 def prompt(row: Row, key: str, where: str, names: Names) -> list[Message]:

@@ -36,6 +36,7 @@ INDEX = np.dtype(
     ("trained", "<i4"),  # tokens with a weight above zero
     ("last_trained", "<i4"),  # position of the last of these
     ("source", "<i4"),  # position in the list of sources
+    ("rejected", "<i4"),  # tokens at the end that are the worse answer's
     ("text", "?"),  # raw text, not a conversation
     ("may_run_on", "?"),  # raw or truncated: need not end in a stop token
   ]

@@ -209,7 +209,7 @@ class _Arrays:
       self._records.append(
         (self._num_tokens, self._num_runs, row, content,
          len(self._places), len(where), length, len(runs), len(trained),
-         trained[-1], 0, text, text or cut)
+         trained[-1], 0, example.rejected, text, text or cut)
       )  # fmt: skip
       self._examples.append(example)
       self._runs.append(runs)

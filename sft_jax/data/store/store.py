@@ -18,6 +18,7 @@ from sft_jax.data.encoding.encode import Example
 from sft_jax.data.sources import Source, solve_copies
 from sft_jax.data.store.files import INDEX, RUN, digest, map_file, read_meta
 from sft_jax.data.store.stats import QUANTILES, DatasetStats
+from sft_jax.data.store.teacher import Kept
 
 _MANY = 1 << 18  # examples counted together
 
@@ -41,6 +42,7 @@ class Store:
   stats: DatasetStats  # What became of every row read.
   # What scales each example's loss; None is 1. See `selection`.
   weights: Float32[np.ndarray, " rows"] | None = None
+  teacher: Kept | None = None  # What one predicts of the trained tokens.
 
   @functools.cached_property
   def lengths(self) -> Int32[np.ndarray, " rows"]:
@@ -74,7 +76,13 @@ class Store:
       tokens.astype(np.int32),
       np.repeat(runs["weight"], lengths),
       np.repeat(runs["role"], lengths),
+      int(record["rejected"]),
     )
+
+  def taught(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the teacher predicts of example i; see `teacher.Kept.of`."""
+    assert self.teacher is not None
+    return self.teacher.of(int(self.index[i]["start"]), self.place(i))
 
   def place(self, i: int) -> str:
     """Where the row of example i stands, such as 'rows.jsonl:12'."""

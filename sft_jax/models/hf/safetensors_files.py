@@ -209,12 +209,12 @@ def _weight_file(folder: Path, name: str) -> Path:
 
 
 class Pending(NamedTuple):
-  """A tensor to write; `make` gives the array when its turn comes."""
+  """A tensor to write; `make` gives it, or blocks of its rows, in its turn."""
 
   name: str
   dtype: np.dtype
   shape: tuple[int, ...]
-  make: Callable[[], np.ndarray]
+  make: Callable[[], np.ndarray | Iterable[np.ndarray]]
 
   @property
   def num_bytes(self) -> int:
@@ -243,14 +243,24 @@ def write_file(path: Path | None, tensors: Sequence[Pending]) -> None:
   text += b" " * (-len(text) % 8)
   if path is None:
     for tensor in ordered:
-      tensor.make()
+      for _ in _blocks(tensor):
+        pass
     return
   with path.open("wb") as file:
     file.write(len(text).to_bytes(8, "little") + text)
     for tensor in ordered:
-      array = tensor.make()
-      assert (array.dtype, array.shape) == (tensor.dtype, tensor.shape)
-      write_array(file, array)
+      size = 0
+      for array in _blocks(tensor):
+        assert array.dtype == tensor.dtype
+        assert array.shape[1:] == tensor.shape[1:]
+        write_array(file, array)
+        size += array.nbytes
+      assert size == tensor.num_bytes
+
+
+def _blocks(tensor: Pending) -> Iterable[np.ndarray]:
+  made = tensor.make()
+  return [made] if isinstance(made, np.ndarray) else made
 
 
 def write_array(file: BinaryIO, array: np.ndarray) -> None:

@@ -17,20 +17,22 @@ from sft_jax.common.trees import Tree
 from sft_jax.models.lora.lora import is_adapter
 
 COPIES = "base"
+TEACHER = "teacher"  # Parameters of another model, which never train.
 
 
 def is_copy(path: str) -> bool:
-  """True for the leaves that hold what a parameter was.
+  """True for the leaves that hold what a parameter was, or a teacher's.
 
   >>> is_copy('base/embed/embedding'), is_copy('embed/embedding')
   (True, False)
   """
-  return path.startswith(f"{COPIES}/")
+  return path.startswith((f"{COPIES}/", f"{TEACHER}/"))
 
 
 def own(params: Tree) -> Tree:
-  """The parameters without copies of the base's."""
-  return {name: part for name, part in params.items() if name != COPIES}
+  """The parameters without copies of the base's, and without a teacher's."""
+  others = (COPIES, TEACHER)
+  return {name: part for name, part in params.items() if name not in others}
 
 
 def to_copy(params: Tree, trains: Callable[[str], bool]) -> Tree:

@@ -23,6 +23,8 @@ _FIGURES = {
   "top1_agreement": "most likely token is the base's",
   "base_correct": "base predicts the token",
   "both_correct": "of these, the tuned model does, too",
+  "reward_margin": "reward of the chosen above the rejected answer",
+  "reward_accuracy": "pairs whose chosen answer has the higher reward",
 }
 _COUNTS = (
   *("rows_in", "rows_trained", "rows_held_out"),
@@ -81,7 +83,8 @@ def _forgetting(result: Result) -> list[tuple[str, ...]]:
   """(figure, before, after) of what was lost, overfitted and memorized."""
   rows: list[tuple[str, ...]] = []
   for one in result.get("forgetting", ()):
-    shown = _nats if one["name"].endswith("/kl") else _percent
+    number = one["name"].endswith(("/kl", "/reward_margin"))
+    shown = _nats if number else _percent
     rows.append((label(one["name"]), *(shown(one[side]) for side in _SIDES)))
   if known := result.get("knowledge"):
     name = f"what the base knows, answered ({known['n']} texts)"

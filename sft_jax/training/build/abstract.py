@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from sft_jax.common import sharding, trees
 from sft_jax.common.batch import Batch
-from sft_jax.models.config import ModelConfig
+from sft_jax.models.config import ModelConfig, read_config
+from sft_jax.models.lora import base_model
 from sft_jax.models.transformer import Model
 from sft_jax.step.train_step import TrainState, init_state
 from sft_jax.training import step_runner
@@ -20,7 +21,7 @@ from sft_jax.training.build import build
 from sft_jax.training.build import state as setup_state
 from sft_jax.training.build import step as setup_step
 from sft_jax.training.build.data import Config
-from sft_jax.training.build.model import build_model
+from sft_jax.training.build.model import build_model, teacher_config
 
 
 class Outline(NamedTuple):
@@ -57,9 +58,15 @@ def outline(config: Config, shape: ModelConfig, mesh: Mesh) -> Outline:
   built = build_model(config, shape, mesh)
   # How long a run is decides its learning rates, not the program's shape.
   num_steps = config.steps or max(config.optim.warmup_steps, 0) + 1
-  step = setup_step.make_step(config, built.model, mesh, num_steps)
-  params = jax.eval_shape(built.init, jax.random.key(config.seed))
-  params = setup_state.hold_base(config, step, params, lambda x: x)
+  key, theirs, teacher = jax.random.key(config.seed), {}, None
+  if other := teacher_config(config):
+    teacher = build_model(other, read_config(other.model.path), mesh)
+    theirs = {base_model.TEACHER: jax.eval_shape(teacher.init, key)}
+  step = setup_step.make_step(
+    config, built.model, mesh, num_steps, teacher=teacher and teacher.model
+  )
+  params = jax.eval_shape(built.init, key)
+  params = setup_state.hold_base(config, step, params, lambda x: x) | theirs
   state = jax.eval_shape(lambda p: init_state(p, step.trained, step.tx), params)
   return Outline(
     mesh=mesh,
@@ -80,8 +87,8 @@ def batch_shapes(config: Config, mesh: Mesh) -> Batch:
   size = (config.accum_steps, config.batch_size // config.accum_steps)
   rows = sharding.row_sharding(mesh, leading_axes=1)
 
-  def slots(dtype: Any) -> Any:
-    shape = (*size, config.data.seq_len)
+  def slots(dtype: Any, *more: int) -> Any:
+    shape = (*size, config.data.seq_len, *more)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
 
   words = ("tokens", "targets", "segment_ids", "positions", "sources")
@@ -89,4 +96,12 @@ def batch_shapes(config: Config, mesh: Mesh) -> Batch:
     **{name: slots(jnp.int32) for name in words},
     loss_weights=slots(jnp.float32),
     roles=slots(jnp.uint8),
+    **(
+      {
+        "teacher_ids": slots(jnp.int32, config.distill.top),
+        "teacher_logps": slots(jnp.float32, config.distill.top),
+      }
+      if config.distill.teacher == "kept"
+      else {}
+    ),
   )

@@ -42,7 +42,7 @@ class BuiltRun(NamedTuple):
   state: TrainState
   state_shardings: TrainState
   loss_fn: Callable[[trees.Tree, Batch], LossSums]
-  measure_fn: Callable[[trees.Tree, Batch], LossSums]
+  measure_fn: Callable[..., LossSums]
   trained: Callable[[str], bool]
   document_loss: Callable[[trees.Tree, Batch, int], GroupSums]
   train_step: Callable
@@ -104,13 +104,21 @@ def build_run(config: Config, log: Log, own: Own = NOTHING) -> BuiltRun:
     )
 
   streams = (data.stream, data.held_out, data.general_text)
+  teacher = setup_model.load_teacher(config, tokenizer, mesh, log)
   step = setup_step.make_step(
-    config, model, mesh, num_steps, streams, loss=own.loss, tx=own.optimizer
+    *(config, model, mesh, num_steps, streams),
+    loss=own.loss,
+    tx=own.optimizer,
+    teacher=teacher and teacher[0],
   )
   params = setup_state.hold_base(config, step, params, jnp.copy)
+  if teacher:
+    size = trees.num_bytes(teacher[1])
+    log(f"distill.teacher: {size / 1e9:.3f} GB beside the model.")
+    params[base_model.TEACHER] = teacher[1]
   if copies := params.get(base_model.COPIES):
     log(
-      f"loss.kl: {trees.count(copies):,} parameters are held twice, as they "
+      f"base: {trees.count(copies):,} parameters are held twice, as they "
       f"train and as the base's, {trees.num_bytes(copies) / 1e9:.3f} GB in all."
     )
   shardings = setup_state.state_shardings(step, params, mesh)

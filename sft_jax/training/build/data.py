@@ -16,7 +16,7 @@ from sft_jax.data.chat import template as templates
 from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.pipeline import Stream
 from sft_jax.data.sources import MemoryRows, Source
-from sft_jax.data.store import build
+from sft_jax.data.store import build, teacher
 from sft_jax.data.store.store import Store
 from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.evals import behaviors
@@ -101,6 +101,13 @@ def load_stores(
 
   train = train_sources(config, own.rows)
   examples = store(train, "train")
+  if pair_kind(config) and (texts := examples.index["text"]).any():
+    raise ValueError(
+      f"{examples.place(int(texts.argmax()))}: got raw text with preference."
+      f"loss={config.preference.loss!r} and distill.teacher="
+      f"{config.distill.teacher!r}, expected rows of answers. Leave such rows "
+      "out of data.train."
+    )
   held_out = None
   if own_files:
     sources = make_sources(own.eval_rows or config.data.eval, columns)
@@ -111,12 +118,24 @@ def load_stores(
   examples = selection.select(
     examples, folder=config.data.scores, seed=config.seed, log=log
   )
+  if config.get("distill", {}).get("teacher") == "kept":
+    rows, folder = kept_folder(config, examples)
+    examples = dataclasses.replace(
+      examples, teacher=teacher.open_kept(folder, rows)
+    )
   if held_out:
     findings.append(checks.overlap(examples, held_out, own_files=own_files))
   general = None
   if path := beside(config, "general_text", log):
     general = store(make_sources(path), "general text")
   return Stores(examples, held_out, general, findings)
+
+
+def kept_folder(config: Config, store: Store) -> tuple[str, Path]:
+  """(digest of a store's rows, where a teacher's predictions of them are)."""
+  rows = teacher.rows_digest(store.tokens, store.runs)
+  cache = Path(config.data.cache_dir or Path(config.workdir) / "cache")
+  return rows, cache / f"teacher-{rows[:24]}"
 
 
 def build_store(
@@ -200,6 +219,7 @@ def make_stream(config: Config, store: Store, **choices: Any) -> Stream:
     batch_size=config.batch_size,
     seed=config.seed,
     packing=config.data.packing,
+    pairs=bool(pair_kind(config)),
     **choices,
   )
 
@@ -245,4 +265,21 @@ def make_render_options(config: Config) -> RenderOptions:
   """What `config.data` says of rendering and of what is trained."""
   fields = {x.name for x in dataclasses.fields(RenderOptions)}
   given = {k: x for k, x in config.data.to_dict().items() if k in fields}
-  return RenderOptions(**given)
+  return RenderOptions(**given, pairs=pair_kind(config))
+
+
+def pair_kind(config: Config) -> str:
+  """Which pairs a run's rows are; see `RenderOptions.pairs`."""
+  # Neither is in older workdirs.
+  if config.get("distill", {}).get("teacher", "") == "self":
+    return "shown"
+  loss = config.get("preference", {}).get("loss", "")
+  return loss and ("any" if loss == "kto" else "both")
+
+
+def plain(config: Config) -> Config:
+  """The config with cross-entropy on rows alone: no pairs, no teacher."""
+  config = config.copy_and_resolve_references()
+  if "preference" in config:  # Not in older workdirs.
+    config.preference.loss = config.distill.teacher = ""
+  return config

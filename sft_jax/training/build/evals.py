@@ -1,5 +1,6 @@
 """What a config says of evaluation: the suite that a run is measured by."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,7 +32,8 @@ def make_suite(
   progress: suite.Progress = lambda what, done, of: None,
 ) -> suite.Suite:
   """What is measured before and after training."""
-  model, own_loss, loss = _in_float32(config, built)
+  model, loss = _in_float32(config, built)
+  own_loss = functools.partial(loss, compare=False)
   return suite.Suite(
     loss_fn=loss,
     own_loss_fn=own_loss if config.eval.kl else None,
@@ -60,15 +62,15 @@ def make_suite(
   )
 
 
-def _in_float32(config: Config, built: BuiltRun) -> tuple[Any, Any, Any]:
-  """(model, loss, loss with what the base says), as they measure.
+def _in_float32(config: Config, built: BuiltRun) -> tuple[Any, Any]:
+  """(model, loss with what the base says), as they measure.
 
   Those of the run; in float32 where it computes in bfloat16 on a CPU, most of
   which emulate that.
   """
   on_cpu = built.mesh.devices.flat[0].platform == "cpu"
   if not on_cpu or config.model.dtype != "bfloat16":
-    return built.model, built.loss_fn, built.measure_fn
+    return built.model, built.measure_fn
   config = config.copy_and_resolve_references()
   config.model.dtype = "float32"
   rows = built.model.lora.token_rows if built.model.lora else ()
@@ -76,7 +78,7 @@ def _in_float32(config: Config, built: BuiltRun) -> tuple[Any, Any, Any]:
   model = setup_model.build_model(config, shape, mesh, rows).model
   streams = (built.stream, built.held_out, built.general_text)
   made = step.make_step(config, model, mesh, built.num_steps, streams)
-  return model, made.loss_fn, made.measure_fn
+  return model, made.measure_fn
 
 
 def training_seconds(config: Config, built: BuiltRun, steps: int) -> float:

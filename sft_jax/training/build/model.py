@@ -175,6 +175,58 @@ def load_model(
   return model, peft_load.place_adapter(params, built.leaves)
 
 
+def teacher_config(config: Config) -> Config | None:
+  """The config of distill.teacher where it is another model, else None."""
+  path = config.get("distill", {}).get("teacher", "")
+  if path in ("", "base", "self", "kept"):
+    return None
+  config = config.copy_and_resolve_references()
+  config.model.path = str(hub.find_model(path).folder)
+  config.model.param_dtype = config.model.dtype
+  config.model.quantize = config.lora.path = ""
+  config.model.new_tokens = config.model.stop_tokens = ()
+  config.lora.rank = 0
+  return config
+
+
+def load_teacher(
+  config: Config, tokenizer: tokenizers.Tokenizer, mesh: Mesh, log: Log
+) -> tuple[Model, trees.Tree] | None:
+  """The model that distill.teacher names, and its parameters, if one.
+
+  Raises:
+    ValueError: a model of another vocabulary.
+  """
+  theirs = teacher_config(config)
+  if theirs is None:
+    return None
+  other = load_tokenizer(theirs, theirs.model.path)
+  check_same_vocabulary(tokenizer, other, "distill.teacher")
+  return load_model(theirs, mesh, log)
+
+
+def check_same_vocabulary(
+  ours: tokenizers.Tokenizer, theirs: tokenizers.Tokenizer, what: str
+) -> None:
+  """Raises ValueError unless every id stands for the same text."""
+  if ours.fingerprint == theirs.fingerprint:
+    return
+  texts = [
+    [one.decode([i], skip_special=False) for i in range(one.vocab_size)]
+    for one in (ours, theirs)
+  ]
+  pairs = enumerate(zip(*texts, strict=False))
+  odd = next(
+    (f"id {i} is {a!r} and {b!r}" for i, (a, b) in pairs if a != b), ""
+  )
+  if odd or ours.vocab_size != theirs.vocab_size:
+    raise ValueError(
+      f"{what}: {theirs.folder} has {theirs.vocab_size} ids and {ours.folder} "
+      f"{ours.vocab_size}{odd and '; ' + odd}; expected one vocabulary, as the "
+      "predictions are compared id by id. Name a teacher of the same family."
+    )
+
+
 def _adapters(
   config: Config, shape: ModelConfig
 ) -> tuple[lora.LoraConfig | None, dict[str, Any]]:

@@ -12,7 +12,7 @@ from sft_jax.common import sharding, trees
 from sft_jax.common.buckets import remote_workdir, storage
 from sft_jax.models.hf import peft_save
 from sft_jax.models.lora import base_model, merge
-from sft_jax.step.train_step import TrainState
+from sft_jax.step.train_step import TrainState, model_params
 from sft_jax.training.build.build import BuiltRun
 from sft_jax.training.build.data import (
   NOTHING,
@@ -24,7 +24,7 @@ from sft_jax.training.build.data import (
 
 def own_params(state: TrainState) -> trees.Tree:
   """The model's parameters, trained and frozen, and no copy of the base's."""
-  return base_model.own(trees.merge(state.params, state.frozen))
+  return base_model.own(model_params(state))
 
 
 def followed_metric(config: Config) -> str:

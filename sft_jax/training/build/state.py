@@ -13,7 +13,7 @@ from sft_jax.models.lora import base_model
 from sft_jax.models.transformer import Model
 from sft_jax.step.train_step import TrainState, init_state
 from sft_jax.training.build.data import Config
-from sft_jax.training.build.step import Step
+from sft_jax.training.build.step import Step, needs_base
 
 
 def hold_base(
@@ -22,7 +22,7 @@ def hold_base(
   params: trees.Tree,
   copy: Callable[[Any], Any],
 ) -> trees.Tree:
-  """The parameters (or shapes), and with loss.kl what the base needs beside.
+  """The parameters (or shapes), and what the base needs beside, if asked.
 
   `copy` makes one more of a leaf.
 
@@ -43,7 +43,7 @@ def hold_base(
       f"optim.freeze: got {tuple(config.optim.freeze)}, which leaves nothing "
       "to train; expected patterns of some parameters. Narrow optim.freeze."
     )
-  if not config.loss.kl:
+  if not needs_base(config):
     return params
   copies = base_model.to_copy(params, step.trained)
   return base_model.with_copies(params, jax.tree.map(copy, copies))

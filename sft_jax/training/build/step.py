@@ -16,10 +16,11 @@ from sft_jax.data.pipeline import Stream
 from sft_jax.models.lora import base_model, lora
 from sft_jax.models.transformer import Model
 from sft_jax.step import loss as losses
-from sft_jax.step import loss_groups, optimizer
+from sft_jax.step import loss_groups, optimizer, preferences
+from sft_jax.step.distillation import Divergence, TopK
 from sft_jax.step.loss import GroupSums, HeadRows, Loss, LossSums, Objective
 from sft_jax.step.train_step import make_train_step
-from sft_jax.training.build.data import Config
+from sft_jax.training.build.data import Config, pair_kind
 
 
 class Step(NamedTuple):
@@ -27,8 +28,9 @@ class Step(NamedTuple):
 
   Attributes:
     loss_fn: (all parameters, batch) -> sums over its trained tokens.
-    measure_fn: the same, and how far from the base's the predictions are,
-      where the parameters tell; see `models.lora.base_model`.
+    measure_fn: the same of the data's own tokens, and how far from the base's
+      the predictions are, unless compare=False, and where the parameters tell;
+      see `models.lora.base_model`.
     row_nats: (all parameters, batch [B, T]) -> nats of each row's trained
       tokens [B].
     trained: whether the parameter of a path is trained.
@@ -39,7 +41,7 @@ class Step(NamedTuple):
   """
 
   loss_fn: Callable[..., LossSums]
-  measure_fn: Callable[[trees.Tree, Batch], LossSums]
+  measure_fn: Callable[..., LossSums]
   row_nats: Callable[[trees.Tree, Batch], jax.Array]
   trained: Callable[[str], bool]
   tx: optax.GradientTransformation
@@ -76,6 +78,7 @@ def make_step(
   *,
   loss: Loss | None = None,
   tx: optax.GradientTransformation | None = None,
+  teacher: Model | None = None,
 ) -> Step:
   """The step of a run of `num_steps`.
 
@@ -89,15 +92,27 @@ def make_step(
       `loss.extras(batch)` gives further arrays [B, T, ...] by name. Measured
       is the cross-entropy all the same.
     tx: used in place of config.optim; it contains its own learning rate.
+    teacher: the functions of another model whose parameters lie under
+      `base_model.TEACHER`; see distill.teacher.
 
   Raises ValueError: a setting of config.optim that does not exist; a loss of
-  one's own together with loss.kl.
+  one's own together with loss.kl, pairs or a teacher.
   """
-  if loss is not None and config.loss.kl:
-    raise ValueError(
-      f"loss.kl: got {config.loss.kl} with a loss of your own, expected 0: it "
-      "replaces the objective. Add the divergence to your loss."
-    )
+  for key in ("loss.kl", "preference.loss", "distill.teacher"):
+    section, _, name = key.partition(".")
+    on = config.get(section, {}).get(name)  # Not in older workdirs.
+    if loss is not None and on:
+      raise ValueError(
+        f"{key}: got {on!r} with a loss of your own, expected {type(on)()!r}: "
+        "it replaces the objective. Make it a part of your loss."
+      )
+  choice, most_pairs = preference(config), 0
+  paired, distill = bool(pair_kind(config)), config.get("distill", {})
+  if choice:
+    lengths = [int(s.store.lengths.min()) for s in streams if s] or [8]
+    most_pairs = config.data.seq_len // min(lengths)
+  if distill.get("teacher") == "kept":
+    loss = TopK(distill.weight, distill.ce)
   learning_rate = schedule(config, num_steps)
   rounding_seed = optimizer.rounding_seed(config.optim.rounding, config.seed)
   own, optim = tx is not None, config.optim
@@ -111,6 +126,7 @@ def make_step(
     weight_decay=optim.weight_decay,
     decay_patterns=optim.decay,
     clip_norm=optim.clip_norm,
+    ema=optim.get("ema", 0.0),  # Not in older workdirs.
     rates=rates,
     rounding_seed=rounding_seed,
     **{name: optim[name] for name in moments},
@@ -124,7 +140,13 @@ def make_step(
   names = [group_names(stream) for stream in streams if stream] or [
     loss_groups.names(TOKEN_ROLES, ())
   ]
-  objective = Objective(**{k: config.loss[k] for k in Objective._fields})
+  own_terms = ("z_loss", "label_smoothing", "dft", "kl")
+  objective = Objective(**{k: config.loss[k] for k in own_terms})
+  if distill.get("teacher"):
+    kind = (distill.divergence, distill.mix, distill.temperature)
+    objective = objective._replace(
+      kl=distill.weight, ce=distill.ce, divergence=Divergence(*kind)
+    )
 
   def predict(
     params: trees.Tree, batch: Batch, dropout_key: jax.Array | None = None
@@ -147,52 +169,73 @@ def make_step(
       )
     return hidden, head
 
-  def sums(
-    params: trees.Tree,
-    batch: Batch,
-    groups: jax.Array,
-    num_groups: int,
-    dropout_key: jax.Array | None = None,
-    base: trees.Tree | None = None,
-    objective: Objective | Loss = losses.NATS,
-    extras: dict[str, jax.Array] | None = None,
-  ) -> LossSums:
-    return losses.linear_cross_entropy(
-      *predict(params, batch, dropout_key),
-      batch.targets,
-      batch.loss_weights,
-      groups,
-      base=None if base is None else predict(base, batch),
-      num_groups=num_groups,
-      objective=objective,
-      extras=extras,
-      chunk_tokens=config.loss.chunk_tokens,
-      softcap=model.config.logit_softcap,
-      rows=sharding.row_sharding(mesh) if mesh else None,
-    )
+  head = {
+    "chunk_tokens": config.loss.chunk_tokens,
+    "softcap": model.config.logit_softcap,
+    "rows": sharding.row_sharding(mesh) if mesh else None,
+  }
+  sums = partial(losses.linear_cross_entropy, **head)
 
   def loss_fn(
     params: trees.Tree,
     batch: Batch,
     dropout_key: jax.Array | None = None,
     measure: bool = False,
+    compare: bool = True,
   ) -> LossSums:
     base = None
-    if config.loss.kl or (measure and config.eval.kl):
+    compares = measure and compare and config.eval.kl
+    if compares or (needs_base(config) and (choice or not measure)):
       base = base_model.base_of(params, trained)
-    groups = loss_groups.of(batch, len(TOKEN_ROLES))
-    # A stream's own sources come last: shorter lists are a prefix.
-    most = max(map(len, names))
-    arguments = (params, batch, groups, most, dropout_key, base)
-    if loss is None or measure:
-      return sums(*arguments, objective)
+      base = None if base is None else predict(base, batch)
+    if teacher and not measure:
+      row = (batch.tokens, batch.positions, batch.segment_ids)
+      theirs = params[base_model.TEACHER]
+      base = teacher.hidden(theirs, *row), teacher.head(theirs)
+    if paired and not choice and not measure:
+      assert base is not None  # `hold_base` sees to it.
+      base = preferences.of_the_other_side(base[0], batch), base[1]
+    predicted = predict(params, batch, dropout_key)
+    trains = preferences.chosen_only(batch) if paired else batch
+    measured = partial(
+      sums,
+      *(*predicted, batch.targets, trains.loss_weights),
+      loss_groups.of(trains, len(TOKEN_ROLES)),
+      # A stream's own sources come last: shorter lists are a prefix.
+      num_groups=max(map(len, names)),
+    )
+    if choice:
+      reference = None
+      if needs_base(config):
+        assert base is not None  # `hold_base` sees to it.
+        reference = preferences.document_logps(base, batch, most_pairs, **head)
+      return preferences.objective(
+        *(choice, predicted, batch, reference),
+        measured(base=base if compares else None),
+        most_pairs,
+        **head,
+      )
+    if measure:
+      return measured(base=base)
+    if loss is None:
+      return measured(base=base, objective=objective)
     extras = {k: x for k, x in batch._asdict().items() if x is not None}
     extras |= getattr(loss, "extras", lambda batch: {})(batch)
-    return sums(*arguments, loss, extras)
+    return measured(objective=loss, extras=extras)
 
   def document_loss(params: trees.Tree, batch: Batch, most: int) -> GroupSums:
-    groups = loss_groups.documents(batch, most)
-    return sums(params, batch, groups, most * len(batch.tokens)).groups
+    """Of pairs, the chosen sides'."""
+    if paired:
+      pair = (jnp.asarray(batch.segment_ids) + 1) // 2
+      groups = loss_groups.documents(batch._replace(segment_ids=pair), most)
+      weights = preferences.chosen_only(batch).loss_weights
+    else:
+      groups, weights = loss_groups.documents(batch, most), batch.loss_weights
+    number = most * len(batch.tokens)
+    predicted = predict(params, batch)
+    return sums(
+      *predicted, batch.targets, weights, groups, num_groups=number
+    ).groups
 
   def row_nats(params: trees.Tree, batch: Batch) -> jax.Array:
     return document_loss(params, batch, 1).nats
@@ -220,3 +263,20 @@ def group_names(stream: Stream) -> tuple[str, ...]:
   store = stream.store
   short = store.stats.short_names()
   return loss_groups.names(TOKEN_ROLES, [short[s.label] for s in store.sources])
+
+
+def preference(config: Config) -> preferences.Preference | None:
+  """The loss of pairs of a config; None where it trains on answers."""
+  if pair_kind(config) not in ("both", "any"):
+    return None
+  return preferences.Preference(**config.preference.to_dict())
+
+
+def needs_base(config: Config) -> bool:
+  """Whether every step asks the base."""
+  choice = preference(config)
+  return bool(
+    config.loss.kl
+    or config.get("distill", {}).get("teacher") in ("base", "self")
+    or (choice and choice.loss not in preferences.WITHOUT_REFERENCE)
+  )

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,7 +62,10 @@ def _encoded(conversation, tokenizer, options, tokenized=None):
   except ValueError as error:
     return str(error)
   examples = [
-    [getattr(one, field.name).tolist() for field in dataclasses.fields(one)]
+    [
+      np.asarray(getattr(one, field.name)).tolist()
+      for field in dataclasses.fields(one)
+    ]
     for one in row.examples
   ]
   return examples, row.dropped, row.notes

@@ -276,16 +276,17 @@ def test_a_rows_weight_is_that_of_its_answers():
 
 def test_a_rejected_answer_is_not_trained():
   row = {"prompt": "2 + 2?", "completion": "5", "kto_tag": False}
-  with pytest.raises(NothingToTrain, match="kto_tag false"):
-    formats.to_conversation(row)
+  assert not formats.to_conversation(row).desirable
   assert turns({**row, "completion": "4", "kto_tag": True}) == QUESTION
   # A label may be of anything: it counts where the source says what it is.
   row = {"prompt": "2 + 2?", "completion": "4", "label": False}
   assert turns(row) == QUESTION
-  (note,) = formats.to_conversation(row).notes
+  made = formats.to_conversation(row)
+  assert made.desirable
+  (note,) = made.notes
   assert note.startswith("label not read")
-  with pytest.raises(NothingToTrain, match="kto_tag false"):
-    formats.to_conversation(row, columns={"label": "kto_tag"})
+  renamed = formats.to_conversation(row, columns={"label": "kto_tag"})
+  assert not renamed.desirable
 
 
 @pytest.mark.parametrize(
