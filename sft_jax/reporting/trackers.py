@@ -274,8 +274,6 @@ class Copies:
         self._writers[name].write(place[0], numbers)
         waiting.pop(0)
         self._state[name]["copied"] = list(place)
-      if late:
-        self._log(f"log.writers: {name} has all records again.")
     # Of somebody else's client and network; whatever it is, training goes on.
     except Exception as error:
       if not late:
@@ -284,6 +282,9 @@ class Copies:
           f"({type(error).__name__}: {error}). Its records wait; "
           "metrics.jsonl has them all."
         )
+    else:
+      if late:
+        self._log(f"log.writers: {name} has all records again.")
     write_json(self._path, self._state)
 
   def close(self, done: bool = False) -> None:

@@ -140,7 +140,7 @@ def _nats(value: float | None) -> str:
 
 def _anything(title: str, value: Any) -> Table:
   """Figures of a shape that is not known: a table of rows, or of pairs."""
-  nested = lambda all: all and {isinstance(x, Mapping) for x in all} == {True}
+  nested = lambda of: of and {isinstance(x, Mapping) for x in of} == {True}
   if isinstance(value, Mapping):
     if not nested(value.values()):
       rows = [[name, _cell(one)] for name, one in value.items()]
