@@ -95,24 +95,23 @@ def to_filter(value: Any) -> tuple[Condition, ...]:
   Raises:
     ValueError: what is none, with what it should be.
   """
-  many = value
-  if len(value) == 3 and isinstance(value[0], str):
-    many = [value]
+  alone = len(value) == 3 and isinstance(value[0], str)
   made = []
-  for one in many:
-    if isinstance(one, str) or len(one) != 3:
-      raise _no_condition(one)
-    condition = Condition(*one)
-    _check_name(condition.name, "data.filter")
-    if condition.op in SHARES:
-      share = condition.value
-      if not is_number(share) or not 0 < share <= 1:
-        raise _no_condition(one)
-    elif condition.op not in _COMPARE or not isinstance(
-      condition.value, str | int | float | bool
-    ):
-      raise _no_condition(one)
-    made.append(condition)
+  for one in [value] if alone else value:
+    fine = not isinstance(one, str) and len(one) == 3
+    if fine:
+      name, op, bound = one
+      _check_name(name, "data.filter")
+      fine = op in _COMPARE and isinstance(bound, str | int | float | bool)
+      if op in SHARES:
+        fine = is_number(bound) and 0 < bound <= 1
+    if not fine:
+      raise ValueError(
+        f"data.filter: got {one!r}; expected (name, op, value), with op one of "
+        f"{', '.join(_COMPARE)} and a number or text, or one of "
+        f"{', '.join(SHARES)} and a share above 0. Correct it."
+      )
+    made.append(Condition(*one))
   return tuple(made)
 
 
@@ -155,14 +154,6 @@ def _check_name(name: Any, key: str) -> None:
       f"{key}: got the name {name!r}; expected one of {', '.join(SCORES)}, or "
       "'row.NAME' for what a row has under NAME. Correct it."
     )
-
-
-def _no_condition(got: Any) -> ValueError:
-  return ValueError(
-    f"data.filter: got {got!r}; expected (name, op, value), with op one of "
-    f"{', '.join(_COMPARE)} and a number or text, or one of "
-    f"{', '.join(SHARES)} and a share above 0. Correct it."
-  )
 
 
 @dataclasses.dataclass(frozen=True)
