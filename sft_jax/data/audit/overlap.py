@@ -70,7 +70,13 @@ def find_overlap(train: Iterable[Rows], held_out: Iterable[Rows]) -> Overlap:
   table[_slot(known)] = True
   for batch in train:
     asked_again[_find(asked, _key(batch))] = True
-    np.add.at(seen, _find(known, _runs_in(batch.texts, table)), 1)
+    hashes, starts = (
+      words_lib.windows(batch.texts.hashes, RUN),
+      batch.texts.starts,
+    )
+    at = np.flatnonzero(table[_slot(hashes)])
+    ends = starts[np.searchsorted(starts, at, "right")]
+    np.add.at(seen, _find(known, hashes[at[at + RUN <= ends]]), 1)
   rare = (seen > 0) & (seen <= COMMON)
   owner = np.repeat(np.arange(len(count)), count)
   shared = np.bincount(owner[rare[which]], minlength=len(count))
@@ -87,16 +93,6 @@ def of_store(store: Store) -> Iterator[Rows]:
     counted = np.concatenate([[0], np.cumsum(asked)])
     prompts = Words(hashes[asked], counted[starts])
     yield Rows(prompts, Words(hashes, starts))
-
-
-def _runs_in(
-  texts: Words, table: Bool[np.ndarray, " slots"]
-) -> UInt64[np.ndarray, " runs"]:
-  """The runs of texts that the table has; a few of them are not known."""
-  hashes = words_lib.windows(texts.hashes, RUN)
-  at = np.flatnonzero(table[_slot(hashes)])
-  ends = texts.starts[np.searchsorted(texts.starts, at, "right")]
-  return hashes[at[at + RUN <= ends]]
 
 
 def _key(batch: Rows) -> UInt64[np.ndarray, " rows"]:

@@ -87,7 +87,21 @@ def inspect(
       finding, like = _overlap(said, own_files=own_files)
       findings.append(finding)
       warnings += [like] if like.count else []
-    warnings = [_warning(one, said) for one in warnings]
+    shown = lambda rows: [_shown(said.row(i)) for i in rows]
+    warnings = [
+      {
+        **one._asdict(),
+        "examples": [
+          {"note": x.note, "rows": shown(x.rows)} for x in one.examples
+        ],
+      }
+      for one in warnings
+    ]
+  verdicts = []
+  for one in findings:
+    passed, allowed = not one.count, one.name in allow
+    verdict = {"places": [*one.places], "passed": passed, "allowed": allowed}
+    verdicts.append(one._asdict() | verdict)
   rng = np.random.default_rng(samples_seed)
   chosen = rng.permutation(len(train.index))[:samples]
   kept = {"folder": scores_folder, "format": format, "seed": rows_seed}
@@ -98,8 +112,8 @@ def inspect(
     epoch |= {"seq_len": stream.seq_len, "batch_size": stream.batch_size}
   return {
     "schema": SCHEMA,
-    "passed": not any(v.count and v.name not in allow for v in findings),
-    "findings": [_finding(one, allow) for one in findings],
+    "passed": all(one["passed"] or one["allowed"] for one in verdicts),
+    "findings": verdicts,
     "warnings": warnings,
     "ledger": (stream or train).stats.to_json(),
     "held_out": held_out.stats.to_json() if held_out else None,
@@ -234,25 +248,6 @@ def _rows(
       [text_hashing.take(column, rows) for column in asked]
     )
     yield overlap.Rows(prompts, text_hashing.take(whole, rows))
-
-
-def _finding(one: checks.Finding, allow: Collection[str]) -> dict[str, Any]:
-  return {
-    **one._asdict(),
-    "places": list(one.places),
-    "passed": not one.count,
-    "allowed": one.name in allow,
-  }
-
-
-def _warning(
-  one: warnings_.DataWarning, said: row_texts.Texts
-) -> dict[str, Any]:
-  examples = [
-    {"note": note, "rows": [_shown(said.row(i)) for i in rows]}
-    for note, rows in one.examples
-  ]
-  return {**one._asdict(), "examples": examples}
 
 
 def _shown(row: row_texts.Row) -> dict[str, str]:
