@@ -31,6 +31,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.compile_cache = "auto"
   config.export = True  # Write workdir/export, a Hugging Face folder.
   config.export_dtype = ""  # Of its weights; '' = model.param_dtype.
+  # Compare its greedy replies in transformers, where that is installed, with
+  # the model's, and the folder with what servers load it by.
+  config.export_check = False
 
   config.model = model = ml_collections.ConfigDict()
   model.path = "sft_jax/demo/base"  # A folder, or org/name@rev.

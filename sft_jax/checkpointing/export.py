@@ -171,7 +171,7 @@ def _verify(
   written = held.pop()
   stops, prompts = None, []
   if tokenizer:
-    stops, prompts = _same_words(folder, tokenizer, options)
+    stops, prompts = same_words(folder, tokenizer, options)
   # Both dtypes that parameters can have hold every float16.
   keep = jnp.bfloat16 if written == jnp.bfloat16 else jnp.float32
   stranger, loaded = load_save.load_pretrained(
@@ -234,7 +234,7 @@ def _same_weights(
       raise ValueError(f"{path} differs by {float(difference):.3g}")
 
 
-def _same_words(
+def same_words(
   folder: Path, tokenizer: Tokenizer, options: RenderOptions
 ) -> tuple[list[int], list[list[int]]]:
   """The stop ids and the prompts of the folder, which are the tokenizer's."""
@@ -256,8 +256,8 @@ def _same_words(
     options, template_kwargs=date, generation_prompt="error"
   )
   for conversation in _CONVERSATIONS:
-    ours = _render(conversation, tokenizer, options)
-    theirs = _render(conversation, stranger, unaware)
+    ours = render(conversation, tokenizer, options)
+    theirs = render(conversation, stranger, unaware)
     if ours != theirs:
       raise ValueError(
         f"{conversation.messages[0].content!r} is rendered as {theirs}, not "
@@ -268,7 +268,7 @@ def _same_words(
   return stops, prompts
 
 
-def _render(
+def render(
   conversation: Conversation, tokenizer: Tokenizer, options: RenderOptions
 ) -> list[int] | str:
   """Ids of a prompt; the text itself where there is no template for it; what

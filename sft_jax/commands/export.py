@@ -1,8 +1,10 @@
 """Model folders: of a run's newest checkpoint, or of several models.
 
     sft-jax export --workdir=runs/demo --out=my_model
+    sft-jax export --workdir=runs/demo --out=my_model --gguf=q8_0 --check
 
-writes a verified Hugging Face folder.
+writes a verified Hugging Face folder, and a file for llama.cpp; --check has
+other tools load them.
 
     sft-jax merge --models A B C --out=merged
     sft-jax merge --method=ties --models A B --base=BASE --out=merged
@@ -25,6 +27,7 @@ from typing import Any
 
 import ml_collections
 
+from sft_jax.checkpointing import gguf, serving
 from sft_jax.checkpointing.resume import restore
 from sft_jax.common.buckets import remote_workdir, storage
 from sft_jax.common.workdir import read_json
@@ -35,6 +38,7 @@ from sft_jax.evals import forgetting
 from sft_jax.models.hf import merging
 from sft_jax.reporting import terminal
 from sft_jax.training.build import build, load_run, outputs
+from sft_jax.training.build.data import make_render_options
 
 
 def main() -> None:
@@ -42,6 +46,17 @@ def main() -> None:
   parser.add_argument("--workdir", required=True, help="the folder of a run")
   parser.add_argument("--out", required=True, help="the folder to write")
   parser.add_argument("--dtype", help="of the weights; as trained by default")
+  parser.add_argument(
+    "--gguf",
+    choices=gguf.DTYPES,
+    help="write OUT-gguf too: a file for llama.cpp and Ollama's Modelfile",
+  )
+  parser.add_argument(
+    "--check",
+    action="store_true",
+    help="compare greedy replies in transformers and llama.cpp with the "
+    "model's, and the folder with what vLLM and SGLang load it by",
+  )
   args = parser.parse_args()
   out = terminal.console()
   log = out.print
@@ -65,15 +80,42 @@ def main() -> None:
     config.export_dtype = args.dtype
   log(f"Writing step {int(state.step)} to {args.out} ...")
   del state  # The moments make room for the folder's parameters.
+  options = make_render_options(config)
+
+  def write(folder: Path) -> None:
+    evidence = outputs.export_run(config, run, params, folder)
+    log(f"{args.out}: {evidence}")
+    file = None
+    if args.gguf:
+      file = folder.with_name(f"{folder.name}-gguf") / f"model-{args.gguf}.gguf"
+      file.parent.mkdir(exist_ok=True)
+      wide = gguf.write(folder, file, dtype=args.gguf)
+      made = gguf.modelfile(file.name, run.tokenizer, run.model.config, options)
+      (file.parent / "Modelfile").write_text(made, encoding="utf-8")
+      log(f"{args.out}-gguf: {len(wide)} matrices stay in float32.")
+    if not args.check:
+      return
+    verdicts = outputs.check_served(
+      config, run, params, folder, workdir / "adapter", file
+    )
+    for verdict in verdicts:
+      log(str(verdict))
+    if any(verdict.state == serving.DIFFERS for verdict in verdicts):
+      raise ValueError(
+        f"{args.out}: would not be served as it was trained; expected the same "
+        "everywhere. See the lines above."
+      )
+
   if not storage.is_remote(args.out):
-    path = Path(args.out)
-    log(f"{args.out}: {outputs.export_run(config, run, params, path)}")
-    return
+    return write(Path(args.out))
   with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "export"
-    evidence = outputs.export_run(config, run, params, path)
+    write(path)
     storage.upload_folder(path, args.out, "config.json")
-  log(f"{args.out}: {evidence}")
+    if args.gguf:
+      made = path.with_name("export-gguf")
+      storage.upload_folder(made, f"{args.out}-gguf", "Modelfile")
+  log(f"{args.out}: written.")
 
 
 # -- One model of several -----------------------------------------------------

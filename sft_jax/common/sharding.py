@@ -29,6 +29,11 @@ RULES: Sequence[tuple[str, PartitionSpec]] = (
   (r"(embed|head)/embedding", PartitionSpec("tensor", "fsdp")),
   (r"positions/embedding", PartitionSpec(None, "fsdp")),
   # Experts are [L, E, in, out], and lie as the kernels of a dense layer do.
+  # Heads leave a latent vector and enter none: the vector itself is whole.
+  (r"attn/(q|kv)_down/(kernel|lora_a0?)", PartitionSpec(None, "fsdp")),
+  (r"attn/(q|kv)_down/lora_b0?$", PartitionSpec()),
+  (r"attn/(q|kv)_up/(kernel|lora_b0?)", PartitionSpec(None, None, "tensor")),
+  (r"attn/(q|kv)_up/lora_a0?$", PartitionSpec()),
   (r"moe/router/kernel$", PartitionSpec(None, "fsdp", None)),
   (r"moe/(gate|up)/kernel", PartitionSpec(None, None, "fsdp", "tensor")),
   (r"moe/down/kernel", PartitionSpec(None, None, "tensor", "fsdp")),

@@ -21,11 +21,12 @@ from sft_jax.common import sharding
 from sft_jax.models import kv_cache, rope
 from sft_jax.models.attention import parallel
 from sft_jax.models.attention.attention import attention, attention_mask, choose
+from sft_jax.models.attention.latent import LatentAttention
 from sft_jax.models.config import ModelConfig
 from sft_jax.models.linear import Linear
 from sft_jax.models.lora import quantize
 from sft_jax.models.lora.lora import LoraConfig
-from sft_jax.models.moe import Moe, clipped_swiglu
+from sft_jax.models.moe import Moe, Routing, clipped_swiglu
 from sft_jax.models.remat import BLOCK_INPUT
 
 Dtype = Any
@@ -229,7 +230,8 @@ def make_context(
     k_lengths = _lengths(kv_segment_ids, kv_segment_ids, kv_positions)
   every = []
   for window, by, _ in config.kinds:
-    rotation = partial(rope.rotation, rope=by, head_dim=config.head_dim)
+    turned = config.rope_dim or config.head_dim
+    rotation = partial(rope.rotation, rope=by, head_dim=turned)
     q_rotation = k_rotation = rotation(own, q_lengths)
     if cached and cache_unrotated_keys(config):
       k_rotation = rotation(kv_positions, k_lengths)
@@ -309,9 +311,8 @@ class Attention(nn.Module):
       if chosen == "splash":
         attend = _with_window(attend, [one.window for one in c.kinds], kind)
       y = attend(q, k, v)
-    out_std = _output_std(c)
     y = y.reshape(B, T, N * H)
-    y = self.linear(c.d_model, c.o_bias, out_std, name="o")(y)
+    y = self.linear(c.d_model, c.o_bias, c.out_std, name="o")(y)
     return y, kv
 
 
@@ -376,7 +377,7 @@ class Mlp(nn.Module):
       up = jax.checkpoint(lambda gate, up: act(gate) * up)(gate, up)
     else:
       up = act(up) if c.activation == "xielu" else jax.checkpoint(act)(up)
-    down = self.linear(c.d_model, c.mlp_bias, _output_std(c), name="down")
+    down = self.linear(c.d_model, c.mlp_bias, c.out_std, name="down")
     return down(up)
 
 
@@ -384,6 +385,7 @@ def _experts(
   c: ModelConfig,
   lora: LoraConfig | None,
   mesh: Mesh | None,
+  shared: Callable[[], nn.Module],
   **dtypes: Dtype,
 ) -> Moe:
   """The experts that take the place of the MLP."""
@@ -395,13 +397,22 @@ def _experts(
 
   return Moe(
     num_experts=c.num_experts,
-    per_token=c.experts_per_token,
+    routing=Routing(
+      k=c.experts_per_token,
+      normalize=c.norm_topk,
+      sigmoid=c.router_sigmoid,
+      groups=c.router_groups,
+      top_groups=c.router_top_groups,
+      best=c.router_best,
+      scale=c.router_scale,
+    ),
     d_ff=c.d_ff,
     activation=jax.checkpoint(activation),
-    normalize=c.norm_topk,
+    correction=c.router_correction,
+    shared=shared if c.d_ff_shared else None,
     use_bias=c.mlp_bias,
     init_std=c.init_std,
-    out_std=_output_std(c),
+    out_std=c.out_std,
     lora=lora,
     mesh=mesh,
     **dtypes,
@@ -443,32 +454,32 @@ class Block(nn.Module):
 
     x = checkpoint_name(x, BLOCK_INPUT)
     with jax.named_scope("attn"):
-      attn = Attention(
-        c,
-        linear,
-        head_norm,
-        self.backend,
-        self.mesh,
-        self.param_dtype,
-        name="attn",
-      )
       context = context.of_kind(c, kind)
       normed = before(x, "attn_norm")
-      y, kv = attn(normed, context, kv, layer, kind)
+      where = (self.backend, self.mesh)
+      if c.kv_rank:
+        # The reference gives these norms no other eps.
+        rank_norm = partial(RMSNorm, 1e-6, **dtypes)
+        attn = LatentAttention(
+          c, linear, rank_norm, *where, self.lora, name="attn"
+        )
+        y, kv = attn(normed, context, kv, layer)
+      else:
+        attn = Attention(
+          c, linear, head_norm, *where, self.param_dtype, name="attn"
+        )
+        y, kv = attn(normed, context, kv, layer, kind)
       x = add(x, y, "attn_post_norm")
     with jax.named_scope("mlp"):
       # Layers of a mixed model are unrolled, so that `kind` is no tracer.
       dense = c.mixed and c.kinds[kind].dense
+      mlp = partial(Mlp, c, linear)
       if c.num_experts and not dense:
-        mlp = _experts(c, self.lora, self.mesh, **dtypes)
+        shared = partial(mlp, c.d_ff_shared, self.param_dtype, name="shared")
+        wide = _experts(c, self.lora, self.mesh, shared, **dtypes)
       else:
         width = c.d_ff_dense if dense else c.d_ff
-        mlp = Mlp(c, linear, width, self.param_dtype, name="mlp")
-      y = mlp(normed if c.parallel else before(x, "mlp_norm"))
+        wide = mlp(width, self.param_dtype, name="mlp")
+      y = wide(normed if c.parallel else before(x, "mlp_norm"))
       x = add(x, y, "mlp_post_norm")
     return x, kv
-
-
-def _output_std(config: ModelConfig) -> float:
-  """Scale of the two projections of each block that add to the residual."""
-  return config.init_std / (2 * config.num_layers) ** 0.5

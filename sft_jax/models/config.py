@@ -7,6 +7,7 @@ one. Any other unknown field is listed in `ModelConfig.notes`.
 """
 
 import dataclasses
+import difflib
 import json
 import math
 from collections.abc import Mapping
@@ -25,9 +26,9 @@ from sft_jax.models.families import (
   Family,
   Json,
   Read,
-  layers_without_experts,
   positive,
   refuse,
+  whole_number,
 )
 from sft_jax.models.rope import Rope, parse_ropes
 
@@ -94,7 +95,15 @@ class ModelConfig:
     num_experts: E; 0: an MLP and no router.
     experts_per_token: k.
     d_ff_dense: width of the MLP of layers without experts.
+    d_ff_shared: width of an MLP beside the experts, for every token; 0: none.
     norm_topk: the shares of the k add up to one.
+    router_sigmoid, router_groups, router_top_groups, router_best,
+      router_scale: see `moe.Routing`.
+    router_correction: axes of what corrects the choice in files; 0: nothing.
+    kv_rank: C of latent attention, see `attention.latent`; 0: it is not.
+    q_rank: its queries come from so few numbers; 0: from all.
+    rope_dim: P, how many of the H are rotated there.
+    v_dim: V, width of its values.
     norm: 'rms', or 'layer' with its mean.
     norm_bias: a 'layer' norm has a bias.
     norm_offset: norms multiply by this much more than their scale.
@@ -143,7 +152,18 @@ class ModelConfig:
   num_experts: int = 0
   experts_per_token: int = 0
   d_ff_dense: int = 0
+  d_ff_shared: int = 0
   norm_topk: bool = True
+  router_sigmoid: bool = False
+  router_groups: int = 1
+  router_top_groups: int = 1
+  router_best: int = 2
+  router_scale: float = 1.0
+  router_correction: int = 0
+  kv_rank: int = 0
+  q_rank: int = 0
+  rope_dim: int = 0
+  v_dim: int = 0
   norm: str = "rms"
   norm_bias: bool = True
   norm_offset: float = 0.0
@@ -161,6 +181,12 @@ class ModelConfig:
   attn_softcap: float | None = None
   logit_softcap: float | None = None
   logit_divisor: float = 1.0
+
+  @property
+  def out_std(self) -> float:
+    """Scale of fresh weights of what adds to the residual: smaller by
+    sqrt(2 L), as two projections of each layer do."""
+    return self.init_std / (2 * self.num_layers) ** 0.5
 
   @property
   def kinds(self) -> tuple[LayerKind, ...]:
@@ -224,8 +250,7 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
   whole, raw = raw.get("model_type"), _text_part(raw, where)
   name = raw.get("model_type")
   if not isinstance(name, str) or name not in FAMILIES:
-    known = sorted(FAMILIES.keys() | MULTIMODAL.keys())
-    raise refuse(where, "model_type", name, f"one of {known}")
+    raise refuse(where, "model_type", name, _families_like(name))
   family = FAMILIES[name]
   notes: tuple[str, ...] = ()
   if whole != name:
@@ -253,18 +278,25 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
     return value
 
   d_model, num_heads = need("hidden_size"), need("num_attention_heads")
-  if get("head_dim") is not None or FIELDS[name].get("head_dim") is not None:
+  derived = family.derived(theirs, where) if family.derived else {}
+  if family.latent:
+    head_dim = derived["head_dim"]
+  elif get("head_dim") is not None or FIELDS[name].get("head_dim") is not None:
     head_dim = need("head_dim")
   elif d_model % num_heads:
     raise refuse(where, "head_dim", None, "a positive integer")
   else:
     head_dim = d_model // num_heads
-  if head_dim % 2:
-    raise refuse(where, "head_dim", head_dim, "an even number, for RoPE")
+  turned = derived.get("rope_dim", head_dim)
+  if turned % 2:
+    name_ = "qk_rope_head_dim" if family.latent else "head_dim"
+    raise refuse(where, name_, turned, "an even number, for RoPE")
   num_kv_heads = need("num_key_value_heads")
   if num_heads % num_kv_heads:
     expected = f"a divisor of num_attention_heads={num_heads}"
     raise refuse(where, "num_key_value_heads", num_kv_heads, expected)
+  if family.latent and num_kv_heads != num_heads:
+    raise refuse(where, "num_key_value_heads", num_kv_heads, num_heads)
   fields = dict(family.traits)
   for field, read in _reads(name).items():
     value = _read(field, read, theirs.get(field), FIELDS[name], where)
@@ -276,7 +308,7 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
       expected = f"at most num_experts={fields['num_experts']}"
       raise refuse(where, "num_experts_per_tok", k, expected)
   num_layers = need("num_hidden_layers")
-  if "mlp_only_layers" in theirs:
+  if family.dense:
     fields["d_ff_dense"] = theirs["intermediate_size"]
   tied = get("tie_word_embeddings")
   if not isinstance(tied, bool):
@@ -290,12 +322,12 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
     d_ff=need("intermediate_size"),
     num_heads=num_heads,
     num_kv_heads=num_kv_heads,
-    head_dim=head_dim,
+    head_dim=derived.pop("head_dim", head_dim),
     max_positions=need("max_position_embeddings"),
     norm_eps=positive(where, eps, theirs.get(eps)),
     tie_embeddings=tied,
     layers=layer_kinds(
-      raw, name, family, num_layers, head_dim=head_dim, where=where
+      raw, name, family, num_layers, head_dim=turned, where=where
     ),
     init_std=positive(
       where, "initializer_range", theirs.get("initializer_range")
@@ -303,8 +335,15 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
     raw=dict(raw),
     part_of="" if whole == name else str(whole),
     notes=notes,
-    **fields,
+    **(fields | derived),
   )
+
+
+def _families_like(name: Any) -> str:
+  """Names of families, the likest to a wrong one."""
+  known = FAMILIES.keys() | MULTIMODAL.keys()
+  likest = difflib.get_close_matches(str(name)[:40], sorted(known), 6, 0.0)
+  return f"one of the {len(known)} in docs/models.md, such as {likest}"
 
 
 def _text_part(raw: Json, where: str) -> Json:
@@ -354,9 +393,11 @@ def _read(field: str, read: Read, value: Any, usual: Json, where: str) -> Any:
   if isinstance(usual.get(field), bool):
     if not isinstance(value, bool | None):
       raise refuse(where, field, value, "true or false")
-    return bool(value)
+    return read.via(value) if read.via else bool(value)
   if value is None:
     return None
+  if read.via is int:
+    return whole_number(where, field, value)
   value = positive(where, field, value)
   return read.via(value) if read.via else value
 
@@ -403,12 +444,15 @@ def layer_kinds(
     if window is None and SLIDING in types:
       raise refuse(where, "layer_types", SLIDING, "a sliding_window in use")
   rotated = family.rotated(raw, types, where) if family.rotated else [True] * n
-  if family.traits.get("qk_norm") == "rotated" and ropes[FULL].by_length:
-    # A cache of such a rope holds keys as they were before it.
-    raise refuse(where, "rope_parameters", ropes[FULL].type, "a fixed one")
   dense = [False] * n
-  if "mlp_only_layers" in FIELDS[name]:
-    dense = layers_without_experts(raw, n, where)
+  if family.dense:
+    dense = family.dense(raw, n, where)
+  if all(dense):
+    raise refuse(where, "layers with experts", 0, "one or more")
+  late = family.traits.get("qk_norm") == "rotated"
+  # A cache of such a rope holds keys as they were before it.
+  if (late or family.latent) and ropes[FULL].by_length:
+    raise refuse(where, "rope_parameters", ropes[FULL].type, "a fixed one")
   return tuple(
     LayerKind(
       window if kind == SLIDING else None, ropes[kind] if use else None, plain
@@ -505,7 +549,7 @@ def config_from_fields(
   What is not said here is as transformers has it for the family.
   """
   if family not in FAMILIES:
-    raise refuse("config", "family", family, f"one of {sorted(FAMILIES)}")
+    raise refuse("config", "family", family, _families_like(family))
   traits = FAMILIES[family]
   rope = {"rope_theta": rope_theta, "rope_type": "default"}
   raw: Json = {

@@ -21,7 +21,7 @@ class Read(NamedTuple):
   Attributes:
     into: fields of ModelConfig.
     via: the value's meaning, as a function or a table of accepted values;
-      None: a switch, or a positive number.
+      None: a switch, or a positive number; int: a whole one.
   """
 
   into: tuple[str, ...]
@@ -35,7 +35,8 @@ class Family:
   Attributes:
     architecture: the class that `architectures` must name.
     names: module of ours: module of theirs, `{}` standing for the layer. Ours
-      that share one of theirs lie in it side by side, in this order.
+      that share one of theirs lie in it side by side, in this order. A leaf
+      that lies elsewhere than its module is named itself.
     traits: fields of ModelConfig that every model of the family has.
     reads: fields read otherwise than by `READS`; None: accepted at their
       default alone.
@@ -45,6 +46,9 @@ class Family:
     harmless: fields that change nothing here.
     layer_types: SLIDING or FULL for each of n layers, from (file, n).
     rotated: which layers have RoPE, from (file, their types, where).
+    dense: which of n layers have an MLP in place of experts, from (file, n,
+      where).
+    derived: fields of ModelConfig that follow from several of the file.
     rope_fields: rotary fields beyond those of the rope's type.
     rope: the rotary fields of a file that has none.
     local_rope: sliding layers have a rotary embedding of their own, whose
@@ -66,6 +70,8 @@ class Family:
   harmless: frozenset[str] = frozenset()
   layer_types: Callable[[Json, int], list[str]] | None = None
   rotated: Callable[[Json, list[str], str], list[bool]] | None = None
+  dense: Callable[[Json, int, str], list[bool]] | None = None
+  derived: Callable[[Json, str], Json] | None = None
   rope_fields: frozenset[str] = frozenset()
   rope: Json = dataclasses.field(default_factory=dict)
   local_rope: str | None = None
@@ -73,6 +79,11 @@ class Family:
   experts: bool = False
   stacked_experts: bool = False
   buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
+
+  @property
+  def latent(self) -> bool:
+    """Attention reads keys and values from a latent vector."""
+    return "layers/attn/kv_up" in self.names
 
 
 _SHORT = reprlib.Repr()
@@ -94,6 +105,13 @@ def positive(where: Any, field: str, value: Any) -> float:
   if not right or not 0 < value < 1e38:  # Also false of NaN.
     raise refuse(where, field, value, "a positive number")
   return float(value)
+
+
+def whole_number(where: Any, field: str, value: Any, least: int = 1) -> int:
+  """A whole number. Raises ValueError: anything else, or one below `least`."""
+  if type(value) is not int or value < least:
+    raise refuse(where, field, value, f"a whole number from {least} on")
+  return value
 
 
 # -- Windows: SLIDING or FULL for each of n layers, from the file --------
@@ -171,11 +189,90 @@ def layers_without_experts(raw: Json, n: int, where: str) -> list[bool]:
     raise refuse(where, "decoder_sparse_step", step, "1 or more")
   if not isinstance(named, list) or any(type(i) is not int for i in named):
     raise refuse(where, "mlp_only_layers", named, "numbers of layers")
-  dense = [i in named or (i + 1) % step != 0 for i in range(n)]
-  if all(dense):
-    field = "mlp_only_layers, decoder_sparse_step"
-    raise refuse(where, field, (named, step), "a layer with experts")
-  return dense
+  return [i in named or (i + 1) % step != 0 for i in range(n)]
+
+
+def _first_layers(raw: Json, n: int, where: str) -> list[bool]:
+  """The first `first_k_dense_replace` layers (DeepSeek, GLM)."""
+  field = "first_k_dense_replace"
+  first = whole_number(where, field, raw[field], least=0)
+  return [i < first for i in range(n)]
+
+
+def _dense_types(raw: Json, n: int, where: str) -> list[bool]:
+  """The layers that the file says, or the first (GLM 4.7 Flash)."""
+  types = raw["mlp_layer_types"] or ["dense"] + ["sparse"] * (n - 1)
+  known = isinstance(types, list) and len(types) == n
+  if not known or any(kind not in ("dense", "sparse") for kind in types):
+    raise refuse(where, "mlp_layer_types", types, f"{n} of dense, sparse")
+  return [kind == "dense" for kind in types]
+
+
+def _outside_interval(raw: Json, n: int, where: str) -> list[bool]:
+  """All but every so-many-th between two layers (ERNIE 4.5)."""
+  start, end, step = (
+    raw[f"moe_layer_{name}"]
+    for name in ("start_index", "end_index", "interval")
+  )
+  whole_number(where, "moe_layer_start_index", start, least=0)
+  whole_number(where, "moe_layer_end_index", end, least=-1)
+  whole_number(where, "moe_layer_interval", step)
+  end = n - 1 if end == -1 else end
+  return [not start <= i <= end or (i + 1) % step != 0 for i in range(n)]
+
+
+def _shared(raw: Json, where: str, field: str = "n_shared_experts") -> Json:
+  """The experts that every token passes, as one MLP."""
+  one = whole_number(
+    where, "moe_intermediate_size", raw["moe_intermediate_size"]
+  )
+  count = whole_number(where, field, raw[field], least=0)
+  if not count and field == "n_shared_experts":
+    raise refuse(where, field, count, "1 or more")
+  return {"d_ff_shared": one * count}
+
+
+def _grouped(raw: Json, where: str) -> Json:
+  """Experts of few groups: whether there are as many as a token needs."""
+  fields = ("n_group", "topk_group", "n_routed_experts", "num_experts_per_tok")
+  groups, top, experts, k = (whole_number(where, f, raw[f]) for f in fields)
+  each = experts // groups
+  fits = experts % groups == 0 and top <= groups and k <= each * top
+  if not fits or (groups > 1 and each < 2):
+    expected = "groups that hold as many experts as a token has"
+    raise refuse(where, "n_group, topk_group", (groups, top), expected)
+  return _shared(raw, where)
+
+
+def _latent(raw: Json, where: str) -> Json:
+  """The widths of latent attention."""
+  fields = (
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "kv_lora_rank",
+    "v_head_dim",
+  )
+  plain, turned, rank, v = (whole_number(where, f, raw[f]) for f in fields)
+  q_rank = raw["q_lora_rank"]
+  if q_rank is not None:
+    whole_number(where, "q_lora_rank", q_rank)
+  return {
+    **{"head_dim": plain + turned, "rope_dim": turned, "v_dim": v},
+    **{"kv_rank": rank, "q_rank": q_rank or 0},
+  }
+
+
+def _deepseek_v2(raw: Json, where: str) -> Json:
+  """Groups count where the method looks at them."""
+  method = raw["topk_method"]
+  if method == "greedy":
+    return _latent(raw, where) | _shared(raw, where)
+  if method != "group_limited_greedy":
+    expected = "greedy or group_limited_greedy"
+    raise refuse(where, "topk_method", method, expected)
+  fields = _latent(raw, where) | _grouped(raw, where) | {"router_best": 1}
+  groups = {"router_groups": raw["n_group"]}
+  return fields | groups | {"router_top_groups": raw["topk_group"]}
 
 
 # -- Names of tensors; `{}` is the layer, a second one the expert --------
@@ -236,6 +333,26 @@ _QWEN_MOE = _LLAMA | _expert_names(
   up="experts.{}.up_proj",
   down="experts.{}.down_proj",
 )
+_DEEPSEEK = _QWEN_MOE | {
+  "layers/moe/shared/gate": "model.layers.{}.mlp.shared_experts.gate_proj",
+  "layers/moe/shared/up": "model.layers.{}.mlp.shared_experts.up_proj",
+  "layers/moe/shared/down": "model.layers.{}.mlp.shared_experts.down_proj",
+}
+_LATENT = _DEEPSEEK | {
+  "layers/attn/q_down": "model.layers.{}.self_attn.q_a_proj",
+  "layers/attn/q_down_norm": "model.layers.{}.self_attn.q_a_layernorm",
+  "layers/attn/q_up": "model.layers.{}.self_attn.q_b_proj",
+  "layers/attn/kv_down": "model.layers.{}.self_attn.kv_a_proj_with_mqa",
+  "layers/attn/kv_norm": "model.layers.{}.self_attn.kv_a_layernorm",
+  "layers/attn/kv_up": "model.layers.{}.self_attn.kv_b_proj",
+}
+_MIXTRAL = _expert_names(
+  "block_sparse_moe",
+  router="gate",
+  gate="experts.{}.w1",
+  up="experts.{}.w3",
+  down="experts.{}.w2",
+)
 _GPT2 = {
   "embed": "transformer.wte",
   "positions": "transformer.wpe",
@@ -277,7 +394,31 @@ READS: dict[str, Read] = {
   "norm_topk_prob": Read(("norm_topk",)),
   "swiglu_alpha": Read(("glu_alpha",)),
   "swiglu_limit": Read(("glu_limit",)),
+  "routed_scaling_factor": Read(("router_scale",)),
 }
+_GROUPS = {
+  "n_group": Read(("router_groups",), int),
+  "topk_group": Read(("router_top_groups",), int),
+}
+_ROUTED = {
+  "num_local_experts": "n_routed_experts",
+  "intermediate_size": "moe_intermediate_size",
+}
+_CORRECTED: Json = {"router_sigmoid": True, "router_correction": 1}
+# What `derived` and `dense` read, and layers that predict further tokens, which
+# a checkpoint may hold and no one here runs.
+_DERIVED = frozenset(
+  {
+    *("intermediate_size", "n_shared_experts", "num_experts", "topk_method"),
+    *("n_group", "topk_group", "num_mtp_layers", "num_nextn_predict_layers"),
+  }
+)
+_LATENT_FIELDS = frozenset(
+  {
+    *("qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim", "head_dim"),
+    *("kv_lora_rank", "q_lora_rank", "v_head_dim"),
+  }
+)
 _MHA = {"num_key_value_heads": lambda raw: raw["num_attention_heads"]}
 _GEMMA: Json = {"norm_offset": 1.0, "scale_embeddings": True}
 
@@ -479,13 +620,7 @@ FAMILIES: dict[str, Family] = {
   ),
   "mixtral": Family(
     architecture="MixtralForCausalLM",
-    names=_expert_names(
-      "block_sparse_moe",
-      router="gate",
-      gate="experts.{}.w1",
-      up="experts.{}.w3",
-      down="experts.{}.w2",
-    ),
+    names=_MIXTRAL,
     defaults={"rope_theta": 1_000_000.0},
     layer_types=_everywhere,
     experts=True,
@@ -499,6 +634,100 @@ FAMILIES: dict[str, Family] = {
       "intermediate_size": "moe_intermediate_size",
     },
     layer_types=_if_used,
+    dense=layers_without_experts,
+    experts=True,
+  ),
+  "glm4_moe": Family(
+    architecture="Glm4MoeForCausalLM",
+    names=_DEEPSEEK,
+    traits=_CORRECTED,
+    reads=_GROUPS
+    | {
+      "attention_bias": Read(("qkv_bias",)),
+      "use_qk_norm": Read(("qk_norm",), lambda on: "head" if on else "none"),
+    },
+    defaults={"partial_rotary_factor": 0.5},
+    aliases=_ROUTED,
+    rope_fields=frozenset({"partial_rotary_factor"}),
+    dense=_first_layers,
+    derived=_grouped,
+    harmless=_DERIVED | {"first_k_dense_replace"},
+    experts=True,
+  ),
+  "minimax_m2": Family(
+    architecture="MiniMaxM2ForCausalLM",
+    names=_MIXTRAL
+    | {
+      "layers/moe/router/correction": (
+        "model.layers.{}.block_sparse_moe.e_score_correction_bias"
+      )
+    },
+    traits=_CORRECTED | {"qk_norm": "all"},
+    defaults={"rope_theta": 5_000_000.0},
+    rope_fields=frozenset({"partial_rotary_factor", "rotary_dim"}),
+    experts=True,
+  ),
+  "ernie4_5_moe": Family(
+    architecture="Ernie4_5_MoeForCausalLM",
+    names=_DEEPSEEK
+    | {
+      "layers/moe/router/correction": (
+        "model.layers.{}.mlp.moe_statics.e_score_correction_bias"
+      )
+    },
+    traits={"rope_pairs": True, "router_correction": 2},
+    defaults=_MHA | {"rope_theta": 500_000.0},
+    aliases={
+      **{
+        "num_local_experts": "moe_num_experts",
+        "num_experts_per_tok": "moe_k",
+      },
+      "intermediate_size": "moe_intermediate_size",
+    },
+    dense=_outside_interval,
+    derived=lambda raw, where: _shared(raw, where, "moe_num_shared_experts"),
+    harmless=frozenset(
+      {
+        *("intermediate_size", "moe_num_shared_experts", "num_experts"),
+        *("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),
+      }
+    ),
+    experts=True,
+  ),
+  "deepseek_v2": Family(
+    architecture="DeepseekV2ForCausalLM",
+    names=_LATENT,
+    traits={"rope_pairs": True, "norm_topk": False},
+    # The reference reads neither.
+    reads={"norm_topk_prob": None, "mlp_bias": None},
+    defaults=_MHA,
+    aliases=_ROUTED,
+    dense=_first_layers,
+    derived=_deepseek_v2,
+    harmless=_DERIVED | _LATENT_FIELDS | {"first_k_dense_replace"},
+    experts=True,
+  ),
+  "deepseek_v3": Family(
+    architecture="DeepseekV3ForCausalLM",
+    names=_LATENT,
+    traits=_CORRECTED,
+    reads=_GROUPS | {"rope_interleave": Read(("rope_pairs",))},
+    defaults=_MHA,
+    aliases=_ROUTED,
+    dense=_first_layers,
+    derived=lambda raw, where: _latent(raw, where) | _grouped(raw, where),
+    harmless=_DERIVED | _LATENT_FIELDS | {"first_k_dense_replace"},
+    experts=True,
+  ),
+  "glm4_moe_lite": Family(
+    architecture="Glm4MoeLiteForCausalLM",
+    names=_LATENT,
+    traits=_CORRECTED,
+    reads=_GROUPS | {"rope_interleave": Read(("rope_pairs",))},
+    aliases=_ROUTED,
+    dense=_dense_types,
+    derived=lambda raw, where: _latent(raw, where) | _grouped(raw, where),
+    harmless=_DERIVED | _LATENT_FIELDS | {"mlp_layer_types"},
     experts=True,
   ),
   "gpt_oss": Family(

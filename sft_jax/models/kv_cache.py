@@ -36,8 +36,10 @@ def init(
   """
   c = config
   shape = (c.num_layers, batch, c.num_kv_heads, length, c.head_dim)
+  if c.kv_rank:
+    shape = (c.num_layers, batch, 1, length, c.kv_rank + c.rope_dim)
   cache = {"positions": jnp.full((batch, length), -1, jnp.int32)}
-  for name in ("k", "v"):
+  for name in ("k",) if c.kv_rank else ("k", "v"):
     cache[name] = jnp.zeros(shape, jnp.int8 if int8 else dtype)
     if int8:
       cache[f"{name}_scale"] = jnp.zeros(shape[:4], jnp.float32)
@@ -58,18 +60,20 @@ def slots_of(
 def write(
   slots: Slots,
   k: Float[Array, "B T K H"],
-  v: Float[Array, "B T K H"],
+  v: Float[Array, "B T K H"] | None,
   layer: int | Int32[Array, ""],
   positions: Int[Array, "B T"],
 ) -> Slots:
   """The slots with a layer's new keys and values in them.
 
   The whole cache is carried and written in place: handing each layer its
-  slice and collecting the results would copy it once per token.
+  slice and collecting the results would copy it once per token. Of latent
+  attention the keys are all there is.
   """
-  new = {"k": k, "v": v}
+  given = {"k": k} if v is None else {"k": k, "v": v}
+  new = dict(given)
   if "k_scale" in slots:
-    for name, x in (("k", k), ("v", v)):
+    for name, x in given.items():
       new[name], new[f"{name}_scale"] = _to_int8(x)
   rows, at = slots_of(positions, slots["k"].shape[3])
   return {
@@ -88,7 +92,8 @@ def attend(
   softcap: float | None = None,
   sinks: Float[Array, " N"] | None = None,
   rotate: Callable[[Array], Array] | None = None,
-) -> Float[Array, "B T N H"]:
+  values: int = 0,
+) -> Float[Array, "B T N V"]:
   """`attention.attention` over the slots of a layer, to the rounding.
 
   Args:
@@ -99,6 +104,7 @@ def attend(
     scale, softcap, sinks: as there.
     rotate: for keys [B, S, K, H] that are kept unrotated; None: they are
       rotated.
+    values: where there are no values, how many first numbers of a key are one.
   """
   own = {name: x[layer] for name, x in slots.items()}
   k = own["k"]
@@ -107,9 +113,10 @@ def attend(
     k = k.astype(q.dtype).transpose(0, 2, 1, 3)
     k = rotate(k).transpose(0, 2, 1, 3)
   scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-  scales = own.get("k_scale"), own.get("v_scale")
+  v = k[..., :values] if values else own["v"]
+  scales = own.get("k_scale"), own.get("k_scale" if values else "v_scale")
   with jax.named_scope("attention"):
-    return weighed(q * scale, k, own["v"], bias, softcap, sinks, *scales)
+    return weighed(q * scale, k, v, bias, softcap, sinks, *scales)
 
 
 def _to_int8(

@@ -34,18 +34,63 @@ from sft_jax.models.remat import PROJECTION
 Dtype = Any
 
 
-def route(
-  logits: Float32[Array, "... E"], k: int, *, normalize: bool
-) -> tuple[Float32[Array, "... k"], Int32[Array, "... k"]]:
-  """The k likeliest experts of each token, and their shares.
+class Routing(NamedTuple):
+  """How a router chooses experts and weighs them.
 
-  Shares are probabilities over all experts; `normalize` makes the k of them
-  sum to one, which is a softmax over the k logits alone.
+  Attributes:
+    k: experts of each token.
+    normalize: the k shares sum to one.
+    sigmoid: scores are sigmoids of the logits, else their softmax.
+    groups: the experts lie in so many groups, of equal size.
+    top_groups: experts are chosen from this many groups alone.
+    best: a group is as good as the sum of its so many best scores.
+    scale: multiplies the shares.
   """
-  top, experts = jax.lax.top_k(logits, k)
-  if normalize:
-    return jax.nn.softmax(top, axis=-1), experts
-  return jnp.exp(top - jax.nn.logsumexp(logits, -1, keepdims=True)), experts
+
+  k: int
+  normalize: bool = True
+  sigmoid: bool = False
+  groups: int = 1
+  top_groups: int = 1
+  best: int = 2
+  scale: float = 1.0
+
+
+def route(
+  logits: Float32[Array, "... E"],
+  routing: Routing,
+  correction: Float[Array, " E"] | None = None,
+) -> tuple[Float32[Array, "... k"], Int32[Array, "... k"]]:
+  """The k best experts of each token, and their shares.
+
+  Shares are scores over all experts; `normalize` makes the k of them sum to
+  one, which of a softmax is that over the k logits alone. A `correction`
+  decides with the scores who is chosen, and weighs nothing (Wang et al. 2024,
+  arXiv:2408.15664); groups are those of DeepSeek-V3 (arXiv:2412.19437, 2.1.2).
+  """
+  r = routing
+  if not r.sigmoid and correction is None and r.groups == 1 and r.scale == 1:
+    top, experts = jax.lax.top_k(logits, r.k)
+    if r.normalize:
+      return jax.nn.softmax(top, axis=-1), experts
+    return jnp.exp(top - jax.nn.logsumexp(logits, -1, keepdims=True)), experts
+  scores = nn.sigmoid(logits) if r.sigmoid else jax.nn.softmax(logits, axis=-1)
+  choice = scores
+  if correction is not None:
+    choice = scores + correction.astype(jnp.float32)
+  if r.groups > 1:
+    grouped = choice.reshape(*choice.shape[:-1], r.groups, -1)
+    best = jax.lax.top_k(grouped, r.best)[0].sum(-1)
+    chosen = jax.lax.top_k(best, r.top_groups)[1]
+    inside = jax.nn.one_hot(chosen, r.groups, dtype=bool).any(-2)
+    grouped = jnp.where(inside[..., None], grouped, -jnp.inf)
+    choice = grouped.reshape(choice.shape)
+  experts = jax.lax.top_k(choice, r.k)[1]
+  shares = jnp.take_along_axis(scores, experts, axis=-1)
+  if r.normalize:
+    total = jnp.sum(shares, axis=-1, keepdims=True)
+    shares = shares / jnp.maximum(total, 1e-20)
+  return shares * r.scale, experts
 
 
 def clipped_swiglu(
@@ -119,10 +164,11 @@ class Moe(nn.Module):
 
   Attributes:
     num_experts: E.
-    per_token: k.
+    routing: see `route`.
     d_ff: F, width of each expert.
     activation: of the results of `gate` and `up`, [M, F] each.
-    normalize: see `route`.
+    correction: axes of the router's correction in the files; 0: it has none.
+    shared: makes the expert that every token passes, beside the others.
     use_bias: router and experts have biases.
     init_std: scale of fresh weights.
     out_std: scale of fresh `down` weights.
@@ -133,10 +179,11 @@ class Moe(nn.Module):
   """
 
   num_experts: int
-  per_token: int
+  routing: Routing
   d_ff: int
   activation: Callable[[jax.Array, jax.Array], jax.Array]
-  normalize: bool = True
+  correction: int = 0
+  shared: Callable[[], nn.Module] | None = None
   use_bias: bool = False
   init_std: float = 0.02
   out_std: float = 0.02
@@ -150,8 +197,12 @@ class Moe(nn.Module):
     (B, T, D), E, F = x.shape, self.num_experts, self.d_ff
     dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     x = x.astype(self.dtype)
-    router = Router(E, self.use_bias, self.init_std, **dtypes, name="router")
-    logits = router(x)
+    router = Router(
+      *(E, self.use_bias, self.init_std, self.correction),
+      **dtypes,
+      name="router",
+    )
+    logits, correction = router(x)
 
     def linear(name, features, init_std):
       return ExpertLinear(
@@ -167,9 +218,8 @@ class Moe(nn.Module):
     gate = linear("gate", F, self.init_std)(D)
     up = linear("up", F, self.init_std)(D)
     down = linear("down", D, self.out_std)(F)
-    mix = partial(
-      _mix, k=self.per_token, normalize=self.normalize, act=self.activation
-    )
+    routed = partial(route, routing=self.routing, correction=correction)
+    mix = partial(_mix, routed=routed, act=self.activation)
     if self.mesh is not None and _divides(self.mesh, B, T, F):
       mix = _on_mesh(mix, self.mesh, gate, up, down)
 
@@ -182,8 +232,8 @@ class Moe(nn.Module):
     if isinstance(gate.kernel, tuple):
       # As in `linear`: or the decoded kernels wait for the backward pass.
       decoded = jax.checkpoint(decoded)
-    y = decoded(x, logits, gate, up, down)
-    return y.astype(self.dtype)
+    y = decoded(x, logits, gate, up, down).astype(self.dtype)
+    return y + self.shared()(x) if self.shared else y
 
 
 class Router(nn.Module):
@@ -192,11 +242,14 @@ class Router(nn.Module):
   num_experts: int
   use_bias: bool
   init_std: float
+  correction: int
   dtype: Dtype
   param_dtype: Dtype
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B T D"]) -> Float32[Array, "B T E"]:
+  def __call__(
+    self, x: Float[Array, "B T D"]
+  ) -> tuple[Float32[Array, "B T E"], Float[Array, " E"] | None]:
     shape = (x.shape[-1], self.num_experts)
     normal = nn.initializers.normal(self.init_std)
     kernel = self.param("kernel", normal, shape, self.param_dtype)
@@ -207,7 +260,12 @@ class Router(nn.Module):
       zeros = nn.initializers.zeros
       bias = self.param("bias", zeros, shape[1:], self.param_dtype)
       logits = logits + bias.astype(jnp.float32)
-    return logits
+    if not self.correction:
+      return logits, None
+    shape = (1,) * (self.correction - 1) + shape[1:]
+    zeros = nn.initializers.zeros
+    correction = self.param("correction", zeros, shape, self.param_dtype)
+    return logits, jax.lax.stop_gradient(correction.reshape(-1))
 
 
 def _mix(
@@ -217,13 +275,12 @@ def _mix(
   up: Weights,
   down: Weights,
   *,
-  k: int,
-  normalize: bool,
+  routed: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
   act: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> Float32[Array, "B T D"]:
   """Sorts tokens by expert, multiplies, sorts back and adds; see above."""
-  shares, experts = route(logits, k, normalize=normalize)
-  (B, T, _), experts = x.shape, experts.reshape(-1)
+  shares, experts = routed(logits)
+  k, (B, T, _), experts = shares.shape[-1], x.shape, experts.reshape(-1)
   order = jnp.argsort(experts, stable=True)
   inverse = jnp.argsort(order)
   sizes = jnp.bincount(experts, length=len(gate.kernel))

@@ -48,6 +48,8 @@ class Rope:
       documents that fit the original context.
     long_factor: longrope only; divisors for longer documents.
     scale: multiplies cosine and sine, so scores grow by its square.
+    score_scale: multiplies the scores of latent attention, of which a part
+      alone is rotated.
     fraction: share of a head's dimensions, the first, that are rotated.
     query_beta: queries grow by 1 + query_beta * log(1 + floor(position /
       original_max_positions)) (Llama 4, Ministral 3).
@@ -65,6 +67,7 @@ class Rope:
   short_factor: tuple[float, ...] = ()
   long_factor: tuple[float, ...] = ()
   scale: float = 1.0
+  score_scale: float = 1.0
   fraction: float = 1.0
   query_beta: float = 0.0
 
@@ -376,6 +379,10 @@ def _one_rope(
     ours["scale"] = _yarn_scale(rope)
     if beta := rope.get("llama_4_scaling_beta"):
       ours["query_beta"] = number("llama_4_scaling_beta", beta)
+  everywhere = rope.get("mscale_all_dim")
+  if kind != "default" and everywhere and family.latent:
+    factor = number("factor", rope.get("factor"))
+    ours["score_scale"] = _mscale(factor, everywhere) ** 2
   if kind == "longrope":
     pairs = int(head_dim * fraction) // 2
     for field in ("short_factor", "long_factor"):
@@ -394,12 +401,16 @@ def _yarn_scale(rope: Mapping[str, Any]) -> float:
   `mscale` and `mscale_all_dim`: the ratio of the two."""
   if rope.get("attention_factor") is not None:
     return float(rope["attention_factor"])
+  factor, m, m_all = (
+    rope.get(name) for name in ("factor", "mscale", "mscale_all_dim")
+  )
+  if m and m_all:
+    return _mscale(factor, m) / _mscale(factor, m_all)
+  return _mscale(factor, 1.0)
 
-  def scale(m: float) -> float:
-    return 0.1 * m * math.log(max(rope["factor"], 1.0)) + 1.0
 
-  m, m_all = rope.get("mscale"), rope.get("mscale_all_dim")
-  return scale(m) / scale(m_all) if m and m_all else scale(1.0)
+def _mscale(factor: Any, m: float) -> float:
+  return 0.1 * m * math.log(max(factor, 1.0)) + 1.0
 
 
 def _longrope_scale(rope: Mapping[str, Any], longest: float) -> float:

@@ -286,6 +286,9 @@ class RunConfig:
   compile_cache: str = "auto"
   export: bool = True  # Write workdir/export, a Hugging Face folder.
   export_dtype: str = ""  # Of its weights; '' = model.param_dtype.
+  # Compare its greedy replies in transformers, where that is installed, with
+  # the model's, and the folder with what servers load it by.
+  export_check: bool = False
   model: ModelConfig = ModelConfig()
   lora: LoraConfig = LoraConfig()
   data: DataConfig = DataConfig()

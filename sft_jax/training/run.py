@@ -162,6 +162,12 @@ def run(session: Session, force: bool, command: str) -> Result:
   final_summary.show_result(session.out, result, config.eval.samples)
   if config.export:
     result["export"] = _export(session, built, params)._asdict()
+    if config.export_check:
+      places = workdir / "export", workdir / "adapter"
+      verdicts = outputs.check_served(config, built, params, *places)
+      result["served"] = [verdict._asdict() for verdict in verdicts]
+      for verdict in verdicts:
+        session.log(str(verdict))
   result["time"] = session.clock.account()
   session.log(final_summary.time_line(result["time"]))
   records = metrics.read_jsonl(workdir / "metrics.jsonl")

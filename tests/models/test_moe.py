@@ -22,6 +22,7 @@ from sft_jax.models.lora import quantize
 from sft_jax.models.lora.lora import LoraConfig
 from sft_jax.models.moe import (
   Moe,
+  Routing,
   clipped_swiglu,
   grouped_matmul,
   permute,
@@ -37,10 +38,11 @@ def swiglu(gate, up):
   return jax.nn.silu(gate) * up
 
 
-def make(seed=0, *, wide=0.5, rank=0, **changes):
+def make(seed=0, *, wide=0.5, rank=0, k=2, normalize=True, **changes):
   """A layer and wide parameters, biases and adapters included."""
   fields = {
-    **{"num_experts": 4, "per_token": 2, "d_ff": F, "activation": swiglu},
+    **{"num_experts": 4, "d_ff": F, "activation": swiglu},
+    "routing": Routing(k, normalize),
     **({"lora": LoraConfig(rank=rank, alpha=rank / 2)} if rank else {}),
   }
   layer = Moe(**(fields | changes))
@@ -105,9 +107,9 @@ def numpy_clipped(gate, up):
 CLIPPED = partial(clipped_swiglu, alpha=1.5, limit=0.7)
 CASES = {
   "normalised": ({}, numpy_swiglu),
-  "not normalised": ({"normalize": False, "per_token": 3}, numpy_swiglu),
-  "top 1": ({"normalize": False, "per_token": 1}, numpy_swiglu),
-  "all": ({"per_token": 4}, numpy_swiglu),
+  "not normalised": ({"normalize": False, "k": 3}, numpy_swiglu),
+  "top 1": ({"normalize": False, "k": 1}, numpy_swiglu),
+  "all": ({"k": 4}, numpy_swiglu),
   "biases": ({"use_bias": True, "activation": CLIPPED}, numpy_clipped),
 }
 
@@ -120,8 +122,8 @@ def test_values_and_gradients_equal_all_experts_in_float64(case):
   hand = lambda params, x: by_hand(
     params,
     x,
-    k=layer.per_token,
-    normalize=layer.normalize,
+    k=layer.routing.k,
+    normalize=layer.routing.normalize,
     activation=activation,
   )
   weigh = inputs(2)
@@ -145,13 +147,37 @@ def test_values_and_gradients_equal_all_experts_in_float64(case):
 
 def test_shares_add_up_to_one_or_to_what_the_chosen_have():
   logits = jnp.array([[1.0, 3.0, 2.0, -1.0]])
-  shares, experts = route(logits, 2, normalize=True)
+  shares, experts = route(logits, Routing(2))
   assert experts.tolist() == [[1, 2]]
   np.testing.assert_allclose(shares.sum(), 1, rtol=1e-6)
-  whole, _ = route(logits, 2, normalize=False)
+  whole, _ = route(logits, Routing(2, normalize=False))
   np.testing.assert_allclose(
     whole, jax.nn.softmax(logits)[:, np.array([1, 2])], rtol=1e-6
   )
+
+
+def test_a_correction_chooses_and_does_not_weigh():
+  """Two groups of two: the better one by its two corrected scores, and of it
+  the shares are the scores without the correction."""
+  scores = np.array([0.9, 0.2, 0.6, 0.3], np.float32)
+  logits = jnp.log(scores / (1 - scores))[None]
+  grouped = Routing(1, sigmoid=True, groups=2, top_groups=1, scale=3.0)
+  shares, experts = route(logits, grouped._replace(normalize=False))
+  assert experts.tolist() == [[0]]
+  np.testing.assert_allclose(shares, [[2.7]], rtol=1e-5)
+  correction = jnp.array([-0.5, 0.1, 0.0, 0.35])
+  shares, experts = route(
+    logits, grouped._replace(k=2, normalize=False), correction
+  )
+  assert experts.tolist() == [[3, 2]]
+  np.testing.assert_allclose(shares, [[0.9, 1.8]], rtol=1e-5)
+  shares, _ = route(logits, grouped._replace(k=2), correction)
+  np.testing.assert_allclose(shares, [[1.0, 2.0]], rtol=1e-5)
+  # As DeepSeek-V2: a group is as good as its best, and all weigh.
+  best = Routing(2, False, groups=2, top_groups=1, best=1)
+  shares, experts = route(logits, best)
+  assert experts.tolist() == [[0, 1]]
+  np.testing.assert_allclose(shares[0], jax.nn.softmax(logits)[0, :2], 1e-5)
 
 
 def test_a_token_does_not_depend_on_the_others():

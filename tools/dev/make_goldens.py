@@ -99,6 +99,16 @@ TWO_ROPES = {
 }
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 
+ROUTED = {
+  **{"moe_intermediate_size": 16, "n_routed_experts": 8, "n_group": 4},
+  **{"topk_group": 2, "num_experts_per_tok": 3, "first_k_dense_replace": 1},
+  **{"n_shared_experts": 2, "routed_scaling_factor": 1.5},
+}
+LATENT = {
+  **{"num_key_value_heads": 4, "kv_lora_rank": 12, "v_head_dim": 8},
+  **{"qk_nope_head_dim": 6, "qk_rope_head_dim": 4},
+}
+
 # The reference's own code; its kernels refuse some sizes of experts.
 PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
@@ -314,6 +324,63 @@ CASES: dict[str, Case] = {
       **UNTIED,
     },
   ),
+  "glm4_moe": Case(
+    "glm4_moe",
+    {
+      **ROUTED,
+      **{"head_dim": 12, "use_qk_norm": True, "attention_bias": True},
+      "rope_parameters": rope(partial_rotary_factor=0.5),
+      **UNTIED,
+    },
+  ),
+  "minimax_m2": Case(
+    "minimax_m2",
+    {
+      **{"head_dim": 12, "intermediate_size": 16},
+      **{"num_local_experts": 4, "num_experts_per_tok": 2},
+      "rope_parameters": rope(partial_rotary_factor=0.5),
+      **UNTIED,
+    },
+  ),
+  "ernie4_5_moe": Case(
+    "ernie4_5_moe",
+    {
+      **{"num_hidden_layers": 3, "moe_intermediate_size": 16, "moe_k": 2},
+      **{"moe_num_experts": 4, "moe_layer_end_index": 1},
+      "rope_parameters": rope(),
+      **TIED,
+    },
+  ),
+  "deepseek_v2": Case(
+    "deepseek_v2",
+    {
+      **ROUTED,
+      **LATENT,
+      **{"topk_method": "group_limited_greedy", "q_lora_rank": None},
+      "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7},
+      **UNTIED,
+    },
+  ),
+  "deepseek_v3": Case(
+    "deepseek_v3",
+    {
+      **ROUTED,
+      **LATENT,
+      "q_lora_rank": 14,
+      "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5},
+      **UNTIED,
+    },
+  ),
+  "glm4_moe_lite": Case(
+    "glm4_moe_lite",
+    {
+      **{k: v for k, v in ROUTED.items() if k != "first_k_dense_replace"},
+      **LATENT,
+      **{"v_head_dim": 14, "q_lora_rank": 14, "n_group": 1, "topk_group": 1},
+      "rope_parameters": rope(),
+      **UNTIED,
+    },
+  ),
   "gpt_oss": Case(
     "gpt_oss",
     {
@@ -356,7 +423,12 @@ def make_model(case: Case, seed: int) -> Any:
   # Gemma's norms add 1 to their weights.
   norm = 0.0 if case.family.startswith("gemma") else 1.0
   with torch.no_grad():
-    for key, weight in model.named_parameters():
+    corrections = [
+      (key, buffer)
+      for key, buffer in model.named_buffers()
+      if "correction" in key
+    ]
+    for key, weight in [*model.named_parameters(), *corrections]:
       about = norm if "norm" in key or ".ln_" in key else 0.0
       fresh = rng.standard_normal(weight.shape) * 0.3 + about
       weight.copy_(torch.tensor(fresh).bfloat16().float())
@@ -392,7 +464,11 @@ def compute(model: Any, case: Case) -> dict[str, Any]:
 
 def _gradients(model: Any) -> dict[str, np.ndarray]:
   """By the names of tensors in files: in memory all experts are one."""
-  state = {key: weight.grad for key, weight in model.named_parameters()}
+  state = {
+    key: weight.grad
+    for key, weight in model.named_parameters()
+    if weight.requires_grad
+  }
   with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(folder, state_dict=state)
     tensors = load_file(Path(folder) / "model.safetensors")

@@ -61,7 +61,9 @@ def vary(case: Case, rng: np.random.Generator) -> Case:
     "vocab_size": int(rng.integers(40, 90)),
     "tie_word_embeddings": bool(rng.integers(2)),
   }
-  if fields["num_key_value_heads"]:
+  if "kv_lora_rank" in fields:
+    changes["num_key_value_heads"] = heads
+  elif fields["num_key_value_heads"]:
     ratios = [k for k in range(1, heads + 1) if heads % k == 0]
     changes["num_key_value_heads"] = int(rng.choice(ratios))
   if fields["intermediate_size"]:

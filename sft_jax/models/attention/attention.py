@@ -256,13 +256,13 @@ def _xla(
 def weighed(
   q: Float[Array, "B T N H"],
   k: Shaped[Array, "B K S H"],
-  v: Shaped[Array, "B K S H"],
+  v: Shaped[Array, "B K S V"],
   bias: Float32[Array, "B 1 1 T S"],
   softcap: float | None,
   sinks: Float[Array, " N"] | None,
   k_scale: Float32[Array, "B K S"] | None = None,
   v_scale: Float32[Array, "B K S"] | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N V"]:
   """softmax(q k' + bias) v; operands as XLA multiplies them without copies.
 
   The sum divides the small output, not the large weights. Scales are those of
@@ -292,4 +292,4 @@ def weighed(
   v = v.astype(dtype)
   out = product("bkgts,bksh->bkgth", weights.astype(dtype), v)
   out = (out / total).astype(dtype)
-  return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+  return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)

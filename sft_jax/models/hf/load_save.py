@@ -25,7 +25,7 @@ from sft_jax.common import hub, sharding, trees
 from sft_jax.common.trees import Tree
 from sft_jax.common.workdir import replace_folder
 from sft_jax.models import transformer
-from sft_jax.models.config import ModelConfig, read_config
+from sft_jax.models.config import FIELDS, ModelConfig, read_config
 from sft_jax.models.families import FAMILIES
 from sft_jax.models.hf import device_loading as loading
 from sft_jax.models.hf import parameter_map
@@ -303,6 +303,14 @@ def open_folder(
   if method:
     tensors = dequantized(tensors, config.raw["quantization_config"])
     notes += (f"weights dequantized from {method} while loading",)
+  if "num_mtp_layers" in FIELDS[config.family]:
+    last = [f"model.layers.{config.num_layers + i}." for i in range(8)]
+    beyond = [name for name in tensors if name.startswith(tuple(last))]
+    tensors = {k: x for k, x in tensors.items() if k not in beyond}
+    if beyond:
+      notes += (
+        f"{len(beyond)} tensors that predict further tokens not loaded",
+      )
   stacked = FAMILIES[config.family].stacked_experts
   least = config.num_layers * (1 if stacked else max(1, config.num_experts))
   if len(tensors) < least:

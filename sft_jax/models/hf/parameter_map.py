@@ -22,6 +22,7 @@ _LEAF = {
   "kernel": "weight",
   "scale": "weight",
   "embedding": "weight",
+  "correction": "e_score_correction_bias",
 }
 _EXPERTS = ("layers/moe/gate", "layers/moe/up", "layers/moe/down")
 
@@ -84,7 +85,8 @@ def tensor_slices(
   """Where a parameter lies, matrix by matrix."""
   family = FAMILIES[config.family]
   module, leaf = path.rsplit("/", 1)
-  found = modules(module, config, shape)
+  elsewhere = path in family.names
+  found = modules(path if elsewhere else module, config, shape)
   shape = shape[len(next(iter(found))) :]
   if not shape:
     return [
@@ -112,8 +114,9 @@ def tensor_slices(
   transpose = leaf == "kernel" and not family.conv1d
   if transpose:
     cut, whole = cut[::-1], whole[::-1]
+  ending = "" if elsewhere else f".{_LEAF.get(leaf, leaf)}"
   return [
-    TensorSlice(index, f"{name}.{_LEAF.get(leaf, leaf)}", whole, cut, transpose)
+    TensorSlice(index, f"{name}{ending}", whole, cut, transpose)
     for index, name in found.items()
   ]
 

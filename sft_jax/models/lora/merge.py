@@ -57,11 +57,9 @@ def merge(
           "without; expected lora=LoraConfig(...). Pass the model that "
           "trained them."
         )
-      leaves = {
-        k: flat.get(f"{parent}/lora_{k}") for k in ("a", "b", "m", "a0", "b0")
-      }
+      leaves = {k: flat.get(f"{parent}/lora_{k}") for k in ADAPTER}
       scale = lora.scale(parent.removeprefix("layers/"))
-      x, share = _fold(x, leaves, scale, jnp.dtype(dtype or x.dtype))
+      x, share = fold(x, leaves, scale, jnp.dtype(dtype or x.dtype))
       if float(share) > lost:
         lost, worst = float(share), path
     if path.endswith("/embedding") and f"{parent}/lora_rows" in flat:
@@ -72,7 +70,10 @@ def merge(
   return Merged(trees.unflatten(dict(sorted(merged.items()))), lost, worst)
 
 
-def _fold(
+ADAPTER = ("a", "b", "m", "a0", "b0")
+
+
+def fold(
   kernel: Float[Array, "... I O"],
   leaves: dict[str, Any],
   scale: float,

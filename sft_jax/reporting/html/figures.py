@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sft_jax.checkpointing import serving
 from sft_jax.data.store.stats import SourceStats
 from sft_jax.reporting.html import charts
 from sft_jax.reporting.html.elements import Table, tag
@@ -45,7 +46,7 @@ def of_result(result: Result) -> list[Table]:
   """Losses, forgetting, overfitting, memorization, time, and what is new."""
   known = {
     *("losses", "behaviors", "samples", "export", "forgetting", "gap"),
-    *("knowledge", "memorization", "time"),
+    *("knowledge", "memorization", "time", "served"),
   }
   losses = [
     (label(x["name"]), f"{x['before']:.3f}", f"{x['after']:.3f}",
@@ -56,6 +57,11 @@ def of_result(result: Result) -> list[Table]:
   made = [
     Table("Losses", ("", *_SIDES, "change"), losses),
     Table("Forgetting, overfitting, memorization", ("", *_SIDES), lost),
+    Table(
+      "Served as trained",
+      ("tool", "check", "verdict", "what was compared, or differs first"),
+      serving.verdict_lines(result.get("served", ())),
+    ),
     Table("Where the time went", ("", "time", "share"), time),
   ]
   new = {key: value for key, value in result.items() if key not in known}

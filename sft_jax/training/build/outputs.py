@@ -5,7 +5,7 @@ from typing import Any
 
 from etils import epath
 
-from sft_jax.checkpointing import export
+from sft_jax.checkpointing import export, serving
 from sft_jax.checkpointing.manager import Checkpoints
 from sft_jax.checkpointing.resume import Origin
 from sft_jax.common import sharding, trees
@@ -96,3 +96,18 @@ def export_run(
     shardings=lambda shapes: sharding.param_shardings(shapes, built.mesh),
     share=lambda folder: remote_workdir.share(folder, config.workdir),
   )
+
+
+def check_served(
+  config: Config,
+  built: BuiltRun,
+  params: trees.Tree,
+  path: Path,
+  adapter: Path,
+  gguf_file: Path | None = None,
+) -> list[serving.Verdict]:
+  """What tools make of a run's export; see `serving.check`."""
+  trained = serving.reference(
+    *(built.model, params, built.tokenizer), options=make_render_options(config)
+  )
+  return serving.check(path, trained, adapter=adapter, gguf_file=gguf_file)
