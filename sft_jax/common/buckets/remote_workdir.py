@@ -438,7 +438,8 @@ def share(folder: Path, url: str) -> None:
     storage.upload_folder(folder, there, "config.json")
   distributed.barrier("sft_jax.share")
   if jax.process_index():
-    shutil.copytree(storage.fetch(there), folder, dirs_exist_ok=True)
+    for name, info in storage.list_objects(there).items():
+      storage.download(storage.join(there, name), folder / name, info)
   distributed.barrier("sft_jax.shared")
   if jax.process_index() == 0:
     storage.remove(there)

@@ -27,18 +27,12 @@ missing = [name for name in _CLIENTS if not importlib.util.find_spec(name)]
 remote = pytest.mark.skipif(
   bool(missing), reason=f"needs {missing}: the [remote-test] extra"
 )
-both = pytest.mark.parametrize(
-  "scheme", [pytest.param("gs", marks=remote), pytest.param("s3", marks=remote)]
-)
-# Without a server what needs none of its faults is tested everywhere.
-every = pytest.mark.parametrize(
-  "scheme",
-  [
-    "memory",
-    pytest.param("gs", marks=remote),
-    pytest.param("s3", marks=remote),
-  ],
-)
+# Emulators take a second to start, and clients of theirs to wait for one.
+marks = (remote, pytest.mark.slow)
+gs, s3 = (pytest.param(scheme, marks=marks) for scheme in ("gs", "s3"))
+both = pytest.mark.parametrize("scheme", [gs, s3])
+# What needs no faults of a server is tested everywhere, without one.
+every = pytest.mark.parametrize("scheme", ["memory", gs, s3])
 # Clients keep their connections until the end of the process.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
@@ -170,14 +164,7 @@ def test_a_damaged_copy_is_fetched_again_and_a_torn_one_refused(
 
 
 @both
-@pytest.mark.parametrize(
-  "kind",
-  [
-    "503",
-    *(pytest.param(x, marks=pytest.mark.slow) for x in ("429", "drop")),
-    *(pytest.param(x, marks=pytest.mark.slow) for x in ("torn", "slow")),
-  ],
-)
+@pytest.mark.parametrize("kind", ["429", "503", "drop", "torn", "slow"])
 def test_faults_are_outlived(url, buckets, kind, tmp_path):
   file = tmp_path / "a"
   file.write_bytes(b"0123456789" * 1000)
@@ -382,7 +369,6 @@ def left(folder) -> tuple:
   return rows, result, found["held_out"]
 
 
-@pytest.mark.slow
 @both
 def test_a_run_with_everything_in_a_bucket_is_a_local_run(url, tmp_path, quick):
   model, rows = tiny.model_folder(tmp_path / "model"), tmp_path / "rows.jsonl"
@@ -426,8 +412,6 @@ def test_a_run_with_everything_in_a_bucket_is_a_local_run(url, tmp_path, quick):
   assert not (ROOT / f"{url.partition(':')[0]}:").exists()
 
 
-@remote
-@pytest.mark.slow
 @both
 def test_a_run_among_faults_is_an_undisturbed_one(
   url, tmp_path, buckets, quick
@@ -459,9 +443,7 @@ def test_a_run_among_faults_is_an_undisturbed_one(
   jax.tree.map(np.testing.assert_array_equal, found.params, alone.params)
 
 
-@remote
-@pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["gs"])
+@pytest.mark.parametrize("scheme", [gs])
 def test_two_processes_that_share_no_disk(url, tmp_path):
   """Four devices each, stopped and continued: one process of eight."""
   model, rows = tiny.model_folder(tmp_path / "model"), tmp_path / "rows.jsonl"
