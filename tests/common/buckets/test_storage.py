@@ -83,7 +83,7 @@ def quick(monkeypatch):
     {"data__cache_dir": "gs://bucket/cache"},
     {"data__train": ({"path": "ftp://host/rows.jsonl", "repeat": 2},)},
     {"data__train": "a.jsonl, ftp://host/rows.jsonl"},
-    {"eval__behaviours": {"maths": "az://bucket/maths.jsonl"}},
+    {"eval__behaviors": {"maths": "az://bucket/maths.jsonl"}},
     {"model__chat_template": "gs://bucket/template.jinja"},
   ],
 )
