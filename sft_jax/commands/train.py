@@ -108,11 +108,13 @@ def _run() -> None:
     if DEBUG.value:
       raise
     _refuse(error)
-  except jax.errors.JaxRuntimeError as error:
-    if DEBUG.value or "RESOURCE_EXHAUSTED" not in str(error):
+  except (jax.errors.JaxRuntimeError, MemoryError) as error:
+    ours = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    if DEBUG.value or not ours:
       raise
+    what = str(error).partition("\n")[0]
     _refuse(
-      f"out of memory: {str(error).splitlines()[0]}\nThe start page and "
+      f"out of memory: {what}\nThe start page and "
       "sft-jax plan say what takes it; docs/troubleshooting.md what to change, "
       "in order. Then the same command continues from the last step saved."
     )

@@ -64,7 +64,13 @@ def opened(path: str, log: Callable[[str], None]) -> Iterator[None]:
     yield
     return
   if isinstance(folder, Path):
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+      folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+      raise OSError(
+        f"compile_cache: got {str(folder)!r}, which cannot be made "
+        f"({error.strerror}); expected a folder, or '' for none. Correct it."
+      ) from error
   if isinstance(folder, Path) and (place := writable_by_others(folder)):
     log(
       f"compile_cache: other users can write in {place}. Programs found there "

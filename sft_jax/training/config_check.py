@@ -94,6 +94,8 @@ _NO_PAIRS = (
   *("loss.z_loss", "loss.kl", "loss.label_smoothing", "loss.dft"),
   "data.canaries",
 )
+# Variables of templates that the rows decide.
+_NOT_KWARGS = {"messages", "tools", "add_generation_prompt"}
 # What a number may be besides.
 _WORDS = {"eval.max_seconds": ("auto",)}
 
@@ -309,6 +311,18 @@ def _wrong_pairs(c: Mapping[str, Any]) -> Iterator[str]:
     yield (
       f"eval.patience: got {evals['patience']} without held-out rows, expected "
       "data.holdout, data.eval or checkpoint.keep_best, to have a figure"
+    )
+  if not c["workdir"].strip():
+    yield f"workdir: got {c['workdir']!r}, expected a folder"
+  if c["batch_size"] * data["seq_len"] >= 2**31:
+    yield (
+      f"batch_size: got {c['batch_size']} with data.seq_len={data['seq_len']}, "
+      "expected fewer than 2^31 tokens of a step"
+    )
+  if ours := {*data["template_kwargs"]} & _NOT_KWARGS:
+    yield (
+      f"data.template_kwargs: got {sorted(ours)}, expected other names: these "
+      "are the rows'"
     )
   if not data["train"]:
     yield f"data.train: got {data['train']!r}, expected rows"

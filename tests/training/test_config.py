@@ -97,6 +97,9 @@ def test_an_unknown_key_names_near_ones():
     ({"optim__freeze": ("(",)}, "optim.freeze"),
     ({"optim__rates": (("embed", "fast"),)}, "optim.rates"),
     ({"lora__targets": "a(b"}, "lora.targets"),
+    ({"workdir": " "}, "workdir"),
+    ({"batch_size": 2**20, "data__seq_len": 2**11}, "batch_size"),
+    ({"data__template_kwargs": {"tools": []}}, "data.template_kwargs"),
   ],
 )
 def test_pairs_that_cannot_be(values, key):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_jax.data.chat import sandbox
+from sft_jax.data.tokenizers import files
 from sft_jax.data.tokenizers.literal import any_of
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
 
@@ -166,7 +167,7 @@ def choose(tokenizer: Tokenizer, template: str, name: str) -> Tokenizer:
         "its own. Choose another, such as chatml."
       )
   elif (path := Path(template).expanduser()).is_file():
-    source = path.read_text(encoding="utf-8")
+    source = files.read_text(path)
   else:
     raise ValueError(
       f"model.chat_template: got {template!r}, expected '', one of "

@@ -195,6 +195,11 @@ def _open_or_build(
     ours = where in ours or directory in where.parents
     if error.errno in _NO_ACCESS and ours:
       raise _NoAccess(error) from error
+    if ours and not directory.is_dir():
+      raise OSError(
+        f"cache {directory}: cannot be made ({error.strerror}); expected a "
+        "folder. Name one in data.cache_dir."
+      ) from error
     raise
   if bad := store.stats.dropped("malformed"):
     where = folder / "bad_rows.jsonl"

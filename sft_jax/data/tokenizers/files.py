@@ -151,8 +151,18 @@ def _chat_templates(
   for path in files:
     if path.suffix == ".jinja":
       name = "default" if path.parent == folder else path.stem
-      found[name] = path.read_text(encoding="utf-8")
+      found[name] = read_text(path)
   return found
+
+
+def read_text(path: Path) -> str:
+  """A file's text; a ValueError that names it where it is none."""
+  try:
+    return path.read_text(encoding="utf-8")
+  except UnicodeDecodeError as error:
+    raise ValueError(
+      f"{path}: got {error}; expected UTF-8. Copy it again, or convert it."
+    ) from error
 
 
 def _content(token: Any) -> str | None:
