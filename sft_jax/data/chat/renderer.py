@@ -93,7 +93,7 @@ class ConversationRenderer:
     """Announces the trained turns, whose renderings then travel together."""
     self._planned = list(trained)
 
-  def job(self, cuts: Sequence[tuple[int, bool]]) -> sandbox.Job:
+  def job(self, cuts: Sequence[tuple[Any, ...]]) -> sandbox.Job:
     """The renderings of first turns; see `take`."""
     tools, kwargs = self.conversation.tools, self.options.template_kwargs
     return self.template.job(self._messages, cuts, tools, kwargs)

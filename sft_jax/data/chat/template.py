@@ -95,7 +95,7 @@ class ChatTemplate:
   def job(
     self,
     messages: Sequence[Mapping[str, Any]],
-    cuts: Sequence[tuple[int, bool]],
+    cuts: Sequence[tuple[Any, ...]],
     tools: Sequence[Mapping[str, Any]],
     kwargs: Mapping[str, Any],
   ) -> sandbox.Job:
