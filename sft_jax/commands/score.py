@@ -224,8 +224,7 @@ TEACHER = flags.DEFINE_string("teacher", "", "Of teach: a model's folder.")
 def keep_predictions(config: Config, path: str, log: data.Log) -> Path:
   """Keeps a teacher's predictions of the rows of data.train; their folder.
 
-  Raises:
-    ValueError: no teacher, or one of another vocabulary.
+  Raises ValueError: no teacher, or one of another vocabulary.
   """
   config = config.copy_and_resolve_references()
   folder = setup_model.find_model(config).folder

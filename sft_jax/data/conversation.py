@@ -47,8 +47,7 @@ class NothingToTrain(ValueError):
 
   Such a row is dropped and counted, not an error of the run.
 
-  Attributes:
-    reason: the ledger's key, such as 'empty answer' or 'over long'.
+  `reason`: the ledger's key, such as 'empty answer' or 'over long'.
   """
 
   def __init__(self, reason: str, detail: str = ""):

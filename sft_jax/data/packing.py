@@ -84,8 +84,7 @@ def plan(
       sequence such as (seed, epoch) is one seed.
     packing: False gives every row a pack of its own.
 
-  Raises:
-    ValueError: a row that fits no pack, by its id.
+  Raises ValueError: a row that fits no pack, by its id.
   """
   patterns = find_patterns(lengths, capacity, packing=packing)
   return assign_rows(lengths, patterns, seed=seed)
@@ -162,8 +161,7 @@ def _next_length(counts: list[int], live: list[int], free: int) -> int:
     live: lengths with documents left, ascending.
     free: slots left in the pack.
 
-  Returns:
-    The length, or 0 when none fits.
+  Returns the length, or 0 when none fits.
   """
   if live and free >= 3 * live[-1]:
     return live[len(live) // 2]

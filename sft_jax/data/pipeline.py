@@ -91,9 +91,8 @@ class Stream:
         document's by their sum, so that long answers count no more.
       pairs: see `packing.pack_row`.
 
-    Raises:
-      ValueError: an empty store, a row longer than `seq_len`, or arguments
-        out of range.
+    Raises ValueError: an empty store, a row longer than `seq_len`, or arguments
+    out of range.
     """
     if not len(store.lengths):
       raise ValueError(
@@ -179,8 +178,7 @@ class Stream:
       rows: numbers of rows of the global batch, those that this process's
         devices hold; None is all of them. What is not asked for is not read.
 
-    Returns:
-      Iterator of NumPy batches of as many rows, in that order.
+    Returns an iterator of NumPy batches of as many rows, in that order.
     """
     wanted = np.arange(self.batch_size) if rows is None else np.asarray(rows)
     if not len(wanted) or not np.isin(wanted, range(self.batch_size)).all():

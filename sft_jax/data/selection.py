@@ -60,14 +60,12 @@ def select(
     seed: drew the rows of sources with a limit; see `build.build`.
     log: called with a line for each source that is weighted.
 
-  Returns:
-    A store of other fingerprint, whose inputs hold the conditions and the
-    digests of the scores; the same one where no source selects.
+  Returns a store of other fingerprint, whose inputs hold the conditions and the
+  digests of the scores; the same one where no source selects.
 
-  Raises:
-    ValueError: a row without a score, or whose score is of what it was before
-      it changed; a column that a row lacks or that cannot be compared; a
-      source of which nothing is left.
+  Raises ValueError: a row without a score, or whose score is of what it was
+  before it changed; a column that a row lacks or that cannot be compared; a
+  source of which nothing is left.
   """
   weights = np.ones(len(store.index), np.float32)
   reasons: dict[str, np.ndarray] = {}
@@ -323,9 +321,8 @@ def write_scores(
 def read_scores(path: Path) -> Scores:
   """Reads a file of scores; memory holds some 56 bytes per row.
 
-  Raises:
-    ValueError: no such file, or one that `write_scores` did not write, with the
-      command that makes it.
+  Raises ValueError: no such file, or one that `write_scores` did not write,
+  with the command that makes it.
   """
   places, contents, values = (array.array(code) for code in "QQd")
   number = 1

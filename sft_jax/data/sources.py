@@ -63,8 +63,7 @@ class Condition(NamedTuple):
   def holds(self, value: Any, place: str) -> bool:
     """Whether a row's value satisfies a comparison.
 
-    Raises:
-      ValueError: a value that cannot be compared, by its place.
+    Raises ValueError: a value that cannot be compared, by its place.
     """
     alike = is_number(value) and is_number(self.value)
     of_a_kind = type(value) is type(self.value) and not isinstance(value, float)
@@ -92,8 +91,7 @@ def to_filter(value: Any) -> tuple[Condition, ...]:
   >>> to_filter(("ifd", "<", 1))[0].value
   1
 
-  Raises:
-    ValueError: what is none, with what it should be.
+  Raises ValueError: what is none, with what it should be.
   """
   alone = len(value) == 3 and isinstance(value[0], str)
   made = []
@@ -118,8 +116,7 @@ def to_filter(value: Any) -> tuple[Condition, ...]:
 def to_weighting(value: Any) -> Weighting | None:
   """What data.weight_by or a source's weight_by declares; empty is None.
 
-  Raises:
-    ValueError: what is none, with what it should be.
+  Raises ValueError: what is none, with what it should be.
   """
   if not value:
     return None
@@ -263,9 +260,8 @@ def to_sources(sources: Sources) -> tuple[Source, ...]:
   >>> [one.path for one in to_sources("a.jsonl, b/*.csv")]  # A command line's.
   ['a.jsonl', 'b/*.csv']
 
-  Raises:
-    ValueError: no source, two of one name, a key that is not known, or a
-      value out of range.
+  Raises ValueError: no source, two of one name, a key that is not known, or a
+  value out of range.
   """
   # Single sources may be sequences too: a type decides.
   many: Any = _split(sources) if isinstance(sources, str) else sources
@@ -354,9 +350,8 @@ def solve_copies(
     sources: with repeats or shares.
     tokens: of each, seen once.
 
-  Raises:
-    ValueError: shares that leave no room for the other sources or, if there
-      are none, do not sum to 1; a share of a source without tokens.
+  Raises ValueError: shares that leave no room for the other sources or, if
+  there are none, do not sum to 1; a share of a source without tokens.
   """
   wanted = sum(source.share or 0 for source in sources)
   pairs = list(zip(sources, tokens, strict=True))

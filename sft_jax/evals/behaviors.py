@@ -166,12 +166,11 @@ class Score(NamedTuple):
 class Scores(NamedTuple):
   """What came of running a behavior set.
 
-  Attributes:
-    replies: one JSON-able record per item, in order: where, group, prompt,
-      reply, reasoning, tool_calls, stopped, failed (names of checks), format
-      and content (whether its checks of that kind passed; None without any),
-      and passed, which is: stopped by itself and nothing failed. IFEval's
-      have `instructions`: for each, [name, followed, followed loosely].
+  `replies`: one JSON-able record per item, in order: where, group, prompt,
+  reply, reasoning, tool_calls, stopped, failed (names of checks), format and
+  content (whether its checks of that kind passed; None without any), and
+  passed, which is: stopped by itself and nothing failed. IFEval's have
+  `instructions`: for each, [name, followed, followed loosely].
   """
 
   replies: list[dict[str, Any]]
@@ -246,8 +245,7 @@ def run(items: Sequence[Item], generate: Generate) -> Scores:
 def compare(before: Scores, after: Scores) -> list[Comparison]:
   """Groups paired item by item, in the order of the file.
 
-  Raises:
-    ValueError: the scores are of different items.
+  Raises ValueError: the scores are of different items.
   """
   places = [[r["where"] for r in s.replies] for s in (before, after)]
   if places[0] != places[1]:

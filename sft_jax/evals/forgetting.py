@@ -32,8 +32,7 @@ class Perplexity(NamedTuple):
 def perplexity(nats: Any, tokens: Any) -> Perplexity:
   """Perplexity of a sum of nats over so many tokens.
 
-  Raises:
-    ValueError: no token was predicted, or the nats are no number.
+  Raises ValueError: no token was predicted, or the nats are no number.
   """
   nats, tokens = float(nats), float(tokens)
   if not tokens > 0 or not math.isfinite(nats):
@@ -51,12 +50,11 @@ def base_agreement(base: BaseSums, weight: Any) -> dict[str, float]:
     base: sums over the text.
     weight: of its predicted tokens.
 
-  Returns:
-    kl: mean KL(base || tuned) of a prediction, nats per token;
-    top1_agreement: share of the tokens whose most likely one is the base's;
-    base_correct: share that the base, given what is before, predicts;
-    both_correct: of these, the share that the tuned model predicts, too; not
-    there if the base has none.
+  Returns kl: mean KL(base || tuned) of a prediction, nats per token;
+  top1_agreement: share of the tokens whose most likely one is the base's;
+  base_correct: share that the base, given what is before, predicts;
+  both_correct: of these, the share that the tuned model predicts, too; not
+  there if the base has none.
   """
   found = {name: float(getattr(base, name) / weight) for name in FIGURES[:3]}
   if base.base_correct:
@@ -82,8 +80,7 @@ def compare_models(
     examples: whole documents, one a row.
     batch_size: rows at once.
 
-  Raises:
-    ValueError: models of different vocabularies.
+  Raises ValueError: models of different vocabularies.
   """
   if base is not None:
     of = lambda model: (model.config.vocab_size, model.config.logit_softcap)

@@ -121,8 +121,7 @@ def exposure(canary_loss: float, other_losses: Sequence[float]) -> float:
   seen; of a canary never trained on, whose rank is as likely one as another,
   1.44 (the mean of log2(|R| / rank) is log2(e)).
 
-  Raises:
-    ValueError: no alternatives, or a loss that is no number.
+  Raises ValueError: no alternatives, or a loss that is no number.
   """
   finite = all(map(math.isfinite, (canary_loss, *other_losses)))
   if not len(other_losses) or not finite:

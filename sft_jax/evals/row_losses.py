@@ -42,10 +42,9 @@ def by_change(
     most_batches: that are measured; None: all.
     before: nats per token of the examples before training, by their number.
 
-  Returns:
-    {'row', 'source', 'place', 'nats', 'trained_tokens', 'nats_per_token',
-    'change'} of each; the first few of each source are also
-    `summary.sample`s. What weighs nothing has no loss and is left out.
+  Returns {'row', 'source', 'place', 'nats', 'trained_tokens', 'nats_per_token',
+  'change'} of each; the first few of each source are also `summary.sample`s.
+  What weighs nothing has no loss and is left out.
   """
   steps = range(stream.num_steps or 0)[:most_batches]
   plan = [stream.rows_of(step) for step in steps]

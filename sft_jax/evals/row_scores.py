@@ -91,8 +91,7 @@ def score(
     chunk_tokens: whose logits exist at once; see `losses`.
     log: given a line now and then with the progress.
 
-  Raises:
-    ValueError: a loss that is no number, by the row's place.
+  Raises ValueError: a loss that is no number, by the row's place.
   """
   made = documents(store, bos_id)
   plan = packing.plan(made.lengths, seq_len, seed=0)

@@ -121,8 +121,7 @@ def choose(
     share: to keep of all rows, in (0, 1].
     seed: of the blocks.
 
-  Raises:
-    ValueError: a share that keeps nothing.
+  Raises ValueError: a share that keeps nothing.
   """
   number = len(scores)
   budget = round(share * number)

@@ -189,12 +189,10 @@ class Suite:
   ) -> dict[str, float]:
     """What is measured in the middle of training, as figures to follow.
 
-    Args:
-      replies: a file of jsonl for every reply to be kept in; None measures
-        the losses alone.
+    `replies`: a file of jsonl for every reply to be kept in; None measures the
+    losses alone.
 
-    Returns:
-      `losses`, `behaviors.Scores.metrics`, and time/evaluation_s.
+    Returns `losses`, `behaviors.Scores.metrics`, and time/evaluation_s.
     """
     started = time.perf_counter()
     values = self.losses(params)
@@ -245,19 +243,17 @@ def _round_robin(items: Sequence[behaviors.Item]) -> list[int]:
 def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
   """The two measurements side by side, as plain values.
 
-  Returns:
-    losses: [{name, before, after, change}], change relative;
-    behaviors: [{group, n, before, after, stopped, format, content, gained,
-    lost, p}], where before and after are (rate, low, high) with 95 %
-    intervals, and format and content the rates after (None without such
-    checks); see `behaviors.Comparison`; samples: one reply per group;
-    forgetting: [{name, before, after}] of `forgetting.FIGURES`, and of pairs
-    the margin and accuracy of rewards;
-    gap: {train_rows, held_out, gap, before}, nats per token, or None;
-    knowledge: {n, before, after, retained, gained, lost, p}, retained the
-    share of what the base answered right that still is, or None;
-    memorization: {repeats, canaries}: {before, after} of each, or None.
-    What was not measured before is None there.
+  Returns losses: [{name, before, after, change}], change relative; behaviors:
+  [{group, n, before, after, stopped, format, content, gained, lost, p}], where
+  before and after are (rate, low, high) with 95 % intervals, and format and
+  content the rates after (None without such checks); see
+  `behaviors.Comparison`; samples: one reply per group; forgetting: [{name,
+  before, after}] of `forgetting.FIGURES`, and of pairs the margin and accuracy
+  of rewards; gap: {train_rows, held_out, gap, before}, nats per token, or None;
+  knowledge: {n, before, after, retained, gained, lost, p}, retained the share
+  of what the base answered right that still is, or None; memorization:
+  {repeats, canaries}: {before, after} of each, or None. What was not measured
+  before is None there.
   """
   both = lambda name: {"before": before.get(name), "after": after[name]}
   gap = None

@@ -111,8 +111,7 @@ def synthesise(
     usable: raises RowError where a conversation cannot be trained on.
     log: given a line after each round.
 
-  Raises:
-    ValueError: a `keep` that is not known, or no attempt.
+  Raises ValueError: a `keep` that is not known, or no attempt.
   """
   if keep not in KEEP or attempts < 1:
     raise ValueError(
@@ -239,8 +238,7 @@ def lines(made: Synthesis) -> list[tuple[str, ...]]:
 def check_sums(made: Synthesis) -> None:
   """Asserts that all prompts and replies are accounted for.
 
-  Raises:
-    ValueError: a group whose sums do not add up: a fault of ours.
+  Raises ValueError: a group whose sums do not add up: a fault of ours.
   """
   for name, g in made.groups.items():
     sums = (g.attempts, g.kept + sum(g.refused.values()))

@@ -191,12 +191,10 @@ def advance(
 ) -> tuple[Rows, tuple[Array, Array, Array]]:
   """Decodes until `enough` rows are done, at most `steps` tokens each.
 
-  Args:
-    halt: rows that the host has found done.
+  `halt`: rows that the host has found done.
 
-  Returns:
-    The rows; what they emitted [B, STEPS], EMPTY where nothing; who is done;
-    who stopped.
+  Returns the rows; what they emitted [B, STEPS], EMPTY where nothing; who is
+  done; who stopped.
   """
   state = state._replace(done=state.done | halt)
 

@@ -194,8 +194,7 @@ def parse(text: str, *, thinking: bool = False) -> Message:
   of them stay in the content and `tool_calls` is empty: half of what the model
   meant to call is not what it meant.
 
-  Args:
-    thinking: the prompt has opened the thinking already.
+  `thinking`: the prompt has opened the thinking already.
   """
   reasoning = None
   if thinking or text.lstrip().startswith(_OPEN):
@@ -246,9 +245,8 @@ def answer_rows(
     max_new_tokens: most tokens of a reply.
     mesh: see `sampler.stream`.
 
-  Returns:
-    {'where', 'prompt', 'row', 'reply', 'stopped'} of each: the text of the
-    prompt, of the row's own reply and of the model's, special tokens shown.
+  Returns {'where', 'prompt', 'row', 'reply', 'stopped'} of each: the text of
+  the prompt, of the row's own reply and of the model's, special tokens shown.
   """
   decode = lambda ids: tokenizer.decode(list(ids), skip_special=False)
   limit = model.config.position_limit

@@ -53,8 +53,7 @@ def logprobs(
       weight: in the loss, as training has it.
       logprob: in nats, of the id given those before it; None for the first.
 
-  Raises:
-    RowError, NothingToTrain: see `encode.encode_row`.
+  Raises RowError, NothingToTrain: see `encode.encode_row`.
   """
   rows, examples = [], []
   for row, one in enumerate(conversations):

@@ -104,8 +104,7 @@ def stream(
       wherever the parameters lead XLA.
     every: tokens of a row before pieces are yielded; at most 64.
 
-  Raises:
-    ValueError: a number out of range; an empty prompt, or one too long.
+  Raises ValueError: a number out of range; an empty prompt, or one too long.
   """
   stops = np.asarray(sorted(set(stop_ids)), np.int32)
   if batch_size is None:

@@ -243,9 +243,8 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
   one (`rope_theta`, `rope_scaling`, `torch_dtype`). A missing field has the
   default of transformers.
 
-  Raises:
-    ValueError: an architecture, a field or a value that is not implemented,
-      or no sensible value; the message names it.
+  Raises ValueError: an architecture, a field or a value that is not
+  implemented, or no sensible value; the message names it.
   """
   whole, raw = raw.get("model_type"), _text_part(raw, where)
   name = raw.get("model_type")
@@ -407,8 +406,7 @@ def layer_kinds(
 ) -> tuple[LayerKind, ...]:
   """The kind of each of n layers, from a config.json.
 
-  Raises:
-    ValueError: windows or rotary fields that are not implemented, by name.
+  Raises ValueError: windows or rotary fields that are not implemented, by name.
   """
   if family.traits.get("learned_positions"):
     for field in ("rope_parameters", "rope_theta", "rope_scaling"):

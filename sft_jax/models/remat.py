@@ -35,9 +35,8 @@ def checkpointed(
 ) -> Callable[..., Any]:
   """`step` such that its backward pass keeps only what the level says.
 
-  Raises:
-    ValueError: an unknown level, or 'offload' on a backend whose devices
-      have no pinned host memory beside their own.
+  Raises ValueError: an unknown level, or 'offload' on a backend whose devices
+  have no pinned host memory beside their own.
   """
   check_level(level)
   policies = jax.checkpoint_policies

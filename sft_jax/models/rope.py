@@ -275,9 +275,8 @@ def parse_ropes(
 ) -> dict[str, Rope]:
   """The rotary embedding of full and of sliding layers.
 
-  Raises:
-    ValueError: a type or a value that is not implemented, or two forms in one
-      file that differ; the message names it.
+  Raises ValueError: a type or a value that is not implemented, or two forms in
+  one file that differ; the message names it.
   """
   new, old = raw.get("rope_parameters"), raw.get("rope_scaling")
   theta = raw.get("rope_theta")

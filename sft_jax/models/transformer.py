@@ -90,9 +90,8 @@ def build(
     mesh: devices that share the rows of a batch, 'context' their slots and
       'tensor' the widths; see `parallel`. None: one device, or XLA finds out.
 
-  Raises:
-    ValueError: an unknown dtype, backend or remat policy; heads that the mesh
-      does not divide; adapters where some layers alone have experts.
+  Raises ValueError: an unknown dtype, backend or remat policy; heads that the
+  mesh does not divide; adapters where some layers alone have experts.
   """
   dtype, param_dtype = jnp.dtype(dtype), jnp.dtype(param_dtype)
   for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):

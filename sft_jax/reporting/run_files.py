@@ -24,8 +24,7 @@ LINES = {"metrics": "metrics.jsonl", "held_out": "evals/held_out_rows.jsonl"}
 def read(workdir: str | Path) -> dict[str, Any]:
   """What `report.write` takes; a run under way or halted has left less.
 
-  Raises:
-    ValueError: a folder without config.json, which every run writes first.
+  Raises ValueError: a folder without config.json, which every run writes first.
   """
   with remote_workdir.copied(workdir) as folder:
     return _read(folder, str(workdir))

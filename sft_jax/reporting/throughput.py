@@ -21,8 +21,7 @@ KINDS = (
 class Clock:
   """Seconds since a run began, by what they went into; monotonic.
 
-  Attributes:
-    timers: seconds by kind, one of `KINDS`.
+  `timers`: seconds by kind, one of `KINDS`.
   """
 
   def __init__(self, now: Callable[[], float] = time.perf_counter):
@@ -167,9 +166,8 @@ class Throughput:
 def memory() -> dict[str, int]:
   """The most that this process, and each of its devices, has held so far.
 
-  Returns:
-    memory/host_peak_bytes, and memory/device_peak_bytes of the fullest device
-    where devices have memory of their own.
+  Returns memory/host_peak_bytes, and memory/device_peak_bytes of the fullest
+  device where devices have memory of their own.
   """
   values = {}
   with suppress(ImportError):  # Windows has no such module.

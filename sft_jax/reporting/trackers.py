@@ -25,8 +25,7 @@ from sft_jax.reporting.terminal import visible
 class Writer(Protocol):
   """Takes the figures of one step after another.
 
-  Attributes:
-    identity: of the run it has opened, to open it again; '' if it needs none.
+  `identity`: of the run it has opened, to open it again; '' if it needs none.
   """
 
   identity: str
@@ -170,8 +169,7 @@ def register_writer(name: str, writer: Callable[[About, str], Writer]) -> None:
     name: its name there and in writers.json.
     writer: (about the run, identity of an earlier start or '') -> a `Writer`.
 
-  Raises:
-    ValueError: the name is taken.
+  Raises ValueError: the name is taken.
   """
   if name in WRITERS:
     raise ValueError(

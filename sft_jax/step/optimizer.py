@@ -142,8 +142,7 @@ def make(
 class Average(NamedTuple):
   """a <- decay a + (1 - decay) w after each step, from the first weights on.
 
-  Attributes:
-    weights: a, float32, in the tree of the trained parameters.
+  `weights`: a, float32, in the tree of the trained parameters.
   """
 
   weights: Any

@@ -152,8 +152,7 @@ def document_logps(
     most: pairs; N = B * most.
     choices: further arguments of `linear_cross_entropy`.
 
-  Returns:
-    Constants: no gradient passes.
+  Returns constants: no gradient passes.
   """
   sums = linear_cross_entropy(
     *jax.lax.stop_gradient(predicted),
@@ -201,10 +200,9 @@ def objective(
     most: pairs in a row; N = B * most.
     choices: further arguments of `linear_cross_entropy`.
 
-  Returns:
-    `measured` with the objective, its denominator `count`, the weight of the
-    pairs, and the sums preference, reward_chosen, reward_rejected,
-    reward_margin and reward_accuracy over them.
+  Returns `measured` with the objective, its denominator `count`, the weight of
+  the pairs, and the sums preference, reward_chosen, reward_rejected,
+  reward_margin and reward_accuracy over them.
   """
   weights = jnp.asarray(batch.loss_weights)
   logps = document_logps(predicted, batch, most, **choices)

@@ -208,11 +208,9 @@ class Mirror:
   def pull(self, *, checkpoints: bool = True) -> None:
     """Makes the folder what the bucket has, but for exports.
 
-    Args:
-      checkpoints: those of s3:// as well; Orbax reads those of gs:// itself.
+    `checkpoints`: those of s3:// as well; Orbax reads those of gs:// itself.
 
-    Raises:
-      OSError: a part of a record is missing, or see `storage.explained`.
+    Raises OSError: a part of a record is missing, or see `storage.explained`.
     """
     for old in self._folder.glob("*"):
       if old.name != "lock":
@@ -265,8 +263,7 @@ class Mirror:
   def push(self) -> None:
     """Copies what has changed; records first, and exports once complete.
 
-    Raises:
-      OSError: another run has taken the lease, or see `storage.explained`.
+    Raises OSError: another run has taken the lease, or see `storage.explained`.
     """
     with self._lock:
       if self._lease:
@@ -408,8 +405,7 @@ def _keep(lease: Lease, mirror: Mirror, over: threading.Event) -> None:
 def push(folder: Path) -> None:
   """Copies what a run has recorded; for a checkpoint that is to follow.
 
-  Raises:
-    OSError: another run has taken the lease, or see `storage.explained`.
+  Raises OSError: another run has taken the lease, or see `storage.explained`.
   """
   if mirror := _mirrors.get(folder):
     mirror.push()

@@ -212,8 +212,7 @@ def exists(url: str) -> bool:
 def upload(file: Path, url: str) -> None:
   """Copies a file to an object, and compares what the store has with it.
 
-  Raises:
-    OSError: it did not come whole; see `explained`.
+  Raises OSError: it did not come whole; see `explained`.
   """
   fs, path = client(url)
   with explained(url, "write"):
@@ -230,8 +229,7 @@ def upload(file: Path, url: str) -> None:
 def download(url: str, file: Path, info: dict[str, Any]) -> None:
   """Copies an object to a file, and compares it with what the store says.
 
-  Raises:
-    OSError: it did not come whole; see `explained`.
+  Raises OSError: it did not come whole; see `explained`.
   """
   fs, path = client(url)
   file.parent.mkdir(parents=True, exist_ok=True)
@@ -286,9 +284,8 @@ def fetch(
     patterns: of names below the folder as `fnmatch` reads them.
     without: of those that are left.
 
-  Returns:
-    The file, or the folder that holds what was found below the folder, or
-    below the part of a glob before its first magic character.
+  Returns the file, or the folder that holds what was found below the folder, or
+  below the part of a glob before its first magic character.
 
   Raises:
     FileNotFoundError: there is no such object.

@@ -183,9 +183,8 @@ def refuse(
 ) -> None:
   """Raises for the findings that fail, but announces those allowed.
 
-  Raises:
-    ValueError: a finding fails that is not in `allow`, with the switch that
-      overrides it; `allow` has a name that is no finding's.
+  Raises ValueError: a finding fails that is not in `allow`, with the switch
+  that overrides it; `allow` has a name that is no finding's.
   """
   if unknown := set(allow) - set(NAMES):
     raise ValueError(

@@ -34,9 +34,8 @@ def make(
     read: rows by number, asked once for all that are shown.
     most: rows of each end.
 
-  Returns:
-    rows: how many; spread: {score: {rows that have it, p0, p5, ...}}; ends:
-    [{name, rows: [{place, prompt, answer, score: value, ...}]}].
+  Returns rows: how many; spread: {score: {rows that have it, p0, p5, ...}};
+  ends: [{name, rows: [{place, prompt, answer, score: value, ...}]}].
   """
   spread = {}
   for name, column in zip(selection.SCORES, values.T, strict=False):
@@ -86,12 +85,10 @@ def of_store(
     format, seed: see `build.build`.
     most: rows of each end.
 
-  Returns:
-    What `make` does, with the rows that are left out: unscored, without a
-    score, and changed, with a score of what they were before.
+  Returns what `make` does, with the rows that are left out: unscored, without a
+  score, and changed, with a score of what they were before.
 
-  Raises:
-    ValueError: a file of scores that cannot be read.
+  Raises ValueError: a file of scores that cannot be read.
   """
   files: list[list[selection.Scores]] = []
   for source in store.sources:  # Of its files, as far as there are any.

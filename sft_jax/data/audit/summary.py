@@ -170,12 +170,10 @@ def step_rows(
     tokenizer: of the run.
     step: 1 for the first.
 
-  Returns:
-    [{'step', 'pack' of the batch, 'place', 'tokens', 'loss_weights', 'spans'}],
-    see `sample`.
+  Returns [{'step', 'pack' of the batch, 'place', 'tokens', 'loss_weights',
+  'spans'}], see `sample`.
 
-  Raises:
-    ValueError: a step that the stream does not have.
+  Raises ValueError: a step that the stream does not have.
   """
   last = stream.num_steps
   if step < 1 or (last is not None and step > last):

@@ -134,8 +134,7 @@ def rendered_text(
   and end with the next stop token. The text gets the BOS that the template
   writes, unless it has one, and ends with its last stop token.
 
-  Raises:
-    RowError: no turn of the assistant's, or one without a stop token.
+  Raises RowError: no turn of the assistant's, or one without a stop token.
   """
   text = conversation.text or ""
   opening = template_probes.opening(template, options.template_kwargs)

@@ -38,9 +38,8 @@ class ConversationRenderer:
       (`trained_turn.fill`); '' where there is none.
     escapes: whether some text must be read as ordinary characters.
 
-  Raises:
-    RowError: a control token in a text (see `RenderOptions.control_tokens`);
-      tools, and a template that reads none.
+  Raises RowError: a control token in a text (see
+  `RenderOptions.control_tokens`); tools, and a template that reads none.
   """
 
   def __init__(
@@ -228,8 +227,7 @@ def refuse_control_tokens(
 ) -> bool:
   """Raises a RowError where a text holds a control token it must not hold.
 
-  Returns:
-    Whether a text holds a control token that is to be escaped.
+  Returns whether a text holds a control token that is to be escaped.
   """
   if options.control_tokens == "allow":
     return False

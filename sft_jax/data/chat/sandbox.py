@@ -50,9 +50,8 @@ def render(
   variables have no `date` ('2026-01-31'). None: one of several cuts exceeds a
   limit, and each is to be asked for by itself.
 
-  Raises:
-    ValueError: the template does not compile, or has exceeded its limits
-      again and again.
+  Raises ValueError: the template does not compile, or has exceeded its limits
+  again and again.
   """
   made: list[list[Any]] = [[None] * len(job.cuts) for job in jobs]
   left = [list(range(len(job.cuts))) for job in jobs]

@@ -30,8 +30,7 @@ class ChatTemplate:
       would read them as structure; stop tokens are always among them.
     name: for errors.
 
-  Raises:
-    ValueError: the source is no template; its line.
+  Raises ValueError: the source is no template; its line.
   """
 
   def __init__(
@@ -107,8 +106,7 @@ class ChatTemplate:
 def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
   """The tokenizer's chat template, ready to render.
 
-  Raises:
-    ValueError: the tokenizer has none.
+  Raises ValueError: the tokenizer has none.
   """
   if tokenizer.chat_template is None:
     named = list(tokenizer.chat_templates)
@@ -142,8 +140,7 @@ def choose(tokenizer: Tokenizer, template: str, name: str) -> Tokenizer:
       and added to the vocabulary that lacks them: the model grows.
     name: model.chat_template_name, of a folder with several.
 
-  Raises:
-    ValueError: no such template; one that needs an EOS, and there is none.
+  Raises ValueError: no such template; one that needs an EOS, and there is none.
   """
   if not template:
     if name not in tokenizer.chat_templates:

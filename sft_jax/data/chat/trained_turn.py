@@ -34,8 +34,7 @@ class TrainedTurn:
   Reasoning that the template leaves out and the options ask for is put in
   first (`fill`).
 
-  Raises:
-    RowError: a reply whose start or end is not certain.
+  Raises RowError: a reply whose start or end is not certain.
   """
 
   def __init__(self, renderer: ConversationRenderer, index: int):

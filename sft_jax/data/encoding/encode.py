@@ -76,8 +76,7 @@ def encode(
     conversation, tokenizer, max_length: see there.
     **options: fields of `options.RenderOptions`, such as history='split'.
 
-  Raises:
-    NothingToTrain: none is left; its reason is the ledger's key.
+  Raises NothingToTrain: none is left; its reason is the ledger's key.
   """
   how = RenderOptions(**options)
   row = encode_row(conversation, tokenizer, how, max_length=max_length)
@@ -252,8 +251,7 @@ def encode_row(
     max_length: tokens that an Example may have; at least 2.
     tokenized: its tokens from the fast path; None takes the full path.
 
-  Returns:
-    The Examples, and the number dropped by reason ('over long').
+  Returns the Examples, and the number dropped by reason ('over long').
 
   Raises:
     RowError: see `loss_spans.render_spans`; an Example that is too long under
@@ -329,8 +327,7 @@ def prompt_ids(
   A raw text is BOS (where the tokenizer has one) and its ids. An assistant
   turn at the end is continued: its content ends the prompt.
 
-  Raises:
-    RowError: see `loss_spans.render_spans`.
+  Raises RowError: see `loss_spans.render_spans`.
   """
   if conversation.text is not None:
     ids, _ = _text_ids(conversation, tokenizer, options)
@@ -380,8 +377,7 @@ def _text_windows(
               c d e f
                     f </s>
 
-  Raises:
-    RowError: a control token in the text; half of a character.
+  Raises RowError: a control token in the text; half of a character.
   """
   text_ids, notes = _text_ids(conversation, tokenizer, options)
   bos = _bos(tokenizer)

@@ -201,9 +201,8 @@ def _is_data(said: Any) -> bool:
 def _parts(value: Any, where: str, names: Names) -> _Parts:
   """The parts of a content list.
 
-  Raises:
-    RowError: a part that is no text; an order that would change, since a
-      Message has reasoning, text and calls in this order.
+  Raises RowError: a part that is no text; an order that would change, since a
+  Message has reasoning, text and calls in this order.
   """
   value = [value] if isinstance(value, Mapping) else value
   if not isinstance(value, list):

@@ -294,12 +294,10 @@ def to_names(columns: Mapping[str, Any]) -> Names:
   >>> to_names({"query": "prompt", "role": {"bot": "assistant"}})[:3]
   ({'query': 'prompt'}, {}, {'bot': 'assistant'})
 
-  Args:
-    columns: new names by old ones; under 'messages' those of a turn's keys,
-      and under 'role' those of roles.
+  `columns`: new names by old ones; under 'messages' those of a turn's keys, and
+  under 'role' those of roles.
 
-  Raises:
-    ValueError: a new name that is no string, or that two columns share.
+  Raises ValueError: a new name that is no string, or that two columns share.
   """
   named = [
     x for x in ("messages", "role") if isinstance(columns.get(x), Mapping)

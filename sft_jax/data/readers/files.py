@@ -111,9 +111,8 @@ def find_files(path: str | Path) -> list[Path]:
   of one split; where no part is named and there are several, that is train.
   The scores of other files are no rows.
 
-  Raises:
-    ValueError: no such file or split, several and none chosen, or a suffix
-      that is not known; see `hub.fetch`.
+  Raises ValueError: no such file or split, several and none chosen, or a suffix
+  that is not known; see `hub.fetch`.
   """
   named = os.path.expanduser(path)
   named = named.removesuffix(slice_of(named))

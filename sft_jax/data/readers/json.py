@@ -146,9 +146,8 @@ def read_array(text: str, name: str, on_bad_row: OnBadRow) -> Rows:
 def read_csv(file: Path, on_bad_row: OnBadRow, delimiter: str = ",") -> Rows:
   """Records below a line of names, all text; 'rows.csv:12' is a first line.
 
-  Raises:
-    RowError: two columns of one name, text that is not UTF-8, a quotation that
-      does not end: where the next record begins cannot be known then.
+  Raises RowError: two columns of one name, text that is not UTF-8, a quotation
+  that does not end: where the next record begins cannot be known then.
   """
 
   def text_lines(stream: io.BufferedReader) -> Iterator[str]:
@@ -274,10 +273,9 @@ _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 def loads(text: str, where: str) -> Any:
   """The value of a JSON text.
 
-  Raises:
-    RowError: text that is not JSON, with its column (and line, where it has
-      several); a key given twice; NaN or infinity; half a surrogate pair;
-      integers of thousands of digits; more than `MAX_DEPTH` levels.
+  Raises RowError: text that is not JSON, with its column (and line, where it
+  has several); a key given twice; NaN or infinity; half a surrogate pair;
+  integers of thousands of digits; more than `MAX_DEPTH` levels.
   """
   try:
     value, end = _decode(text, _skip(text, 0))

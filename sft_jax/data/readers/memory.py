@@ -16,9 +16,8 @@ class MemoryRows:
     rows: dicts or Conversations; an iterator is read to its end, once.
     digest: 64 hex digits, equal for equal rows in equal order.
 
-  Raises:
-    RowError: a row of values that have no JSON form, by which a change of it
-      could be noticed.
+  Raises RowError: a row of values that have no JSON form, by which a change of
+  it could be noticed.
   """
 
   def __init__(self, rows: Iterable[Mapping[str, Any] | Conversation]):

@@ -88,11 +88,9 @@ class Digests:
     Both are compared, the digest and what the file system says of the file:
     a file that was changed and changed back has another time of change.
 
-    Args:
-      paths: those that would be read now.
+    `paths`: those that would be read now.
 
-    Raises:
-      ValueError: a file has changed, is gone or is new.
+    Raises ValueError: a file has changed, is gone or is new.
     """
     now, what = dict.fromkeys(paths), None
     for path in dict.fromkeys([*self._known, *now]):

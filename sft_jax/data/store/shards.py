@@ -81,8 +81,7 @@ def read_again(
 ) -> Iterator[tuple[str, Any] | RowError]:
   """(place, row) of the rows that a build takes, or what is wrong with them.
 
-  Raises:
-    ValueError, OSError: a file that cannot be read on.
+  Raises ValueError, OSError: a file that cannot be read on.
   """
   for item in _items(source, seed):
     if isinstance(item, _Broken):

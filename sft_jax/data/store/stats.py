@@ -175,8 +175,7 @@ class DatasetStats:
   def check(self) -> None:
     """Asserts Law 2.
 
-    Raises:
-      ValueError: a sum does not add up, with its source and both sides.
+    Raises ValueError: a sum does not add up, with its source and both sides.
     """
     sums = []
     for name, s in self.sources.items():

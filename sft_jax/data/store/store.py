@@ -101,8 +101,7 @@ class Store:
       fraction: share of the different rows to hold out, at least one row.
       seed: decides which.
 
-    Raises:
-      ValueError: a share that leaves no row on one side.
+    Raises ValueError: a share that leaves no row on one side.
     """
     contents = np.unique(self.index["content"])
     number = max(1, round(fraction * len(contents)))

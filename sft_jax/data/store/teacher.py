@@ -47,8 +47,7 @@ class Kept(NamedTuple):
   ) -> tuple[Int32[np.ndarray, "n K"], Float32[np.ndarray, "n K"]]:
     """(ids, log-probabilities) of the trained tokens of an example.
 
-    Raises:
-      ValueError: the teacher was not asked about this row, `where`.
+    Raises ValueError: the teacher was not asked about this row, `where`.
     """
     at = int(np.searchsorted(self.starts, start))
     if at == len(self.starts) or self.starts[at] != start:
@@ -127,8 +126,7 @@ def write(
 def open_kept(folder: Path, rows: str) -> Kept:
   """Opens a folder after verifying every byte of it.
 
-  Raises:
-    ValueError: none, a damaged one, or one of other rows.
+  Raises ValueError: none, a damaged one, or one of other rows.
   """
   try:
     meta = read_meta(folder)

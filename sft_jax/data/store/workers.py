@@ -63,9 +63,8 @@ def map_ordered(
     workers: processes to start; they end when the iterator does.
     patience: seconds for one answer.
 
-  Raises:
-    WorkerDied: a worker was killed or crashed, or gave no answer in time and
-      was ended, its stack on stderr; names its process and how it ended.
+  Raises WorkerDied: a worker was killed or crashed, or gave no answer in time
+  and was ended, its stack on stderr; names its process and how it ended.
   """
   context, start = multiprocessing.get_context("spawn"), pickle.dumps(function)
   executor = concurrent.futures.ProcessPoolExecutor(

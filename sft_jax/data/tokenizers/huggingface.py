@@ -168,8 +168,7 @@ def _from_json(path: Path) -> tuple[tokenizers.Tokenizer, float]:
 def _growth(part: dict[str, Any] | None) -> float:
   """How many characters a normalizer or decoder may make of one.
 
-  Raises:
-    ValueError: a precompiled map that is shorter than it says.
+  Raises ValueError: a precompiled map that is shorter than it says.
   """
   part = part or {}
   for key in ("normalizers", "decoders"):
@@ -196,9 +195,8 @@ def _from_vocab_and_merges(
 ) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
   """The tokenizer, and special tokens by name unless the config names others.
 
-  Raises:
-    ValueError: a tokenizer_class whose way of cutting text is not known here;
-      files that are not such a tokenizer.
+  Raises ValueError: a tokenizer_class whose way of cutting text is not known
+  here; files that are not such a tokenizer.
   """
   named = str(config.get("tokenizer_class") or "GPT2Tokenizer")
   if (kind := named.removesuffix("Fast")) not in _DEFAULTS:

@@ -43,8 +43,7 @@ class Tokenizer(abc.ABC):
   def __init__(self, read: files.Folder, ids: Mapping[str, int]):
     """Finds the special tokens of a folder in {text: id} of its vocabulary.
 
-    Raises:
-      ValueError: one that the vocabulary does not hold.
+    Raises ValueError: one that the vocabulary does not hold.
     """
     self._read = read
     self.folder, self.files = read.path, read.files
@@ -120,13 +119,11 @@ class Tokenizer(abc.ABC):
       texts: of the tokens; one that the vocabulary has keeps its id.
       stop: tokens at which generation stops, too.
 
-    Returns:
-      The tokenizer, and {text: id} of the tokens that are new to it: the ids
-      from `vocab_size` on. A padded model may have (untrained) rows for them.
+    Returns the tokenizer, and {text: id} of the tokens that are new to it: the
+    ids from `vocab_size` on. A padded model may have (untrained) rows for them.
 
-    Raises:
-      ValueError: an empty text or one with white space at its edges; `stop`
-        with a text that is no token.
+    Raises ValueError: an empty text or one with white space at its edges;
+    `stop` with a text that is no token.
     """
     for text in texts:
       if not text or text != text.strip():
@@ -181,10 +178,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
   ways on files that were made to. So a child process loads and uses each
   tokenizer first, within limits of time and memory.
 
-  Raises:
-    ValueError: no folder, or neither file in it; a token that the folder's
-      files number differently, or that the vocabulary does not hold; files
-      that exceed the limits.
+  Raises ValueError: no folder, or neither file in it; a token that the folder's
+  files number differently, or that the vocabulary does not hold; files that
+  exceed the limits.
   """
   path = hub.find_model(folder).folder
   if not path.is_dir():

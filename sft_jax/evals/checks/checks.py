@@ -225,8 +225,7 @@ def register_check(name: str, check: Check, *, kind: str = "content") -> None:
       ValueError for an argument it cannot use, also of an empty reply.
     kind: 'format' or 'content'; see `kind`.
 
-  Raises:
-    ValueError: the name is taken, or the kind is none.
+  Raises ValueError: the name is taken, or the kind is none.
   """
   if name in CHECKS or kind not in KINDS:
     raise ValueError(

@@ -344,8 +344,7 @@ def language_is(text: str, language: str) -> bool:
   A text in which it finds nothing to go by counts as right, as in the
   published checker. Its draws are seeded, so that verdicts repeat.
 
-  Raises:
-    ValueError: langdetect is not installed.
+  Raises ValueError: langdetect is not installed.
   """
   try:
     langdetect = importlib.import_module("langdetect")

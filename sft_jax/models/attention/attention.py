@@ -193,8 +193,7 @@ def attention(
       divides neither a loop whose length it does not know nor a kernel; see
       `parallel.attention`.
 
-  Raises:
-    ValueError: an unknown backend, or one that cannot run here.
+  Raises ValueError: an unknown backend, or one that cannot run here.
   """
   check_backend(backend, mesh)
   backend = choose(backend, q.shape[1], in_order=in_order, mesh=mesh)

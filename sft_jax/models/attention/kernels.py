@@ -127,8 +127,7 @@ def tokamax_attention(
     operator: 'gpu', or 'reference' (tokamax's own, without a kernel) for
       tests.
 
-  Raises:
-    ValueError: sinks.
+  Raises ValueError: sinks.
   """
   if sinks is not None:
     raise ValueError(

@@ -96,9 +96,8 @@ def merge_folders(
   merged by average and arithmetic alone, exactly: side by side in one of the
   sum of their ranks. Their base is what they are beside, so none is given.
 
-  Raises:
-    ValueError: models of other tensors, configs or tokenizers; see
-      `Merge.check`.
+  Raises ValueError: models of other tensors, configs or tokenizers; see
+  `Merge.check`.
   """
   if (models[0] / "adapter_config.json").exists():
     _merge_adapters(merge, models, out, base)
@@ -179,8 +178,7 @@ def blocks(
     parts: the tensor of each model.
     base: of the base, where the method takes it.
 
-  Raises:
-    ValueError: whole numbers that differ.
+  Raises ValueError: whole numbers that differ.
   """
   first = parts[0]
   weights = np.array(merge.weights)

@@ -23,15 +23,13 @@ _COUNTS = ("rows_in", "rows_trained", "tokens_prompt", "tokens_trained")
 def compare(workdirs: Sequence[str | os.PathLike]) -> dict[str, list[dict]]:
   """Several runs as plain tables, each a list of rows.
 
-  Args:
-    workdirs: of the runs, finished or not.
+  `workdirs`: of the runs, finished or not.
 
-  Returns:
-    'behaviors': {'run', 'group', 'n', 'rate', 'low', 'high', 'stopped'},
-    after training; 'paired': {'run', 'group', 'gained', 'lost', 'p'} against
-    the first run, on the prompts that both answered; 'losses': {'run', 'name',
-    'before', 'after', 'change'}; 'config': {'key', and each run's value} of the
-    keys that differ; 'metrics': {'run', 'name', 'last', 'median'}.
+  Returns 'behaviors': {'run', 'group', 'n', 'rate', 'low', 'high', 'stopped'},
+  after training; 'paired': {'run', 'group', 'gained', 'lost', 'p'} against the
+  first run, on the prompts that both answered; 'losses': {'run', 'name',
+  'before', 'after', 'change'}; 'config': {'key', and each run's value} of the
+  keys that differ; 'metrics': {'run', 'name', 'last', 'median'}.
   """
   return _tables({str(path): run_files.read(Path(path)) for path in workdirs})
 
@@ -109,8 +107,7 @@ def write(path: str | os.PathLike, runs: Runs) -> None:
     path: of the page.
     runs: by name, what `run_page.write` takes, as `run_files.read` finds it.
 
-  Raises:
-    ValueError: fewer than two runs, or more than there are colors.
+  Raises ValueError: fewer than two runs, or more than there are colors.
   """
   if not 2 <= len(runs) <= charts.COLORS:
     raise ValueError(

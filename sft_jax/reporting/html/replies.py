@@ -52,12 +52,10 @@ def before_and_after(run: Mapping[str, Any]) -> dict[str, Any]:
 def cards(sides: Sides) -> list[dict[str, Any]]:
   """Replies of several models to the same prompts, differences marked.
 
-  Args:
-    sides: by name, the records of `behaviors.Scores.replies`, in one order.
+  `sides`: by name, the records of `behaviors.Scores.replies`, in one order.
 
-  Returns:
-    Of each group, the first prompt of each pattern of passed and failed: those
-    that only some passed come first.
+  Returns of each group, the first prompt of each pattern of passed and failed:
+  those that only some passed come first.
   """
   groups: dict[str, dict[tuple[bool, ...], tuple]] = {}
   for answers in zip(*sides.values(), strict=True):

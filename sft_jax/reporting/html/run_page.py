@@ -37,8 +37,7 @@ def write(path: str | os.PathLike, run: Run) -> None:
       before, after   measurements, as in evals/
       result     as in result.json; what is not known is shown as it is
 
-  Raises:
-    ValueError: a key that is not in this list.
+  Raises ValueError: a key that is not in this list.
   """
   known = {
     *("title", "start", "config", "metrics", "incidents", "ledger"),

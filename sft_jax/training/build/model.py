@@ -194,8 +194,7 @@ def load_teacher(
 ) -> tuple[Model, trees.Tree] | None:
   """The model that distill.teacher names, and its parameters, if one.
 
-  Raises:
-    ValueError: a model of another vocabulary.
+  Raises ValueError: a model of another vocabulary.
   """
   theirs = teacher_config(config)
   if theirs is None:

@@ -130,8 +130,7 @@ def predict(text: str, chip: Chip, *, loss_chunks: int = 1) -> Prediction:
       the program's: trained tokens of a device and micro-batch over
       `loss.chunk_tokens`.
 
-  Raises:
-    ValueError: the chip's clock is not known, or the text is no program.
+  Raises ValueError: the chip's clock is not known, or the text is no program.
   """
   if chip.name not in CLOCKS:
     raise ValueError(
