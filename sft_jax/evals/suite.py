@@ -286,9 +286,8 @@ def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
   }
   if "behaviors" not in before:
     return result
-  old, new = (
-    behaviors.Scores.from_json(m["behaviors"]) for m in (before, after)
-  )
+  both = (one["behaviors"] for one in (before, after))
+  old, new = map(behaviors.Scores.from_json, both)
   for row in behaviors.compare(old, new):
     now = row.after
     rates = {kind: getattr(now, kind) for kind in ("format", "content")}

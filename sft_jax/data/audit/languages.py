@@ -50,8 +50,7 @@ def _classify(text: str) -> tuple[str, float]:
 
 @functools.cache
 def _identifier() -> langid.LanguageIdentifier:
-  made = langid.LanguageIdentifier.from_model_file(
-    langid.MODEL_FILE, norm_probs=True
-  )
+  load = langid.LanguageIdentifier.from_model_file
+  made = load(langid.MODEL_FILE, norm_probs=True)
   made.set_languages(list(_LANGUAGES))
   return made

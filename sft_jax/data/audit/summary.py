@@ -242,9 +242,8 @@ def _rows(
   for some in text_hashing.batches(whole.counts[chosen], _WORDS):
     rows = chosen[some]
     # Of raw text, the system and the prompt are empty.
-    prompts = text_hashing.join(
-      [text_hashing.take(column, rows) for column in asked]
-    )
+    parts = [text_hashing.take(column, rows) for column in asked]
+    prompts = text_hashing.join(parts)
     yield overlap.Rows(prompts, text_hashing.take(whole, rows))
 
 

@@ -121,9 +121,8 @@ def _first_of(
 ) -> Int64[np.ndarray, " rows"]:
   """The first row with the same key as each, among some; else itself."""
   found, rows = np.arange(len(keys)), np.flatnonzero(among)
-  _, first, which = np.unique(
-    keys[rows], return_index=True, return_inverse=True
-  )
+  want = {"return_index": True, "return_inverse": True}
+  _, first, which = np.unique(keys[rows], **want)
   found[rows] = rows[first[which]]
   return found
 

@@ -168,9 +168,8 @@ def refuse_rendered(
   if opening and opening in text and template.stop.search(text):
     got = f"a rendered conversation ({opening!r} and a stop token)"
     cure = "Give the row as messages, or set data.text to rendered."
-    raise RowError(
-      f"{conversation.place} text", got, "raw text, or messages", cure
-    )
+    where = f"{conversation.place} text"
+    raise RowError(where, got, "raw text, or messages", cure)
 
 
 def _trained_turns(
@@ -279,7 +278,7 @@ def _missing(
     for role, text in template_messages.texts(messages[index])
     if text.strip()
   ]
-  shown = last.text[start:end]
+  shown, as_written = last.text[start:end], template_messages.as_written
   if last.spans is None:
     absent = lambda one: not template_messages.stands_in(one[2], shown)
     return next(filter(absent, texts), None)
@@ -288,9 +287,7 @@ def _missing(
     for span in last.spans
     if start <= span.start and span.end <= end
     if not start  # What was asked: a reply never starts at 0.
-    or template_messages.as_written(
-      span.written, last.text[span.start : span.end]
-    )
+    or as_written(span.written, last.text[span.start : span.end])
   )
   for one in texts:
     there[one[1:]] -= 1

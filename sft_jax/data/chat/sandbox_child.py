@@ -333,9 +333,8 @@ def _render(
       if watch:
         watch.length = length
       if length > sandbox.MAX_CHARACTERS:
-        raise TemplateFailed(
-          f"a text of more than {sandbox.MAX_CHARACTERS} characters"
-        )
+        most = f"{sandbox.MAX_CHARACTERS} characters"
+        raise TemplateFailed(f"a text of more than {most}")
       pieces.append(piece)
   except (_Unpinned, TemplateFailed):
     raise

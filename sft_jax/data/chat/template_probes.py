@@ -74,9 +74,8 @@ def form(
   for arguments, empty in itertools.product(("object", "json"), ("", None)):
     made = first._replace(arguments=arguments, empty_content=empty)
     sentinels = template_messages.Sentinels()
-    to_messages = functools.partial(
-      template_messages.to_template_messages, _CALL, made
-    )
+    to_dicts = template_messages.to_template_messages
+    to_messages = functools.partial(to_dicts, _CALL, made)
     try:
       found = sentinels.find(
         template.render(to_messages(sentinels.wrap), tools=tools, **kwargs),

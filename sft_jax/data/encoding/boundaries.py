@@ -47,9 +47,8 @@ def encode_rendered(
 ) -> list[Tokens]:
   """One sequence, or one per span where spans cannot share their ids."""
   spans, where = rendered.spans, conversation.place
-  ids, offsets = tokenizer.encode_with_offsets(
-    rendered.text, rendered.special_as_text
-  )
+  text, literal = rendered.text, rendered.special_as_text
+  ids, offsets = tokenizer.encode_with_offsets(text, literal)
   if not spans:
     weights = np.ones(len(ids), np.float32)
     return [Tokens(ids, weights, _roles(rendered, offsets))]
@@ -108,9 +107,8 @@ def tail_ids(
 def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
   """Ids that only structure has: any text may have the unknown token."""
   unknown = tokenizer.named_tokens.get("unk_token")
-  return frozenset(
-    i for text, i in tokenizer.special_tokens.items() if text != unknown
-  )
+  special = tokenizer.special_tokens.items()
+  return frozenset(i for text, i in special if text != unknown)
 
 
 def _encode_apart(
@@ -135,9 +133,8 @@ def _encode_apart(
   for anchor in _ANCHORS:
     moved = start - len(anchor)
     literal = tuple((a - moved, b - moved) for a, b in up_to if a >= start)
-    reply, offsets = tokenizer.encode_with_offsets(
-      anchor + text[start:end], literal
-    )
+    after = anchor + text[start:end]
+    reply, offsets = tokenizer.encode_with_offsets(after, literal)
     begin = sum(one < len(anchor) for one, _ in offsets)
     ids = prompt + reply[begin:]
     if tokenizer.decode(ids, skip_special=False) == wanted:

@@ -91,9 +91,8 @@ def text(row: Row, key: str, where: str) -> str:
   if value is None:
     return ""
   if not isinstance(value, str):
-    raise RowError(
-      where, f"{key} of {kind(value)}", "a string", "Make it a string."
-    )
+    got = f"{key} of {kind(value)}"
+    raise RowError(where, got, "a string", "Make it a string.")
   return value
 
 
@@ -218,9 +217,8 @@ def weight(item: Row, where: str) -> float | None:
   # An integer beyond every float is no weight either.
   if isinstance(value, bool | int | float) and value <= 1e308:
     return float(value)
-  raise RowError(
-    where, f"weight {shown(value)}", "a number or a boolean", "Correct it."
-  )
+  got = f"weight {shown(value)}"
+  raise RowError(where, got, "a number or a boolean", "Correct it.")
 
 
 def row_weight(row: Row, where: str, names: "Names") -> float | None:

@@ -71,9 +71,8 @@ def from_preference(row: Row, source: str, names: Names) -> Conversation:
     if before[-1].role == "assistant":
       got = f"an assistant turn at the end of {key}, and chosen"
       cure = "Drop one of the two, or name the format (data.format: messages)."
-      raise RowError(
-        where, got, "turns up to the one that chosen answers", cure
-      )
+      expected = "turns up to the one that chosen answers"
+      raise RowError(where, got, expected, cure)
     return _pair(chat.as_prompt(before), chosen, rejected, row, source)
   # The whole conversation; a prompt beside it repeats its beginning.
   said = [one for one in chosen if one.role != "system"]
@@ -120,9 +119,8 @@ def prompt(row: Row, key: str, where: str, names: Names) -> list[Message]:
     parts.append(fields.text(row, fields.only(row, found, where), where))
   question = "\n\n".join(part for part in parts if part.strip())
   if not question:
-    raise RowError(
-      where, "an empty question", "something asked", "Fill or drop the row."
-    )
+    got, cure = "an empty question", "Fill or drop the row."
+    raise RowError(where, got, "something asked", cure)
   return [*_history(row, where), Message("user", question)]
 
 
@@ -148,9 +146,8 @@ def finished(messages: list[Message], row: Row, source: str) -> Conversation:
   kwargs = row.get("chat_template_kwargs") or {}
   if isinstance(kwargs, str):
     kwargs = loads(kwargs, f"{where} chat_template_kwargs")
-  if not isinstance(kwargs, Mapping) or any(
-    x is not None for x in kwargs.values()
-  ):
+  given = list(kwargs.values()) if isinstance(kwargs, Mapping) else [kwargs]
+  if any(x is not None for x in given):
     got = f"chat_template_kwargs {fields.shown(kwargs)}"
     cure = "Set data.template_kwargs, and drop the column."
     raise RowError(where, got, "template arguments of the whole run", cure)

@@ -60,9 +60,8 @@ def from_tokens(
     cure = "Give each document its own row: packing is done here."
     raise RowError(where, got, "one document in a row", cure)
   if min(ids, default=0) < 0:
-    raise RowError(
-      where, f"the id {min(ids)}", "ids from 0", "Correct or drop the row."
-    )
+    got, cure = f"the id {min(ids)}", "Correct or drop the row."
+    raise RowError(where, got, "ids from 0", cure)
   if not any(trained[1:]):
     raise NothingToTrain("nothing trained", source)
   # The first token is predicted from nothing.

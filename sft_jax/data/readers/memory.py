@@ -27,15 +27,13 @@ class MemoryRows:
       if isinstance(row, Conversation):
         row = {"conversation": dataclasses.asdict(row)}
       try:
-        made.update(
-          json.dumps(row, default=_plain, allow_nan=False).encode() + b"\n"
-        )
+        text = json.dumps(row, default=_plain, allow_nan=False)
+        made.update(text.encode() + b"\n")
       except (TypeError, ValueError, RecursionError) as error:
         got = f"a value that JSON cannot hold ({error})"
         expected = "strings, finite numbers, booleans, null, lists and dicts"
-        raise RowError(
-          f"rows[{index}]", got, expected, "Convert or drop it."
-        ) from None
+        where, cure = f"rows[{index}]", "Convert or drop it."
+        raise RowError(where, got, expected, cure) from None
     self.digest = made.hexdigest()
 
   def __repr__(self) -> str:

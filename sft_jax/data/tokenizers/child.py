@@ -136,9 +136,8 @@ def serve(answer: Callable[[Any], Any], memory: int) -> None:
       resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
   stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
   while header := stdin.read(_HEADER.size):
-    reply = marshal.dumps(
-      answer(pickle.loads(stdin.read(*_HEADER.unpack(header))))
-    )
+    request = pickle.loads(stdin.read(*_HEADER.unpack(header)))
+    reply = marshal.dumps(answer(request))
     stdout.write(_HEADER.pack(len(reply)) + reply)
     stdout.flush()
 

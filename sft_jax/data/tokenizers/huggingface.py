@@ -214,9 +214,8 @@ def _from_vocab_and_merges(
       "tokenizer. Copy them again."
     ) from error
   qwen, space = kind == "Qwen2Tokenizer", bool(config.get("add_prefix_space"))
-  bytes_of = pre_tokenizers.ByteLevel(
-    add_prefix_space=space, use_regex=not qwen
-  )
+  how = {"add_prefix_space": space, "use_regex": not qwen}
+  bytes_of = pre_tokenizers.ByteLevel(**how)
   model.pre_tokenizer = bytes_of
   if qwen:
     model.normalizer = normalizers.NFC()

@@ -275,10 +275,10 @@ def validate(check: Any, where: str) -> None:
     wanted is Any
     or (isinstance(x, wanted) and isinstance(x, bool) == (wanted is bool))
   )
-  fits = needed <= arguments.keys() <= types.keys()
-  if not fits or not all(
+  fits = needed <= arguments.keys() <= types.keys() and all(
     of_type(x, types[key]) for key, x in arguments.items()
-  ):
+  )
+  if not fits:
     raise ValueError(
       f"{where}: got {name} with {arguments}; expected {takes}. "
       "Correct the arguments."
