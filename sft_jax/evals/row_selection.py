@@ -33,16 +33,12 @@ _DIMENSIONS = 64  # Of a vector; wider ones are projected at random.
 
 
 class Choice(NamedTuple):
-  """What became of one row.
+  """What became of one row."""
 
-  Attributes:
-    rank: its turn over the number of rows, in (0, 1); 1 if it is left out. The
-      first 5 % of what a budget of 10 % keeps are those with rank <= 0.05.
-    reason: why it was kept or left, for people.
-  """
-
+  # Its turn over the number of rows, in (0, 1); 1 if it is left out. The first
+  # 5 % of what a budget of 10 % keeps are those with rank <= 0.05.
   rank: float
-  reason: str
+  reason: str  # Why it was kept or left, for people.
 
 
 def embed(

@@ -26,17 +26,13 @@ class TemplateFailed(ValueError):
 
 
 class Job(NamedTuple):
-  """Renderings of the first turns of one conversation.
+  """Renderings of the first turns of one conversation."""
 
-  Attributes:
-    messages: template messages (dicts).
-    variables: of the template, but for `messages` and `add_generation_prompt`.
-    cuts: (count, prompt): render messages[:count], with the generation prompt
-      or without it; or (count, prompt, message), which comes after them.
-  """
-
-  messages: Sequence[Mapping[str, Any]]
+  messages: Sequence[Mapping[str, Any]]  # Template messages (dicts).
+  # Of the template, but for `messages` and `add_generation_prompt`.
   variables: Mapping[str, Any]
+  # (count, prompt): render messages[:count], with the generation prompt or
+  # without it; or (count, prompt, message), which comes after them.
   cuts: Sequence[tuple[Any, ...]]
 
 

@@ -103,11 +103,10 @@ def check_array(file: Path) -> None:
 
 
 def _long_array(file: Path) -> RowError:
+  got = f"a JSON array of more than {MAX_ARRAY_BYTES // 2**20} MiB"
+  cure = "Convert it: jq -c '.[]' rows.json > rows.jsonl."
   return RowError(
-    one_line(file.name),
-    f"a JSON array of more than {MAX_ARRAY_BYTES // 2**20} MiB",
-    "JSON lines, which are read row by row",
-    "Convert it: jq -c '.[]' rows.json > rows.jsonl.",
+    one_line(file.name), got, "JSON lines, which are read row by row", cure
   )
 
 

@@ -24,23 +24,17 @@ _FILES = ("ids.bin", "logps.bin", "starts.bin", "counts.bin")
 
 
 class Kept(NamedTuple):
-  """The predictions of a folder; see `of`.
+  """The predictions of a folder; see `of`."""
 
-  Attributes:
-    ids: packed bits, a row for each trained token.
-    logps: float16, likewise.
-    starts: of the examples' tokens in the store.
-    rows: first row of each example, and one past the last.
-    top: K.
-    fingerprint: of all of it.
-  """
-
+  # Packed bits, a row for each trained token.
   ids: UInt8[np.ndarray, "tokens bytes"]
-  logps: Any
+  logps: Any  # Float16, likewise.
+  # Of the examples' tokens in the store.
   starts: Int64[np.ndarray, " examples"]
+  # First row of each example, and one past the last.
   rows: Int64[np.ndarray, " examples+1"]
-  top: int
-  fingerprint: str
+  top: int  # K.
+  fingerprint: str  # Of all of it.
 
   def of(
     self, start: int, where: str
