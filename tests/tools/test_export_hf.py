@@ -1,5 +1,6 @@
 """tools/export_hf.py: a run's newest checkpoint becomes a verified folder."""
 
+import importlib.util
 import sys
 
 import numpy as np
@@ -46,16 +47,24 @@ def test_the_newest_checkpoint_is_written(run, tmp_path, monkeypatch, capsys):
   assert model.lora is None
 
 
-def test_a_dtype_can_be_asked_for(run, tmp_path, monkeypatch):
+def test_a_dtype_can_be_asked_for(run, tmp_path, monkeypatch, capsys):
+  """Other tools load what was written, and say what the model says."""
+  more = ["--gguf=float32"] * bool(importlib.util.find_spec("gguf"))
   monkeypatch.setattr(
     sys,
     "argv",
     [
       *("export_hf.py", f"--workdir={run.workdir}"),
-      *(f"--out={tmp_path / 'out'}", "--dtype=bfloat16"),
+      *(f"--out={tmp_path / 'out'}", "--dtype=bfloat16", "--check", *more),
     ],
   )
   export.main()
+  said = " ".join(capsys.readouterr().out.split())
+  assert "vLLM, SGLang, stop ids: same. [2, 4]." in said
+  assert "sft_jax, replies: " in said
+  if more:
+    made = (tmp_path / "out-gguf" / "Modelfile").read_text()
+    assert made.startswith("FROM ./model-float32.gguf\n")
   tensors = load_file(tmp_path / "out" / "model.safetensors")
   assert {x.dtype.name for x in tensors.values()} == {"bfloat16"}
 

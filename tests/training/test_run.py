@@ -59,8 +59,14 @@ def test_overfits_and_answers_and_stops(tmp_path, model, rows):
     optim__learning_rate=5e-3,
     optim__warmup_steps=10,
     optim__weight_decay=0.0,
+    export_check=True,
   )
   result = sft_jax.train(config)
+  served = {(v["tool"], v["state"]) for v in result.metrics["served"]}
+  assert ("sft_jax", "same") in served
+  assert {state for _, state in served} <= {"same", "skipped"}
+  page = (tmp_path / "run" / "report.html").read_text()
+  assert "Served as trained" in page
   record = records(tmp_path / "run")[-1]
   assert record["loss/nats_per_token"] < 0.02
   assert record["acc/token"] == 1.0
