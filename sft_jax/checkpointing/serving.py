@@ -29,7 +29,7 @@ from sft_jax.data.conversation import Conversation, Message
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
 from sft_jax.inference import sampler
 from sft_jax.models.config import read_config
-from sft_jax.models.hf import load_save, peft_save
+from sft_jax.models.hf import load_save, parameter_map, peft_save
 from sft_jax.models.transformer import Model
 
 SAME, TIE, DIFFERS, SKIPPED = "same", "tie", "differs", "skipped"
@@ -338,7 +338,11 @@ def rules(
   problem += str(list(tokenizer.stop_ids))
   right = stops == list(tokenizer.stop_ids)
   yield verdict("stop ids", "" if right else problem, f"{stops}")
-  held = {tensor.dtype.name for tensor in tensors.values()}
+  held = {
+    tensor.dtype.name
+    for name, tensor in tensors.items()
+    if not name.endswith(parameter_map.FLOAT32)
+  }
   said = raw.get("dtype", raw.get("torch_dtype"))
   problem = f"config.json says {said}, the tensors are {sorted(held)}"
   fine = f"{said}"

@@ -264,7 +264,8 @@ class Router(nn.Module):
       return logits, None
     shape = (1,) * (self.correction - 1) + shape[1:]
     zeros = nn.initializers.zeros
-    correction = self.param("correction", zeros, shape, self.param_dtype)
+    # Small beside its size, and near ties decide: in float32 whatever the rest.
+    correction = self.param("correction", zeros, shape, jnp.float32)
     return logits, jax.lax.stop_gradient(correction.reshape(-1))
 
 

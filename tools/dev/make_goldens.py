@@ -484,8 +484,12 @@ def norms(golden: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_model(model: Any, case: Case, folder: Path) -> None:
-  """Writes a model folder in bfloat16."""
-  model.bfloat16().save_pretrained(folder, max_shard_size=case.shard)
+  """Writes a model folder in bfloat16, of which corrections are float32."""
+  model.bfloat16()
+  for key, x in [*model.named_parameters(), *model.named_buffers()]:
+    if "correction" in key:
+      x.data = x.data.float()
+  model.save_pretrained(folder, max_shard_size=case.shard)
   model.float()
   if case.old:
     _age(folder / "config.json")

@@ -407,8 +407,12 @@ def _pending(model: Model, params: Tree, dtype: np.dtype) -> Iterator[Pending]:
     for place in parameter_map.tensor_slices(path, leaf.shape, model.config):
       parts.setdefault(place.name, []).append((path, place))
 
+  def dtype_of(name: str) -> np.dtype:
+    alone = name.endswith(parameter_map.FLOAT32)
+    return np.dtype(np.float32) if alone else dtype
+
   def make(name: str) -> np.ndarray:
-    tensor = np.empty(parts[name][0][1].shape, dtype)
+    tensor = np.empty(parts[name][0][1].shape, dtype_of(name))
     for path, place in parts[name]:
       part = _to_host(flat[path][place.index])
       own = tensor[(*place.cut, ...)]  # A view, of a scalar too.
@@ -416,7 +420,7 @@ def _pending(model: Model, params: Tree, dtype: np.dtype) -> Iterator[Pending]:
     return tensor
 
   for name, ((_, place), *_) in parts.items():
-    yield Pending(name, dtype, place.shape, partial(make, name))
+    yield Pending(name, dtype_of(name), place.shape, partial(make, name))
 
 
 def _to_host(x: jax.Array) -> np.ndarray:

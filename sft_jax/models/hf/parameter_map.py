@@ -18,6 +18,9 @@ from sft_jax.models.families import FAMILIES
 
 _T = TypeVar("_T")
 
+# Tensors that are float32 in every file, as those of a router's correction.
+FLOAT32 = ".e_score_correction_bias"
+
 _LEAF = {
   "kernel": "weight",
   "scale": "weight",
