@@ -32,6 +32,7 @@ import atexit
 import collections
 import contextlib
 import functools
+import importlib
 import json
 import os
 import random
@@ -82,7 +83,8 @@ def save_in_bucket(folder: Path, url: str, told: Any) -> None:
   os.environ["XDG_CACHE_HOME"] = str(folder / f"machine_{os.getpid()}")
   local = remote_workdir.folder(url)
   with remote_workdir.opened(url, local):
-    save_on(epath.Path(storage.join(url, "checkpoints")), told)
+    there: Any = epath.Path(storage.join(url, "checkpoints"))
+    save_on(there, told)
 
 
 def save_on(folder: Path, told: Any) -> None:
@@ -314,8 +316,7 @@ def main() -> None:
   done = read_jsonl(record) if record.exists() else []
   if args.url == "gs://tests":  # Its objects end with it.
     sys.path.append(str(Path(__file__).parents[2] / "tests" / "support"))
-    import buckets
-
+    buckets = importlib.import_module("buckets")
     for left in folder.glob("env.json"):
       left.unlink()
     emulator = buckets.Buckets(folder)

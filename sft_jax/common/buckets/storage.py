@@ -87,6 +87,7 @@ def _client(scheme: str) -> Any:
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
   try:
     import fsspec
+    from fsspec import config
 
     importlib.import_module(_CLIENTS[scheme])
   except ImportError as error:
@@ -96,7 +97,7 @@ def _client(scheme: str) -> Any:
     ) from error
   # What others write and remove must be seen, by Orbax's client, too.
   for name in (scheme, "gcs"):
-    fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
+    config.conf.setdefault(name, {})["use_listings_cache"] = False
   return fsspec.filesystem(scheme)
 
 
