@@ -330,7 +330,9 @@ class Mirror:
           )
           self._sent[name] = (0, 0)
     there = {name.split("/")[0] for name in storage.list_objects(url)}
-    for step in there - here:
+    whole = [step for step in here if f"checkpoints/{step}" in self._sent]
+    # Not the last that is whole there, whatever is here.
+    for step in there - here if whole else ():
       storage.remove(storage.join(url, step, MARKERS["checkpoints"]))
       storage.remove(storage.join(url, step))
       self._sent.pop(f"checkpoints/{step}", None)

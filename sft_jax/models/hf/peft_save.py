@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from sft_jax.common import trees
@@ -127,6 +128,8 @@ def save_adapter(
   }
 
   def write(folder: Path) -> None:
+    if jax.process_index():  # The first one writes, for all.
+      return
     write_json(folder / CONFIG, settings)
     save_tensors(folder / WEIGHTS, tensors)
 
