@@ -24,7 +24,7 @@ _CHOICES = {
   "model.dtype": _FLOATS,
   "model.param_dtype": _FLOATS,
   "model.quantize": " int8 nf4",
-  "model.attention": "auto xla blocks splash tokamax",
+  "model.attention": "auto xla blocks splash triton tokamax",
   "model.remat": "none norms attention full offload",
   "model.new_rows": "mean matched",
   "lora.init": "zero pissa",

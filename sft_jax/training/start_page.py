@@ -20,6 +20,7 @@ from sft_jax.training.build import abstract, evals
 from sft_jax.training.build import step as setup_step
 from sft_jax.training.build.build import BuiltRun
 from sft_jax.training.build.data import Config
+from sft_jax.training.build.model import measure_attention
 from sft_jax.training.planning import plan
 
 # Training examples that a report shows, unless there are more sources.
@@ -87,6 +88,7 @@ def _model(config: Config, built: BuiltRun) -> dict[str, str]:
     sum(quantize.num_scalars(*leaf) for leaf in trees.flatten(tree).items())
     for tree in (state.params, state.frozen)
   )
+  measured = measure_attention(config, c, mesh)
   experts = f"{c.experts_per_token} of {c.num_experts} experts, "
   experts = experts if c.num_experts else ""
   return {
@@ -99,6 +101,7 @@ def _model(config: Config, built: BuiltRun) -> dict[str, str]:
     f"{terminal.number(num_frozen)} frozen",
     "devices": f"{mesh.size} x {jax.devices()[0].device_kind}, mesh "
     + " x ".join(f"{a}={n}" for a, n in mesh.shape.items()),
+    **({"attention": str(measured)} if measured else {}),
     **({"notes": "; ".join(c.notes)} if c.notes else {}),
   }
 

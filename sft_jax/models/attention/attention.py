@@ -8,8 +8,9 @@ padding, which no document sees and whose outputs nobody reads.
              is always read by it, whatever the backend.
     blocks   `blockwise`: O(T), on any device.
     splash   `kernels`: O(T), TPU.
+    triton   `kernels`: O(T), GPU; no windows, soft caps or sinks.
     tokamax  `kernels`: O(T), GPU, of the [cuda] extra.
-    auto     see `choose`.
+    auto     see `choose`; a run on a GPU measures first, see `fastest`.
 
 docs/attention.md compares them.
 """
@@ -27,7 +28,7 @@ from jaxtyping import Array, Float, Float32, Int, Shaped
 from sft_jax.models.attention import blockwise, kernels
 from sft_jax.models.remat import ATTENTION
 
-BACKENDS = ("auto", "xla", "blocks", "splash", "tokamax")
+BACKENDS = ("auto", "xla", "blocks", "splash", "triton", "tokamax")
 
 # Backends that others have and that stay out, and why.
 _LEAKS = {
@@ -54,7 +55,8 @@ def check_backend(backend: str, mesh: Mesh | None = None) -> None:
     raise ValueError(
       f"{where} is not available; expected one of {BACKENDS}. {cure}"
     )
-  needs = {"splash": ("tpu",), "tokamax": ("cuda", "gpu")}.get(backend)
+  gpus = ("cuda", "gpu")
+  needs = {"splash": ("tpu",), "triton": gpus, "tokamax": gpus}.get(backend)
   if needs and platform not in needs:
     raise ValueError(
       f"{where} got devices of platform {platform!r}; expected {needs[0]!r}. "
@@ -106,8 +108,9 @@ def attention_mask(
     return mask_bias(
       q_positions, kv_positions, q_segment_ids, kv_segment_ids, window
     )
-  # Splash has its window by itself.
-  return first_visible(q_segment_ids, None if backend == "splash" else window)
+  # These take a window, or refuse it, by themselves.
+  own = backend in ("splash", "triton")
+  return first_visible(q_segment_ids, None if own else window)
 
 
 def first_visible(
@@ -213,6 +216,8 @@ def attention(
       return _xla(q, k, v, mask, sinks, **options, in_order=in_order)
     if backend == "splash":
       attend = partial(kernels.splash_attention, window=window, **options)
+    elif backend == "triton":
+      attend = partial(kernels.triton_attention, window=window, **options)
     elif backend == "tokamax":
       attend = partial(kernels.tokamax_attention, **options)
     else:

@@ -1,8 +1,8 @@
-"""Attention on TPU: the splash kernel of JAX, with segments and windows.
+"""Kernels of others: splash (TPU), JAX's own for GPUs, and tokamax's.
 
-The kernel computes scores block by block and never keeps them. Blocks above
-the diagonal and before a window are skipped; those of other documents are
-computed and masked. Its blocks are whole lanes of 128, so rows are padded up
+They compute scores block by block and never keep them. Blocks above the
+diagonal are skipped; those of other documents are computed and masked. Blocks
+of splash are whole lanes of 128, those for GPUs as large, so rows are padded up
 to a multiple of that.
 """
 
@@ -12,8 +12,11 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Float, Int
+
+from sft_jax.models.remat import ATTENTION
 
 _LANES = 128
 
@@ -101,6 +104,44 @@ def _kernel(
     residual_checkpoint_name="attention_out",
     interpret=interpret,
   )
+
+
+def triton_attention(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B T K H"],
+  v: Float[Array, "B T K H"],
+  starts: Int[Array, "B T"],
+  sinks: Float[Array, " N"] | None = None,
+  *,
+  scale: float,
+  softcap: float | None = None,
+  window: int | None = None,
+  interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+  """The same, by the kernel for GPUs that JAX brings; heads of K repeated.
+
+  Arguments as of `splash_attention`.
+
+  Raises:
+    ValueError: what it has not: sinks, a softcap, a window.
+  """
+  missing = {"sinks": sinks, "a softcap": softcap, "a window": window}
+  for name, value in missing.items():
+    if value is not None:
+      raise ValueError(
+        f"attention: backend 'triton' got {name}, expected a model without: "
+        "its kernel has none. Set model.attention to 'blocks'."
+      )
+  T = q.shape[1]
+  pad = [(0, 0), (0, -T % _LANES)]
+  ids = jnp.pad(starts, pad, constant_values=T)
+  heads = q.shape[2] // k.shape[2]
+  k, v = (jnp.repeat(x, heads, axis=2) for x in (k, v))
+  q, k, v = (jnp.pad(x, [*pad, (0, 0), (0, 0)]) for x in (q, k, v))
+  # By name: without Triton's part of JAX it is not to be imported.
+  mha = importlib.import_module("jax.experimental.pallas.ops.gpu.attention").mha
+  out = mha(q, k, v, ids, sm_scale=scale, causal=True, interpret=interpret)
+  return checkpoint_name(out[:, :T], ATTENTION[0])
 
 
 def tokamax_attention(

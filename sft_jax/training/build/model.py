@@ -15,6 +15,7 @@ from sft_jax.common.workdir import find_json
 from sft_jax.data.chat import template as templates
 from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.models import transformer
+from sft_jax.models.attention import fastest
 from sft_jax.models.config import ModelConfig, read_config
 from sft_jax.models.hf import load_save, parameter_map, peft_load
 from sft_jax.models.lora import lora, quantize, token_rows
@@ -124,6 +125,8 @@ def build_model(
   names = ("dtype", "param_dtype", "attention", "remat", "scan")
   choices = {name: config.model[name] for name in names}
   choices |= {"lora": adapters, "mesh": mesh}
+  if measured := measure_attention(config, shape, mesh):
+    choices["attention"] = measured.name
   codec = config.model.quantize
   model = transformer.build(shape, **choices)
 
@@ -134,6 +137,32 @@ def build_model(
     return params
 
   return Skeleton(model, init, choices, leaves)
+
+
+def measure_attention(
+  config: Config, shape: ModelConfig, mesh: Mesh
+) -> fastest.Found | None:
+  """The fastest attention for this run where 'auto' meets a GPU, else None."""
+  devices = mesh.local_devices
+  on_gpu = bool(devices) and devices[0].platform in ("gpu", "cuda")
+  if config.model.attention != "auto" or not on_gpu:
+    return None
+  rows = mesh.shape["data"] * mesh.shape["fsdp"] * config.accum_steps
+  heads = mesh.shape["tensor"] * mesh.shape["context"]
+  return fastest.fastest(
+    fastest.Shape(
+      max(1, config.batch_size // rows),
+      config.data.seq_len,
+      max(1, shape.num_heads // heads),
+      max(1, shape.num_kv_heads // heads),
+      shape.head_dim,
+      config.model.dtype,
+      tuple(sorted({x.window for x in shape.layers}, key=lambda w: w or 0)),
+      shape.attn_softcap,
+      shape.attn_sinks,
+    ),
+    devices[0].device_kind,
+  )
 
 
 def load_model(

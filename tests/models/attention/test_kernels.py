@@ -52,6 +52,30 @@ def test_a_token_moves_only_what_sees_it(case):
   laws.check_isolation(attend, case, [0, *ends, *(ends - 1), 60, 195])
 
 
+def triton(q, k, v, segments, sinks, *, window, softcap):
+  return kernels.triton_attention(
+    *(q, k, v, first_visible(segments), sinks),
+    scale=q.shape[-1] ** -0.5,
+    softcap=softcap,
+    window=window,
+    interpret=True,
+  )
+
+
+def test_the_kernel_for_gpus_keeps_the_laws():
+  case = laws.Case((70, 81, 23), 200, K=1, H=16)
+  laws.check_values(triton, case)
+  laws.check_isolation(triton, case, [0, 69, 70, 150, 195])
+
+
+@pytest.mark.parametrize(
+  "odd", [{"window": 3}, {"softcap": 1.0}, {"sinks": True}]
+)
+def test_the_kernel_for_gpus_refuses_what_it_has_not(odd):
+  with pytest.raises(ValueError, match="backend 'triton' got"):
+    laws.check_values(triton, laws.Case((5, 3), 8, H=16, **odd))
+
+
 @pytest.mark.parametrize("scan", [True, False])
 def test_layers_with_and_without_a_window(scan, monkeypatch):
   """Windows are part of the kernel, and scanned layers choose theirs."""
