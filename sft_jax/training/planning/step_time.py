@@ -155,6 +155,8 @@ class _Reader:
     self.loss_chunks = loss_chunks
     self.lines, self.entry = cost_model.computations(text)
     self.chip, self.clock = chip, CLOCKS[chip.name]
+    self.bandwidth = chip.bandwidth or math.inf
+    self.rate = chip.links or math.inf
     self.share = KERNEL_SHARE.get(chip.name, 0.5)
     found = re.search(r"num_partitions=(\d+)", text)
     self.num_devices = int(found[1]) if found else 1
@@ -229,7 +231,7 @@ class _Reader:
         pending[one.name] = free[kind], kind, one
         self.links += times * seconds * (kind == "collectives")
       elif found := cost_model.collective(one.line, self.num_devices):
-        seconds = found[1] / (self.chip.links or math.inf)
+        seconds = found[1] / self.rate
         self.links += times * seconds
         spend(one, seconds, "collectives")
       elif '"tpu_custom_call"' in one.line:
@@ -244,7 +246,7 @@ class _Reader:
         elif flops:
           spend(one, flops / self.chip.flops, kind, flops)
         elif one.op != "custom-call":
-          spend(one, self.moved(one, body) / self.chip.bandwidth, "moves")
+          spend(one, self.moved(one, body) / self.bandwidth, "moves")
     return now
 
   def dearest(self, names: list[str], times: int) -> float:
@@ -263,10 +265,10 @@ class _Reader:
     found = cost_model.collective(one.line, self.num_devices)
     size = found[1] if found else self.received(cost_model.callees(one.line))
     if size:
-      return "collectives", size / (self.chip.links or math.inf)
+      return "collectives", size / self.rate
     # (operand, result, context): what arrives is the smaller of the two.
     sizes = [_num_bytes(x) for x in _arrays(one.type)]
-    return "copies", min(sizes[:2], default=0) / self.chip.bandwidth
+    return "copies", min(sizes[:2], default=0) / self.bandwidth
 
   def received(self, names: list[str]) -> int:
     """Bytes that collectives inside of these computations receive."""
@@ -427,7 +429,9 @@ def _product_flops(one, body) -> float:
   taps = 1.0
   window = re.search(r"window=\{([^}]*)\}", one.line)
   spatial = sorted(c for c in of_right if c not in "io")
-  for n, axis in enumerate(spatial if window else ""):
+  for n, axis in enumerate(spatial):
+    if window is None:
+      break
     size = right[of_right.index(axis)]
     count = out[of_out.index(axis)] if axis in of_out else 1
     taps *= _taps(window[1], n, size, count, left[of_left.index(axis)])
