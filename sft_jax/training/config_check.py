@@ -66,7 +66,8 @@ _BOUNDS = {
     "(0, 1e30]": "lora.alpha lora.plus_ratio data.canary_copies "
     "optim.learning_rate preference.beta",
     "[2, 1e8]": "data.seq_len",
-    "[0, 1e4]": "data.workers",
+    "[0, 1e4]": "data.workers data.canaries",
+    "[0, 65536]": "lora.rank",
     "(0, 1]": "optim.decay_fraction",
     "[-1, 1e9]": "optim.warmup_steps",
     "[0, 1]": "optim.final_fraction optim.eps",

@@ -5,6 +5,7 @@
 `checkpointing/resume.py` finds where a run stopped.
 """
 
+import errno
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
@@ -124,7 +125,18 @@ def train(
       built = _build(session)
       start_page.show(built, start_page.facts(config, built, 0), session.out)
       return Result({}, {}, workdir)
-    return run(session, force, command)
+    try:
+      return run(session, force, command)
+    except OSError as error:
+      if error.errno not in _FULL or error.filename:
+        raise
+      raise OSError(  # The system says of writes no place.
+        f"{workdir}: {error.strerror}, expected a disk with room. Make room, "
+        "and run the same command again."
+      ) from error
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def run(session: Session, force: bool, command: str) -> Result:

@@ -31,8 +31,8 @@ from sft_jax.commands.train import STOPPED_EXIT, USER_ERRORS
 from sft_jax.data.store import build
 from sft_jax.data.store.store import Store
 from sft_jax.evals import suite
+from sft_jax.models.hf import load_save
 from sft_jax.training import step_runner
-from sft_jax.training.build import model as setup_model
 from sft_jax.training.interrupts import Stopped
 
 if folder := os.environ.get("FAULTS_COMPILE_CACHE"):
@@ -129,7 +129,7 @@ def after(owner, name: str, act=die, *, call: int = 1) -> None:
 
 MANAGER = ocp.CheckpointManager
 PHASES = {
-  "load": lambda: before(setup_model, "load_pretrained"),
+  "load": lambda: before(load_save, "load_pretrained"),
   "preparing the cache": lambda: before(build, "_seal"),
   "moving the cache": lambda: after(build, "_seal"),
   "evaluation before": lambda: before(suite.Suite, "_sums"),
@@ -163,7 +163,7 @@ PHASES = {
   ),
   "a dying reader": lambda: before(Store, "example", fail, call=40),
   "a full disk": lambda: limit_files(),
-  "full: start": lambda: before(setup_model, "load_pretrained", fill),
+  "full: start": lambda: before(load_save, "load_pretrained", fill),
   "full: evaluation": lambda: before(suite.Suite, "_sums", fill),
   "full: step": lambda: before(step_runner.StepRunner, "submit", fill, call=4),
   "full: save": lambda: before(manager.Checkpoints, "save", fill, call=2),

@@ -209,8 +209,9 @@ def test_a_disk_that_is_really_full(place):
     assert codes == [2] * len(phases) + [0], error
     lines = [x for x in error.splitlines() if x.startswith("error: ")]
     assert len(lines) == len(phases), error
-    assert all("No space left" in line for line in lines), lines
-    assert "Traceback" not in error
+    for line in lines:  # Whatever else Orbax's threads print.
+      assert "No space left" in line
+      assert str(disk) in line
     check_same(place, "disk")
   finally:
     subprocess.run(["umount", str(disk)], check=True)
