@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import jax
@@ -88,13 +88,13 @@ def joined(
       f"{processes or 'all of them'} at {coordinator or 'the coordinator'} "
       "within 5 minutes. Look at the first process and at the network."
     ) from error
-  line = _lifeline()
+  close = _lifeline()
   try:
     yield
   except SystemExit as ending:
     if isinstance(ending.code, int) and ending.code in together:
       jax.distributed.shutdown()
-      line.close()
+      close()
       raise
     _leave(ending.code if isinstance(ending.code, int) else 1)
   except BaseException as error:
@@ -103,14 +103,11 @@ def joined(
     traceback.print_exc()
     _leave(1)
   jax.distributed.shutdown()
-  line.close()
+  close()
 
 
-def _lifeline() -> lifeline.Lifeline:
-  """This process's, once all have met.
-
-  Raises ValueError: the first process cannot be reached.
-  """
+def _lifeline() -> Callable[[], None]:
+  """Opens this process's, or says that it has none; closes it."""
   from jax._src import distributed
 
   state = distributed.global_state
@@ -118,13 +115,15 @@ def _lifeline() -> lifeline.Lifeline:
   try:
     return lifeline.Lifeline(
       state.client, state.process_id, state.num_processes, host
-    )
+    ).close
   except OSError as error:
-    raise ValueError(
-      f"hosts: process {state.process_id} cannot reach the first one on {host} "
-      f"({error}), expected a network in which processes reach one another at "
-      "any port. Correct its rules."
-    ) from error
+    print(
+      f"warning: process {state.process_id} cannot reach the first one on "
+      f"{host} at a port of its choice ({error}): if a process dies, JAX ends "
+      "this one without its name.",
+      file=sys.stderr,
+    )
+    return lambda: None
 
 
 def _detected() -> dict[str, Any] | None:

@@ -60,7 +60,9 @@ class Lifeline:
     self._others: dict[socket.socket, list[Any]] = {}
     if process == 0:
       self._token = secrets.token_hex(16)
-      server = socket.create_server(("", 0))
+      dual = socket.has_dualstack_ipv6()
+      family = socket.AF_INET6 if dual else socket.AF_INET
+      server = socket.create_server(("", 0), family=family, dualstack_ipv6=dual)
       server.setblocking(False)
       self._selector.register(server, selectors.EVENT_READ)
       client.key_value_set(

@@ -1,11 +1,16 @@
 """Processes learn which of them is gone: here several in one process."""
 
+import os
 import queue
+import signal
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
 
+import host_runs
 from sft_jax.common import lifeline
 
 
@@ -86,3 +91,56 @@ def test_strangers_are_no_processes(lines):
   time.sleep(0.3)
   assert len(made[0]._others) == 2
   assert all(one.empty() for one in told)
+
+
+_PAIR = """
+import os, signal, sys, time
+from sft_jax.common import distributed
+
+process, port, victim, how = map(int, sys.argv[1:])
+with distributed.joined(f"localhost:{port}", 2, process):
+  print("joined", flush=True)
+  if process == victim:
+    time.sleep(1)
+    os.kill(os.getpid(), how)
+  time.sleep(0 if victim < 0 else 100)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("victim", [-1, 0, 1])
+def test_real_pairs(victim, how):
+  """Of JAX, without a run: it ends where one is gone, and names it."""
+  port = str(host_runs.free_port())
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  environment["PYTHONPATH"] = str(host_runs.ROOT)
+  pair = [
+    subprocess.Popen(
+      [sys.executable, "-c", _PAIR, str(i), port, str(victim), str(int(how))],
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  try:
+    for one in pair:
+      assert one.stdout
+      assert one.stdout.readline() == "joined\n"
+    begin = time.monotonic()
+    for i in range(2):
+      if i != victim:
+        _, said = pair[i].communicate(timeout=60)
+        if victim < 0:
+          assert pair[i].returncode == 0, said
+          continue
+        assert pair[i].returncode == 1
+        assert f"error: process {victim} of 2, on " in said
+        limit = 10 if how == signal.SIGKILL else 50
+        assert time.monotonic() - begin < limit
+  finally:
+    for one in pair:
+      one.kill()
+      one.communicate()
