@@ -35,6 +35,8 @@ from sft_jax.data.sources import (
   Source,
   Weighting,
   is_number,
+  to_filter,
+  to_weighting,
 )
 from sft_jax.data.store import shards
 from sft_jax.data.store.files import digest
@@ -71,7 +73,8 @@ def select(
   reasons: dict[str, np.ndarray] = {}
   inputs: dict[str, dict[str, Any]] = {}
   for number, source in enumerate(store.sources):
-    filters, weighting = source.conditions, source.weighting
+    filters = to_filter(source.filter or ())
+    weighting = to_weighting(source.weight_by)
     examples = np.flatnonzero(store.source == number)
     if not len(examples) or not (filters or weighting):
       continue

@@ -233,16 +233,6 @@ class Source:
     """The same, to send with some of its rows to another process."""
     return self if self.rows is None else dataclasses.replace(self, rows=())
 
-  @property
-  def conditions(self) -> tuple[Condition, ...]:
-    """What rows must satisfy."""
-    return to_filter(self.filter or ())
-
-  @property
-  def weighting(self) -> Weighting | None:
-    """What their loss is weighted by."""
-    return to_weighting(self.weight_by)
-
 
 OneSource = str | Source | tuple[str, int | float] | Mapping[str, Any]
 Sources = OneSource | Sequence[OneSource]
