@@ -11,7 +11,7 @@ from sft_jax.data.chat import options
 from sft_jax.data.store import build
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
 from sft_jax.evals import row_scores
-from sft_jax.training.build import model as setup_model
+from sft_jax.models.hf import load_save
 
 TALK = {
   "messages": [
@@ -57,7 +57,7 @@ def made(tmp_path_factory):
 
 def score(folder, store, bos_id, *, mesh=None, **choices):
   mesh = mesh or sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-  model, params = setup_model.load_pretrained(folder, mesh=mesh)
+  model, params = load_save.load_pretrained(folder, mesh=mesh)
   choices = {"seq_len": 64, "batch_size": 8} | choices
   return row_scores.score(
     store,
@@ -72,7 +72,7 @@ def score(folder, store, bos_id, *, mesh=None, **choices):
 
 def nll_of(folder):
   """ids -> -log p of ids[1:], each from those before it, in float64."""
-  model, params = setup_model.load_pretrained(folder)
+  model, params = load_save.load_pretrained(folder)
   forward = jax.jit(lambda t: model.logits(params, model.hidden(params, t)))
 
   def nll(ids):
@@ -198,7 +198,7 @@ def test_the_turns_that_are_read_alone():
 def test_a_loss_that_is_no_number_is_named(made):
   folder, _, stores = made
   mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-  model, params = setup_model.load_pretrained(folder, mesh=mesh)
+  model, params = load_save.load_pretrained(folder, mesh=mesh)
   params = jax.tree.map(lambda x: x * np.nan, params)
   with pytest.raises(ValueError, match=r"rows\.jsonl:1: got a loss of nan"):
     row_scores.score(
