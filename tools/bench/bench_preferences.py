@@ -72,7 +72,7 @@ def make_rows(folder: Path) -> tuple[str, str, str]:
 
 
 def run(folder: Path, seed: int, loss: str) -> list[tuple[str, ...]]:
-  """(behaviour, before, after) of one seed."""
+  """(behavior, before, after) of one seed."""
   rows, prompts, items = make_rows(folder)
   config = base.get_config()
   config.seed = seed
