@@ -66,7 +66,7 @@ def make_rows(folder: Path) -> tuple[str, str, str]:
   ]
   return (
     write(folder / "rows.jsonl", rows),
-    write(folder / "prompts.jsonl", prompts[:240]),
+    write(folder / "prompts.jsonl", prompts[:160]),
     write(folder / "behaviors.jsonl", items),
   )
 
@@ -75,7 +75,7 @@ def run(folder: Path, seed: int, loss: str) -> list[tuple[str, ...]]:
   """(behavior, before, after) of one seed."""
   rows, prompts, items = make_rows(folder)
   config = base.get_config()
-  config.seed = seed
+  config.seed, config.steps = seed, 160
   config.data.train = rows
   config.eval.behaviors = config.eval.knowledge = ""
   config.eval.general_text = str(DEMO / "general_text.jsonl")
