@@ -52,6 +52,11 @@ class Memory(MemoryFileSystem):
     names = [name.lstrip("/") for name in super().find(path)]
     return {name: self.info(name) for name in names}
 
+  def rm(self, path, recursive=False, maxdepth=None):
+    for name in [*self.store]:
+      if name == f"/{path}" or (recursive and name.startswith(f"/{path}/")):
+        del self.store[name]
+
   def glob(self, path, detail=False, **_):
     wanted = re.compile(glob_translate(path))
     found = self.find(path.partition("/")[0], detail=True)

@@ -230,10 +230,9 @@ class Mirror:
       top, *rest = name.split("/")
       if top in skipped or top.startswith(".") or ".parts/" in name:
         continue
-      if top.startswith("checkpoints"):
-        if not checkpoints or rest[0] not in marked:
-          continue
-        self._sent[f"checkpoints/{rest[0]}"] = (0, 0)
+      wanted = checkpoints and rest and rest[0] in marked
+      if top.startswith("checkpoints") and not wanted:
+        continue
       target = self._folder / name
       storage.download(storage.join(self._url, name), target, names[name])
       self._sent[name] = _stamp(target)
@@ -318,24 +317,21 @@ class Mirror:
       p.name for p in self._folder.glob("checkpoints/*") if p.name.isdigit()
     }
     url = storage.join(self._url, "checkpoints")
+    marker, whole = MARKERS["checkpoints"], False
     for step in sorted(here, key=int):
-      name = f"checkpoints/{step}"
-      if name not in self._sent:
-        # Orbax may delete it meanwhile; then a newer one is there.
-        with contextlib.suppress(FileNotFoundError):
-          storage.upload_folder(
-            self._folder / name,
-            storage.join(url, step),
-            MARKERS["checkpoints"],
-          )
-          self._sent[name] = (0, 0)
+      name = f"checkpoints/{step}/{marker}"
+      # Orbax may delete it meanwhile; then a newer one is there.
+      with contextlib.suppress(FileNotFoundError):
+        if self._sent.get(name) != (now := _stamp(self._folder / name)):
+          folder = (self._folder / name).parent
+          storage.upload_folder(folder, storage.join(url, step), marker)
+          self._sent[name] = now
+        whole = True
     there = {name.split("/")[0] for name in storage.list_objects(url)}
-    whole = [step for step in here if f"checkpoints/{step}" in self._sent]
     # Not the last that is whole there, whatever is here.
     for step in there - here if whole else ():
-      storage.remove(storage.join(url, step, MARKERS["checkpoints"]))
+      storage.remove(storage.join(url, step, marker))
       storage.remove(storage.join(url, step))
-      self._sent.pop(f"checkpoints/{step}", None)
 
 
 def _stamp(file: Path) -> tuple[int, int]:

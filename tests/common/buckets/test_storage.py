@@ -344,6 +344,46 @@ def test_records_are_parts_that_readers_join(url, tmp_path, monkeypatch):
     other()
 
 
+@pytest.mark.parametrize("scheme", ["memory", s3])
+def test_copied_checkpoints_are_those_that_are_here(url, tmp_path):
+  folder, marker = tmp_path / "run", "_CHECKPOINT_METADATA"
+  folder.mkdir()
+  mirror = remote_workdir.Mirror(url, folder)
+  mirror._copies_steps = True
+
+  def save(step, text):
+    (folder / "checkpoints" / step / "state").mkdir(parents=True)
+    (folder / "checkpoints" / step / "state" / "d").write_text(text)
+    (folder / "checkpoints" / step / marker).write_text(text)
+
+  def delete(step):
+    storage.shutil.rmtree(folder / "checkpoints" / step)
+
+  def other():
+    one = remote_workdir.Mirror(url, tmp_path / "other")
+    one._copies_steps = True
+    one.pull()
+    found = (tmp_path / "other").glob("checkpoints/*/state/d")
+    return {file.parts[-3]: file.read_text() for file in found}
+
+  save("2", "a")
+  mirror.push()
+  save("4", "b")
+  delete("2")
+  mirror.push()
+  assert other() == {"4": "b"}
+  # Rejected, and the only one: it stays there until there is another.
+  delete("4")
+  mirror.push()
+  assert other() == {"4": "b"}
+  save("4", "of now")
+  mirror.push()
+  assert other() == {"4": "of now"}
+  # One that is not whole there is none.
+  storage.remove(f"{url}/checkpoints/4/{marker}")
+  assert other() == {}
+
+
 # -- Whole runs ----------------------------------------------------------------
 
 CHOICES = {
