@@ -182,7 +182,8 @@ def run(session: Session, force: bool, command: str) -> Result:
         session.log(str(verdict))
   result["time"] = session.clock.account()
   session.log(final_summary.time_line(result["time"]))
-  records = metrics.read_jsonl(workdir / "metrics.jsonl")
+  path = workdir / "metrics.jsonl"  # Without a common disk the first has it.
+  records = metrics.read_jsonl(path) if path.exists() else []
   if line := final_summary.stop_line(records):
     session.log(line)
   final_summary.write_report(workdir, result)
