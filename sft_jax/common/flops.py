@@ -271,10 +271,11 @@ def model_flops_per_token(
   num_heads: int,
   head_dim: int,
   context: float | int,
+  state_params: int = 0,
 ) -> float | int:
   """FLOPs that training takes per token (not padding), forward and backward.
 
-      6 P_trained + 4 P_frozen + 12 L N H context
+      6 P_trained + 4 P_frozen + 12 L N H context + 6 P_state
 
   A parameter of a matmul takes 2 FLOPs in the forward pass, 2 for the gradient
   of its input, and, if trained, 2 for its own. Queries against keys and shares
@@ -286,11 +287,15 @@ def model_flops_per_token(
 
   Args:
     trained_matmul_params, frozen_matmul_params: see `matmul_params`.
+    num_layers: of attention.
     num_heads: query heads. With grouped keys the count is the same.
     context: see `mean_context`.
+    state_params: numbers of the states of recurrent layers, once for each
+      product with a token's vectors; what chunks of tokens add is not counted.
   """
   matmul = 6 * trained_matmul_params + 4 * frozen_matmul_params
-  return matmul + 12 * num_layers * num_heads * head_dim * context
+  attention = 12 * num_layers * num_heads * head_dim * context
+  return matmul + attention + 6 * state_params
 
 
 def mfu(

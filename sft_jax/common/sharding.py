@@ -41,6 +41,21 @@ RULES: Sequence[tuple[str, PartitionSpec]] = (
   (r"moe/(gate|up)/lora_b0?$", PartitionSpec(None, None, None, "tensor")),
   (r"moe/down/lora_a0?$", PartitionSpec(None, None, "tensor", None)),
   (r"moe/down/lora_b0?$", PartitionSpec(None, None, None, "fsdp")),
+  (
+    r"(conv|delta|mamba)/(in|qkvz?|z|ba?|a)/kernel",
+    PartitionSpec(None, "fsdp", "tensor"),
+  ),
+  (r"(conv|delta|mamba)/out/kernel", PartitionSpec(None, "tensor", "fsdp")),
+  (
+    r"(conv|delta|mamba)/(in|qkvz?|z|ba?|a)/lora_a0?$",
+    PartitionSpec(None, "fsdp", None),
+  ),
+  (
+    r"(conv|delta|mamba)/(in|qkvz?|z|ba?|a)/lora_b0?$",
+    PartitionSpec(None, None, "tensor"),
+  ),
+  (r"(conv|delta|mamba)/out/lora_a0?$", PartitionSpec(None, "tensor", None)),
+  (r"(conv|delta|mamba)/out/lora_b0?$", PartitionSpec(None, None, "fsdp")),
   (r"(q|k|v|gate|up)/kernel", PartitionSpec(None, "fsdp", "tensor")),
   (r"(o|down)/kernel", PartitionSpec(None, "tensor", "fsdp")),
   (r"(q|k|v|gate|up)/lora_a0?$", PartitionSpec(None, "fsdp", None)),
@@ -48,7 +63,7 @@ RULES: Sequence[tuple[str, PartitionSpec]] = (
   (r"(o|down)/lora_a0?$", PartitionSpec(None, "tensor", None)),
   (r"(o|down)/lora_b0?$", PartitionSpec(None, None, "fsdp")),
   (r"lora_(m|rows)$", PartitionSpec()),
-  (r"(bias|scale|sinks|correction)$|/act/", PartitionSpec()),
+  (r"(bias|scale|sinks|correction|taps|A_log|D)$|/act/", PartitionSpec()),
 )
 
 

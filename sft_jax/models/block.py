@@ -23,7 +23,10 @@ from sft_jax.models.attention import parallel
 from sft_jax.models.attention.attention import attention, attention_mask, choose
 from sft_jax.models.attention.latent import LatentAttention
 from sft_jax.models.config import ModelConfig
-from sft_jax.models.linear import Linear
+from sft_jax.models.layers.delta_net import DeltaNet
+from sft_jax.models.layers.linear import Linear
+from sft_jax.models.layers.mamba2 import Mamba2
+from sft_jax.models.layers.short_conv import GatedConv
 from sft_jax.models.lora import quantize
 from sft_jax.models.lora.lora import LoraConfig
 from sft_jax.models.moe import Moe, Routing, clipped_swiglu
@@ -176,13 +179,20 @@ class Shared(NamedTuple):
 
 
 class Context(NamedTuple):
-  """What all layers share, computed once, whatever their number."""
+  """What all layers share, computed once, whatever their number.
+
+  Attributes:
+    starts: [B, T], the first token of each document.
+    valid: [B, T], False of padding.
+  """
 
   q_positions: jax.Array
   kv_positions: jax.Array
   q_segment_ids: jax.Array
   kv_segment_ids: jax.Array
   shared: Shared
+  starts: jax.Array
+  valid: jax.Array
 
   def of_kind(self, config: ModelConfig, kind) -> "Context":
     """What layers of a kind share; `kind` may be traced."""
@@ -221,6 +231,11 @@ def make_context(
       for x in (q_positions, kv_positions, q_segment_ids, kv_segment_ids)
     )
   ids = (q_positions, kv_positions, q_segment_ids, kv_segment_ids)
+  starts = q_positions == 0
+  if not cached:
+    before = jnp.pad(q_segment_ids[:, :-1], ((0, 0), (1, 0)))
+    starts = (q_segment_ids != before).at[:, 0].set(True)
+  marks = (starts, q_segment_ids > 0)
   backend = choose(
     backend, q_positions.shape[1], in_order=not cached, mesh=mesh
   )
@@ -229,7 +244,7 @@ def make_context(
     q_lengths = _lengths(q_segment_ids, kv_segment_ids, kv_positions)
     k_lengths = _lengths(kv_segment_ids, kv_segment_ids, kv_positions)
   every = []
-  for window, by, _ in config.kinds:
+  for window, by, *_ in config.kinds:
     turned = config.rope_dim or config.head_dim
     rotation = partial(rope.rotation, rope=by, head_dim=turned)
     q_rotation = k_rotation = rotation(own, q_lengths)
@@ -239,8 +254,9 @@ def make_context(
     mask = attention_mask(backend, *ids, window)
     every.append(Shared(q_rotation, k_rotation, mask))
   if len(every) == 1:
-    return Context(*ids, every[0])
-  return Context(*ids, jax.tree.map(lambda *xs: jnp.stack(xs), *every))
+    return Context(*ids, every[0], *marks)
+  stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *every)
+  return Context(*ids, stacked, *marks)
 
 
 def _lengths(
@@ -267,7 +283,10 @@ class Attention(nn.Module):
     c = self.config
     B, T, _ = x.shape
     N, K, H = c.num_heads, c.num_kv_heads, c.head_dim
-    q = self.linear(N * H, c.qkv_bias, name="q")(x)
+    q = self.linear(N * H * (1 + c.attn_gate), c.qkv_bias, name="q")(x)
+    gate = None
+    if c.attn_gate:
+      q, gate = jnp.split(q.reshape(B, T, N, 2 * H), 2, axis=-1)
     k = self.linear(K * H, c.qkv_bias, name="k")(x)
     v = self.linear(K * H, c.qkv_bias, name="v")(x).reshape(B, T, K, H)
     if c.qk_norm == "all":
@@ -311,6 +330,8 @@ class Attention(nn.Module):
       if chosen == "splash":
         attend = _with_window(attend, [one.window for one in c.kinds], kind)
       y = attend(q, k, v)
+    if gate is not None:
+      y = y * nn.sigmoid(gate)
     y = y.reshape(B, T, N * H)
     y = self.linear(c.d_model, c.o_bias, c.out_std, name="o")(y)
     return y, kv
@@ -420,10 +441,18 @@ def _experts(
   )
 
 
-class Block(nn.Module):
-  """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
+_MIXERS: dict[str, Callable[..., Any]] = {
+  "conv": GatedConv,
+  "delta": DeltaNet,
+  "mamba": Mamba2,
+}
 
-  Families add a norm after each, or have that one alone.
+
+class Block(nn.Module):
+  """One layer: x + mixer(norm(x)), then x + mlp(norm(x)).
+
+  Families add a norm after each, or have that one alone. `sort` names the two
+  modules, see `ModelConfig.sorts`.
   """
 
   config: ModelConfig
@@ -432,9 +461,10 @@ class Block(nn.Module):
   mesh: Mesh | None
   dtype: Dtype
   param_dtype: Dtype
+  sort: tuple[str, str] = ("attn", "mlp")
 
   @nn.compact
-  def __call__(self, x, context: Context, kv, layer, kind):
+  def __call__(self, x, context: Context, kv, slot, kind):
     c = self.config
     dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     norm: Callable[..., Norm] = norm_of(c, **dtypes)
@@ -453,32 +483,34 @@ class Block(nn.Module):
       return x + (y if c.residual_scale == 1 else y * c.residual_scale)
 
     x = checkpoint_name(x, BLOCK_INPUT)
-    with jax.named_scope("attn"):
-      context = context.of_kind(c, kind)
-      normed = before(x, "attn_norm")
+    mixer, rest = self.sort
+    with jax.named_scope(mixer):
+      y = normed = before(x, "attn_norm")
       where = (self.backend, self.mesh)
-      if c.kv_rank:
+      context = context.of_kind(c, kind)
+      if mixer != "attn":
+        of = _MIXERS[mixer](c, linear, self.mesh, **dtypes, name=mixer)
+        y, kv = of(y, context, kv, slot)
+      elif c.kv_rank:
         # The reference gives these norms no other eps.
         rank_norm = partial(RMSNorm, 1e-6, **dtypes)
         attn = LatentAttention(
           c, linear, rank_norm, *where, self.lora, name="attn"
         )
-        y, kv = attn(normed, context, kv, layer)
+        y, kv = attn(y, context, kv, slot)
       else:
         attn = Attention(
           c, linear, head_norm, *where, self.param_dtype, name="attn"
         )
-        y, kv = attn(normed, context, kv, layer, kind)
+        y, kv = attn(y, context, kv, slot, kind)
       x = add(x, y, "attn_post_norm")
     with jax.named_scope("mlp"):
-      # Layers of a mixed model are unrolled, so that `kind` is no tracer.
-      dense = c.mixed and c.kinds[kind].dense
       mlp = partial(Mlp, c, linear)
-      if c.num_experts and not dense:
+      if rest == "moe":
         shared = partial(mlp, c.d_ff_shared, self.param_dtype, name="shared")
         wide = _experts(c, self.lora, self.mesh, shared, **dtypes)
       else:
-        width = c.d_ff_dense if dense else c.d_ff
+        width = c.d_ff_dense if c.num_experts else c.d_ff
         wide = mlp(width, self.param_dtype, name="mlp")
       y = wide(normed if c.parallel else before(x, "mlp_norm"))
       x = add(x, y, "mlp_post_norm")

@@ -20,6 +20,7 @@ import numpy as np
 from sft_jax.models.families import (
   FAMILIES,
   FULL,
+  LINEAR,
   MULTIMODAL,
   READS,
   SLIDING,
@@ -56,11 +57,14 @@ class LayerKind(NamedTuple):
     window: a token sees this many, itself and those before; None: all.
     rope: its rotary embedding; None: queries and keys are not rotated.
     dense: an MLP of `d_ff_dense` in a model of experts.
+    mixer: what mixes tokens: 'attn', or a layer of `layers`: 'conv', 'delta',
+      'mamba'. Its parameters are under this name.
   """
 
   window: int | None
   rope: Rope | None
   dense: bool = False
+  mixer: str = "attn"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +128,16 @@ class ModelConfig:
     attn_softcap: scores are bent into +-cap by cap * tanh(x / cap).
     logit_softcap: logits likewise.
     logit_divisor: logits are divided by this.
+    conv_width: W, inputs that a short convolution sums.
+    conv_bias: it has a bias.
+    mixer_bias: so have the projections around a mixer that is no attention.
+    mixer_groups: heads of q and k of a recurrence.
+    mixer_heads: heads of v, a multiple of them; each has a state.
+    mixer_state: width of q and k.
+    mixer_width: width of v.
+    mixer_by_head: projections of q, k, v and z lie head by head.
+    attn_gate: attention's output is multiplied by sigmoid of a gate, which
+      lies after each head's query.
   """
 
   family: str
@@ -181,6 +195,21 @@ class ModelConfig:
   attn_softcap: float | None = None
   logit_softcap: float | None = None
   logit_divisor: float = 1.0
+  conv_width: int = 0
+  conv_bias: bool = False
+  mixer_bias: bool = False
+  mixer_groups: int = 0
+  mixer_heads: int = 0
+  mixer_state: int = 0
+  mixer_width: int = 0
+  mixer_by_head: bool = False
+  attn_gate: bool = False
+
+  @property
+  def conv_channels(self) -> int:
+    """Channels of a short convolution: of x, or of q, k and v."""
+    keys = 2 * self.mixer_groups * self.mixer_state
+    return keys + self.mixer_heads * self.mixer_width or self.d_model
 
   @property
   def out_std(self) -> float:
@@ -190,13 +219,26 @@ class ModelConfig:
 
   @property
   def kinds(self) -> tuple[LayerKind, ...]:
-    """The kinds of layer there are; most models have one."""
-    return tuple(dict.fromkeys(self.layers))
+    """The kinds of attention there are; most models have one."""
+    found = (kind for kind in self.layers if kind.mixer == "attn")
+    kinds = tuple(dict.fromkeys(kind._replace(dense=False) for kind in found))
+    return kinds or (LayerKind(None, None),)
 
   @property
-  def mixed(self) -> bool:
-    """Whether some layers have experts and others an MLP."""
-    return any(kind.dense for kind in self.layers)
+  def sorts(self) -> tuple[tuple[str, str], ...]:
+    """The modules of each layer: its mixer, and its 'mlp' or 'moe'.
+
+    Layers of one sort have the same parameters.
+    """
+    wide = "moe" if self.num_experts else "mlp"
+    return tuple((k.mixer, "mlp" if k.dense else wide) for k in self.layers)
+
+  @property
+  def period(self) -> int:
+    """After how many layers the sorts repeat; `num_layers` if never."""
+    sorts, n = self.sorts, self.num_layers
+    repeats = (p for p in range(1, n) if n % p == 0)
+    return next((p for p in repeats if sorts == sorts[:p] * (n // p)), n)
 
   @property
   def position_limit(self) -> int | None:
@@ -205,14 +247,16 @@ class ModelConfig:
 
 
 def layers_of(config: ModelConfig) -> dict[str, np.ndarray]:
-  """The layers that have an 'mlp' and those that have a 'moe', if mixed.
+  """The layers that have a module, of each that some layers lack.
 
-  Their parameters are stacked without the others, in this order.
+  Its parameters are stacked without the others, in this order.
   """
-  dense = np.array([kind.dense for kind in config.layers])
-  if not config.mixed:
-    return {}
-  return {"mlp": np.flatnonzero(dense), "moe": np.flatnonzero(~dense)}
+  found: dict[str, list[int]] = {}
+  for i, sort in enumerate(config.sorts):
+    for module in sort:
+      found.setdefault(module, []).append(i)
+  n = config.num_layers
+  return {name: np.array(at) for name, at in found.items() if len(at) < n}
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -309,7 +353,11 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
   num_layers = need("num_hidden_layers")
   if family.dense:
     fields["d_ff_dense"] = theirs["intermediate_size"]
-  tied = get("tie_word_embeddings")
+  groups = fields.get("mixer_groups")
+  if groups and fields["mixer_heads"] % groups:
+    expected = f"a multiple of the {groups} of queries and keys"
+    raise refuse(where, "heads of values", fields["mixer_heads"], expected)
+  tied = derived.pop("tie_embeddings", get("tie_word_embeddings"))
   if not isinstance(tied, bool):
     raise refuse(where, "tie_word_embeddings", tied, "true or false")
   eps = names.get("rms_norm_eps", "rms_norm_eps")
@@ -318,7 +366,7 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
     vocab_size=need("vocab_size"),
     num_layers=num_layers,
     d_model=d_model,
-    d_ff=need("intermediate_size"),
+    d_ff=derived.pop("d_ff", need("intermediate_size")),
     num_heads=num_heads,
     num_kv_heads=num_kv_heads,
     head_dim=derived.pop("head_dim", head_dim),
@@ -393,10 +441,10 @@ def _read(field: str, read: Read, value: Any, usual: Json, where: str) -> Any:
     if not isinstance(value, bool | None):
       raise refuse(where, field, value, "true or false")
     return read.via(value) if read.via else bool(value)
-  if value is None:
-    return None
   if read.via is int:
     return whole_number(where, field, value)
+  if value is None:
+    return None
   value = positive(where, field, value)
   return read.via(value) if read.via else value
 
@@ -434,8 +482,12 @@ def layer_kinds(
     if given not in (None, types):
       raise refuse(where, "layer_types", given, types[:4])
   right = isinstance(types, list) and len(types) == n
-  if not right or any(kind not in (FULL, SLIDING) for kind in types):
-    raise refuse(where, "layer_types", types, f"{n} of {FULL}, {SLIDING}")
+  if right := right and all(isinstance(kind, str) for kind in types):
+    types = [_OLD_TYPES.get(kind, kind) for kind in types]
+  mixers = dict(family.mixers) or {SLIDING: "attn"}
+  mixers[FULL] = "attn"
+  if not right or any(kind not in mixers for kind in types):
+    raise refuse(where, "layer_types", types, f"{n} of {', '.join(mixers)}")
   window = raw.get("sliding_window")
   if "use_sliding_window" in FIELDS[name]:
     window = window if raw.get("use_sliding_window") else None
@@ -453,10 +505,17 @@ def layer_kinds(
     raise refuse(where, "rope_parameters", ropes[FULL].type, "a fixed one")
   return tuple(
     LayerKind(
-      window if kind == SLIDING else None, ropes[kind] if use else None, plain
+      window if kind == SLIDING else None,
+      ropes.get(kind) if use else None,
+      plain,
+      mixers[kind],
     )
     for kind, use, plain in zip(types, rotated, dense, strict=True)
   )
+
+
+# As files of transformers 4 name them.
+_OLD_TYPES = {"attention": FULL, "mamba": LINEAR}
 
 
 # Fields that are read where a family has them.

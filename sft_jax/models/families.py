@@ -6,6 +6,7 @@ name. How to add one: docs/models.md.
 """
 
 import dataclasses
+import math
 import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 Json = dict[str, Any]
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+LINEAR = "linear_attention"
 
 
 class Read(NamedTuple):
@@ -44,11 +46,14 @@ class Family:
       as functions of the file; and thetas of RoPE.
     aliases: common fields that the family spells in its own way.
     harmless: fields that change nothing here.
-    layer_types: SLIDING or FULL for each of n layers, from (file, n).
+    layer_types: SLIDING or FULL for each of n layers, from (file, n), or a
+      name of `mixers`.
     rotated: which layers have RoPE, from (file, their types, where).
+    mixers: the mixer of other types of layer, see `LayerKind`.
     dense: which of n layers have an MLP in place of experts, from (file, n,
       where).
-    derived: fields of ModelConfig that follow from several of the file.
+    derived: fields of ModelConfig that follow from several of the file, from
+      (file, where).
     rope_fields: rotary fields beyond those of the rope's type.
     rope: the rotary fields of a file that has none.
     local_rope: sliding layers have a rotary embedding of their own, whose
@@ -70,6 +75,7 @@ class Family:
   harmless: frozenset[str] = frozenset()
   layer_types: Callable[[Json, int], list[str]] | None = None
   rotated: Callable[[Json, list[str], str], list[bool]] | None = None
+  mixers: Mapping[str, str] = dataclasses.field(default_factory=dict)
   dense: Callable[[Json, int, str], list[bool]] | None = None
   derived: Callable[[Json, str], Json] | None = None
   rope_fields: frozenset[str] = frozenset()
@@ -167,6 +173,11 @@ def _windowed_if_any(raw: Json, types: list[str], where: str) -> list[bool]:
   return _windowed(raw, types, where)
 
 
+def _all_if_named(raw: Json, types: list[str], where: str) -> list[bool]:
+  """All, where the file says 'rope' (Granite 4.0)."""
+  return [raw["position_embedding_type"] == "rope"] * len(types)
+
+
 def _rope_layers(raw: Json, types: list[str], where: str) -> list[bool]:
   """The layers that the file names, or all but every k-th (SmolLM3)."""
   n = len(types)
@@ -180,6 +191,67 @@ def _rope_layers(raw: Json, types: list[str], where: str) -> list[bool]:
   if any(x not in (0, 1) for x in given):
     raise refuse(where, "no_rope_layers", given, "0 or 1 for each layer")
   return [bool(x) for x in given]
+
+
+def _lfm2_types(raw: Json, n: int) -> list[str]:
+  """A convolution where the file does not name the layer."""
+  full = raw.get("full_attn_idxs")
+  if full is None:
+    return [FULL] * n
+  if not isinstance(full, list) or any(type(i) is not int for i in full):
+    raise refuse("config.json", "full_attn_idxs", full, "numbers of layers")
+  return [FULL if i in full else "conv" for i in range(n)]
+
+
+def _lfm2(raw: Json, where: str) -> Json:
+  """Old names, and the width of the MLP, which files give in parts."""
+  name = (
+    "intermediate_size" if raw.get("block_ff_dim") is None else "block_ff_dim"
+  )
+  width, adjust = (
+    whole_number(where, name, raw[name]),
+    "block_auto_adjust_ff_dim",
+  )
+  if not isinstance(raw[adjust], bool):
+    raise refuse(where, adjust, raw[adjust], "true or false")
+  positive(where, name, width)
+  if raw[adjust]:
+    width, factor = int(2 * width / 3), raw["block_ffn_dim_multiplier"]
+    if factor is not None:
+      factor = positive(where, "block_ffn_dim_multiplier", factor)
+      step = whole_number(where, "block_multiple_of", raw["block_multiple_of"])
+      width = step * -(-int(factor * width) // step)
+  tied = raw.get("tie_embedding", raw["tie_word_embeddings"])
+  return {"d_ff": width, "tie_embeddings": tied}
+
+
+def _linear_but_each(raw: Json, n: int) -> list[str]:
+  """Every `full_attention_interval`-th layer is full (Qwen3-Next)."""
+  field = "full_attention_interval"
+  k = whole_number("config.json", field, raw.get(field, 4))
+  return [FULL if (i + 1) % k == 0 else LINEAR for i in range(n)]
+
+
+# As files write it: as other programs do, and as transformers 5.
+_INFINITE = (math.inf, {"__float__": "Infinity"})
+
+
+def _granite_hybrid(raw: Json, where: str) -> Json:
+  """Widths that follow from others; what counts is the shared MLP's."""
+  expand = whole_number(where, "mamba_expand", raw["mamba_expand"])
+  heads = whole_number(where, "mamba_n_heads", raw["mamba_n_heads"])
+  width = expand * raw["hidden_size"] // heads
+  if raw["mamba_d_head"] not in ("auto", width):
+    raise refuse(where, "mamba_d_head", raw["mamba_d_head"], width)
+  if experts := raw["num_local_experts"]:
+    expected = "0, a shared MLP alone"
+    raise refuse(where, "num_local_experts", experts, expected)
+  limit = raw["time_step_limit"]
+  if limit not in (None, *([0.0, x] for x in _INFINITE)):
+    raise refuse(where, "time_step_limit", limit, [0.0, math.inf])
+  field = "shared_intermediate_size"
+  d_ff = whole_number(where, field, raw[field])
+  return {"mixer_width": width, "d_ff": d_ff}
 
 
 def layers_without_experts(raw: Json, n: int, where: str) -> list[bool]:
@@ -317,6 +389,51 @@ _APERTUS = _LLAMA | {
   "layers/mlp/act": "model.layers.{}.mlp.act_fn",
 }
 
+_LFM2 = {
+  "embed": "model.embed_tokens",
+  "final_norm": "model.embedding_norm",
+  "head": "lm_head",
+  "layers/attn_norm": "model.layers.{}.operator_norm",
+  "layers/attn/q": "model.layers.{}.self_attn.q_proj",
+  "layers/attn/k": "model.layers.{}.self_attn.k_proj",
+  "layers/attn/v": "model.layers.{}.self_attn.v_proj",
+  "layers/attn/o": "model.layers.{}.self_attn.out_proj",
+  "layers/attn/q_norm": "model.layers.{}.self_attn.q_layernorm",
+  "layers/attn/k_norm": "model.layers.{}.self_attn.k_layernorm",
+  "layers/conv/in": "model.layers.{}.conv.in_proj",
+  "layers/conv/conv": "model.layers.{}.conv.conv",
+  "layers/conv/out": "model.layers.{}.conv.out_proj",
+  "layers/mlp_norm": "model.layers.{}.ffn_norm",
+  "layers/mlp/gate": "model.layers.{}.feed_forward.w1",
+  "layers/mlp/up": "model.layers.{}.feed_forward.w3",
+  "layers/mlp/down": "model.layers.{}.feed_forward.w2",
+}
+
+_DELTA = {
+  "layers/delta": "model.layers.{}.linear_attn",
+  "layers/delta/conv": "model.layers.{}.linear_attn.conv1d",
+  "layers/delta/norm": "model.layers.{}.linear_attn.norm",
+  "layers/delta/out": "model.layers.{}.linear_attn.out_proj",
+}
+_QWEN3_5 = (
+  _LLAMA
+  | _DELTA
+  | {
+    f"layers/delta/{name}": f"model.layers.{{}}.linear_attn.in_proj_{name}"
+    for name in ("qkv", "z", "b", "a")
+  }
+)
+_GRANITE_HYBRID = _LLAMA | {
+  "layers/mamba": "model.layers.{}.mamba",
+  "layers/mamba/in": "model.layers.{}.mamba.in_proj",
+  "layers/mamba/conv": "model.layers.{}.mamba.conv1d",
+  "layers/mamba/norm": "model.layers.{}.mamba.norm",
+  "layers/mamba/out": "model.layers.{}.mamba.out_proj",
+  "layers/mlp/gate": "model.layers.{}.shared_mlp.input_linear",
+  "layers/mlp/up": "model.layers.{}.shared_mlp.input_linear",
+  "layers/mlp/down": "model.layers.{}.shared_mlp.output_linear",
+}
+
 
 def _expert_names(block: str, **names: str) -> dict[str, str]:
   """Those of Llama, with the modules of `block` in the place of the MLP."""
@@ -392,6 +509,19 @@ READS: dict[str, Read] = {
   "residual_multiplier": Read(("residual_scale",)),
   "logits_scaling": Read(("logit_divisor",)),
   "norm_topk_prob": Read(("norm_topk",)),
+  "conv_bias": Read(("conv_bias", "mixer_bias")),
+  "conv_L_cache": Read(("conv_width",), int),
+  "linear_conv_kernel_dim": Read(("conv_width",), int),
+  "linear_num_key_heads": Read(("mixer_groups",), int),
+  "linear_num_value_heads": Read(("mixer_heads",), int),
+  "linear_key_head_dim": Read(("mixer_state",), int),
+  "linear_value_head_dim": Read(("mixer_width",), int),
+  "mamba_d_conv": Read(("conv_width",), int),
+  "mamba_n_groups": Read(("mixer_groups",), int),
+  "mamba_n_heads": Read(("mixer_heads",), int),
+  "mamba_d_state": Read(("mixer_state",), int),
+  "mamba_conv_bias": Read(("conv_bias",)),
+  "mamba_proj_bias": Read(("mixer_bias",)),
   "swiglu_alpha": Read(("glu_alpha",)),
   "swiglu_limit": Read(("glu_limit",)),
   "routed_scaling_factor": Read(("router_scale",)),
@@ -448,6 +578,7 @@ _LLAMA3_8: Json = {
 MULTIMODAL: dict[str, dict[str, str]] = {
   "gemma3": {"gemma3_text": "gemma3_text"},
   "mistral3": {"mistral": "mistral", "ministral3": "ministral3"},
+  "qwen3_5": {"qwen3_5_text": "qwen3_5_text"},
   "qwen2_vl": {"qwen2_vl_text": "qwen2"},
   "qwen2_5_vl": {"qwen2_5_vl_text": "qwen2"},
   "qwen3_vl": {"qwen3_vl_text": "qwen3"},
@@ -612,6 +743,51 @@ FAMILIES: dict[str, Family] = {
     defaults=_MHA,
     aliases={"num_local_experts": "num_experts"},
     experts=True,
+  ),
+  "lfm2": Family(
+    architecture="Lfm2ForCausalLM",
+    names=_LFM2,
+    traits={"qk_norm": "head"},
+    defaults={"rope_theta": 1_000_000.0},
+    aliases={"rms_norm_eps": "norm_eps"},
+    layer_types=_lfm2_types,
+    mixers={"conv": "conv"},
+    derived=_lfm2,
+    # Those that `derived` and `layer_types` read.
+    harmless=frozenset(
+      {
+        *("block_multiple_of", "block_ffn_dim_multiplier", "block_ff_dim"),
+        *("block_auto_adjust_ff_dim", "full_attn_idxs", "tie_embedding"),
+      }
+    ),
+  ),
+  "qwen3_5_text": Family(
+    architecture="Qwen3_5ForCausalLM",
+    names=_QWEN3_5,
+    traits={"qk_norm": "head", "norm_offset": 1.0, "attn_gate": True},
+    defaults={"partial_rotary_factor": 0.25},
+    layer_types=_linear_but_each,
+    mixers={LINEAR: "delta"},
+    harmless=frozenset({"full_attention_interval"}),
+    rope_fields=frozenset({"partial_rotary_factor"}),
+  ),
+  "granitemoehybrid": Family(
+    architecture="GraniteMoeHybridForCausalLM",
+    names=_GRANITE_HYBRID,
+    defaults=_MHA,
+    layer_types=lambda raw, n: [LINEAR] * n,
+    rotated=_all_if_named,
+    mixers={LINEAR: "mamba"},
+    derived=_granite_hybrid,
+    harmless=frozenset(
+      {
+        # Those that `derived` and `rotated` read.
+        *("mamba_d_head", "mamba_expand", "shared_intermediate_size"),
+        *("position_embedding_type", "time_step_limit"),
+        # Of a kernel, and the same mixers in an older file.
+        *("mamba_chunk_size", "layers_block_type"),
+      }
+    ),
   ),
   "granite": Family(
     architecture="GraniteForCausalLM",

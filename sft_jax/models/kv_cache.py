@@ -1,4 +1,7 @@
-"""The cache of keys and values: its layout, its writes, attention over it.
+"""The cache: its layout, writes of keys and values, attention over them.
+
+Layers that are no attention have a state per row in it, whatever its length:
+the last inputs of their convolution, and what their recurrence has summed up.
 
 A layer's slots lie together for each head, [L, B, K, S, H]: both products of
 attention then read it as it lies. With the slots before the heads, as queries
@@ -8,6 +11,7 @@ one layer alone.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 
 import jax
@@ -20,6 +24,7 @@ from sft_jax.models.config import ModelConfig
 Cache = dict[str, jax.Array]
 # A cache without its positions, which all layers share.
 Slots = dict[str, jax.Array]
+_KEYS_AND_VALUES = {"k", "v", "k_scale", "v_scale"}
 
 
 def init(
@@ -35,10 +40,19 @@ def init(
       0.53 of bfloat16's.
   """
   c = config
-  shape = (c.num_layers, batch, c.num_kv_heads, length, c.head_dim)
+  count = Counter(kind.mixer for kind in c.layers)
+  convs = c.num_layers - count["attn"]
+  shape = (count["attn"], batch, c.num_kv_heads, length, c.head_dim)
   if c.kv_rank:
-    shape = (c.num_layers, batch, 1, length, c.kv_rank + c.rope_dim)
+    shape = (count["attn"], batch, 1, length, c.kv_rank + c.rope_dim)
   cache = {"positions": jnp.full((batch, length), -1, jnp.int32)}
+  if convs:
+    state = (convs, batch, c.conv_width - 1, c.conv_channels)
+    cache["conv"] = jnp.zeros(state, dtype)
+  if c.mixer_heads:
+    K, G = c.mixer_groups, c.mixer_heads // c.mixer_groups
+    state = (convs, batch, K, G, c.mixer_state, c.mixer_width)
+    cache["state"] = jnp.zeros(state, jnp.float32)
   for name in ("k",) if c.kv_rank else ("k", "v"):
     cache[name] = jnp.zeros(shape, jnp.int8 if int8 else dtype)
     if int8:
@@ -76,9 +90,9 @@ def write(
     for name, x in given.items():
       new[name], new[f"{name}_scale"] = _to_int8(x)
   rows, at = slots_of(positions, slots["k"].shape[3])
-  return {
-    name: old.at[layer, rows, :, at].set(new[name], mode="drop")
-    for name, old in slots.items()
+  return slots | {
+    name: slots[name].at[layer, rows, :, at].set(x, mode="drop")
+    for name, x in new.items()
   }
 
 
@@ -106,7 +120,7 @@ def attend(
       rotated.
     values: where there are no values, how many first numbers of a key are one.
   """
-  own = {name: x[layer] for name, x in slots.items()}
+  own = {name: slots[name][layer] for name in slots.keys() & _KEYS_AND_VALUES}
   k = own["k"]
   if rotate is not None:
     # A rotation is linear, so a scale may come after it.

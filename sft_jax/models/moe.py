@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from sft_jax.common import sharding
 from sft_jax.models.attention import parallel
-from sft_jax.models.linear import dense
+from sft_jax.models.layers.linear import dense
 from sft_jax.models.lora.lora import LoraConfig
 from sft_jax.models.remat import PROJECTION
 

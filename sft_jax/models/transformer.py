@@ -10,10 +10,12 @@ nested dict, with the layers stacked on a leading L axis.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int
 
@@ -83,15 +85,16 @@ def build(
     attention: backend, see `attention.BACKENDS`.
     remat: what is kept for the backward pass: one of `remat.LEVELS`.
     scan: one compiled block run L times; False unrolls it, which compiles
-      longer and may run faster. The parameters are the same. Models in which
-      some layers have experts and others none are always unrolled.
+      longer and may run faster. The parameters are the same. Where layers have
+      different modules, what runs again and again is the period of their
+      pattern (`ModelConfig.period`); without one they are unrolled.
     lora: adapters that `init` adds and the forward pass applies. Parameters
       without adapters are the base model.
     mesh: devices that share the rows of a batch, 'context' their slots and
       'tensor' the widths; see `parallel`. None: one device, or XLA finds out.
 
   Raises ValueError: an unknown dtype, backend or remat policy; heads that the
-  mesh does not divide; adapters where some layers alone have experts.
+  mesh does not divide.
   """
   dtype, param_dtype = jnp.dtype(dtype), jnp.dtype(param_dtype)
   for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
@@ -104,20 +107,26 @@ def build(
   check_backend(attention, mesh)
   parallel.check_heads(mesh, config.num_heads)
   c = config
-  if c.mixed and lora:
-    raise ValueError(
-      "build: got adapters for a model in which some layers alone have experts "
-      "(mlp_only_layers, decoder_sparse_step), expected a model of one sort of "
-      "layer. Train all parameters: lora.rank=0."
-    )
-  scan = scan and not c.mixed
+  # Layers of the body of the scan, and how often it runs.
+  width = c.period if scan else c.num_layers
+  rounds = c.num_layers // width
+  scan = scan and (rounds > 1 or width == 1)
   dtypes = {"dtype": dtype, "param_dtype": param_dtype}
-  block = Block(c, lora, attention, mesh, **dtypes)
+  blocks = {
+    sort: Block(c, lora, attention, mesh, **dtypes, sort=sort)
+    for sort in dict.fromkeys(c.sorts)
+  }
   rows = lora.token_rows if lora else ()
   embed = Embed(c.vocab_size, c.d_model, c.init_std, **dtypes, token_rows=rows)
   positions_embed = Embed(c.max_positions, c.d_model, c.init_std, **dtypes)
   final_norm = norm_of(c, **dtypes)()
-  kind_of = [c.kinds.index(kind) for kind in c.layers]
+  kind_of = [
+    c.kinds.index(kind._replace(dense=False)) if kind.mixer == "attn" else 0
+    for kind in c.layers
+  ]
+  mixers = [kind.mixer for kind in c.layers]
+  # Of the layers with the same mixer, which: where a cache has its state.
+  slot_of = [mixers[:i].count(mixer) for i, mixer in enumerate(mixers)]
 
   def init(key: jax.Array) -> Tree:
     """Fresh parameters: normal(init_std); the projections that write to the
@@ -126,24 +135,29 @@ def build(
     x = jnp.zeros((1, 1, c.d_model), dtype)
     # One token needs no kernel.
     context = make_context(c, token, token, token, token, backend="xla")
-    plain = block.clone(backend="xla")
     embed_key, head_key, layer_key, lora_key = jax.random.split(key, 4)
 
     keys = jax.random.split(layer_key, c.num_layers)
 
-    def init_layers(kind):
-      one = lambda key: plain.init(key, x, context, None, 0, kind)["params"]
-      return jax.vmap(one)(keys)
+    found: dict[str, list[Any]] = {}
+    for sort, block in blocks.items():
+      plain = block.clone(backend="xla")
+      one = lambda key: plain.init(key, x, context, None, 0, 0)["params"]  # noqa: B023
+      at = np.array([i for i, s in enumerate(c.sorts) if s == sort])
+      for name, part in jax.vmap(one)(keys[at]).items():
+        found.setdefault(name, []).append((at, part))
 
-    layers: Any = init_layers(0)
-    if c.mixed:
-      for kind in range(1, len(c.kinds)):
-        layers |= init_layers(kind)
-      for name, own in layers_of(c).items():
-        layers[name] = jax.tree.map(lambda w, own=own: w[own], layers[name])
+    def in_order(parts):
+      """A module's parameters in all layers that have it."""
+      if len(parts) == 1:
+        return parts[0][1]
+      order = np.argsort(np.concatenate([at for at, _ in parts]))
+      stack = lambda *xs: jnp.concatenate(xs)[order]
+      return jax.tree.map(stack, *(part for _, part in parts))
+
     params = {
       "embed": embed.init(embed_key, token)["params"],
-      "layers": layers,
+      "layers": {name: in_order(parts) for name, parts in found.items()},
       "final_norm": final_norm.init(key, x)["params"],
     }
     if not c.tie_embeddings:
@@ -160,18 +174,43 @@ def build(
   ) -> tuple[Any, Any]:
     """Embeds, runs the blocks, norms; threads the cache through."""
 
-    def step(carry, layer):
-      (x, kv), (weights, index, kind) = carry, layer
+    def step(carry, layer, sort=c.sorts[0]):
+      (x, kv), (weights, index, kind, slot) = carry, layer
       rngs = {}
       if dropout_key is not None:
         rngs["dropout"] = jax.random.fold_in(dropout_key, index)
-      x, kv = block.apply(
-        {"params": weights}, x, context, kv, index, kind, rngs=rngs
+      x, kv = blocks[sort].apply(
+        {"params": weights}, x, context, kv, slot, kind, rngs=rngs
       )
       return (parallel.constrain(x, mesh, sharding.SLOTS), kv), None
 
+    steps = {sort: partial(step, sort=sort) for sort in blocks}
     if kv is None:
-      step = checkpointed(remat, step, scan=scan)
+      steps = {
+        sort: checkpointed(remat, step, scan=scan)
+        for sort, step in steps.items()
+      }
+    # Those of `width` layers in a row that have a module.
+    lacked, own = layers_of(c), {}
+    for name in params["layers"]:
+      own[name] = [i for i in lacked.get(name, range(width)) if i < width]
+
+    def steps_in_a_row(carry, layers):
+      parts, *numbers = layers
+      parts = jax.tree.map(jnp.unstack, parts)
+      for i in range(width):
+        weights = {}
+        for name, part in parts.items():
+          if i in own[name]:
+            weights[name] = jax.tree.map(
+              lambda leaf, at=own[name].index(i): leaf[at],  # noqa: B008
+              part,
+              is_leaf=lambda x: isinstance(x, tuple),
+            )
+        layer = (weights, *(number[i] for number in numbers))
+        carry, _ = steps[c.sorts[i]](carry, layer)
+      return carry, None
+
     with jax.named_scope("embed"):
       leaves = parallel.gather_table(params["embed"], mesh)
       x: Any = embed.apply({"params": leaves}, tokens)
@@ -188,24 +227,16 @@ def build(
       x = parallel.constrain(x, mesh, sharding.SLOTS)
     carry = (x, kv)
     with jax.named_scope("layers"):
+      numbers = (list(range(c.num_layers)), kind_of, slot_of)
       if scan:
-        kinds = jnp.array(kind_of)
-        layers = (params["layers"], jnp.arange(c.num_layers), kinds)
-        carry, _ = jax.lax.scan(step, carry, layers)
+        layers = (params["layers"], *map(jnp.array, numbers))
+        body = steps[c.sorts[0]]
+        if width > 1:
+          cut = lambda x: x.reshape(rounds, -1, *x.shape[1:])
+          layers, body = jax.tree.map(cut, layers), steps_in_a_row
+        carry, _ = jax.lax.scan(body, carry, layers)
       else:
-        parts = jax.tree.map(jnp.unstack, params["layers"])
-        own = {name: list(range(c.num_layers)) for name in parts}
-        own |= {name: list(at) for name, at in layers_of(c).items()}
-        for i in range(c.num_layers):
-          weights = {}
-          for name, part in parts.items():
-            if i in own[name]:
-              weights[name] = jax.tree.map(
-                lambda leaf, at=own[name].index(i): leaf[at],  # noqa: B008
-                part,
-                is_leaf=lambda x: isinstance(x, tuple),
-              )
-          carry, _ = step(carry, (weights, i, kind_of[i]))
+        carry, _ = steps_in_a_row(carry, (params["layers"], *numbers))
     x, kv = carry
     with jax.named_scope("final_norm"):
       x: Any = final_norm.apply({"params": params["final_norm"]}, x)

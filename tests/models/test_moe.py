@@ -17,8 +17,8 @@ from sft_jax.common.batch import Batch
 from sft_jax.inference import sampler
 from sft_jax.models import transformer
 from sft_jax.models.config import parse_config
-from sft_jax.models.hf import load_save
-from sft_jax.models.lora import quantize
+from sft_jax.models.hf import load_save, peft_load, peft_save
+from sft_jax.models.lora import lora, quantize
 from sft_jax.models.lora.lora import LoraConfig
 from sft_jax.models.moe import (
   Moe,
@@ -513,8 +513,26 @@ def test_dense_layers_among_those_of_experts(fields, dense, tmp_path):
   for name, x in load_file(tmp_path / "theirs" / "model.safetensors").items():
     np.testing.assert_array_equal(written.pop(name), x)
   assert not written
-  with pytest.raises(ValueError, match="mlp_only_layers, decoder_sparse_step"):
-    transformer.build(model.config, lora=LoraConfig(rank=2, alpha=1.0))
+  _adapters_of_some_layers_come_back(model, params, tokens, tmp_path / "peft")
+
+
+def _adapters_of_some_layers_come_back(base, frozen, tokens, folder):
+  """Gate and up share an adapter in the folder, so outputs are compared."""
+  config, adapters = base.config, LoraConfig(rank=2, alpha=1.0)
+  model = transformer.build(config, lora=adapters)
+  params = lora.init(jax.random.key(0), frozen, adapters)
+  flat = trees.flatten(params)
+  for path, x in flat.items():
+    flat[path] = 0.1 + x if path.endswith("/lora_b") else x
+  params = trees.unflatten(flat)
+  peft_save.save_adapter(folder, model, params, base="base")
+  found = peft_load.load_adapter(folder, config)
+  again = lora.init(jax.random.key(1), frozen, found.lora)
+  again = peft_load.place_adapter(again, found.leaves)
+  same = transformer.build(config, lora=found.lora)
+  got, want = same.hidden(again, tokens), model.hidden(params, tokens)
+  np.testing.assert_allclose(got, want, atol=2e-5)
+  assert np.abs(want - base.hidden(frozen, tokens)).max() > 1e-2
 
 
 # -- Grouped products --------------------------------------------------

@@ -55,10 +55,10 @@ ROWS = [
 ]
 
 
-def model_folder(folder: Path) -> Path:
+def model_folder(folder: Path, shape=SHAPE) -> Path:
   """Writes random weights, a tokenizer and a chat template."""
   tokens = tiny_tokenizers.byte_level(folder.with_name(folder.name + "_tok"))
-  model = transformer.build(parse_config(SHAPE))
+  model = transformer.build(parse_config(shape))
   params = jax.jit(model.init)(jax.random.key(0))
   load_save.save_pretrained(folder, model, params, load_tokenizer(tokens))
   return folder

@@ -93,6 +93,7 @@ LONGROPE = rope(
   partial_rotary_factor=0.75,
 )
 LOCAL_LAYER, FULL_LAYER = "sliding_attention", "full_attention"
+LINEAR_LAYER = "linear_attention"
 TWO_ROPES = {
   LOCAL_LAYER: rope(theta=100.0),
   FULL_LAYER: rope("linear", factor=4.0),
@@ -278,6 +279,52 @@ CASES: dict[str, Case] = {
     },
   ),
   "apertus": Case("apertus", {"rope_parameters": LLAMA3, **UNTIED}),
+  "lfm2": Case(
+    "lfm2",
+    {
+      "num_hidden_layers": 3,
+      "layer_types": ["conv", FULL_LAYER, "conv"],
+      "conv_bias": True,
+      "block_auto_adjust_ff_dim": True,
+      "block_multiple_of": 8,
+      "rope_parameters": rope(),
+      **TIED,
+    },
+  ),
+  "qwen3_5": Case(
+    "qwen3_5_text",
+    {
+      "num_hidden_layers": 4,
+      "layer_types": [LINEAR_LAYER, FULL_LAYER] * 2,
+      "head_dim": 12,
+      "linear_num_key_heads": 2,
+      "linear_num_value_heads": 4,
+      "linear_key_head_dim": 6,
+      "linear_value_head_dim": 5,
+      "rope_parameters": rope(partial_rotary_factor=0.5),
+      **TIED,
+    },
+  ),
+  "granitemoehybrid": Case(
+    "granitemoehybrid",
+    {
+      "num_hidden_layers": 3,
+      "layer_types": [LINEAR_LAYER, FULL_LAYER, LINEAR_LAYER],
+      "num_local_experts": 0,
+      "shared_intermediate_size": 40,
+      "mamba_n_heads": 4,
+      "mamba_n_groups": 2,
+      "mamba_d_state": 7,
+      "mamba_proj_bias": True,
+      "position_embedding_type": "rope",
+      "embedding_multiplier": 3.0,
+      "attention_multiplier": 0.2,
+      "residual_multiplier": 0.7,
+      "logits_scaling": 0.5,
+      "rope_parameters": rope(),
+      **TIED,
+    },
+  ),
   "granite": Case(
     "granite",
     {
@@ -420,8 +467,8 @@ def make_model(case: Case, seed: int) -> Any:
     config, dtype=torch.float32, **PLAIN
   )
   rng = np.random.default_rng(seed)
-  # Gemma's norms add 1 to their weights.
-  norm = 0.0 if case.family.startswith("gemma") else 1.0
+  # Norms of some families add 1 to their weights.
+  offset = case.family.startswith(("gemma", "qwen3_5", "qwen3_next"))
   with torch.no_grad():
     corrections = [
       (key, buffer)
@@ -429,7 +476,8 @@ def make_model(case: Case, seed: int) -> Any:
       if "correction" in key
     ]
     for key, weight in [*model.named_parameters(), *corrections]:
-      about = norm if "norm" in key or ".ln_" in key else 0.0
+      norm = "norm" in key or ".ln_" in key
+      about = float(norm and (not offset or "linear_attn" in key))
       fresh = rng.standard_normal(weight.shape) * 0.3 + about
       weight.copy_(torch.tensor(fresh).bfloat16().float())
   return model.eval()

@@ -51,6 +51,20 @@ def constrain(x: Array, mesh: Mesh | None, spec: PartitionSpec) -> Array:
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
+def whole_rows(x: Array, mesh: Mesh | None) -> Array:
+  """`x`, [B, T, C, ...], with all slots of a row on each of its devices.
+
+  They have their own channels or heads C instead, where they divide them: what
+  a layer carries along a row stays on one device.
+  """
+  if mesh is None:
+    return x
+  every = ("tensor", "context")
+  fits = lambda axes: x.shape[2] % math.prod(mesh.shape[a] for a in axes) == 0
+  axes = next(filter(fits, (every, every[:1], ())))
+  return constrain(x, mesh, PartitionSpec(ROWS, None, axes or None))
+
+
 def gather_table(leaves: Tree, mesh: Mesh | None) -> Tree:
   """The leaves [V, ...] of an embedding, their other axes made whole.
 

@@ -72,7 +72,7 @@ class Source(NamedTuple):
       rest = (slice(one.start, one.stop, one.step) for one in columns)
       x = x[(slice(None, None, some.step), *rest)]
       at = slice(first, first + len(some))
-      part = out[:, at] if self.transpose else out[at]
+      part = out[..., at] if self.transpose else out[at]
       copy_into(part, x, transpose=self.transpose)
 
 
@@ -248,8 +248,8 @@ def copy_into(out: np.ndarray, x: np.ndarray, *, transpose: bool) -> None:
   at a time fill it while it is in memory, in a scratch that stays in the cache.
   Bits are moved as plain integers: NumPy moves a bfloat16 by a function call.
   """
-  if not transpose:
-    out[...] = x
+  if not transpose or x.ndim > 2:
+    out[...] = x.T if transpose else x
     return
   bits = {2: np.uint16, 4: np.uint32}[x.dtype.itemsize]
   scratch = np.empty((min(512, len(out)), len(x)), bits)

@@ -25,6 +25,7 @@ _LEAF = {
   "kernel": "weight",
   "scale": "weight",
   "embedding": "weight",
+  "taps": "weight",
   "correction": "e_score_correction_bias",
 }
 _EXPERTS = ("layers/moe/gate", "layers/moe/up", "layers/moe/down")
@@ -114,7 +115,7 @@ def tensor_slices(
     start, total = sum(widths[: fused.index(module)]), sum(widths)
   cut = (*map(slice, shape[:-1]), slice(start, start + shape[-1]))
   whole = (*shape[:-1], total)
-  transpose = leaf == "kernel" and not family.conv1d
+  transpose = leaf in ("kernel", "taps") and not family.conv1d
   if transpose:
     cut, whole = cut[::-1], whole[::-1]
   ending = "" if elsewhere else f".{_LEAF.get(leaf, leaf)}"

@@ -251,7 +251,8 @@ def _of_experts(
   folder: Path, tensors: Tensors, theirs: Json, config: ModelConfig
 ) -> Iterator[_Found]:
   """Takes out those of the experts, which are parameters to PEFT."""
-  at = [f"model.layers.{i}." for i in range(config.num_layers)]
+  layers = peft_moe.layers_with_experts(config)
+  at = [f"model.layers.{i}." for i in layers]
 
   def take(within: str) -> np.ndarray | None:
     return _take(folder, tensors, [f"{PREFIX}{x}{within}" for x in at])

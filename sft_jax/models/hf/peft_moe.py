@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from sft_jax.models.config import ModelConfig
+from sft_jax.models.config import ModelConfig, layers_of
 from sft_jax.models.families import FAMILIES
 
 # Where transformers has them, and which of ours they hold, innermost first.
@@ -51,14 +51,18 @@ def to_peft(
       wide[..., _outputs(name, module, width, config)] = half
       halves.append(wide)
     tensors = {}
-    for i, (x, y) in enumerate(
-      zip(a, np.concatenate(halves, axis=-2), strict=True)
-    ):
+    whole = np.concatenate(halves, axis=-2)
+    for i, x, y in zip(layers_with_experts(config), a, whole, strict=True):
       at = f"model.layers.{i}.{within}"
       rows = x.swapaxes(1, 2).reshape(-1, x.shape[1])
       columns = y.transpose(2, 1, 0).reshape(width, -1)
       tensors |= {f"{at}.lora_A.weight": rows, f"{at}.lora_B.weight": columns}
     yield f"{_BLOCK}.{name}", a.shape[-1], tensors
+
+
+def layers_with_experts(config: ModelConfig) -> list[int]:
+  """Their numbers; all, where no layer has an MLP in their place."""
+  return list(layers_of(config).get("moe", range(config.num_layers)))
 
 
 def from_peft(

@@ -74,12 +74,21 @@ def flops_per_token(
   num_trained, num_frozen = flops.matmul_params(
     base_model.own(params), step.trained, experts_per_token=c.experts_per_token
   )
-  seen = {kind: flops.mean_context(lengths, kind.window) for kind in c.kinds}
+  pairs = [
+    flops.mean_context(lengths, kind.window)
+    for kind in c.layers
+    if kind.mixer == "attn"
+  ]
+  # Products with a state [H, P] of each head: it is written and read, and by
+  # the delta rule read once more.
+  products = {"mamba": 2, "delta": 3}
+  states = sum(products.get(kind.mixer, 0) for kind in c.layers)
   return flops.model_flops_per_token(
     trained_matmul_params=num_trained,
     frozen_matmul_params=num_frozen,
-    num_layers=c.num_layers,
+    num_layers=len(pairs),
     num_heads=c.num_heads,
     head_dim=c.head_dim,
-    context=sum(seen[kind] for kind in c.layers) / c.num_layers,
+    context=sum(pairs) / max(len(pairs), 1),
+    state_params=states * c.mixer_heads * c.mixer_state * c.mixer_width,
   )

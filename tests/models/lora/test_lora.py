@@ -10,8 +10,9 @@ import pytest
 
 from sft_jax.common import trees
 from sft_jax.models import config as config_lib
-from sft_jax.models import linear, transformer
+from sft_jax.models import transformer
 from sft_jax.models.hf import load_save
+from sft_jax.models.layers import linear
 from sft_jax.models.lora import lora, merge
 
 TOKENS = np.arange(1, 13, dtype=np.int32).reshape(2, 6)

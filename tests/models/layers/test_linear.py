@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sft_jax.models import linear
-from sft_jax.models.linear import Linear
+from sft_jax.models.layers import linear
+from sft_jax.models.layers.linear import Linear
 from sft_jax.models.lora import quantize
 from sft_jax.models.lora.lora import LoraConfig
 

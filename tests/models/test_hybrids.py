@@ -1,0 +1,182 @@
+"""Laws of models some of whose layers are no attention, on the goldens.
+
+That they equal the reference, and a pack its documents, is in `test_parity`;
+each layer's own boundaries are in `layers/`.
+"""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sft_jax
+import tiny
+from sft_jax.common import sharding, trees
+from sft_jax.models import transformer
+from sft_jax.models.hf import load_save, peft_load, peft_save
+from sft_jax.models.lora import lora, quantize
+from sft_jax.models.lora.lora import LoraConfig
+
+GOLDENS = Path(__file__).parent / "goldens"
+CASES = ("lfm2", "qwen3_5", "granitemoehybrid")
+EACH = pytest.mark.parametrize("case", CASES)
+
+TOKENS = np.random.default_rng(0).integers(1, 61, (4, 16)).astype(np.int32)
+# A document of one token, two that end in the window of a convolution, padding.
+SEGMENTS = np.array([[1] * 6 + [2] + [3] * 2 + [4] * 4 + [0] * 3] * 4, np.int32)
+
+
+@functools.cache
+def load(case):
+  """A model, and its functions compiled once for all tests."""
+  model, params = load_save.load_pretrained(GOLDENS / case)
+  hidden, decode = jax.jit(model.hidden), jax.jit(model.decode)
+  return model._replace(hidden=hidden, decode=decode), params
+
+
+@EACH
+def test_no_bit_passes_into_another_document_or_back(case):
+  model, params = load(case)
+  hidden = lambda tokens: np.asarray(
+    model.hidden(params, tokens, None, SEGMENTS)
+  )
+  before = hidden(TOKENS)
+  for number in range(5):
+    own = np.flatnonzero(SEGMENTS[0] == number)
+    first, last = own[0], own[-1]
+    changed = TOKENS.copy()
+    changed[:, [first, last]] = changed[:, [first, last]] % 60 + 1
+    moved = np.abs(hidden(changed) - before).max((0, 2))
+    assert np.flatnonzero(moved).tolist() == own.tolist()
+    if number == 0 or first == last:
+      continue  # What padding holds, nobody reads.
+    changed[:, first] = TOKENS[:, first]
+    moved = np.abs(hidden(changed) - before).max((0, 2))
+    assert np.flatnonzero(moved).tolist() == [last]
+
+
+@EACH
+def test_decoding_is_the_full_pass_wherever_padding_lies(case):
+  """Prompts of unequal lengths at the left, the right and with a hole; then
+  token by token; then a new document in the same rows."""
+  model, params = load(case)
+  total, width, rows = 12, 8, 4
+  tokens = TOKENS[:, :total]
+  want = model.hidden(params, tokens)
+  places = [[0, 1, 2, 3, 4], [6, 7], range(width), [1, 2, 6]]
+  held = np.array([len(place) for place in places])
+  prompt = np.zeros((rows, width), np.int32)
+  positions = np.full((rows, width), -1, np.int32)
+  for row, place in enumerate(places):
+    prompt[row, list(place)] = tokens[row, : len(place)]
+    positions[row, list(place)] = np.arange(len(place))
+  cache = model.init_cache(rows, total)
+  for _ in range(2):
+    hidden, cache = model.decode(params, prompt, positions, cache)
+    for row, place in enumerate(places):
+      got, n = hidden[row, np.array(place)], len(place)
+      np.testing.assert_allclose(got, want[row, :n], atol=2e-5)
+    at = held.copy()
+    while (at < total).any():
+      live = at < total
+      now = np.where(live, at, -1)[:, None].astype(np.int32)
+      step = tokens[np.arange(rows), np.minimum(at, total - 1)][:, None]
+      hidden, cache = model.decode(params, step, now, cache)
+      for row in np.flatnonzero(live):
+        np.testing.assert_allclose(
+          hidden[row, 0], want[row, at[row]], atol=2e-5
+        )
+      at += live
+  nothing = np.full((rows, 1), -1, np.int32)
+  _, after = model.decode(params, prompt[:, :1], nothing, cache)
+  for name, x in cache.items():
+    np.testing.assert_array_equal(after[name], x, err_msg=name)
+
+
+def gradient(case, mesh=None, **choices):
+  """Of the loss of four packed rows."""
+  config, params = load(case)[0].config, load(case)[1]
+  model = transformer.build(config, mesh=mesh, **choices)
+  args = (params, TOKENS, SEGMENTS)
+  if mesh:
+    rows = sharding.row_sharding(mesh)
+    places = (sharding.param_shardings(params, mesh), rows, rows)
+    args = jax.tree.map(jax.device_put, args, places)
+
+  def loss(params, tokens, segments):
+    hidden = model.hidden(params, tokens, None, segments)
+    kept = (segments > 0)[..., None]
+    return jnp.sum(jnp.where(kept, jnp.sin(hidden), 0))
+
+  return trees.flatten(jax.jit(jax.grad(loss))(*args))
+
+
+@EACH
+def test_remat_scan_and_meshes_do_not_matter(case):
+  """Layers in periods (qwen3_5) and layers in none; rows, widths and slots
+  over devices."""
+  want = gradient(case)
+  for choices in (
+    {"scan": False, "remat": "attention"},
+    {"remat": "full"},
+    {"mesh": sharding.make_mesh(1, 2, 2, 2)},
+  ):
+    for path, x in gradient(case, **choices).items():
+      scale = np.abs(want[path]).max()
+      gap = np.abs(np.asarray(x) - want[path]).max()
+      assert gap <= 1e-5 * scale + 1e-5, (choices, path, gap, scale)
+
+
+@EACH
+def test_adapters_of_a_few_layers_go_to_peft_and_back(case, tmp_path):
+  """On a base in few bits too; they change what the model computes."""
+  base, frozen = load(case)
+  config = base.config
+  model = transformer.build(config, lora=LoraConfig(rank=2, alpha=4.0))
+  params = lora.init(jax.random.key(0), frozen, model.lora)
+  flat = trees.flatten(params)
+  for i, path in enumerate(flat):
+    if path.endswith("/lora_b"):
+      draw = jax.random.normal(jax.random.key(i), flat[path].shape)
+      flat[path] = 0.1 * draw
+  params = trees.unflatten(flat)
+  peft_save.save_adapter(tmp_path / "adapter", model, params, base="base")
+  adapter = peft_load.load_adapter(tmp_path / "adapter", config)
+  again = lora.init(jax.random.key(1), frozen, adapter.lora)
+  again = peft_load.place_adapter(again, adapter.leaves)
+  hidden = jax.jit(model.hidden)
+  want = hidden(params, TOKENS, None, SEGMENTS)
+  plain = base.hidden(frozen, TOKENS, None, SEGMENTS)
+  assert np.abs(want - plain).max() > 1e-3
+  # What is one module to PEFT comes back as adapters of a larger rank.
+  same = transformer.build(config, lora=adapter.lora)
+  got = jax.jit(same.hidden)(again, TOKENS, None, SEGMENTS)
+  np.testing.assert_allclose(got, want, atol=2e-5)
+  packed = quantize.pack_tree(params, "int8", keep=lora.is_adapter)
+  rough = jax.jit(model.hidden)(packed, TOKENS, None, SEGMENTS)
+  assert 0 < np.abs(rough - want).mean() < 0.05
+
+
+def test_a_run_trains_a_folder_and_writes_one(tmp_path):
+  """Packed rows; what is written is loaded and says what was trained."""
+  shape = {
+    **{"architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text"},
+    **{"layer_types": ["linear_attention", "full_attention"]},
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    **{"linear_key_head_dim": 16, "linear_value_head_dim": 16},
+  }
+  folder = tiny.model_folder(tmp_path / "model", tiny.SHAPE | shape)
+  rows = tiny.rows_file(tmp_path / "rows.jsonl")
+  records = []
+  config = tiny.config(
+    tmp_path, folder, rows, steps=12, optim__learning_rate=1e-2
+  )
+  sft_jax.train(config, on_record=records.append)
+  losses = [record["loss/nats_per_token"] for record in records]
+  assert losses[-1] < 0.6 * losses[0]
+  model, params = load_save.load_pretrained(tmp_path / "run" / "export")
+  assert [kind.mixer for kind in model.config.layers] == ["delta", "attn"]
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
