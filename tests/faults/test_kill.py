@@ -32,12 +32,17 @@ def place(tmp_path_factory) -> Path:
 
 
 def drive(
-  place: Path, name: str, *phases: str, cwd: Path | None = None, **environment
+  place: Path,
+  name: str,
+  *phases: str,
+  cwd: Path | None = None,
+  python: str = sys.executable,
+  **environment,
 ):
   """(exit codes, stderr) of runs in place/name, one per phase."""
   done = subprocess.run(
     [
-      *(sys.executable, str(DRIVER), str(place / name)),
+      *(python, str(DRIVER), str(place / name)),
       *(str(place / "model"), str(place / "rows.jsonl"), *phases, *CHANGES),
     ],
     env={
@@ -165,6 +170,35 @@ def test_resumed_on_fewer_devices(place):
         assert one[name] == pytest.approx(other[name], rel=1e-5)
   resumed = [i["step"] for i in incidents(place, "moved")]
   assert resumed == [2, 4]
+
+
+OTHER = os.environ.get("OTHER_PYTHON", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  not OTHER, reason="OTHER_PYTHON names no interpreter with other versions"
+)
+@pytest.mark.parametrize(
+  "pythons", [(sys.executable, OTHER), (OTHER, sys.executable)]
+)
+def test_resumed_by_another_python_and_jax(place, pythons):
+  """Begun under one, finished under the other: the same rows and losses."""
+  name = f"versions{pythons.index(OTHER)}"
+  for python, phase, code in zip(
+    pythons, ("mid-save", "whole"), (-9, 0), strict=True
+  ):
+    codes, error = drive(place, name, phase, python=python)
+    assert codes == [code], error
+  found, whole = records(place, name), records(place, "whole")
+  for one, other in zip(found, whole, strict=True):
+    assert one["step"] == other["step"]
+    assert one.get("data/chain") == other.get("data/chain")
+    if "loss/nats_per_token" in other:
+      assert one["loss/nats_per_token"] == pytest.approx(
+        other["loss/nats_per_token"], rel=1e-5
+      )
+  assert [i["kind"] for i in incidents(place, name)] == ["resumed"]
 
 
 def incidents(place: Path, name: str) -> list[dict]:
