@@ -113,7 +113,7 @@ def write(
   if ropes[0].type == "linear":
     writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
     writer.add_rope_scaling_factor(ropes[0].factor)
-  for window in {kind.window for kind in c.layers} - {None}:
+  for window in {kind.window for kind in c.layers if kind.window}:
     writer.add_sliding_window(window)
   _add_tokens(gguf, writer, folder, tokenizer, c.vocab_size)
   quantized = {

@@ -253,9 +253,10 @@ def _transformers(folder: Path, trained: Reference) -> list[Reply]:
   import transformers
 
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-  model = transformers.AutoModelForCausalLM.from_pretrained(
+  loaded = transformers.AutoModelForCausalLM.from_pretrained(
     folder, dtype=torch.float32
-  ).eval()
+  )
+  model: Any = loaded.eval()
   stops = model.generation_config.eos_token_id
   stops = {*(stops if isinstance(stops, list) else [stops])}
   replies = []

@@ -476,7 +476,8 @@ def layer_kinds(
       continue  # They say it themselves.
     if value is not None and (type(value) is not int or value < least):
       raise refuse(where, field, value, f"a whole number from {least} on")
-  types = given = raw.get("layer_types")
+  types: Any = raw.get("layer_types")
+  given = types
   if given is None or "layer_types" not in FIELDS[name]:
     types = family.layer_types(raw, n) if family.layer_types else [FULL] * n
     if given not in (None, types):
