@@ -69,7 +69,7 @@ def overlapping(
 ) -> Sequence[bool]:
   """Which prompts an evaluation set gives away, or is given away by.
 
-  The rule of the audit (`data.overlap`), by words: the same prompt, or half
+  The rule of the audit (`audit.overlap`), by words: the same prompt, or half
   of its runs of 13 words in one.
   """
   if not against:

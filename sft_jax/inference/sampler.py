@@ -88,7 +88,7 @@ def stream(
     prompts: token ids, each at least one.
     stop_ids: every id that ends a reply; empty: only `max_new_tokens` does.
     max_new_tokens: most tokens of a reply, its stop token included.
-    vocab_size, temperature, top_k, top_p, min_p: see `next_token.Rule`.
+    vocab_size, temperature, top_k, top_p, min_p: see `sampling.Rule`.
     position_limit: most tokens of a prompt and its reply; None: any number.
     seed, seeds: one for all rows, or one of each.
     cut: asked, with a prompt's index and all tokens of its reply so far, how
@@ -99,7 +99,7 @@ def stream(
     length_bucket: prompts are padded to a multiple of it; of each such length
       one program is compiled, and one of decoding for each length of the
       cache, which doubles as replies grow.
-    int8_cache: see `models.cache.init`.
+    int8_cache: see `models.kv_cache`.
     mesh: rows are divided over its data-parallel axes; None: one device, or
       wherever the parameters lead XLA.
     every: tokens of a row before pieces are yielded; at most 64.

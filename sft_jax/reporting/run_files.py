@@ -22,7 +22,7 @@ LINES = {"metrics": "metrics.jsonl", "held_out": "evals/held_out_rows.jsonl"}
 
 
 def read(workdir: str | Path) -> dict[str, Any]:
-  """What `report.write` takes; a run under way or halted has left less.
+  """What `run_page.write` takes; a run under way or halted has left less.
 
   Raises ValueError: a folder without config.json, which every run writes first.
   """

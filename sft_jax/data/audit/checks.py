@@ -91,7 +91,7 @@ class Finding(NamedTuple):
 def check_store(
   store: Store, known: token_checks.Facts, *, of: str = "train"
 ) -> list[Finding]:
-  """Findings on the examples of a store, as `cache.build` returns it."""
+  """Findings on the examples of a store, as `build.build` returns it."""
   nothing = _nothing(store, of)._replace(of=of)
   if not len(store.index):
     return [nothing]

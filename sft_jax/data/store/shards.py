@@ -29,7 +29,7 @@ _BYTES = 1 << 20
 
 
 class Recipe(NamedTuple):
-  """What turns the rows of every source into examples; see `cache.build`."""
+  """What turns the rows of every source into examples; see `build.build`."""
 
   tokenizer: Tokenizer
   options: RenderOptions
@@ -52,8 +52,8 @@ class Encoded(NamedTuple):
   number: int  # Of its source.
   stats: SourceStats  # What became of each row.
   tokens: Shaped[np.ndarray, " tokens"]  # Of all examples, back to back.
-  runs: Shaped[np.ndarray, " runs"]  # See `store_files.RUN`.
-  # See `store_files.INDEX`; starts and rows count from those of the chunk.
+  runs: Shaped[np.ndarray, " runs"]  # See `files.RUN`.
+  # See `files.INDEX`; starts and rows count from those of the chunk.
   index: Shaped[np.ndarray, " examples"]
   places: bytes  # Of the rows trained on, as bytes.
   bad_rows: bytes  # Lines for bad_rows.jsonl.

@@ -1,6 +1,6 @@
 """Store: encoded examples, memory-mapped, each with its place in a file.
 
-`cache.build` writes a store and `open_store` verifies it.
+`build.build` writes a store and `open_store` verifies it.
 """
 
 import dataclasses

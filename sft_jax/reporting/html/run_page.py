@@ -45,7 +45,7 @@ def write(path: str | os.PathLike, run: Run) -> None:
   }
   if unknown := sorted(run.keys() - known):
     raise ValueError(
-      f"report.write: run has {unknown}; expected keys of {sorted(known)}. "
+      f"run_page.write: run has {unknown}; expected keys of {sorted(known)}. "
       "Remove or rename them: what the page leaves out would be lost in "
       "silence."
     )
