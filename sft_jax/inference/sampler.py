@@ -99,7 +99,7 @@ def stream(
     length_bucket: prompts are padded to a multiple of it; of each such length
       one program is compiled, and one of decoding for each length of the
       cache, which doubles as replies grow.
-    int8_cache: see `models.kv_cache`.
+    int8_cache: see `models.kv_cache.init`.
     mesh: rows are divided over its data-parallel axes; None: one device, or
       wherever the parameters lead XLA.
     every: tokens of a row before pieces are yielded; at most 64.

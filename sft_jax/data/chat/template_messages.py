@@ -35,7 +35,7 @@ Wrap = Callable[[str, str], str]
 
 
 class Form(NamedTuple):
-  """What a template wants its messages to look like; see `template_probes.form`."""
+  """How a template wants its messages; see `template_probes.form`."""
 
   # It reads reasoning_content (or thinking). Otherwise the reasoning goes back
   # into the content, exactly as the row wrote it.
