@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import types
 
 import jax
 import numpy as np
@@ -382,6 +383,47 @@ def test_copied_checkpoints_are_those_that_are_here(url, tmp_path):
   # One that is not whole there is none.
   storage.remove(f"{url}/checkpoints/4/{marker}")
   assert other() == {}
+
+
+@pytest.mark.parametrize("scheme", ["memory", gs])
+def test_processes_without_a_common_disk(url, tmp_path, monkeypatch, quick):
+  """One holds the lease and writes; both begin with what is there, and share
+  what the first exports."""
+  storage.write(f"{url}/config.json", b"{}")
+  storage.write(f"{url}/metrics.jsonl.parts/0000-000001", b'{"step": 1}\n')
+  process, meeting = threading.local(), threading.Barrier(2, timeout=60)
+  two = types.SimpleNamespace(
+    process_count=lambda: 2, process_index=lambda: process.index
+  )
+  monkeypatch.setattr(remote_workdir, "jax", two)
+  monkeypatch.setattr(remote_workdir.workdir, "jax", two)
+  there = types.SimpleNamespace(barrier=lambda name: meeting.wait())
+  monkeypatch.setattr(remote_workdir, "distributed", there)
+  found = {}
+
+  def live(index):
+    process.index = index
+    home = tmp_path / str(index)
+    export = home / ".export.writing"
+    with remote_workdir.opened(url, home):
+      found[index] = (home / "metrics.jsonl").read_text()
+      (home / "config.json").write_text(f'{{"of": {index}}}')
+      if index == 0:
+        (export / "inner").mkdir(parents=True)
+        (export / "config.json").write_text("whole")
+        (export / "inner" / "weights").write_text("w" * 1000)
+      remote_workdir.share(export, url)
+      found[f"export {index}"] = (export / "inner" / "weights").read_text()
+
+  lives = [threading.Thread(target=live, args=(index,)) for index in (0, 1)]
+  for one in lives:
+    one.start()
+  for one in lives:
+    one.join()
+  assert found[0] == found[1] == '{"step": 1}\n'
+  assert found["export 0"] == found["export 1"] == "w" * 1000
+  assert storage.read(f"{url}/config.json") == b'{"of": 0}'
+  assert not any(".shared" in name for name in storage.list_objects(url))
 
 
 # -- Whole runs ----------------------------------------------------------------
