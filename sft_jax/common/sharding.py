@@ -41,6 +41,8 @@ RULES: Sequence[tuple[str, PartitionSpec]] = (
   (r"moe/(gate|up)/lora_b0?$", PartitionSpec(None, None, None, "tensor")),
   (r"moe/down/lora_a0?$", PartitionSpec(None, None, "tensor", None)),
   (r"moe/down/lora_b0?$", PartitionSpec(None, None, None, "fsdp")),
+  (r"shared/share/kernel", PartitionSpec(None, "fsdp", None)),
+  (r"shared/share/lora_", PartitionSpec()),
   (
     r"(conv|delta|mamba)/(in|qkvz?|z|ba?|a)/kernel",
     PartitionSpec(None, "fsdp", "tensor"),

@@ -381,12 +381,16 @@ class Xielu(nn.Module):
 
 
 class Mlp(nn.Module):
-  """down(act(gate(x)) * up(x)), or without a gate down(act(up(x)))."""
+  """down(act(gate(x)) * up(x)), or without a gate down(act(up(x))).
+
+  `gated`: times sigmoid(share(x)), one number per token.
+  """
 
   config: ModelConfig
   linear: Callable[..., Linear]
   width: int
   param_dtype: Dtype
+  gated: bool = False
 
   @nn.compact
   def __call__(self, x):
@@ -399,6 +403,8 @@ class Mlp(nn.Module):
     else:
       up = act(up) if c.activation == "xielu" else jax.checkpoint(act)(up)
     down = self.linear(c.d_model, c.mlp_bias, c.out_std, name="down")
+    if self.gated:
+      return nn.sigmoid(self.linear(1, name="share")(x)) * down(up)
     return down(up)
 
 
@@ -507,7 +513,8 @@ class Block(nn.Module):
     with jax.named_scope("mlp"):
       mlp = partial(Mlp, c, linear)
       if rest == "moe":
-        shared = partial(mlp, c.d_ff_shared, self.param_dtype, name="shared")
+        own = (c.d_ff_shared, self.param_dtype, c.shared_gate)
+        shared = partial(mlp, *own, name="shared")
         wide = _experts(c, self.lora, self.mesh, shared, **dtypes)
       else:
         width = c.d_ff_dense if c.num_experts else c.d_ff

@@ -99,6 +99,7 @@ class ModelConfig:
     num_experts: E; 0: an MLP and no router.
     experts_per_token: k.
     d_ff_dense: width of the MLP of layers without experts.
+    shared_gate: what it adds is multiplied by sigmoid of a gate.
     d_ff_shared: width of an MLP beside the experts, for every token; 0: none.
     norm_topk: the shares of the k add up to one.
     router_sigmoid, router_groups, router_top_groups, router_best,
@@ -167,6 +168,7 @@ class ModelConfig:
   experts_per_token: int = 0
   d_ff_dense: int = 0
   d_ff_shared: int = 0
+  shared_gate: bool = False
   norm_topk: bool = True
   router_sigmoid: bool = False
   router_groups: int = 1

@@ -221,8 +221,7 @@ def _lfm2(raw: Json, where: str) -> Json:
       factor = positive(where, "block_ffn_dim_multiplier", factor)
       step = whole_number(where, "block_multiple_of", raw["block_multiple_of"])
       width = step * -(-int(factor * width) // step)
-  tied = raw.get("tie_embedding", raw["tie_word_embeddings"])
-  return {"d_ff": width, "tie_embeddings": tied}
+  return _tied(raw, where) | {"d_ff": width}
 
 
 def _linear_but_each(raw: Json, n: int) -> list[str]:
@@ -230,6 +229,24 @@ def _linear_but_each(raw: Json, n: int) -> list[str]:
   field = "full_attention_interval"
   k = whole_number("config.json", field, raw.get(field, 4))
   return [FULL if (i + 1) % k == 0 else LINEAR for i in range(n)]
+
+
+def _shared_expert(raw: Json, where: str) -> Json:
+  """An expert for every token, of a width of its own (Qwen)."""
+  field = "shared_expert_intermediate_size"
+  return {"d_ff_shared": whole_number(where, field, raw[field])}
+
+
+def _first_dense(raw: Json, n: int, where: str) -> list[bool]:
+  """The first `num_dense_layers` (LFM2)."""
+  first = whole_number(where, "num_dense_layers", raw["num_dense_layers"], 0)
+  return [i < first for i in range(n)]
+
+
+def _tied(raw: Json, where: str) -> Json:
+  """An old name."""
+  tied = raw.get("tie_embedding", raw["tie_word_embeddings"])
+  return {"tie_embeddings": tied}
 
 
 # As files write it: as other programs do, and as transformers 5.
@@ -423,6 +440,13 @@ _QWEN3_5 = (
     for name in ("qkv", "z", "b", "a")
   }
 )
+_LFM2_MOE = _LFM2 | {
+  "layers/moe/router": "model.layers.{}.feed_forward.gate",
+  "layers/moe/router/correction": "model.layers.{}.feed_forward.expert_bias",
+  "layers/moe/gate": "model.layers.{}.feed_forward.experts.{}.w1",
+  "layers/moe/up": "model.layers.{}.feed_forward.experts.{}.w3",
+  "layers/moe/down": "model.layers.{}.feed_forward.experts.{}.w2",
+}
 _GRANITE_HYBRID = _LLAMA | {
   "layers/mamba": "model.layers.{}.mamba",
   "layers/mamba/in": "model.layers.{}.mamba.in_proj",
@@ -469,6 +493,20 @@ _MIXTRAL = _expert_names(
   gate="experts.{}.w1",
   up="experts.{}.w3",
   down="experts.{}.w2",
+)
+_SHARED_EXPERT = _QWEN_MOE | {
+  "layers/moe/shared/gate": "model.layers.{}.mlp.shared_expert.gate_proj",
+  "layers/moe/shared/up": "model.layers.{}.mlp.shared_expert.up_proj",
+  "layers/moe/shared/down": "model.layers.{}.mlp.shared_expert.down_proj",
+  "layers/moe/shared/share": "model.layers.{}.mlp.shared_expert_gate",
+}
+_QWEN3_NEXT = (
+  _SHARED_EXPERT
+  | _DELTA
+  | {
+    f"layers/delta/{name}": f"model.layers.{{}}.linear_attn.in_proj_{name}"
+    for name in ("qkvz", "ba")
+  }
 )
 _GPT2 = {
   "embed": "transformer.wte",
@@ -549,6 +587,11 @@ _LATENT_FIELDS = frozenset(
     *("kv_lora_rank", "q_lora_rank", "v_head_dim"),
   }
 )
+_QWEN_HYBRID: Json = {
+  **{"qk_norm": "head", "norm_offset": 1.0, "attn_gate": True}
+}
+# Read where the file does not name its layers.
+_INTERVAL = frozenset({"full_attention_interval"})
 _MHA = {"num_key_value_heads": lambda raw: raw["num_attention_heads"]}
 _GEMMA: Json = {"norm_offset": 1.0, "scale_embeddings": True}
 
@@ -579,6 +622,7 @@ MULTIMODAL: dict[str, dict[str, str]] = {
   "gemma3": {"gemma3_text": "gemma3_text"},
   "mistral3": {"mistral": "mistral", "ministral3": "ministral3"},
   "qwen3_5": {"qwen3_5_text": "qwen3_5_text"},
+  "qwen3_5_moe": {"qwen3_5_moe_text": "qwen3_5_moe_text"},
   "qwen2_vl": {"qwen2_vl_text": "qwen2"},
   "qwen2_5_vl": {"qwen2_5_vl_text": "qwen2"},
   "qwen3_vl": {"qwen3_vl_text": "qwen3"},
@@ -764,12 +808,62 @@ FAMILIES: dict[str, Family] = {
   "qwen3_5_text": Family(
     architecture="Qwen3_5ForCausalLM",
     names=_QWEN3_5,
-    traits={"qk_norm": "head", "norm_offset": 1.0, "attn_gate": True},
+    traits=_QWEN_HYBRID,
     defaults={"partial_rotary_factor": 0.25},
     layer_types=_linear_but_each,
     mixers={LINEAR: "delta"},
-    harmless=frozenset({"full_attention_interval"}),
+    harmless=_INTERVAL,
     rope_fields=frozenset({"partial_rotary_factor"}),
+  ),
+  "qwen3_next": Family(
+    architecture="Qwen3NextForCausalLM",
+    names=_QWEN3_NEXT,
+    traits=_QWEN_HYBRID | {"mixer_by_head": True, "shared_gate": True},
+    defaults={"partial_rotary_factor": 0.25},
+    aliases={
+      "num_local_experts": "num_experts",
+      "intermediate_size": "moe_intermediate_size",
+    },
+    layer_types=_linear_but_each,
+    mixers={LINEAR: "delta"},
+    dense=layers_without_experts,
+    derived=_shared_expert,
+    harmless=_INTERVAL | {"shared_expert_intermediate_size"},
+    rope_fields=frozenset({"partial_rotary_factor"}),
+    experts=True,
+  ),
+  "qwen3_5_moe_text": Family(
+    architecture="Qwen3_5MoeForCausalLM",
+    names=_QWEN3_5 | _SHARED_EXPERT,
+    traits=_QWEN_HYBRID | {"shared_gate": True},
+    defaults={"partial_rotary_factor": 0.25},
+    aliases={
+      "num_local_experts": "num_experts",
+      "intermediate_size": "moe_intermediate_size",
+    },
+    layer_types=_linear_but_each,
+    mixers={LINEAR: "delta"},
+    derived=_shared_expert,
+    harmless=_INTERVAL | {"shared_expert_intermediate_size"},
+    rope_fields=frozenset({"partial_rotary_factor"}),
+    experts=True,
+  ),
+  "lfm2_moe": Family(
+    architecture="Lfm2MoeForCausalLM",
+    names=_LFM2_MOE,
+    traits=_CORRECTED | {"qk_norm": "head"},
+    defaults={"rope_theta": 1_000_000.0},
+    aliases={
+      "num_local_experts": "num_experts",
+      "intermediate_size": "moe_intermediate_size",
+      "rms_norm_eps": "norm_eps",
+    },
+    layer_types=_lfm2_types,
+    mixers={"conv": "conv"},
+    dense=_first_dense,
+    derived=_tied,
+    harmless=frozenset({"tie_embedding", "num_dense_layers"}),
+    experts=True,
   ),
   "granitemoehybrid": Family(
     architecture="GraniteMoeHybridForCausalLM",

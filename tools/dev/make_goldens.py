@@ -305,6 +305,55 @@ CASES: dict[str, Case] = {
       **TIED,
     },
   ),
+  "qwen3_next": Case(
+    "qwen3_next",
+    {
+      "layer_types": [LINEAR_LAYER, FULL_LAYER],
+      "head_dim": 12,
+      "linear_num_key_heads": 2,
+      "linear_num_value_heads": 4,
+      "linear_key_head_dim": 6,
+      "linear_value_head_dim": 5,
+      "moe_intermediate_size": 16,
+      "shared_expert_intermediate_size": 12,
+      "num_experts": 4,
+      "num_experts_per_tok": 2,
+      "rope_parameters": rope(partial_rotary_factor=0.5),
+      **UNTIED,
+    },
+  ),
+  "qwen3_5_moe": Case(
+    "qwen3_5_moe_text",
+    {
+      "layer_types": [LINEAR_LAYER, FULL_LAYER],
+      "head_dim": 12,
+      "intermediate_size": None,
+      "linear_num_key_heads": 2,
+      "linear_num_value_heads": 2,
+      "linear_key_head_dim": 6,
+      "linear_value_head_dim": 5,
+      "moe_intermediate_size": 16,
+      "shared_expert_intermediate_size": 12,
+      "num_experts": 4,
+      "num_experts_per_tok": 2,
+      "rope_parameters": rope(partial_rotary_factor=0.5),
+      **TIED,
+    },
+  ),
+  "lfm2_moe": Case(
+    "lfm2_moe",
+    {
+      "num_hidden_layers": 3,
+      "layer_types": ["conv", FULL_LAYER, "conv"],
+      "moe_intermediate_size": 16,
+      "num_dense_layers": 1,
+      "num_experts": 4,
+      "num_experts_per_tok": 2,
+      "routed_scaling_factor": 1.5,
+      "rope_parameters": rope(),
+      **TIED,
+    },
+  ),
   "granitemoehybrid": Case(
     "granitemoehybrid",
     {
@@ -473,7 +522,7 @@ def make_model(case: Case, seed: int) -> Any:
     corrections = [
       (key, buffer)
       for key, buffer in model.named_buffers()
-      if "correction" in key
+      if "correction" in key or "expert_bias" in key
     ]
     for key, weight in [*model.named_parameters(), *corrections]:
       norm = "norm" in key or ".ln_" in key
