@@ -200,6 +200,8 @@ def test_no_home_no_user_and_nobody_who_reads(tmp_path, model, stdout):
     *("--config=configs/base.py", f"--config.workdir={tmp_path / 'run'}"),
     *(f"--config.model.path={model}", f"--config.data.train={rows}"),
   ]
+  if stdout == "closed":
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
   with subprocess.Popen(
     command,
     cwd=ROOT,
@@ -207,7 +209,6 @@ def test_no_home_no_user_and_nobody_who_reads(tmp_path, model, stdout):
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
-    preexec_fn=(lambda: os.close(1)) if stdout == "closed" else None,
   ) as process:
     assert process.stdout
     assert process.stderr

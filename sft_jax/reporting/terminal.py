@@ -43,6 +43,10 @@ class _EscapingConsole(Console):
       shown.append(one)
     super().print(*shown, **choices)
 
+  def on_broken_pipe(self) -> None:
+    """Leaves the error to the command, which says it; rich would exit."""
+    raise
+
 
 def console() -> Console:
   """The terminal, silent on every process but the first."""

@@ -1,7 +1,10 @@
 """Progress: figures that matter, plain lines in a log, nothing elsewhere."""
 
+import contextlib
 import io
+import os
 import re
+import sys
 
 import pytest
 from rich.console import Console
@@ -114,3 +117,17 @@ def test_the_console_obeys_no_text(capsys):
   shown = capsys.readouterr().out
   assert not set(shown) & set("\x1b\u202e\r")
   assert shown.count("run␛[2J<202E>") == 8
+
+
+def test_a_closed_pipe_is_an_error_and_no_silent_exit(monkeypatch):
+  """As of "| head -1": the command says what happened."""
+  reader, writer = os.pipe()
+  os.close(reader)
+  with open(writer, "w", buffering=1) as file:
+    monkeypatch.setattr(sys, "stdout", file)
+    out = terminal.console()
+    with pytest.raises(BrokenPipeError):
+      out.print("nobody reads this")
+    monkeypatch.undo()
+    with contextlib.suppress(BrokenPipeError):
+      file.close()
