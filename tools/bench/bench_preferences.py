@@ -7,7 +7,7 @@ begins with a hedge. The tuned model then answers prompts; of each, a reply that
 passes its checks (the right answer, no hedge) and one that fails make a pair,
 and the pairs train adapters for a few dozen steps. Printed are the behaviors
 before and after: replies without a hedge should rise, the others stay.
-Hardware: one CPU core. Time: about 4 minutes for each seed.
+Hardware: one CPU core. Neither time nor figures have been measured yet.
 """
 
 import argparse
