@@ -75,17 +75,6 @@ def fail(*arguments, **options):
   raise OSError(5, "Input/output error")
 
 
-def fill(*arguments, **options):
-  """Leaves the disk of the working folder not a byte."""
-  size = 1 << 20
-  with Path("filler").open("ab", buffering=0) as file:
-    while size:
-      try:
-        file.write(bytes(size))
-      except OSError:
-        size //= 2
-
-
 def limit_files() -> None:
   """From the second save on no file may grow beyond 20 KB."""
   limits = (20_000, resource.RLIM_INFINITY)
@@ -163,13 +152,6 @@ PHASES = {
   ),
   "a dying reader": lambda: before(Store, "example", fail, call=40),
   "a full disk": lambda: limit_files(),
-  "full: start": lambda: before(load_save, "load_pretrained", fill),
-  "full: evaluation": lambda: before(suite.Suite, "_sums", fill),
-  "full: step": lambda: before(step_runner.StepRunner, "submit", fill, call=4),
-  "full: save": lambda: before(manager.Checkpoints, "save", fill, call=2),
-  "full: commit": lambda: before(MANAGER, "_finalize_checkpoint", fill, call=2),
-  "full: export": lambda: before(export, "save_pretrained", fill),
-  "full: report": lambda: after(export, "_verify", fill),
 }
 
 
@@ -219,7 +201,6 @@ def main() -> None:
   phases = [item for item in rest if "=" not in item]
 
   def die_in(phase: str) -> None:
-    Path("filler").unlink(missing_ok=True)
     PHASES[phase]()
     run(folder, model, rows, changes)
 
