@@ -218,6 +218,7 @@ def serve(folder: Path) -> None:
   parent = os.getppid()
   while os.getppid() == parent:
     time.sleep(1)
+  os._exit(0)  # The emulators' threads would go on.
 
 
 class Buckets:
