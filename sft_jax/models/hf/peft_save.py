@@ -58,6 +58,12 @@ def save_adapter(
       "save_adapter: no adapters; expected a model built with "
       "lora=LoraConfig(...) and its parameters. Use save_pretrained."
     )
+  if config.d_ff_shared:
+    # peft was seen to compute something else from it.
+    raise ValueError(
+      f"save_adapter: a {config.family} has shared experts, of which no PEFT "
+      "folder is written; expected a model without. Export the merged model."
+    )
   growth = 2 if lora.init == "pissa" else 1
   top = growth * lora.rank, _grown(lora, lora.alpha, growth)
   tensors, adapted, rank_pattern, alpha_pattern = {}, [], {}, {}
