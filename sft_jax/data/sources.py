@@ -102,7 +102,7 @@ def to_filter(value: Any) -> tuple[Condition, ...]:
       _check_name(name, "data.filter")
       fine = op in _COMPARE and isinstance(bound, str | int | float | bool)
       if op in SHARES:
-        fine = is_number(bound) and 0 < bound <= 1
+        fine = is_number(bound) and 0 < float(bound) <= 1
     if not fine:
       raise ValueError(
         f"data.filter: got {one!r}; expected (name, op, value), with op one of "

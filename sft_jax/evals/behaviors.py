@@ -105,8 +105,11 @@ def _item(row: Any, where: str) -> Item:
 def _from_ifeval(row: dict[str, Any], where: str) -> dict[str, Any]:
   """A row of IFEval's published prompts as one of ours."""
   names, kwargs = row["instruction_id_list"], row.get("kwargs")
-  lists = isinstance(names, list) and isinstance(kwargs, list)
-  if not lists or len(names) != len(kwargs) or "prompt" not in row:
+  if (
+    not (isinstance(names, list) and isinstance(kwargs, list))
+    or len(names) != len(kwargs)
+    or "prompt" not in row
+  ):
     got = f"instruction_id_list {names!r} with kwargs {kwargs!r}"
     expected = "a prompt and two lists of one length"
     raise RowError(where, got, expected, "Correct the row.")

@@ -226,7 +226,9 @@ def _row(prompt: Conversation, reply: Reply) -> dict[str, Any]:
 
 def lines(made: Synthesis) -> list[tuple[str, ...]]:
   """Header and rows of text, by group."""
-  rows = [("group", "n", "overlap", "solved", "replies", "kept", "refused")]
+  rows: list[tuple[str, ...]] = [
+    ("group", "n", "overlap", "solved", "replies", "kept", "refused")
+  ]
   for name, g in made.groups.items():
     counts = (g.prompts, g.overlapping, g.solved, g.attempts, g.kept)
     reasons = sorted(g.refused.items(), key=lambda reason: -reason[1])

@@ -218,8 +218,9 @@ def _tool_call(body: str) -> ToolCall | None:
     return None
   call = call if isinstance(call, dict) else {}
   name, arguments = call.get("name"), call.get("arguments")
-  fine = isinstance(name, str) and isinstance(arguments, dict)
-  return ToolCall(name, arguments) if fine else None
+  if isinstance(name, str) and isinstance(arguments, dict):
+    return ToolCall(name, arguments)
+  return None
 
 
 def answer_rows(

@@ -67,7 +67,8 @@ def show_result(out: Console, result: dict[str, Any], samples: int) -> None:
 
 def _reply(reply: Mapping[str, Any]) -> str:
   """A reply on one line, with its verdict, if it was checked."""
-  passed = {True: "[passed] ", False: "[FAILED] "}.get(reply.get("passed"), "")
+  verdicts = {True: "[passed] ", False: "[FAILED] ", None: ""}
+  passed = verdicts[reply.get("passed")]
   stopped = "" if reply["stopped"] else "[did not stop] "
   return passed + stopped + _line(reply["text"])
 

@@ -11,6 +11,7 @@ memory at T and 2 T.
 import argparse
 import statistics
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ def main() -> None:
     for size in (T, 2 * T):
       ids = jax.ShapeDtypeStruct((1, size), jnp.int32)
       program = gradient.lower(params, ids, ids).compile()
-      analysis = program.memory_analysis()
+      analysis: Any = program.memory_analysis()
       memory.append(analysis.temp_size_in_bytes / 2**20)
     print(
       f"| {name} | {one * 1e3:.0f} ms | {packed * 1e3:.0f} ms "

@@ -74,7 +74,7 @@ def make_rows(folder: Path) -> tuple[str, str, str]:
 def run(folder: Path, seed: int, loss: str) -> list[tuple[str, ...]]:
   """(behavior, before, after) of one seed."""
   rows, prompts, items = make_rows(folder)
-  config = base.get_config()
+  config: Any = base.get_config()
   config.seed, config.steps = seed, 160
   config.data.train = rows
   config.eval.behaviors = config.eval.knowledge = ""

@@ -121,8 +121,9 @@ def _first_of(
 ) -> Int64[np.ndarray, " rows"]:
   """The first row with the same key as each, among some; else itself."""
   found, rows = np.arange(len(keys)), np.flatnonzero(among)
-  want = {"return_index": True, "return_inverse": True}
-  _, first, which = np.unique(keys[rows], **want)
+  _, first, which = np.unique(
+    keys[rows], return_index=True, return_inverse=True
+  )
   found[rows] = rows[first[which]]
   return found
 

@@ -150,7 +150,8 @@ def injected(template: ChatTemplate, kwargs: dict[str, Any]) -> str:
 def shows_reasoning(template: ChatTemplate, kwargs: dict[str, Any]) -> bool:
   """Whether the reasoning of a conversation's last turn is rendered."""
   form = template_messages.Form(reasoning_field=template.reads_reasoning)
-  turns = (Message(**_ASKED), Message(**_ANSWERED, reasoning="It was no snow."))
+  answer = Message("assistant", _ANSWERED["content"], "It was no snow.")
+  turns = (Message("user", _ASKED["content"]), answer)
   shown = template_messages.to_template_messages(Conversation(turns), form)
   return "It was no snow." in template.render(shown, **kwargs)
 

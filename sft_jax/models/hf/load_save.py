@@ -251,7 +251,7 @@ def write_into(folder: Path, source: Path, model: Model, params: Tree) -> None:
       if file.is_file() and file.name != files.CHECKSUMS:
         shutil.copyfile(file, folder / file.name)
   for new in tensors:
-    array = new.make()
+    array: Any = new.make()
     if jax.process_index():
       continue
     same = [new.name]
