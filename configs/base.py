@@ -12,6 +12,7 @@ Generated from sft_jax/training/config.py, which checks every value.
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -34,6 +35,9 @@ def get_config() -> ml_collections.ConfigDict:
   # Compare its greedy replies in transformers, where that is installed, with
   # the model's, and the folder with what servers load it by.
   config.export_check = False
+  # A folder, perhaps multimodal: the export is a copy in which the text model's
+  # weights are the run's, in the dtype they have there; '' = the model alone.
+  config.export_into = ""
 
   config.model = model = ml_collections.ConfigDict()
   model.path = "sft_jax/demo/base"  # A folder, or org/name@rev.
@@ -143,9 +147,11 @@ def get_config() -> ml_collections.ConfigDict:
   distill.temperature = 1.0  # Of both models' predictions.
   distill.top = 64  # Tokens that sft-jax teach keeps of each prediction.
 
-  config.optim = optim = ml_collections.ConfigDict()
+  config.optim = optim = ml_collections.ConfigDict(type_safe=False)
   optim.name = "adamw"  # adamw | adafactor | lion | sgd | muon.
-  optim.learning_rate = 2e-3  # Peak. A model of 1.4 M needs a large one.
+  # Peak; a model of 1.4 M needs a large one. 'auto' = what sft-jax suggest
+  # finds, docs/learning_rate.md.
+  optim.learning_rate = config_dict.FieldReference(2e-3, object)
   optim.schedule = "cosine"  # cosine | linear | constant | wsd.
   optim.decay_fraction = 0.2  # Of the steps, at the end: the decay of wsd.
   # (("embed/", 0.1), ...): factors of the rate by regexes of parameters; the
@@ -155,6 +161,9 @@ def get_config() -> ml_collections.ConfigDict:
   optim.warmup_fraction = 0.03  # Share of the steps; 0 = none.
   optim.warmup_steps = -1  # So many steps instead; -1 = warmup_fraction.
   optim.final_fraction = 0.05  # Of the peak, at the last step.
+  # ((step, "constant"), ...): where --extend made the run longer, and how the
+  # schedule continues, see docs/continue.md; it is kept with the run.
+  optim.extended = ()
   optim.b1 = 0.9  # Of the first moment; the momentum of sgd and muon.
   optim.b2 = 0.99  # Of the second moment.
   optim.eps = 1e-8  # Of the denominator.
@@ -222,7 +231,7 @@ def get_config() -> ml_collections.ConfigDict:
   # Most seconds of one measurement: the first leaves out what does not fit, and
   # those after it measure the same. 'auto' = a quarter of the expected
   # training, at least two minutes; 0 = no bound.
-  evaluation.max_seconds = "auto"
+  evaluation.max_seconds = config_dict.FieldReference("auto", object)
   evaluation.max_new_tokens = 80  # Per reply.
   evaluation.batch_size = 64  # Prompts sampled together.
   # Replies shown before and after, to held-out rows where there are no

@@ -11,6 +11,7 @@ import sys
 COMMANDS = {
   "train": "train as a config says; resume what was begun",
   "inspect": "what the rows are, and what is wrong with them, before training",
+  "suggest": "a learning rate, a batch and passes for a model and rows",
   "plan": "whether a run fits a machine, here or elsewhere, and how fast it is",
   "selfcheck": "the laws of training, on this machine and these rows",
   "evaluate": "behaviors and perplexity of a model, beside another",
@@ -28,6 +29,7 @@ COMMANDS = {
 # Where a command is not `main` of the module of its name.
 MODULES = {
   "report": "compare:report",
+  "suggest": "plan:suggest",
   "train": "train:cli",
   "merge": "export:merge",
   "teach": "score:teach",

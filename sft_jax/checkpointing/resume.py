@@ -1,7 +1,7 @@
 """Continuing where a run stopped: its config, its data, its newest state."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +65,7 @@ def restore(
   log: Callable[[str], None],
   *,
   force: bool = False,
+  allowed: Sequence[str] = (),
 ) -> Resumed:
   """The newest state that verifies; the fresh one if there is none.
 
@@ -72,6 +73,7 @@ def restore(
     fresh: what training would start from; its arrays make room.
     log: called with a line for each checkpoint that is rejected.
     force: continues with another config, other data and other dtypes.
+    allowed: keys of the config that may differ, and are no change.
 
   Raises ValueError: the checkpoint is of another run, or holds other arrays.
   """
@@ -83,7 +85,7 @@ def restore(
   if restored is None:
     return Resumed(fresh, {}, [])
   meta, step = restored.meta, restored.step
-  changed = config_changes(meta["config"], origin.config, step)
+  changed = config_changes(meta["config"], origin.config, step, allowed)
   if changed and not force:
     check_same_config(changed, f"checkpoint {step}")
   now = origin._asdict()
@@ -148,15 +150,24 @@ def saved_config(
   return find_json(workdir / "config.json")
 
 
+# What --extend changes.
+LENGTH = ("steps", "epochs", "optim/extended")
+
+
 def config_changes(
-  old: dict[str, Any], new: dict[str, Any], step: int = 0
+  old: dict[str, Any],
+  new: dict[str, Any],
+  step: int = 0,
+  allowed: Sequence[str] = (),
 ) -> list[str]:
-  """What differs, a line for each key; `step` is where the run continues."""
+  """What differs, a line for each key but those allowed; `step` is where the
+  run continues."""
   before, after = (trees.flatten(json.loads(json.dumps(x))) for x in (old, new))
   lines = [
     f"{key.replace('/', '.')}: {before.get(key)!r} -> {after.get(key)!r}"
     for key in sorted(before.keys() | after.keys())
-    if before.get(key) != after.get(key) and key not in _WITHOUT_EFFECT
+    if before.get(key) != after.get(key)
+    and key not in (*_WITHOUT_EFFECT, *allowed)
   ]
   seen, now = (step * x.get("batch_size", 0) for x in (before, after))
   if seen != now:

@@ -57,6 +57,11 @@ def main() -> None:
     help="compare greedy replies in transformers and llama.cpp with the "
     "model's, and the folder with what vLLM and SGLang load it by",
   )
+  parser.add_argument(
+    "--into",
+    help="a folder, perhaps multimodal: written is a copy of it in "
+    "which only the text model's weights change",
+  )
   args = parser.parse_args()
   out = terminal.console()
   log = out.print
@@ -78,6 +83,8 @@ def main() -> None:
   params = outputs.own_params(state)
   if args.dtype:
     config.export_dtype = args.dtype
+  if args.into:
+    config.export_into = args.into
   log(f"Writing step {int(state.step)} to {args.out} ...")
   del state  # The moments make room for the folder's parameters.
   options = make_render_options(config)

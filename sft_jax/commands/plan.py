@@ -7,6 +7,9 @@ Compiles the very step that the run would take, for a machine that need not be
 here (see sft_jax/common/machines.py; '' is this one), from shapes: no weights
 are read. Where it does not fit, other settings are tried and the first that
 does is named; with --search, the largest batch that fits. See docs/planning.md.
+
+`sft-jax suggest`, with the same --config, gives a learning rate, a batch and a
+number of passes, by published sweeps and short trials: docs/learning_rate.md.
 """
 
 import json
@@ -23,8 +26,9 @@ from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.models.config import ModelConfig, read_config
 from sft_jax.models.lora.quantize import num_scalars
 from sft_jax.reporting import terminal
-from sft_jax.training.build import abstract, data, state
+from sft_jax.training.build import abstract, build, data, state
 from sft_jax.training.planning import plan
+from sft_jax.training.planning import suggest as rates
 from sft_jax.training.planning.step_time import Prediction
 
 CONFIG = command.config_flag()
@@ -272,3 +276,40 @@ def search(out, config, outline, tried, limit) -> None:
   best = plan.largest_batch(total, limit) * unit
   none = f"Not even batch_size={unit} fits."
   out.print(f"Largest batch_size that fits: {best}" if best else none)
+
+
+# -- Which learning rate ------------------------------------------------------
+
+
+def suggest() -> None:
+  """Prints a learning rate, batch and passes for a model and rows."""
+  out = terminal.console()
+  config = CONFIG.value
+  config.optim.learning_rate = "auto"
+  run = build.build_run(config, out.print)
+  found = run.suggestion
+  assert found is not None  # The rate is 'auto'.
+  packs, epochs = rates.batch_and_epochs(config, run.stream)
+  steps = run.num_steps
+  terminal.facts(
+    out,
+    "Suggestion",
+    {
+      "learning rate": f"{found.rate:.2g}, for {steps} steps of "
+      f"{config.batch_size} packs",
+      "published": f"{found.prior:.2g} for width {run.model.config.d_model}"
+      + (" under LoRA" if config.lora.rank else "")
+      + " (LoRA Without Regret, 2025)",
+      "trials": f"{found.steps} steps each" if found.trials else "none",
+      **{f"  {rate:.2g}": f"{loss:.4f} nats" for rate, loss in found.trials},
+      "batch": f"{packs} packs of {config.data.seq_len} tokens (32 rows of "
+      "LIMA's 1,000 to 128 of Tulu 3's 939,000; under LoRA half)",
+      "epochs": f"{epochs} (LIMA 15, Tulu 3 2; watch the held-out loss)",
+    },
+  )
+  out.print(
+    f"--config.optim.learning_rate={found.rate} --config.batch_size={packs} "
+    f"--config.epochs={epochs}"
+  )
+  if (packs, epochs) != (config.batch_size, config.epochs):
+    out.print("With that batch and these epochs, ask again: the rate follows.")

@@ -12,6 +12,7 @@ from absl import app, flags, logging
 from sft_jax.commands import command
 from sft_jax.common import distributed
 from sft_jax.reporting.terminal import visible
+from sft_jax.training.config_check import EXTENSIONS
 from sft_jax.training.interrupts import Stopped
 from sft_jax.training.run import train
 
@@ -20,6 +21,13 @@ FORCE = flags.DEFINE_bool(
   "force",
   False,
   "Continue with another config or other data; incidents.jsonl says so.",
+)
+EXTEND = flags.DEFINE_enum(
+  "extend",
+  "",
+  ["", *EXTENSIONS],
+  "Train the run in the workdir for more epochs or steps, and how its learning "
+  "rate continues.",
 )
 DRY_RUN = flags.DEFINE_bool(
   "dry-run", False, "Show the start page, and stop before the first step."
@@ -92,6 +100,7 @@ def _run() -> None:
     train(
       CONFIG.value,
       force=FORCE.value,
+      extend=EXTEND.value,
       dry_run=DRY_RUN.value,
       command=_command(sys.argv[1:]),
     )

@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
+from ml_collections import config_dict
+
+# Sections with keys that may be of several types.
+LOOSE = ("data", "eval", "optim")
+NumberOrWord = float | str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +153,9 @@ class OptimizerConfig:
   """optim.*"""
 
   name: str = "adamw"  # adamw | adafactor | lion | sgd | muon.
-  learning_rate: float = 2e-3  # Peak. A model of 1.4 M needs a large one.
+  # Peak; a model of 1.4 M needs a large one. 'auto' = what sft-jax suggest
+  # finds, docs/learning_rate.md.
+  learning_rate: NumberOrWord = 2e-3
   schedule: str = "cosine"  # cosine | linear | constant | wsd.
   decay_fraction: float = 0.2  # Of the steps, at the end: the decay of wsd.
   # (("embed/", 0.1), ...): factors of the rate by regexes of parameters; the
@@ -158,6 +165,9 @@ class OptimizerConfig:
   warmup_fraction: float = 0.03  # Share of the steps; 0 = none.
   warmup_steps: int = -1  # So many steps instead; -1 = warmup_fraction.
   final_fraction: float = 0.05  # Of the peak, at the last step.
+  # ((step, "constant"), ...): where --extend made the run longer, and how the
+  # schedule continues, see docs/continue.md; it is kept with the run.
+  extended: tuple = ()
   b1: float = 0.9  # Of the first moment; the momentum of sgd and muon.
   b2: float = 0.99  # Of the second moment.
   eps: float = 1e-8  # Of the denominator.
@@ -241,7 +251,7 @@ class EvalConfig:
   # Most seconds of one measurement: the first leaves out what does not fit, and
   # those after it measure the same. 'auto' = a quarter of the expected
   # training, at least two minutes; 0 = no bound.
-  max_seconds: Any = "auto"
+  max_seconds: NumberOrWord = "auto"
   max_new_tokens: int = 80  # Per reply.
   batch_size: int = 64  # Prompts sampled together.
   # Replies shown before and after, to held-out rows where there are no
@@ -289,6 +299,9 @@ class RunConfig:
   # Compare its greedy replies in transformers, where that is installed, with
   # the model's, and the folder with what servers load it by.
   export_check: bool = False
+  # A folder, perhaps multimodal: the export is a copy in which the text model's
+  # weights are the run's, in the dtype they have there; '' = the model alone.
+  export_into: str = ""
   model: ModelConfig = ModelConfig()
   lora: LoraConfig = LoraConfig()
   data: DataConfig = DataConfig()
@@ -321,10 +334,11 @@ def default() -> ml_collections.ConfigDict:
     built = ml_collections.ConfigDict(type_safe=not loose)
     for field in dataclasses.fields(kind):
       if dataclasses.is_dataclass(field.type):
-        # data.train and the sets of eval may be of several types.
-        built[field.name] = build(field.type, field.name in ("data", "eval"))
+        built[field.name] = build(field.type, field.name in LOOSE)
       elif field.type is dict:
         built[field.name] = ml_collections.ConfigDict()
+      elif field.type == NumberOrWord:  # On the command line, too.
+        built[field.name] = config_dict.FieldReference(field.default, object)
       else:
         built[field.name] = value(field.default)
     return built

@@ -97,8 +97,9 @@ _NO_PAIRS = (
 )
 # Variables of templates that the rows decide.
 _NOT_KWARGS = {"messages", "tools", "add_generation_prompt"}
+EXTENSIONS = ("constant", "rewarm", "stretch")  # See build/step.py.
 # What a number may be besides.
-_WORDS = {"eval.max_seconds": ("auto",)}
+_WORDS = dict.fromkeys(("eval.max_seconds", "optim.learning_rate"), ("auto",))
 
 
 def check(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:
@@ -327,7 +328,22 @@ def _wrong_pairs(c: Mapping[str, Any]) -> Iterator[str]:
     )
   if not data["train"]:
     yield f"data.train: got {data['train']!r}, expected rows"
+  yield from _wrong_extensions(c)
   yield from _wrong_items(c)
+
+
+def _wrong_extensions(c: Mapping[str, Any]) -> Iterator[str]:
+  """A line where optim.extended is not what --extend writes."""
+  last, value = 0, c["optim"]["extended"]
+  for pair in value:
+    right = isinstance(pair, list | tuple) and len(pair) == 2
+    if not right or pair[1] not in EXTENSIONS or not pair[0] > last:
+      yield (
+        f"optim.extended: got {_short(value)}, expected ((step, how), ...), "
+        f"steps rising and how one of {EXTENSIONS}; leave it to --extend"
+      )
+      return
+    last = pair[0]
 
 
 def _wrong_items(c: Mapping[str, Any]) -> Iterator[str]:

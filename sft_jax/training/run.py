@@ -37,6 +37,7 @@ from sft_jax.training.build import (
   measuring,
   outputs,
 )
+from sft_jax.training.build import step as setup_step
 from sft_jax.training.build.build import BuiltRun, build_run
 from sft_jax.training.build.data import Config, Own
 from sft_jax.training.interrupts import StopRequest
@@ -66,6 +67,7 @@ def train(
   optimizer: optax.GradientTransformation | None = None,
   on_record: Callable[[dict[str, Any]], Any] | None = None,
   force: bool = False,
+  extend: str = "",
   dry_run: bool = False,
   command: str = "",
 ) -> Result:
@@ -86,6 +88,9 @@ def train(
       its metrics and 'step' as a plain dict.
     force: continues in a workdir of another config or other data, and records
       the change in incidents.jsonl.
+    extend: 'constant', 'rewarm' or 'stretch': the config may have more epochs
+      or steps than the run in the workdir, and so its schedule continues; see
+      `training.build.step.schedule`.
     dry_run: shows the start page and stops; nothing is written but encoded
       rows, and the result holds neither metrics nor parameters.
     command: what was typed to get here, for the report.
@@ -126,7 +131,7 @@ def train(
       start_page.show(built, start_page.facts(config, built, 0), session.out)
       return Result({}, {}, workdir)
     try:
-      return run(session, force, command)
+      return run(session, force, extend, command)
     except OSError as error:
       if error.errno not in _FULL or error.filename:
         raise
@@ -139,14 +144,16 @@ def train(
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def run(session: Session, force: bool, command: str) -> Result:
+def run(session: Session, force: bool, extend: str, command: str) -> Result:
   """The phases of a run, one after the other."""
   config, workdir = session.config, session.workdir
   checkpoints = outputs.open_checkpoints(config, workdir)
   with closing(checkpoints):
-    early_changes = _check(session, checkpoints, force)
+    early_changes = _check(session, checkpoints, force, extend)
     built = _build(session)
-    resumed = _resume(session, built, checkpoints, early_changes, force)
+    resumed = _resume(session, built, checkpoints, early_changes, force, extend)
+    if extend:
+      resumed = _extended(session, built, resumed)
     _write_start(session, built, resumed, command)
     result = find_json(workdir / "result.json")
     done = loop.is_finished(config, built, resumed) and not resumed.changes
@@ -193,7 +200,7 @@ def run(session: Session, force: bool, command: str) -> Result:
 
 
 def _check(
-  session: Session, checkpoints: Checkpoints, force: bool
+  session: Session, checkpoints: Checkpoints, force: bool, extend: str
 ) -> list[str]:
   """Refuses what can be refused before anything is loaded.
 
@@ -202,8 +209,17 @@ def _check(
   config, workdir = session.config, session.workdir
   changes = []
   if old := resume.saved_config(checkpoints, workdir):
-    data.pin_date(config, old)
-    changes = resume.config_changes(old, config.to_dict())
+    data.pin(config, old)
+    if extend:
+      _extend(config, old, max(checkpoints.steps(), default=0), extend)
+    changes = resume.config_changes(
+      old, config.to_dict(), allowed=resume.LENGTH if extend else ()
+    )
+  elif extend:
+    raise ValueError(
+      f"--extend: got {workdir}, which holds no run, expected one to extend. "
+      "Train without --extend first."
+    )
   if not force:
     resume.check_same_config(changes, str(workdir))
   trackers.check(config.log.writers)
@@ -214,6 +230,58 @@ def _check(
       f"from could be changed. Take the right from them: chmod go-w {folder}"
     )
   return changes
+
+
+def _extend(config: Config, old: dict[str, Any], step: int, how: str) -> None:
+  """Notes in the config where the run is extended, unless it was already.
+
+  Raises:
+    ValueError: nothing to extend, or nothing to extend it by.
+  """
+  longer = any(config[key] != old[key] for key in ("steps", "epochs"))
+  if not longer and config.optim.extended:
+    return  # The same command again: the extension was begun.
+  if not (longer and step):
+    raise ValueError(
+      f"--extend: got steps={config.steps}, epochs={config.epochs} for a run "
+      f"of {old['steps']} and {old['epochs']} at step {step}, expected more "
+      "than those, and a checkpoint. Raise epochs or steps."
+    )
+  config.optim.extended = (*config.optim.extended, (step, how))
+  config_check.check(config)
+
+
+def _extended(
+  session: Session, built: BuiltRun, resumed: resume.Resumed
+) -> resume.Resumed:
+  """Logs how an extended run continues; its patience begins again.
+
+  Raises:
+    ValueError: the run would not become longer.
+  """
+  begin, how = session.config.optim.extended[-1]
+  step, end = int(resumed.state.step), built.num_steps
+  if end <= begin:
+    raise ValueError(
+      f"--extend: got {end} steps for a run at step {begin}, expected more. "
+      "Raise epochs or steps."
+    )
+  if step > begin:
+    return resumed
+  rate = setup_step.schedule(session.config, end)
+  says = {
+    "constant": "stays",
+    "rewarm": "warms up again and falls",
+    "stretch": f"is that of a run of {end} steps",
+  }
+  line = (
+    f"Extended at step {begin} to {end}: the learning rate {says[how]}, "
+    f"{float(rate(begin - 1)):.2g} -> {float(rate(begin)):.2g} -> "
+    f"{float(rate(end - 1)):.2g}."
+  )
+  session.log(line)
+  session.incidents.add("extended", begin, line)
+  return resumed._replace(loop={**resumed.loop, "since_best": 0})
 
 
 def _build(session: Session) -> BuiltRun:
@@ -230,12 +298,15 @@ def _resume(
   checkpoints: Checkpoints,
   early_changes: list[str],
   force: bool,
+  extend: str,
 ) -> resume.Resumed:
   """The newest state; logs and records every change that was forced."""
   checkpoints.remove_unfinished()
   origin = outputs.find_origin(session.config, built, session.own)
   resumed = resume.restore(
-    checkpoints, built.state, origin, session.reject, force=force
+    *(checkpoints, built.state, origin, session.reject),
+    force=force,
+    allowed=resume.LENGTH if extend else (),
   )
   step = int(resumed.state.step)
   if not step:  # There was no checkpoint to compare with.

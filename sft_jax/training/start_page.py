@@ -119,7 +119,8 @@ def _plan(config: Config, built: BuiltRun, start_step: int) -> dict[str, str]:
     "epochs": f"{built.stream.consumed(built.num_steps).epochs:.2f} of "
     f"{epoch.packs} packs",
     "fill": f"{epoch.fill:.1%} of the slots hold a token",
-    "learning rate": _schedule(config, built.num_steps),
+    "learning rate": _schedule(config, built.num_steps)
+    + (", found by trials" if built.suggestion else ""),
     **{
       name: f"{len(stream.store.index):,} examples" if stream else "none"
       for name, stream in (

@@ -294,6 +294,7 @@ def test_transformers_goes_on_with_the_chat(tmp_path, rank, caplog):
     checkpoint__every=0,
     lora__rank=rank,
     optim__learning_rate=5e-3,
+    model__new_tokens=("<|extra|>",),  # No row has it: it is only carried.
   )
   result = sft_jax.train(config)
   evidence = export.Evidence(**result.metrics["export"])
@@ -310,6 +311,9 @@ def test_transformers_goes_on_with_the_chat(tmp_path, rank, caplog):
   )
   their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
   assert not any(loading.values()), loading
+  new = tokenizer.special_tokens["<|extra|>"]
+  assert their_tokenizer.convert_tokens_to_ids("<|extra|>") == new
+  assert their_tokenizer("a<|extra|>b").input_ids.count(new) == 1
 
   turns = [
     {"role": "user", "content": "What goes with cat?"},

@@ -1,5 +1,6 @@
 """tools/export_hf.py: a run's newest checkpoint becomes a verified folder."""
 
+import filecmp
 import importlib.util
 import sys
 
@@ -45,6 +46,30 @@ def test_the_newest_checkpoint_is_written(run, tmp_path, monkeypatch, capsys):
       adapted = adapted + (16.0 / 2) * np.einsum("lir,lro->lio", a, b)
     np.testing.assert_allclose(x, adapted, atol=1e-6, err_msg=path)
   assert model.lora is None
+
+
+def test_a_folder_is_copied_with_the_weights_of_the_run(
+  run, tmp_path, monkeypatch
+):
+  """Every file but the weights is byte for byte that folder's."""
+  source, out = run.workdir.parent / "model", tmp_path / "out"
+  (source / "preprocessor_config.json").write_text("{}  ")
+  monkeypatch.setattr(
+    sys,
+    "argv",
+    [
+      *("export_hf.py", f"--workdir={run.workdir}"),
+      *(f"--out={out}", f"--into={source}"),
+    ],
+  )
+  export.main()
+  names = [p.name for p in source.iterdir() if p.name != "SHA256SUMS"]
+  _, changed, missing = filecmp.cmpfiles(source, out, names, shallow=False)
+  assert (changed, missing) == (["model.safetensors"], [])
+  _, params = sft_jax.load_pretrained(out)
+  kernel = trees.flatten(params)["layers/mlp/up/kernel"]
+  base = trees.flatten(run.params)["layers/mlp/up/kernel"]
+  assert 0 < np.abs(kernel - base).max() < 0.1  # The adapters are merged.
 
 
 def test_a_dtype_can_be_asked_for(run, tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sft_jax.training.config import RunConfig
+from sft_jax.training.config import LOOSE, NumberOrWord, RunConfig
 
 PATH = Path(__file__).parents[2] / "configs" / "base.py"
 _HEAD = '''"""The main job: the bundled demo on a CPU, and every key there is.
@@ -30,6 +30,7 @@ Generated from sft_jax/training/config.py, which checks every value.
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -61,13 +62,15 @@ def _lines(kind: Any, name: str) -> Iterator[str]:
     if dataclasses.is_dataclass(section):
       # An evaluation is not Python's eval; and some keys have several types.
       short = "evaluation" if key == "eval" else key
-      loose = "type_safe=False" if key in ("data", "eval") else ""
+      loose = "type_safe=False" if key in LOOSE else ""
       yield f"\n  config.{key} = {short} = ml_collections.ConfigDict({loose})"
       yield from _lines(section, short)
       yield ""
       continue
     value, mark, meaning = rest.partition("  # ")
     value = value.replace(_DICT, "ml_collections.ConfigDict()")
+    if section == NumberOrWord:
+      value = f"config_dict.FieldReference({value}, object)"
     code = f"  {name}.{key} = {value}"
     if mark and len(f"{code}{mark}{meaning}") > _WIDTH:
       yield from (f"  # {part}" for part in textwrap.wrap(meaning, _WIDTH - 4))

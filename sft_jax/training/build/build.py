@@ -27,6 +27,7 @@ from sft_jax.training.build import model as setup_model
 from sft_jax.training.build import state as setup_state
 from sft_jax.training.build import step as setup_step
 from sft_jax.training.build.data import NOTHING, Config, Log, Own
+from sft_jax.training.planning import suggest
 
 _FEW_STEPS = 20
 
@@ -55,10 +56,15 @@ class BuiltRun(NamedTuple):
   items: list[behaviors.Item]
   knowledge: list[behaviors.Item]
   row_nats: Callable[[trees.Tree, Batch], jax.Array]
+  suggestion: suggest.Suggestion | None = None
 
 
 def build_run(config: Config, log: Log, own: Own = NOTHING) -> BuiltRun:
-  """Builds mesh, data, model, state and step; logs what takes time."""
+  """Builds mesh, data, model, state and step; logs what takes time.
+
+  In `config` it leaves what it found: a date, a learning rate of 'auto'.
+  """
+  given = config
   mesh = sharding.make_mesh(**config.mesh)
   check_batch_size(config, mesh)
   source = setup_model.find_model(config)
@@ -103,6 +109,15 @@ def build_run(config: Config, log: Log, own: Own = NOTHING) -> BuiltRun:
       f"positions that {config.model.path} has learned. Lower it."
     )
 
+  suggestion = None
+  if config.optim.learning_rate == "auto" and not own.optimizer:
+    suggestion = suggest.find_rate(
+      *(config, model, mesh, params, data.stream, data.held_out),
+      *(num_steps, log, own),
+    )
+    log(f"optim.learning_rate is 'auto': {suggestion}")
+    for one in (given, config):
+      one.optim.learning_rate = suggestion.rate
   streams = (data.stream, data.held_out, data.general_text)
   teacher = setup_model.load_teacher(config, tokenizer, mesh, log)
   step = setup_step.make_step(
@@ -143,6 +158,7 @@ def build_run(config: Config, log: Log, own: Own = NOTHING) -> BuiltRun:
       data.stream.store.lengths,
     ),
     **{k: x for k, x in step._asdict().items() if k != "tx"},
+    suggestion=suggestion,
     **data._asdict(),
   )
 

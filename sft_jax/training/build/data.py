@@ -253,8 +253,13 @@ def load_tokenizer(
   return tokenizer
 
 
-def pin_date(config: Config, old: Mapping[str, Any]) -> None:
-  """Takes the date that a run of another config was begun with."""
+def pin(config: Config, old: Mapping[str, Any]) -> None:
+  """Takes what a run found when it began (the date, a learning rate), and
+  where it was extended."""
+  if config.optim.learning_rate == "auto":
+    config.optim.learning_rate = old["optim"]["learning_rate"]
+  if not config.optim.extended:
+    config.optim.extended = tuple(map(tuple, old["optim"].get("extended", ())))
   date = old["data"]["template_kwargs"].get("date")
   if date and "date" not in config.data.template_kwargs:
     with config.unlocked():

@@ -90,7 +90,7 @@ def _choose_rows(
       found |= token_rows.untrained(table.read, shape.vocab_size, old)
   for i, why in found.items():
     log(
-      f"{used[i]} (id {i}) was never learnt by the base model: {why}. Its row "
+      f"{used[i]} (id {i}) looks untrained in the base model: {why}. Its row "
       "trains alone (lora.new_token_rows)."
     )
   return tuple(sorted(chosen | found.keys()))

@@ -94,6 +94,7 @@ def export_run(
     dtype=config.export_dtype or config.model.param_dtype,
     options=make_render_options(config),
     shardings=lambda shapes: sharding.param_shardings(shapes, built.mesh),
+    export_into=config.get("export_into") or None,  # Not in older workdirs.
     share=lambda folder: remote_workdir.share(folder, config.workdir),
   )
 

@@ -57,15 +57,60 @@ def warmup_steps(config: Config, num_steps: int) -> int:
 
 
 def schedule(config: Config, num_steps: int) -> optax.Schedule:
-  """The learning rate of a run of so many steps."""
-  c = config.optim
-  return optimizer.schedule(
-    c.schedule,
-    peak=c.learning_rate,
-    warmup_steps=warmup_steps(config, num_steps),
-    num_steps=num_steps,
-    final_fraction=c.final_fraction,
-    decay_fraction=c.decay_fraction,
+  """The learning rate of a run of so many steps; of 1, where none is known.
+
+  A run knows it: 'auto' stays only for trials and for what compiles alone.
+  Where a run was extended at step b to end at step e, the rate from b on is
+
+      constant  that of step b - 1
+      rewarm    the schedule of a run of e - b steps, its warm-up too
+      stretch   that of a run of e steps: what the steps before b had is past
+  """
+  rate = config.optim.learning_rate
+
+  def planned(steps: int) -> optax.Schedule:
+    return optimizer.schedule(
+      config.optim.schedule,
+      peak=1.0 if rate == "auto" else rate,
+      warmup_steps=warmup_steps(config, steps),
+      num_steps=steps,
+      final_fraction=config.optim.final_fraction,
+      decay_fraction=config.optim.decay_fraction,
+    )
+
+  extended = config.optim.get("extended", ())  # Not in older workdirs.
+  ends = [*(begin for begin, _ in extended), num_steps]
+  made = planned(ends[0])
+  for (begin, how), end in zip(extended, ends[1:], strict=True):
+    if how == "stretch":
+      made = planned(end)
+      continue
+    later = optax.constant_schedule(float(made(begin - 1)))
+    if how == "rewarm":
+      later = planned(end - begin)
+    made = optax.join_schedules([made, later], [begin])
+  return made
+
+
+def make_optimizer(
+  config: Config, model: Model, num_steps: int
+) -> optax.GradientTransformation:
+  """What config.optim says, over the schedule of a run of so many steps."""
+  optim = config.optim
+  moments = ("b1", "b2", "eps", "mu_dtype", "nu_dtype")
+  rates = [(pattern, float(factor)) for pattern, factor in optim.rates]
+  if model.lora:
+    rates.append(("lora_b$", config.lora.plus_ratio))
+  return optimizer.make(
+    optim.name,
+    schedule(config, num_steps),
+    weight_decay=optim.weight_decay,
+    decay_patterns=optim.decay,
+    clip_norm=optim.clip_norm,
+    ema=optim.get("ema", 0.0),  # Not in older workdirs.
+    rates=rates,
+    rounding_seed=optimizer.rounding_seed(optim.rounding, config.seed),
+    **{name: optim[name] for name in moments},
   )
 
 
@@ -115,22 +160,8 @@ def make_step(
     loss = TopK(distill.weight, distill.ce)
   learning_rate = schedule(config, num_steps)
   rounding_seed = optimizer.rounding_seed(config.optim.rounding, config.seed)
-  own, optim = tx is not None, config.optim
-  moments = ("b1", "b2", "eps", "mu_dtype", "nu_dtype")
-  rates = [(pattern, float(factor)) for pattern, factor in optim.rates]
-  if model.lora:
-    rates.append(("lora_b$", config.lora.plus_ratio))
-  tx = tx or optimizer.make(
-    optim.name,
-    learning_rate,
-    weight_decay=optim.weight_decay,
-    decay_patterns=optim.decay,
-    clip_norm=optim.clip_norm,
-    ema=optim.get("ema", 0.0),  # Not in older workdirs.
-    rates=rates,
-    rounding_seed=rounding_seed,
-    **{name: optim[name] for name in moments},
-  )
+  own = tx is not None
+  tx = tx or make_optimizer(config, model, num_steps)
   trains = lora.trained(model.lora)
   trained = lambda path: (
     trains(path)

@@ -101,7 +101,7 @@ def test_the_date_of_a_template_is_that_of_the_first_start(tmp_path):
   written = config.to_dict()
   written["data"]["template_kwargs"]["date"] = "2025-02-03"
   config = tiny.config(tmp_path, folder, train, data__workers=1)
-  data.pin_date(config, written)
+  data.pin(config, written)
   data.load_tokenizer(config, folder, lines.append)
   assert config.data.template_kwargs.date == "2025-02-03"
   assert len(lines) == 1

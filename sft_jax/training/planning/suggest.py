@@ -1,0 +1,303 @@
+"""Which learning rate: published sweeps, then a short probe of the run itself.
+
+    prior   5e-5 (2000 / width)^p, 10 times that under LoRA    (`prior_rate`)
+    trials  the run's first k steps at rates around it, from the same start,
+            each followed by the held-out loss                 (`Trials`)
+    rate    the lowest point of a parabola through loss and log rate
+                                                               (`find_rate`)
+
+All of it is a function of (config, data, model), so a run that is started again
+finds the same. Sources, and how good the rate is: docs/learning_rate.md.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from sft_jax.common import sharding, trees
+from sft_jax.data.pipeline import Stream
+from sft_jax.models.config import ModelConfig
+from sft_jax.models.transformer import Model
+from sft_jax.step.train_step import init_state, split_micro_batches
+from sft_jax.training.build import state as setup_state
+from sft_jax.training.build import step as setup_step
+from sft_jax.training.build.data import NOTHING, Config, Log, Own
+
+COST = 0.05  # Share of the run's computation that trials may take.
+_SPACING = 10**0.5  # Between the rates of neighboring trials.
+_FORWARD = 1 / 3  # Of a training step.
+
+
+class Suggestion(NamedTuple):
+  """A learning rate and where it comes from.
+
+  Attributes:
+    rate: the peak to train with.
+    prior: what the published sweeps say.
+    steps: of a trial; 0 where the run is too short for any.
+    trials: (rate, held-out nats per token) of each, by rate.
+  """
+
+  rate: float
+  prior: float
+  steps: int = 0
+  trials: tuple[tuple[float, float], ...] = ()
+
+  def __str__(self) -> str:
+    """One line for people."""
+    line = (
+      f"learning rate {self.rate:.2g}. Published sweeps say {self.prior:.2g}"
+    )
+    if not self.trials:
+      return f"{line}; the run is too short for trials within {COST:.0%} of it."
+    losses = ", ".join(
+      f"{loss:.4g} at {rate:.2g}" for rate, loss in self.trials
+    )
+    return f"{line}; held-out loss after {self.steps} steps: {losses}."
+
+
+def prior_rate(config: Config, shape: ModelConfig) -> float:
+  """The peak that published sweeps over models and data found best.
+
+      5e-5 x m x (2000 / width)^p
+
+  with m = 1, or 10 under LoRA with alpha 32 at any rank, and p = 0.781 for
+  Llama, 0.0775 for Qwen (Schulman et al. 2025, LoRA Without Regret, and its
+  cookbook's `hyperparam_utils`). Other families count as Llama. Early in
+  training a step moves the weights by alpha times the rate, so a smaller alpha
+  takes a larger rate. Lion takes a tenth (Chen et al. 2023, arXiv 2302.06675:
+  3 to 10 times less than AdamW).
+
+  Raises:
+    ValueError: an optimizer or objective without published sweeps.
+  """
+  for key in ("preference.loss", "distill.teacher"):
+    section, _, name = key.partition(".")
+    if on := config.get(section, {}).get(name):
+      raise ValueError(
+        f"optim.learning_rate: got 'auto' with {key}={on!r}, expected '': the "
+        "sweeps are of cross-entropy. Name a rate."
+      )
+  factors = {"adamw": 1.0, "lion": 0.1}
+  if config.optim.name not in factors:
+    raise ValueError(
+      f"optim.learning_rate: got 'auto' with optim.name={config.optim.name!r}, "
+      f"expected one of {tuple(factors)}. Name a rate."
+    )
+  power = 0.0775 if shape.family.startswith("qwen") else 0.781
+  rate = 5e-5 * (2000 / shape.d_model) ** power * factors[config.optim.name]
+  if config.lora.rank:
+    alpha = config.lora.alpha
+    alpha *= math.sqrt(config.lora.rank) if config.lora.rslora else 1.0
+    rate *= 10 * 32 / alpha
+  return rate
+
+
+class _Rate(NamedTuple):
+  rate: Any
+
+
+def _times_rate() -> optax.GradientTransformation:
+  """Multiplies updates by a number of the state: one program for all rates."""
+  return optax.GradientTransformation(
+    lambda params: _Rate(jnp.ones(())),
+    lambda updates, state, params=None: (
+      jax.tree.map(lambda x: x * state.rate, updates),
+      state,
+    ),
+  )
+
+
+class Trials:
+  """Runs of a few steps at any rate, all from the same parameters.
+
+  Memory is that of the run's own step and, once more, what it trains.
+  """
+
+  def __init__(
+    self,
+    config: Config,
+    model: Model,
+    mesh: Mesh,
+    params: trees.Tree,
+    stream: Stream,
+    held_out: Stream | None,
+    *,
+    steps: int,
+    measured: int,
+    own: Own = NOTHING,
+  ):
+    """Compiles nothing yet.
+
+    Args:
+      config: of the run, its learning rate 'auto'.
+      model: its functions.
+      mesh: the devices.
+      params: where every trial starts; they are left as they are.
+      stream: the training data.
+      held_out: what a trial is judged by; None is the next training batches.
+      steps: of a trial: the first of the run, under its schedule cut to so
+        many.
+      measured: batches that a trial is judged by.
+      own: a loss in place of the config's.
+    """
+    self._config, self._mesh, self._steps = config, mesh, steps
+    self._stream, self._held_out = stream, held_out
+    self._measured = measured
+    tx = optax.chain(
+      setup_step.make_optimizer(config, model, steps), _times_rate()
+    )
+    step = setup_step.make_step(
+      *(config, model, mesh, steps, (stream, held_out)), loss=own.loss, tx=tx
+    )
+    params = setup_state.hold_base(config, step, params, jnp.copy)
+    self._start, self._frozen = trees.partition(params, step.trained)
+    placed = setup_state.state_shardings(step, params, mesh)._replace(frozen={})
+    self._init = jax.jit(
+      lambda chosen: init_state(chosen, lambda path: True, tx),
+      out_shardings=placed,
+    )
+
+    def train(state: Any, frozen: Any, batch: Any) -> Any:
+      state, _ = step.train_step(state._replace(frozen=frozen), batch)
+      return state._replace(frozen={})
+
+    self._train = jax.jit(train, donate_argnums=0)
+    self._loss = jax.jit(step.loss_fn)
+
+  def __call__(self, rate: float) -> float:
+    """Held-out nats per token after a trial; inf where it is not finite."""
+    config, mesh = self._config, self._mesh
+    state = self._init(self._start)
+    inner, _ = state.opt_state
+    state = state._replace(opt_state=(inner, _Rate(np.float32(rate))))
+    mine = sharding.own_rows(mesh, config.batch_size, parts=config.accum_steps)
+    rows = sharding.row_sharding(mesh, leading_axes=1)
+    for batch in itertools.islice(self._stream.batches(0, mine), self._steps):
+      cut = split_micro_batches(batch, config.accum_steps)
+      state = self._train(state, self._frozen, sharding.put_rows(cut, rows))
+    params = trees.merge(state.params, self._frozen)
+    own, rows = (
+      sharding.own_rows(mesh, config.batch_size),
+      sharding.row_sharding(mesh),
+    )
+    judged = (
+      self._held_out.batches(0, own)
+      if self._held_out
+      else self._stream.batches(self._steps, own)
+    )
+    nats = weight = 0.0
+    for batch in itertools.islice(judged, self._measured):
+      sums = self._loss(params, sharding.put_rows(batch, rows))
+      nats, weight = nats + float(sums.nats), weight + float(sums.weight)
+    return nats / weight if math.isfinite(nats) and weight else math.inf
+
+
+def affordable(num_steps: int, measured: int) -> tuple[int, int]:
+  """(trials, steps of each) within `COST` of a run; (0, 0) if there are none.
+
+  Three trials, or more where each has eight steps.
+
+  >>> affordable(148, 1), affordable(2000, 2), affordable(50, 1)
+  ((3, 2), (5, 19), (0, 0))
+  """
+  for trials in (5, 4, 3):
+    steps = int(COST * num_steps / trials - measured * _FORWARD)
+    if steps >= (8 if trials > 3 else 1):
+      return trials, steps
+  return 0, 0
+
+
+def search(
+  trial: Callable[[float], float], center: float, trials: int
+) -> tuple[float, tuple[tuple[float, float], ...]]:
+  """(the best rate, (rate, loss) of every trial by rate).
+
+  Three rates around a center, then further out on the side of the lowest loss
+  while it is at an edge; and within that interval once it is not. A parabola
+  through the lowest three gives the rate.
+
+  Args:
+    trial: rate -> loss; may be inf.
+    center: where to begin.
+    trials: how often it may be called, 3 or more.
+  """
+  losses: dict[int, float] = {}
+  for number in (0, -1, 1):
+    losses[number] = trial(center * _SPACING**number)
+  while len(losses) < trials:
+    best = min(losses, key=losses.__getitem__)
+    edge = best - 1 if best == min(losses) else best + 1
+    if edge in losses:
+      break
+    losses[edge] = trial(center * _SPACING**edge)
+  best = min(losses, key=losses.__getitem__)
+  near = [losses.get(best + i, math.inf) for i in (-1, 0, 1)]
+  shift = _lowest(near) if all(map(math.isfinite, near)) else 0.0
+  table = [(center * _SPACING**n, losses[n]) for n in sorted(losses)]
+  return center * _SPACING ** (best + shift), tuple(table)
+
+
+def _lowest(losses: Sequence[float]) -> float:
+  """Where a parabola through (-1, a), (0, b), (1, c), b lowest, is lowest."""
+  a, b, c = losses
+  return (a - c) / (2 * (a - 2 * b + c)) if a + c > 2 * b else 0.0
+
+
+def find_rate(
+  config: Config,
+  model: Model,
+  mesh: Mesh,
+  params: trees.Tree,
+  stream: Stream,
+  held_out: Stream | None,
+  num_steps: int,
+  log: Log,
+  own: Own = NOTHING,
+) -> Suggestion:
+  """The rate of a run whose optim.learning_rate is 'auto'.
+
+  Raises:
+    ValueError: an optimizer without published sweeps.
+  """
+  prior = prior_rate(config, model.config)
+  measured = min(held_out.num_steps or 1, 4) if held_out else 1
+  trials, steps = affordable(num_steps, measured)
+  if not trials:
+    return Suggestion(prior, prior)
+  log(f"Finding the learning rate: {trials} trials of {steps} steps ...")
+  trial = Trials(
+    *(config, model, mesh, params, stream, held_out),
+    steps=steps,
+    measured=measured,
+    own=own,
+  )
+  rate, table = search(trial, prior, trials)
+  return Suggestion(float(f"{rate:.3g}"), prior, steps, table)
+
+
+def batch_and_epochs(config: Config, stream: Stream) -> tuple[int, int]:
+  """(packs per step, passes) that published recipes give a number of rows.
+
+  Rows per step: 32 of LIMA's 1,000 rows (Zhou et al. 2023, arXiv 2305.11206)
+  to 128 of the 939,000 of Tulu 3 (Lambert et al. 2024, arXiv 2411.15124), a
+  line between them in the logarithms; half of it under LoRA, which larger
+  batches cost more (LoRA Without Regret). Passes: 15 for LIMA, 2 for Tulu 3,
+  likewise.
+  """
+  epoch = stream.stats.epoch
+  assert epoch is not None  # A Stream has planned its first epoch.
+  rows = len(stream.store.index)
+  share = math.log(rows / 1000) / math.log(939)
+  share = min(max(share, 0.0), 1.0)
+  wanted = 32 * (128 / 32) ** share / (2 if config.lora.rank else 1)
+  packs = max(round(wanted * epoch.packs / rows), 1)
+  unit = config.accum_steps
+  return -(-packs // unit) * unit, round(15 * (2 / 15) ** share)

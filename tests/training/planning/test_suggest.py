@@ -1,0 +1,119 @@
+"""The learning rate that a run finds: its trials are runs, and it is kept."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sft_jax
+import tiny
+from sft_jax.reporting.metrics import read_jsonl
+from sft_jax.training.planning import suggest
+
+STEPS = 80
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  """(config with 'auto', its result)."""
+  folder = tmp_path_factory.mktemp("suggest")
+  model = tiny.model_folder(folder / "model")
+  held = tiny.rows_file(folder / "held.jsonl", tiny.ROWS[::3])
+  config = tiny.config(
+    *(folder, model, tiny.rows_file(folder / "rows.jsonl")),
+    **{"data__eval": str(held), "data__allow": ("overlap",)},
+    steps=STEPS, optim__learning_rate="auto", eval__kl=False, eval__gap=False,
+    optim__warmup_steps=-1, checkpoint__every=40, eval__samples=0,
+    log__every=40, export=False,
+  )  # fmt: skip
+  config.log.writers = ()
+
+  def stop(record):
+    raise RuntimeError(f"cut at step {record['step']}")
+
+  with pytest.raises(RuntimeError, match="cut at step 40"):
+    sft_jax.train(config, on_record=stop)
+  return config, sft_jax.train(config)
+
+
+def test_a_trial_is_the_beginning_of_a_run(made, tmp_path):
+  """Its loss is that of a run of so many steps at that rate, measured."""
+  config, result = made
+  start = json.loads((result.workdir / "start.json").read_text())
+  (line,) = [x for x in start["messages"] if "optim.learning_rate is" in x]
+  first = line.split("after 1 steps: ")[1].split(",")[0]
+  loss, rate = map(float, first.split(" at "))
+  config = config.copy_and_resolve_references()
+  config.workdir, config.steps = str(tmp_path / "one"), 1
+  config.optim.learning_rate, config.eval.every = rate, 1
+  config.checkpoint.keep_best = "held_out/nats_per_token"
+  config.eval.patience = 5
+  sft_jax.train(config)
+  records = read_jsonl(tmp_path / "one" / "metrics.jsonl")
+  (measured,) = [
+    x for record in records if (x := record.get("held_out/nats_per_token"))
+  ]
+  assert measured == pytest.approx(loss, rel=2e-3)  # As many digits are shown.
+
+
+def test_the_rate_is_found_once_and_kept(made, monkeypatch):
+  config, result = made
+  kept = json.loads((result.workdir / "config.json").read_text())
+  rate = kept["optim"]["learning_rate"]
+  assert 1e-4 < rate < 1
+  assert config.optim.learning_rate == "auto"
+  monkeypatch.setattr(suggest, "find_rate", None)  # Cannot be called.
+  again = sft_jax.train(config)  # Finished: nothing changed.
+  assert again.metrics == json.loads(
+    (result.workdir / "result.json").read_text()
+  )
+  records = read_jsonl(result.workdir / "metrics.jsonl")
+  peak = max(record.get("optim/learning_rate", 0) for record in records)
+  assert rate / 2 < peak <= rate
+
+
+@given(st.floats(-1.4, 1.4), st.floats(0.1, 3), st.integers(3, 5))
+def test_a_parabola_is_found_exactly(at, steep, trials):
+  """Within one spacing of the center, whatever the number of trials."""
+  best = 1e-3 * 10 ** (at / 2)
+  calls = []
+
+  def trial(rate):
+    calls.append(rate)
+    return 1 + steep * math.log(rate / best) ** 2
+
+  found, table = suggest.search(trial, 1e-3, trials)
+  assert len(calls) == len(table) <= trials
+  assert [rate for rate, _ in table] == sorted(calls)
+  if abs(at) <= 0.5 or len(table) > 3:
+    assert found == pytest.approx(best)
+  else:  # Seen from outside: the edge itself.
+    assert found == pytest.approx(1e-3 * 10 ** (math.copysign(0.5, at)))
+
+
+def test_what_explodes_is_not_taken():
+  found, _ = suggest.search(lambda r: math.inf if r > 2e-3 else 1 / r, 1e-3, 5)
+  assert found == pytest.approx(1e-3)
+
+
+@given(st.integers(1, 10**6), st.integers(1, 4))
+def test_trials_cost_a_twentieth_at_most(num_steps, measured):
+  trials, steps = suggest.affordable(num_steps, measured)
+  assert trials * (steps + measured / 3) <= 0.05 * num_steps + 1e-9
+  assert (trials >= 3 and steps >= 1) or trials == 0
+
+
+def test_the_prior_is_the_published_one():
+  config = sft_jax.default_config()
+  llama = dataclasses.replace(tiny.SPECK, family="llama", d_model=4096)
+  qwen = dataclasses.replace(llama, family="qwen3")
+  assert suggest.prior_rate(config, llama) == pytest.approx(2.856e-5, rel=1e-3)
+  config.lora.rank, config.lora.alpha = 64, 32.0
+  assert suggest.prior_rate(config, llama) == pytest.approx(2.856e-4, rel=1e-3)
+  assert suggest.prior_rate(config, qwen) == pytest.approx(4.730e-4, rel=1e-3)
+  config.optim.name = "sgd"
+  with pytest.raises(ValueError, match=r"optim\.name='sgd', expected"):
+    suggest.prior_rate(config, llama)
