@@ -12,7 +12,7 @@ finds the same. Sources, and how good the rate is: docs/learning_rate.md.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -116,10 +116,7 @@ def _times_rate() -> optax.GradientTransformation:
 
 
 class Trials:
-  """Runs of a few steps at any rate, all from the same parameters.
-
-  Memory is that of the run's own step and, once more, what it trains.
-  """
+  """Runs of a few steps at any rate, all from the same parameters."""
 
   def __init__(
     self,
@@ -138,15 +135,11 @@ class Trials:
 
     Args:
       config: of the run, its learning rate 'auto'.
-      model: its functions.
-      mesh: the devices.
+      model, mesh, stream, own: of the run.
       params: where every trial starts; they are left as they are.
-      stream: the training data.
       held_out: what a trial is judged by; None is the next training batches.
-      steps: of a trial: the first of the run, under its schedule cut to so
-        many.
+      steps: of a trial, under the run's schedule cut to so many.
       measured: batches that a trial is judged by.
-      own: a loss in place of the config's.
     """
     self._config, self._mesh, self._steps = config, mesh, steps
     self._stream, self._held_out = stream, held_out
@@ -184,17 +177,13 @@ class Trials:
       cut = split_micro_batches(batch, config.accum_steps)
       state = self._train(state, self._frozen, sharding.put_rows(cut, rows))
     params = trees.merge(state.params, self._frozen)
-    own, rows = (
-      sharding.own_rows(mesh, config.batch_size),
-      sharding.row_sharding(mesh),
-    )
-    judged = (
-      self._held_out.batches(0, own)
-      if self._held_out
-      else self._stream.batches(self._steps, own)
+    own = sharding.own_rows(mesh, config.batch_size)
+    judged = (self._held_out or self._stream).batches(
+      0 if self._held_out else self._steps, own
     )
     nats = weight = 0.0
     for batch in itertools.islice(judged, self._measured):
+      rows = sharding.row_sharding(mesh)
       sums = self._loss(params, sharding.put_rows(batch, rows))
       nats, weight = nats + float(sums.nats), weight + float(sums.weight)
     return nats / weight if math.isfinite(nats) and weight else math.inf
@@ -220,9 +209,8 @@ def search(
 ) -> tuple[float, tuple[tuple[float, float], ...]]:
   """(the best rate, (rate, loss) of every trial by rate).
 
-  Three rates around a center, then further out on the side of the lowest loss
-  while it is at an edge; and within that interval once it is not. A parabola
-  through the lowest three gives the rate.
+  Three rates around a center, then further out while the lowest loss is at an
+  edge. A parabola through the lowest and its neighbors gives the rate.
 
   Args:
     trial: rate -> loss; may be inf.
@@ -239,16 +227,11 @@ def search(
       break
     losses[edge] = trial(center * _SPACING**edge)
   best = min(losses, key=losses.__getitem__)
-  near = [losses.get(best + i, math.inf) for i in (-1, 0, 1)]
-  shift = _lowest(near) if all(map(math.isfinite, near)) else 0.0
+  left, low, right = (losses.get(best + i, math.inf) for i in (-1, 0, 1))
+  bend = left - 2 * low + right
+  shift = (left - right) / (2 * bend) if 0 < bend < math.inf else 0.0
   table = [(center * _SPACING**n, losses[n]) for n in sorted(losses)]
   return center * _SPACING ** (best + shift), tuple(table)
-
-
-def _lowest(losses: Sequence[float]) -> float:
-  """Where a parabola through (-1, a), (0, b), (1, c), b lowest, is lowest."""
-  a, b, c = losses
-  return (a - c) / (2 * (a - 2 * b + c)) if a + c > 2 * b else 0.0
 
 
 def find_rate(
