@@ -23,7 +23,7 @@ def made(tmp_path_factory):
   config = tiny.config(
     *(folder, tiny.model_folder(folder / "model")),
     tiny.rows_file(folder / "rows.jsonl"),
-    steps=OLD, batch_size=2, optim__learning_rate=PEAK, optim__warmup_steps=1,
+    steps=OLD, optim__learning_rate=PEAK, optim__warmup_steps=1,
     eval__samples=0, eval__kl=False, export=False,
   )  # fmt: skip
   config.log.writers = ()
