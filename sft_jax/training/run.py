@@ -288,6 +288,8 @@ def _build(session: Session) -> BuiltRun:
   """Data, model, state and step."""
   with session.clock.on("start"):
     built = build_run(session.config, session.log, session.own)
+    if built.suggestion:  # Kept: a resumed run logs it no more.
+      session.incidents.add("learning rate", 0, str(built.suggestion))
     host_consistency.check_data(built)
   return built
 

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import signal
 
 import pytest
 from hypothesis import given
@@ -12,6 +14,7 @@ import sft_jax
 import tiny
 from sft_jax.models.config import read_config
 from sft_jax.reporting.metrics import read_jsonl
+from sft_jax.training.interrupts import Stopped
 from sft_jax.training.planning import suggest
 
 STEPS = 80
@@ -33,9 +36,10 @@ def made(tmp_path_factory):
   config.log.writers = ()
 
   def stop(record):
-    raise RuntimeError(f"cut at step {record['step']}")
+    if record["step"] == 40:
+      os.kill(os.getpid(), signal.SIGTERM)
 
-  with pytest.raises(RuntimeError, match="cut at step 40"):
+  with pytest.raises(Stopped):
     sft_jax.train(config, on_record=stop)
   return config, sft_jax.train(config)
 
@@ -43,8 +47,8 @@ def made(tmp_path_factory):
 def test_a_trial_is_the_beginning_of_a_run(made, tmp_path):
   """Its loss is that of a run of so many steps at that rate, measured."""
   config, result = made
-  start = json.loads((result.workdir / "start.json").read_text())
-  (line,) = [x for x in start["messages"] if "optim.learning_rate is" in x]
+  incidents = read_jsonl(result.workdir / "incidents.jsonl")
+  (line,) = [x["message"] for x in incidents if x["kind"] == "learning rate"]
   loss = float(line.split("after 1 steps: ")[1].split(" at ")[0])
   shape = read_config(config.model.path)  # The lowest rate comes first.
   rate = suggest.prior_rate(config, shape) / 10**0.5
