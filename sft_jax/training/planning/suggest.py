@@ -69,7 +69,8 @@ def prior_rate(config: Config, shape: ModelConfig) -> float:
       5e-5 x m x (2000 / width)^p
 
   with m = 1, or 10 under LoRA with alpha 32 at any rank, and p = 0.781 for
-  Llama, 0.0775 for Qwen (Schulman et al. 2025, LoRA Without Regret, and its
+  Llama, 0.0775 for Qwen; below a width of 2,000, where no sweep of Qwen is
+  known, 0.781 too (Schulman et al. 2025, LoRA Without Regret, and its
   cookbook's `hyperparam_utils`). Other families count as Llama. Early in
   training a step moves the weights by alpha times the rate, so a smaller alpha
   takes a larger rate. Lion takes a tenth (Chen et al. 2023, arXiv 2302.06675:
@@ -91,7 +92,8 @@ def prior_rate(config: Config, shape: ModelConfig) -> float:
       f"optim.learning_rate: got 'auto' with optim.name={config.optim.name!r}, "
       f"expected one of {tuple(factors)}. Name a rate."
     )
-  power = 0.0775 if shape.family.startswith("qwen") else 0.781
+  flat = shape.family.startswith("qwen") and shape.d_model >= 2000
+  power = 0.0775 if flat else 0.781
   rate = 5e-5 * (2000 / shape.d_model) ** power * factors[config.optim.name]
   if config.lora.rank:
     alpha = config.lora.alpha
@@ -192,14 +194,14 @@ class Trials:
 def affordable(num_steps: int, measured: int) -> tuple[int, int]:
   """(trials, steps of each) within `COST` of a run; (0, 0) if there are none.
 
-  Three trials, or more where each has eight steps.
+  Five, or fewer, down to three, where each would have no step.
 
   >>> affordable(148, 1), affordable(2000, 2), affordable(50, 1)
-  ((3, 2), (5, 19), (0, 0))
+  ((5, 1), (5, 19), (0, 0))
   """
   for trials in (5, 4, 3):
-    steps = int(COST * num_steps / trials - measured * _FORWARD)
-    if steps >= (8 if trials > 3 else 1):
+    steps = max(int(COST * num_steps / trials - measured * _FORWARD), 0)
+    if steps:
       return trials, steps
   return 0, 0
 
@@ -251,7 +253,8 @@ def find_rate(
     ValueError: an optimizer without published sweeps.
   """
   prior = prior_rate(config, model.config)
-  measured = min(held_out.num_steps or 1, 4) if held_out else 1
+  few = num_steps < 500  # What measuring costs would be missing for trials.
+  measured = min((held_out and held_out.num_steps) or 1, 1 if few else 4)
   trials, steps = affordable(num_steps, measured)
   if not trials:
     return Suggestion(prior, prior)
