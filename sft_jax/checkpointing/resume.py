@@ -165,9 +165,8 @@ def config_changes(
   before, after = (trees.flatten(json.loads(json.dumps(x))) for x in (old, new))
   lines = [
     f"{key.replace('/', '.')}: {before.get(key)!r} -> {after.get(key)!r}"
-    for key in sorted(before.keys() | after.keys())
-    if before.get(key) != after.get(key)
-    and key not in (*_WITHOUT_EFFECT, *allowed)
+    for key in sorted((before.keys() | after.keys()) - {*allowed})
+    if before.get(key) != after.get(key) and key not in _WITHOUT_EFFECT
   ]
   seen, now = (step * x.get("batch_size", 0) for x in (before, after))
   if seen != now:
