@@ -44,12 +44,17 @@ ELSEWHERE = {
   "python tools/dev/make_demo.py": "tests/tools/test_demo_data.py",
   "python tools/dev/make_goldens.py": "needs transformers",
   "python tools/dev/parity.py": "tests/models/test_parity.py, of the oracles",
-  "sft-jax plan --config=configs/models/llama": "needs libtpu; .ci/run",
+  "sft-jax plan --config=configs/models/": "needs libtpu; .ci/run",
+  "sft-jax export": "needs a run; tests/checkpointing, tests/tools",
+  "sft-jax merge": "tests/models/hf/test_merging.py",
   "sft-jax replay": "needs a run; tests/faults",
   "sft-jax selfcheck": "minutes; tests/tools/test_selfcheck_tool.py",
   "python tools/dev/run_lessons.py": "an hour; tests/tools/test_run_lessons.py",
   "python tools/dev/run_traps.py": "minutes; tests/mutations/test_traps.py",
   "sft-jax score": "tests/tools/test_score_data.py",
+  "sft-jax select": "needs scores; tests/evals",
+  "sft-jax teach": "needs a teacher; tests/training/test_distillation.py",
+  "sft-jax suggest": "minutes; tests/training/planning/test_suggest.py",
   "sft-jax synthesize": "tests/tools/test_synthesise.py",
 }
 PLACES = {

@@ -325,5 +325,9 @@ def is_blank(text: str) -> bool:
 
 def one_line(name: str) -> str:
   """The name of a file or source, which may hold any character, as one line."""
-  name = name.replace("\n", "\u240a").replace("\r", "\u240d")
-  return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+  return name.replace("\n", "\u240a").replace("\r", "\u240d")
+
+
+def printable_name(name: str) -> str:
+  """The same for an error, without controls of a terminal."""
+  return _printable(one_line(name))

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
@@ -275,10 +276,12 @@ def run_of(mesh) -> Any:
 
 
 def config_of(mode) -> Any:
-  return SimpleNamespace(
-    selfcheck=mode,
-    data=SimpleNamespace(seq_len=16),
-    model=SimpleNamespace(dtype="float32"),
+  return ml_collections.ConfigDict(
+    {
+      "selfcheck": mode,
+      "data": {"seq_len": 16},
+      "model": {"dtype": "float32"},
+    }
   )
 
 

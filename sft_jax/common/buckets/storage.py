@@ -14,7 +14,7 @@ import fnmatch
 import functools
 import glob
 import hashlib
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -89,7 +89,8 @@ def _client(scheme: str) -> Any:
     import fsspec
     from fsspec import config
 
-    importlib.import_module(_CLIENTS[scheme])
+    if not importlib.util.find_spec(_CLIENTS[scheme]):
+      raise ImportError(_CLIENTS[scheme])
   except ImportError as error:
     raise ValueError(
       f"{scheme}://: needs {_CLIENTS[scheme]}, which is not installed; "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sft_jax.common import hub
 from sft_jax.common.buckets import storage
-from sft_jax.data.conversation import RowError, one_line
+from sft_jax.data.conversation import RowError, printable_name
 from sft_jax.data.readers import arrow, json
 from sft_jax.data.readers.json import OnBadRow, Rows
 
@@ -135,14 +135,14 @@ def find_files(path: str | Path) -> list[Path]:
     found = _one_split(folder, part, named)
   if not found:
     raise ValueError(
-      f"{one_line(str(path))}: got no such file; expected a file, a folder, or "
-      "a glob that matches a file. Check the path."
+      f"{printable_name(str(path))}: got no such file; expected a file, a "
+      "folder, or a glob that matches a file. Check the path."
     )
   for file in found:
     if not _ending(file):
       raise ValueError(
-        f"{one_line(str(file))}: got suffix {file.suffix!r}; expected one of "
-        f"{', '.join(_TEXT)}, each alone or with one of "
+        f"{printable_name(str(file))}: got suffix {file.suffix!r}; expected "
+        f"one of {', '.join(_TEXT)}, each alone or with one of "
         f"{', '.join(json.COMPRESSIONS)}; or .parquet or .arrow. Rename or "
         "convert the file."
       )
@@ -228,19 +228,18 @@ def _one_split(folder: Path, part: str, path: str) -> list[Path]:
   if len(sets) > 1 and not part and len(with_part("train")[1]) == 1:
     chosen, sets = with_part("train")
   if len(sets) != 1:
-    listed = list(map(one_line, (sets or with_part("")[1])[:20]))
+    listed = list(map(printable_name, (sets or with_part("")[1])[:20]))
     part = Path(listed[-1]).name.partition(".")[0] if listed else "train"
     raise ValueError(
-      f"{one_line(path)}: got {len(sets)} sets of files, of "
+      f"{printable_name(path)}: got {len(sets)} sets of files, of "
       f"{', '.join(listed) or 'none'}; expected one, of one split. Append "
-      f"a part of its name, as in {one_line(path).partition('#')[0]}#{part}, "
-      "or write a glob."
+      "a part of its name, as in "
+      f"{printable_name(path).partition('#')[0]}#{part}, or write a glob."
     )
   shard = _SHARD.search(found[chosen[0]])
   if shard and len(chosen) != (wanted := int(shard[1])):
     raise ValueError(
-      f"{one_line(path)}: got {len(chosen)} files of {one_line(sets[0])}, "
-      f"expected {wanted} as "
-      "their names say. Fetch the others, or write a glob."
+      f"{printable_name(path)}: got {len(chosen)} files of "
+      f"{printable_name(sets[0])}, expected {wanted} as their names say. Fetch the others, or write a glob."
     )
   return chosen
