@@ -240,6 +240,7 @@ def _one_split(folder: Path, part: str, path: str) -> list[Path]:
   if shard and len(chosen) != (wanted := int(shard[1])):
     raise ValueError(
       f"{printable_name(path)}: got {len(chosen)} files of "
-      f"{printable_name(sets[0])}, expected {wanted} as their names say. Fetch the others, or write a glob."
+      f"{printable_name(sets[0])}, expected {wanted} as their names say. "
+      "Fetch the others, or write a glob."
     )
   return chosen
