@@ -81,6 +81,12 @@ def test_chunks_are_the_definition_in_float64(arrays, kind):
   )
 
 
+def _log_softmax(z):
+  z = np.float64(z)
+  top = z.max(-1, keepdims=True)
+  return z - top - np.log(np.exp(z - top).sum(-1, keepdims=True))
+
+
 def test_kept_tokens_are_the_whole_as_they_grow(arrays):
   hidden, head, theirs, their_head, targets, weights = arrays
   y = jax.nn.log_softmax(theirs @ their_head.T)
@@ -108,6 +114,15 @@ def test_kept_tokens_are_the_whole_as_they_grow(arrays):
     )
   )(jnp.asarray(hidden))
   values = [float(at(top)[0]) for top in (2, 6, 14, V)]
+  # By hand at 2: the others are one event of either model.
+  q, p = (np.exp(np.float64(x)) for x in (y, _log_softmax(hidden @ head.T)))
+  order = np.argsort(-q, axis=-1)[..., :2]
+  two = [np.take_along_axis(x, order, -1) for x in (q, p)]
+  events = [np.concatenate([x, 1 - x.sum(-1, keepdims=True)], -1) for x in two]
+  kl = (events[0] * np.log(events[0] / events[1])).sum(-1)
+  nll = -np.log(np.take_along_axis(p, targets[..., None], -1)[..., 0])
+  by_hand = (weights * (0.7 * kl + 0.4 * nll)).sum()
+  np.testing.assert_allclose(values[0], by_hand, rtol=1e-4)
   assert values == sorted(values)
   assert values[0] < float(whole[0]) - 1e-3  # What the tail hides.
   jax.tree.map(
