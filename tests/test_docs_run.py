@@ -46,7 +46,7 @@ ELSEWHERE = {
   "python tools/dev/parity.py": "tests/models/test_parity.py, of the oracles",
   "sft-jax plan --config=configs/models/": "needs libtpu; .ci/run",
   "sft-jax export": "needs a run; tests/checkpointing, tests/tools",
-  "sft-jax merge": "tests/models/hf/test_merging.py",
+  "sft-jax merge": "tests/tools/test_merge.py",
   "sft-jax replay": "needs a run; tests/faults",
   "sft-jax selfcheck": "minutes; tests/tools/test_selfcheck_tool.py",
   "python tools/dev/run_lessons.py": "an hour; tests/tools/test_run_lessons.py",
