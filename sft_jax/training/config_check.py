@@ -99,7 +99,9 @@ _NO_PAIRS = (
 _NOT_KWARGS = {"messages", "tools", "add_generation_prompt"}
 EXTENSIONS = ("constant", "rewarm", "stretch")  # See build/step.py.
 # What a number may be besides.
-_WORDS = dict.fromkeys(("eval.max_seconds", "optim.learning_rate"), ("auto",))
+_WORDS: dict[str, tuple[str, ...]] = dict.fromkeys(
+  ("eval.max_seconds", "optim.learning_rate"), ("auto",)
+)
 
 
 def check(config: ml_collections.ConfigDict | Mapping[str, Any]) -> RunConfig:

@@ -268,7 +268,7 @@ def _extended(
     )
   if step > begin:
     return resumed
-  rate = setup_step.schedule(session.config, end)
+  rate: Any = setup_step.schedule(session.config, end)
   says = {
     "constant": "stays",
     "rewarm": "warms up again and falls",

@@ -80,7 +80,7 @@ def schedule(config: Config, num_steps: int) -> optax.Schedule:
 
   extended = config.optim.get("extended", ())  # Not in older workdirs.
   ends = [*(begin for begin, _ in extended), num_steps]
-  made = planned(ends[0])
+  made: Any = planned(ends[0])
   for (begin, how), end in zip(extended, ends[1:], strict=True):
     if how == "stretch":
       made = planned(end)
