@@ -36,7 +36,23 @@ RUN = {
   "sft-jax report": "",
 }
 # Why not here: what runs them instead.
+_MAIN = "python -m sft_jax.main --config=configs/base.py"
 ELSEWHERE = {
+  "python -m sft_jax.main --config=... --config.epochs=4 --extend": (
+    "needs a run; tests/training/test_extend.py"
+  ),
+  "python -m sft_jax.main --config=my.py --config.distill.teacher=kept": (
+    "needs a teacher's predictions; tests/training/test_distillation.py"
+  ),
+  f"{_MAIN} --config.data.filter=": (
+    "needs scores; tests/tools/test_score_data.py"
+  ),
+  f"{_MAIN} --config.workdir=runs/chain": (
+    "needs a run; tests/training/test_run.py"
+  ),
+  f"{_MAIN} --config.workdir=runs/gemma": (
+    "hours, and a real model; docs/real_models.md"
+  ),
   "python tools/bench/": "minutes, rivals; tests/tools runs the parts",
   "python tools/convert_oasst.py": "tests/tools/test_convert_oasst.py",
   "python tools/convert_sgd.py": "tests/tools/test_convert_sgd.py",
@@ -66,9 +82,10 @@ PLACES = {
 
 
 def _rule(rules: dict[str, str], line: str) -> str | None:
+  """What the rules say of a line, if no others have a longer prefix of it."""
   plain = " ".join(line.split())
-  found = [prefix for prefix in rules if plain.startswith(prefix)]
-  return rules[max(found, key=len)] if found else None
+  found = [p for p in RUN.keys() | ELSEWHERE.keys() if plain.startswith(p)]
+  return rules.get(max(found, key=len)) if found else None
 
 
 LINES = list(dict.fromkeys(" ".join(line.split()) for _, line in COMMANDS))
