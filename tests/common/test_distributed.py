@@ -182,6 +182,7 @@ def test_when_one_is_gone_the_other_names_it(tmp_path, inputs, victim, how):
   try:
     code = processes[1 - victim].wait(60)
   finally:
+    processes[victim].kill()  # A stopped one does not end by itself.
     (_, said) = finish(processes, workdir, 0)[1 - victim]
   assert time.monotonic() - begin < 60
   assert code == 1
