@@ -22,7 +22,7 @@ from sft_jax.models.layers.short_conv import ShortConv
 
 
 class Mamba2(nn.Module):
-  """The mixer of Granite 4.0 and Bamba.
+  """The mixer of Granite 4.0 (Bamba has the same layer and no entry).
 
   Attributes:
     config: K = `mixer_groups` of N = `mixer_heads`.
