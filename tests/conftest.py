@@ -13,6 +13,7 @@ So programs of earlier files are let go when there are many.
 import gc
 import importlib.metadata
 import os
+import signal
 from pathlib import Path
 
 from packaging.version import Version
@@ -52,6 +53,20 @@ jaxtyping.install_import_hook(
 
 _MAPPINGS = Path("/proc/self/maps")
 _MANY = 20_000
+
+
+def pytest_runtest_logreport(report):
+  """Names a failure when it happens: a run that is cut short shows none."""
+  if report.failed and hasattr(report, "node"):  # Where workers report.
+    print(f"\n{report.when} of {report.nodeid} failed", flush=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_timer_left():
+  """A timer of CPU time that a test leaves ends a later one without a word."""
+  yield
+  if hasattr(signal, "getitimer"):
+    assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -12,6 +12,7 @@ from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.chat.template import ChatTemplate
 from sft_jax.data.conversation import RowError
 from sft_jax.data.encoding import encode
+from sft_jax.data.tokenizers import child
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
 from tiny_rows import chat
 from tiny_tokenizers import CHATML, SHARED, byte_level
@@ -394,7 +395,9 @@ def test_what_looks_ahead_or_back_is_rendered_cut_by_cut(source):
     ("{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ m.content }}", False),
   ],
 )
-def test_windows_are_the_renderings_of_each_cut(body, windowed):
+def test_windows_are_the_renderings_of_each_cut(body, windowed, monkeypatch):
+  # Its timer is the child's: here it would end this process.
+  monkeypatch.setattr(child, "limit_time", lambda seconds: None)
   source = (
     "{% set ns = namespace(last=0, n=0) %}{% for m in messages %}"
     "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}"
