@@ -88,6 +88,7 @@ def test_out_of_memory_is_an_error_with_a_cure(monkeypatch, capsys):
   for name, value in (
     ("CONFIG", None),
     ("FORCE", False),
+    ("EXTEND", ""),
     ("DRY_RUN", False),
     ("DEBUG", False),
   ):
