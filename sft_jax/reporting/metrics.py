@@ -1,4 +1,8 @@
-"""Metrics: sums over a window of steps, divided once; one jsonl record."""
+"""Metrics: sums over a window of steps, divided once; one jsonl record.
+
+`step/train_step` makes the sums; docs/metrics.md defines every name, and says
+which file computes it. What a progress line shows is in `terminal.figures`.
+"""
 
 import contextlib
 import json
