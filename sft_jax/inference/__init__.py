@@ -2,5 +2,5 @@
 
 Reading order: generate (conversations to replies), sampler (prompts of token
 ids through a batch that is refilled), decode (what runs on the device),
-sampling (the choice of the next token).
+sampling (the choice of the next token). logprobs scores text that is given.
 """

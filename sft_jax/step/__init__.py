@@ -5,5 +5,6 @@ and metrics as (sum, weight) pairs.
 
 Reading order: `train_step` (one step, accumulation, what is skipped), `loss`
 (the formula, its gradient, chunks), `loss_groups` (losses by token role and
-source), `optimizer` (schedules, optimizers, rounding).
+source), `optimizer` (schedules, optimizers, rounding); then other objectives:
+`distillation` (a teacher) and `preferences` (pairs of answers).
 """

@@ -7,5 +7,6 @@ files into an export.
 
 Reading order: `tokenizer` (the protocol and `load_tokenizer`), `files` (what a
 folder holds beside the vocabulary), `huggingface` and `sentencepiece` (the two
-libraries), `literal` (special tokens as text).
+libraries), `literal` (special tokens as text), `child` (a process that tries
+untrusted files first).
 """

@@ -5,5 +5,7 @@ its parameters on their devices, or a folder that transformers loads.
 
 Reading order: `load_save` (the two entry points), `parameter_map` (which
 tensor holds which parameter), `safetensors_files` (files, checked),
-`device_loading` (rows of files to devices); then PEFT's adapters.
+`device_loading` (rows of files to devices), `dequantize` (files in few bits);
+then PEFT's adapters (`peft_load`, `peft_save`, `peft_moe`), and `merging` (one
+model of several).
 """

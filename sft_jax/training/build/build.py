@@ -1,7 +1,7 @@
 """Building a run from its config: data, model, state and step.
 
-Only this folder and `training` above it read `config`: everything below takes
-plain arguments.
+Only `training` and `commands` read `config`: everything below takes plain
+arguments.
 """
 
 from collections.abc import Callable, Iterator
