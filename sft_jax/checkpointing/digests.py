@@ -13,7 +13,7 @@ folds the digests of all steps into one short text:
 
     chain_k = sha256(chain_{k-1} + digest_k)[:16],  chain_0 = ''
 
-It stands in every record of metrics.jsonl and in every checkpoint. Two runs
+It is in every record of metrics.jsonl and in every checkpoint. Two runs
 with the same chain at a step have consumed the same rows at every step before
 it: an interrupted run, or one on other devices, proves itself by it.
 """
@@ -46,7 +46,7 @@ def digest(
 
       d_j = sum_i mix(bits(x_i) + (i + 1) * odd_j)  mod 2**32,  j = 0, 1
 
-  where mix is a bijection of 32-bit words (Murmur3's finaliser) and i counts
+  where mix is a bijection of 32-bit words (Murmur3's finalizer) and i counts
   the elements of the whole array. Integer sums wrap exactly, so the digest is
   the same on any sharding and device, and that of an array is the sum of those
   of its blocks. It guards against decay, not against an adversary.

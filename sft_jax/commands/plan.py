@@ -1,6 +1,6 @@
 """Know before you start: what a run needs, and how fast it can be.
 
-    sft-jax plan --config=configs/models/llama3_8b_tpu_v5p.py \
+    sft-jax plan --config=configs/models/llama3_8b_tpu_v5p.py \\
         --topology=v5p:2x2x1
 
 Compiles the very step that the run would take, for a machine that need not be

@@ -4,7 +4,7 @@
 
 Every example of the step's batch: its place in the data, its pack,
 and its text: prompt dim, trained green (of another weight than 1: yellow),
-special tokens bold. Without colours (a pipe, NO_COLOR) what is trained stands
+special tokens bold. Without colors (a pipe, NO_COLOR) what is trained stands
 in [[double brackets]]. The data are rebuilt, or taken from the run's cache, and
 must have the fingerprint that the run's data.json says.
 """

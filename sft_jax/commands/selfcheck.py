@@ -4,7 +4,7 @@
 
 Builds the run of a config and measures what must not matter: other documents
 of a row, packing, the cut into micro-batches, the placement of rows, devices,
-rematerialisation, the loss's slices; that stop tokens are trained; and that
+rematerialization, the loss's slices; that stop tokens are trained; and that
 the export computes the model's logits. No step is taken and the workdir gets
 nothing but the encoded data. See docs/reliability.md.
 
@@ -43,7 +43,7 @@ def check(config: Config, log: Log) -> list[Finding]:
   built = built._replace(state=None)
   log("The quick form ...")
   findings = quick_of_run(config, built, params)
-  log("The cut, rematerialisation, slices of the loss, devices ...")
+  log("The cut, rematerialization, slices of the loss, devices ...")
   findings += _invariances(config, built, params)
   findings.append(_stops(built))
   log("The export ...")

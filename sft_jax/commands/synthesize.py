@@ -63,7 +63,7 @@ def make(args: argparse.Namespace) -> synthesis.Synthesis:
     except NothingToTrain as nothing:  # Never of a turn that says something.
       raise AssertionError(nothing) from nothing
 
-  return synthesis.synthesise(
+  return synthesis.synthesize(
     items,
     sample,
     teacher=args.teacher,

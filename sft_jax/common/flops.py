@@ -222,7 +222,7 @@ def matmul_params(
 ) -> tuple[int, int]:
   """Counts the parameters that multiply every token: (trained, frozen).
 
-  These are all kernels, quantised or not, LoRA factors and the head, be it
+  These are all kernels, quantized or not, LoRA factors and the head, be it
   tied to the embedding or not; of experts those that a token goes through, and
   the whole router. Looking an embedding up, norms and biases are no matmul.
 

@@ -17,13 +17,13 @@ ROWS = ("data", "fsdp")
 SLOTS = PartitionSpec(ROWS, "context")
 WHOLE_ROWS = PartitionSpec(ROWS)
 
-# Of neighbours in a mesh the last axis makes the nearest: `tensor` and
+# Of neighbors in a mesh the last axis makes the nearest: `tensor` and
 # `context` talk in every layer.
 AXES = ("data", "fsdp", "context", "tensor")
 
 # (pattern, spec) over parameter paths; layers are stacked on a leading axis.
 # Kernels are [L, in, out]: `tensor` divides what one device can multiply
-# alone (heads, ffn width), `fsdp` the other side. A quantised kernel's codes
+# alone (heads, ffn width), `fsdp` the other side. A quantized kernel's codes
 # and scales lie as the kernel would: their axes mean the same.
 RULES: Sequence[tuple[str, PartitionSpec]] = (
   (r"(embed|head)/embedding", PartitionSpec("tensor", "fsdp")),

@@ -115,7 +115,7 @@ class Conversation:
     messages: the turns; empty where `text` or `ids` is given.
     tools: JSON schemas exactly as written.
     text: raw text, every token of which is trained; None for a conversation.
-    ids: the tokens of a row that was tokenised elsewhere; else empty.
+    ids: the tokens of a row that was tokenized elsewhere; else empty.
     id_weights: the weight of predicting each of `ids`, as many as they.
     rejected: of a preference row, the same conversation with the worse answer.
     desirable: False where the answer is one that should not be given.

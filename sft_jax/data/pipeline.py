@@ -84,7 +84,7 @@ class Stream:
       store: encoded rows, none longer than `seq_len`.
       seq_len: slots of a row, T.
       batch_size: rows of a global batch, B, over all processes.
-      seed: decides order and neighbours.
+      seed: decides order and neighbors.
       packing: False gives every document a row of its own.
       epochs: passes over the data; None never ends.
       normalize: 'token' leaves weights as encoded; 'example' divides each

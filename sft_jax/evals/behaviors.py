@@ -148,7 +148,7 @@ class Score(NamedTuple):
     stopped: those that stopped by themselves.
     format, content: of the items with checks of that kind (`checks.kind`),
       those that failed none of them, stopped or not; None without such items.
-      The form learnt without the matter, or against it, shows in their gap.
+      The form learned without the matter, or against it, shows in their gap.
   """
 
   n: int

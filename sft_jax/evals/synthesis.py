@@ -83,7 +83,7 @@ def _asked(items: Sequence[Item]) -> overlap.Rows:
   return overlap.Rows(words, words)
 
 
-def synthesise(
+def synthesize(
   items: Sequence[Item],
   sample: Sample,
   *,
@@ -115,7 +115,7 @@ def synthesise(
   """
   if keep not in KEEP or attempts < 1:
     raise ValueError(
-      f"synthesise: got keep {keep!r} and {attempts} attempts; expected one of "
+      f"synthesize: got keep {keep!r} and {attempts} attempts; expected one of "
       f"{', '.join(KEEP)} and at least one attempt. Correct them."
     )
   groups: dict[str, Group] = collections.defaultdict(Group)

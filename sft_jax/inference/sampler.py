@@ -1,7 +1,8 @@
 """Sampling: prompts in, replies out, as they come; token ids only.
 
-The model arrives as three functions (`decode`, `logits`, `init_cache`; see
-docs/architecture.md), so this file knows no model, no text and no template.
+The model arrives as three functions (`decode`, `logits`, `init_cache`; those of
+`models.transformer.Model`), so this file knows no model, no text and no
+template.
 
 A batch has `batch_size` rows. Prompts enter in groups of a quarter of that;
 then all rows decode together until a group's worth of them is done, and the
@@ -79,7 +80,7 @@ def stream(
   """Samples one reply per prompt; yields what is new of each as it comes.
 
   A row draws from `fold_in(fold_in(key(seed), index), step)`, so its reply
-  depends on its index and the seed, never on its neighbours (to the rounding
+  depends on its index and the seed, never on its neighbors (to the rounding
   of the model's own arithmetic). With `seeds`, on its own seed alone.
 
   Args:

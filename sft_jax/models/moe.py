@@ -1,7 +1,7 @@
 """Mixture of experts: a router sends each token through k of E small MLPs.
 
 No expert has a capacity and no token is dropped, so what a token gets never
-depends on its neighbours: packing and padding change nothing. Tokens are
+depends on its neighbors: packing and padding change nothing. Tokens are
 sorted by expert, so that each expert multiplies one block of rows; here 3
 tokens of k = 2 and E = 3:
 

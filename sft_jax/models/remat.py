@@ -5,7 +5,7 @@ With D the width, A = N H that of attention's output, P the sum of the widths
 of all projections (q, k, v, o, and of the MLP), per token and layer:
 
     none        all but      again: the inside of norms and activations, which
-                             `layers` and `blocks` never keep
+                             `block` never keeps
     norms       D + P + A    again: norms, rotations, activations
     attention   D + A        again: projections too; attention itself is not,
                              where its backend keeps its log-sum-exp
@@ -14,7 +14,7 @@ of all projections (q, k, v, o, and of the MLP), per token and layer:
                              host's memory
 
 What is kept is named where it is made: `linear` and `moe` name projections,
-`blocks` the input of a block, `attention` and its backends their output.
+`block` its input, `attention` and its backends their output.
 """
 
 from collections.abc import Callable

@@ -277,7 +277,7 @@ def build(
   def logits(
     params: Tree, hidden: Float[Array, "B T D"]
   ) -> Float32[Array, "B T V"]:
-    """Unnormalised log-probabilities of the next token, float32."""
+    """Unnormalized log-probabilities of the next token, float32."""
     with jax.named_scope("head"):
       z = jnp.einsum(
         "btd,vd->btv",

@@ -26,7 +26,7 @@ def time_line(account: dict[str, float]) -> str:
 
 
 def stop_line(records: Sequence[Mapping[str, Any]]) -> str:
-  """A warning where the stop token was not learnt; '' where it was.
+  """A warning where the stop token was not learned; '' where it was.
 
   >>> stop_line([{"acc/stop_token": 0.25}])[:56]
   'The stop token was predicted in 25% of its places in the'

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-# Invisible, or of the direction of writing: spelt out.
+# Invisible, or of the direction of writing: spelled out.
 _SPELT = (
   *(0x061C, 0xFEFF, *range(0x80, 0xA0), *range(0x200E, 0x2010)),
   *(*range(0x2028, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)),
@@ -67,7 +67,7 @@ def visible(text: object) -> str:
   """A text whose control characters are shown and not obeyed.
 
   An escape becomes '␛'; tabs and new lines stay. What reverses the direction
-  of writing, and halves of surrogate pairs, are spelt out: '<202E>'.
+  of writing, and halves of surrogate pairs, are spelled out: '<202E>'.
   """
   return str(text).translate(_VISIBLE)
 
@@ -197,7 +197,7 @@ def figures(values: Mapping[str, float]) -> str:
     share = f"{values['speed/peak_share']:.0%} of peak  "
   device = "memory/device_peak_bytes" in values
   held = values[f"memory/{'device' if device else 'host'}_peak_bytes"]
-  # Until it is learnt: without it no reply ends by itself.
+  # Until it is learned: without it no reply ends by itself.
   stop = values.get("acc/stop_token", 1.0)
   return (
     f"loss {values['loss/nats_per_token']:.3f}  "

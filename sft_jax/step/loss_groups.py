@@ -35,7 +35,7 @@ def of(batch: Batch, num_roles: int) -> Int32[Array, "B T K"]:
   with jax.named_scope("token_groups"):
     trained = jnp.asarray(batch.loss_weights) != 0
     before = jnp.pad(trained, ((0, 0), (1, 0)))[:, :-1]
-    # A document's last slot predicts nothing: it parts neighbours, too.
+    # A document's last slot predicts nothing: it parts neighbors, too.
     first = jnp.where(trained & ~before, num_roles, -1)
     ids = [first]
     if batch.roles is not None:

@@ -56,7 +56,7 @@ class LoraConfig:
   plus_ratio: float = 1.0  # Learning rate of B over that of A (LoRA+).
   also_train: tuple = ()  # Regexes of parameters that train whole: ("norm",).
   # Tokens whose rows of the embedding train, alone; "auto" stands for new ones
-  # and control tokens that the base never learnt; () = none.
+  # and control tokens that the base never learned; () = none.
   new_token_rows: tuple = ("auto",)
   path: str = ""  # A PEFT folder to start from, with its own rank and alpha.
 

@@ -43,7 +43,7 @@ class Teacher:
 
 def run(said, items=None, **choices):
   teacher = Teacher(said)
-  made = synthesis.synthesise(
+  made = synthesis.synthesize(
     items or [item(n) for n in said],
     teacher,
     teacher="t",
@@ -152,7 +152,7 @@ def test_rows_are_read_back_and_train_the_teachers_turn_alone():
     tools=tools,
   )
   one = item(1)._replace(prompt=prompt)
-  made = synthesis.synthesise(
+  made = synthesis.synthesize(
     [one],
     lambda prompts, seeds: [reply("yes at 12", reasoning="It says 12.")],
     teacher="t",
@@ -188,5 +188,5 @@ def test_what_cannot_be_trained_on_or_says_nothing_is_refused():
 
 def test_choices_that_make_no_sense():
   for choices in ({"keep": "best"}, {"attempts": 0}):
-    with pytest.raises(ValueError, match="synthesise: got keep"):
+    with pytest.raises(ValueError, match="synthesize: got keep"):
       run(SAID, **choices)

@@ -8,7 +8,7 @@ as those of GSM8K in its chat template (184 tokens on average, 315 at the 95th
 percentile); one that the shortest row cuts is cut in the longer ones too, so
 the work of attention that cannot be avoided is the same. Programs take turns
 and the best of --rounds counts, by the clock and by the CPU time of all
-threads, which busy neighbours disturb less; memory is what XLA reserves for
+threads, which busy neighbors disturb less; memory is what XLA reserves for
 temporaries.
 """
 

@@ -9,7 +9,7 @@ candidate when one band agrees, with probability 1 - (1 - J^r)^b:
     found     0.01    0.27    0.92    0.998   1 - 1e-7      b = 20, r = 6
 
 Candidates are compared set with set, so no pair is reported that is not one.
-Band keys lie on disk, a band at a time is in memory.
+Band keys are on disk; one band at a time is in memory.
 """
 
 import tempfile

@@ -1,4 +1,4 @@
-"""Thoughts: whether the reasoning that rows hold is in what is trained.
+"""Reasoning: whether what rows hold is in what is trained.
 
 Rows hold reasoning under many names, and a format that does not know one
 would drop it in silence. So the rows themselves are searched, whatever their
@@ -25,7 +25,7 @@ _KEYS = re.compile(
   re.IGNORECASE,
 )
 _BLOCK = re.compile(r"<think(?:ing)?>(.*?)</think(?:ing)?>", re.DOTALL)
-# Of its words; tokenizers may normalise the others away.
+# Of its words; tokenizers may normalize the others away.
 _FOUND = 0.9
 _SHOWN = 5
 

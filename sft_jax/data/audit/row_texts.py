@@ -1,8 +1,8 @@
-"""Texts: what the rows of a run say, kept on disk for looks that need words.
+"""The texts of a run's rows, kept on disk for checks that read words.
 
 A row is five texts: its place, the system prompt (with the tools on offer),
 the prompt (all other turns before the answer), the reasoning and the answer
-(the last trained turn). Raw text is an answer without a prompt. They lie in
+(the last trained turn). Raw text is an answer without a prompt. They are in
 files, so that memory holds a few numbers per row however long the rows are.
 """
 

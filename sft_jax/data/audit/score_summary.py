@@ -1,4 +1,4 @@
-"""Score figures: how the scores of rows are spread, and the rows at the ends.
+"""Summary of scores: how those of the rows spread, and the rows at the ends.
 
 Plain values, for the terminal, the page and other programs alike.
 """

@@ -1,7 +1,7 @@
-"""Inspection: all that can be said of data before it trains, as plain values.
+"""Summary of an audit: all that is known of data before it trains.
 
-`inspect` gathers it for the terminal, the page and other programs alike; its
-keys are those of `sft-jax inspect --json`, described in docs/audit.md.
+`inspect` gathers it as plain values, for the terminal, the page and programs;
+its keys are those of `sft-jax inspect --json`, described in docs/audit.md.
 """
 
 import itertools

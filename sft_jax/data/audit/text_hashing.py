@@ -1,4 +1,4 @@
-"""Words: texts as 64-bit hashes of their words, many texts at a time.
+"""Texts as 64-bit hashes of their words, many texts at a time.
 
 Two texts with the same words say the same: case, spacing and punctuation are
 not words, signs of arithmetic are. Scripts without spaces are read letter by
@@ -135,7 +135,7 @@ def runs(words: Words, n: int) -> Words:
 def windows(
   hashes: UInt64[np.ndarray, " words"], n: int
 ) -> UInt64[np.ndarray, " windows"]:
-  """Every n neighbours as a hash, whatever texts they belong to.
+  """Every n neighbors as a hash, whatever texts they belong to.
 
   A polynomial in an odd number, modulo 2**64: runs of 13 are put together
   from those of 8, 4 and 1, as 13 = 8 + 4 + 1.
@@ -198,7 +198,7 @@ def sums(
 
 
 def mix(values: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
-  """SplitMix64's finaliser (Steele et al. 2014): spreads bits over 64."""
+  """SplitMix64's finalizer (Steele et al. 2014): spreads bits over 64."""
   values = values ^ (values >> np.uint64(30))
   values *= np.uint64(0xBF58476D1CE4E5B9)
   values ^= values >> np.uint64(27)

@@ -35,7 +35,7 @@ class Facts(NamedTuple):
 
 
 class Documents(NamedTuple):
-  """Neighbouring examples of a store, back to back."""
+  """Neighboring examples of a store, back to back."""
 
   rows: slice  # Which examples of the store.
   # Example k is tokens[starts[k]:starts[k + 1]].

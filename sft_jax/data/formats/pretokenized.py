@@ -1,4 +1,4 @@
-"""Rows that were tokenised elsewhere: ids, and which of them are trained."""
+"""Rows that were tokenized elsewhere: ids, and which of them are trained."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -41,7 +41,7 @@ INDEX = np.dtype(
     ("may_run_on", "?"),  # raw or truncated: need not end in a stop token
   ]
 )
-# Neighbouring tokens of one example of one weight and one role, which is an
+# Neighboring tokens of one example of one weight and one role, which is an
 # index of `token_roles.TOKEN_ROLES`.
 RUN = np.dtype([("length", "<i4"), ("weight", "<f4"), ("role", "u1")])
 FILES = ("tokens.bin", "runs.bin", "index.bin", "places.txt")

@@ -2,7 +2,7 @@
 
 The unit of work of a build. It is encoded here or in another process, by the
 same code to the same bytes; only counts from the start of the store are
-entered afterwards, by the writer, which sees the chunks in order.
+entered afterwards, by the writer, which sees the shards in order.
 """
 
 import hashlib

@@ -83,7 +83,7 @@ def gsm8k(reply: Reply, answer: str, strict: bool = True) -> bool:
   Strict reads what follows the reply's first '####', flexible its last
   number, as lm-evaluation-harness does; commas, dollars and a last dot are
   dropped on both sides and the rest compared as text. Their difference is
-  format learnt without, or against, arithmetic.
+  format learned without, or against, arithmetic.
   """
   wanted = _GSM8K_STRICT.findall(answer)
   if not wanted:

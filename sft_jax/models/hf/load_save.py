@@ -157,7 +157,7 @@ def save_pretrained(
 
 
 def merged(model: Model, params: Tree, dtype: Any = None) -> Tree:
-  """The parameters with adapters folded in and quantised leaves decoded.
+  """The parameters with adapters folded in and quantized leaves decoded.
 
   Raises ValueError: parameters that are not this model's.
   """
@@ -189,7 +189,7 @@ def write_folder(
 ) -> None:
   """Fills a folder with a model that transformers and others load.
 
-  Adapters are folded into their kernels in float32 and what is quantised is
+  Adapters are folded into their kernels in float32 and what is quantized is
   decoded, see `models.merge`. Arrays may be sharded, over processes too: they
   are gathered one tensor at a time, and the first process writes.
 

@@ -43,7 +43,7 @@ def save_adapter(
 
   Parameters that were trained whole are written as `modules_to_save`. A PiSSA
   adapter is written as a plain one of twice the rank, s (A B - A0 B0): what
-  peft adds to the *unchanged* base. With a quantized base the adapter learnt
+  peft adds to the *unchanged* base. With a quantized base the adapter learned
   the rounding too; beside the base in full precision it is a little off, so
   the merged folder of `load_save.save_pretrained` is the exact one.
 
@@ -215,7 +215,7 @@ def _halves(
 
 
 def _width(flat: dict[str, Any], module: str) -> int:
-  """Output features of a module, whether it is quantised or not."""
+  """Output features of a module, whether it is quantized or not."""
   kernel = flat.get(f"{module}/kernel", flat.get(f"{module}/kernel_codes"))
   assert kernel is not None, module
   return kernel.shape[-1]

@@ -35,7 +35,7 @@ class Linear(nn.Module):
   in activation space: A B is never formed, so neither is a gradient of the
   kernel's size.
 
-  A frozen kernel may be quantised, see `quantize`. It is decoded where it is
+  A frozen kernel may be quantized, see `quantize`. It is decoded where it is
   multiplied, once more in the backward pass, and never kept.
   """
 
@@ -94,7 +94,7 @@ class Linear(nn.Module):
 
 
 def dense(kernel: Kernel, dtype: Dtype = jnp.float32) -> Array:
-  """A kernel as an array, decoded if it is quantised."""
+  """A kernel as an array, decoded if it is quantized."""
   if isinstance(kernel, tuple):
     codes, scale = kernel
     return quantize.decode(codes, scale, dtype)
@@ -102,10 +102,10 @@ def dense(kernel: Kernel, dtype: Dtype = jnp.float32) -> Array:
 
 
 def multiply(x: Array, kernel: Kernel) -> Array:
-  """x W in x's dtype, of a kernel that may be quantised."""
+  """x W in x's dtype, of a kernel that may be quantized."""
   if isinstance(kernel, tuple):
     # Without this the decoded kernels of all layers would wait for the
-    # backward pass: as much memory as if nothing were quantised.
+    # backward pass: as much memory as if nothing were quantized.
     decoded = lambda x, kernel: x @ dense(kernel, x.dtype)
     return jax.checkpoint(decoded)(x, kernel)
   return _product(x, dense(kernel, x.dtype))

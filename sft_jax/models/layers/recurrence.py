@@ -117,7 +117,7 @@ def _decay(own: Bool[Array, "..."], total: Float32[Array, "..."]) -> Array:
 def _inverse(system: Float32[Array, "... C C"]) -> Float32[Array, "... C C"]:
   """(I + L)^-1 of a strictly lower triangular L.
 
-  Of two neighbouring blocks whose inverses X are known, that of both is
+  Of two neighboring blocks whose inverses X are known, that of both is
   X - X L X: substitution by blocks, all of one size at once.
   """
   C = system.shape[-1]

@@ -57,7 +57,7 @@ class LoraConfig:
     also_train: patterns over other parameters that train whole, such as
       ('norm', 'embed/').
     token_rows: ids, ascending, whose rows of the embedding and of an untied
-      head train, alone: tokens that the base model never learnt.
+      head train, alone: tokens that the base model never learned.
   """
 
   rank: int

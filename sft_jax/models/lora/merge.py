@@ -32,13 +32,13 @@ class Merged(NamedTuple):
 def merge(
   params: Tree, lora: LoraConfig | None, *, dtype: Any = None
 ) -> Merged:
-  """Folds every adapter into its kernel and decodes what is quantised.
+  """Folds every adapter into its kernel and decodes what is quantized.
 
-  A quantised base is decoded, not replaced by what its codes were made of:
+  A quantized base is decoded, not replaced by what its codes were made of:
   the adapters were trained beside the codes.
 
   `dtype`: of the merged kernels; by default each kernel's own, float32 for one
-  that was quantised.
+  that was quantized.
 
   Raises ValueError: adapters without a LoraConfig.
   """

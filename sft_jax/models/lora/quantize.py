@@ -1,6 +1,6 @@
 """A frozen base in few bits: int8 or nf4 codes and a scale per block.
 
-A quantised array `kernel` [..., in, out] is kept as two leaves in its place:
+A quantized array `kernel` [..., in, out] is kept as two leaves in its place:
 
     kernel_codes  int8 [..., in, out], or nf4 two to a byte: uint8 [..., in/2,
                   out], the even rows in the low half
@@ -137,7 +137,7 @@ def pack(path: str, x: jax.Array, codec: str) -> dict[str, jax.Array]:
 def pack_tree(
   params: Tree, codec: str, *, keep: Callable[[str], bool] = lambda path: False
 ) -> Tree:
-  """The tree with its kernels and embeddings quantised, except `keep`'s."""
+  """The tree with its kernels and embeddings quantized, except `keep`'s."""
   flat: dict[str, jax.Array] = {}
   for path, x in trees.flatten(params).items():
     flat |= {path: x} if keep(path) else pack(path, x, codec)

@@ -1,4 +1,4 @@
-"""Rows of an embedding: which the base model never learnt, and new ones."""
+"""Rows of an embedding: which the base model never learned, and new ones."""
 
 from collections.abc import Callable, Sequence
 

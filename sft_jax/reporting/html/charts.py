@@ -64,7 +64,7 @@ def chart(
   drawn, legend = {}, []
   for i, (name, points) in enumerate(series.items()):
     fine = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
-    # Means of k neighbours, so that few enough remain.
+    # Means of k neighbors, so that few enough remain.
     k = -(-len(fine) // _MAX_POINTS) or 1
     groups = [np.mean(fine[j : j + k], 0) for j in range(0, len(fine), k)]
     drawn[name] = [group.tolist() for group in groups]
@@ -110,7 +110,7 @@ def intervals(
   Args:
     shares: None leaves a line empty.
     label: what they are.
-    kinds: class of each, its colour; by default those of `chart`'s curves.
+    kinds: class of each, its color; by default those of `chart`'s curves.
   """
   height = 8 * len(shares) + 8
   middle = height / 2

@@ -101,7 +101,7 @@ class Skeleton(NamedTuple):
 
   Attributes:
     model: its functions.
-    init: init(key) -> fresh parameters, quantised where the config says so.
+    init: init(key) -> fresh parameters, quantized where the config says so.
     choices: the arguments that `models.transformer.build` took.
     leaves: adapters that take the place of fresh ones.
   """

@@ -110,7 +110,7 @@ def plan(
     model_flops: that the model asks for per step, see `common.flops`: they
       bound what is executed where kernels hide theirs.
     loss_chunks: see `step_time.predict`.
-    quick: have a TPU's compiler optimise less, in a fifth of the time: figures
+    quick: have a TPU's compiler optimize less, in a fifth of the time: figures
       for a first look, temporaries some 10 % off.
   """
   step = outline.step.train_step
