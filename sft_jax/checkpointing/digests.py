@@ -4,11 +4,11 @@
      "beside": the same of arrays that are not in the checkpoint,
      "step", "meta", "code", "versions"}
 
-It is sealed: a digest of its own text stands beside it, so that a damaged
+It is sealed: a digest of its own text is beside it, so that a damaged
 manifest is not taken for a damaged array, or for another run's.
 
 Row chain: which rows a run has trained on, in which order. Every step's batch
-is digested on the device, from the very arrays that the step reads; the host
+is digested on the device, from the arrays that the step reads; the host
 folds the digests of all steps into one short text:
 
     chain_k = sha256(chain_{k-1} + digest_k)[:16],  chain_0 = ''
@@ -102,7 +102,7 @@ def describe(
 ) -> dict[str, Any]:
   """{path of leaf: {'shape', 'dtype', 'digest', 'blocks'?}} of a tree.
 
-  `blocks`: how to cut the leaves; by default as they lie on the devices, so
+  `blocks`: how to cut the leaves; by default as the devices divide them, so
   that 'blocks', of arrays divided among devices, has a digest per shard:
   {'cut': [2, 1], 'digests': [...]}, first axis slowest.
   """

@@ -93,12 +93,12 @@ def save_pretrained(
 ) -> Evidence:
   """Writes a Hugging Face folder, adapters merged, and verifies it.
 
-  Digests of what was verified stand in its SHA256SUMS, which loading checks.
+  Digests of what was verified are in its SHA256SUMS, which loading checks.
 
   Args:
     path: the folder to write; a model folder that is there is replaced.
     options: that prompts were trained with.
-    shardings: where the folder's parameters shall lie while they are compared,
+    shardings: where the folder's parameters are while they are compared,
       see `models.hf.load_pretrained`.
     export_into: the folder that the model came from, perhaps a multimodal one:
       what is written is a copy in which this model's weights alone are others,

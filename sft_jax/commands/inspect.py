@@ -3,7 +3,7 @@
     sft-jax inspect --config=configs/base.py
     sft-jax inspect --config=... --html=data.html --json
 
-Shows findings, warnings with examples, the scores that lie beside the rows
+Shows findings, warnings with examples, the scores beside the rows
 (sft-jax score writes them), rows and tokens by source, lengths, and
 samples as the model will see them: prompt dim, trained green (of another
 weight than 1: yellow), special tokens bold. The data is built as training

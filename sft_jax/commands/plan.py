@@ -3,7 +3,7 @@
     sft-jax plan --config=configs/models/llama3_8b_tpu_v5p.py \\
         --topology=v5p:2x2x1
 
-Compiles the very step that the run would take, for a machine that need not be
+Compiles the step that the run would take, for a machine that need not be
 here (see sft_jax/common/machines.py; '' is this one), from shapes: no weights
 are read. Where it does not fit, other settings are tried and the first that
 does is named; with --search, the largest batch that fits. See docs/planning.md.

@@ -1,6 +1,6 @@
 """Replies: conversations in, the model's next turns out, as Messages.
 
-The prompt is rendered by the very function that training renders with
+The prompt is rendered by the function that training renders with
 (`encode.prompt_ids`), and what the model emits is parsed back into the noun
 that training rows are made of.
 """

@@ -93,7 +93,7 @@ def stream(
     position_limit: most tokens of a prompt and its reply; None: any number.
     seed, seeds: one for all rows, or one of each.
     cut: asked, with a prompt's index and all tokens of its reply so far, how
-      many of them to keep and stop there; None goes on. Asked every `every`
+      many of them to keep and stop there; None continues. Asked every `every`
       tokens, so it must find the place, not only look at the end.
     batch_size: rows at once; None: all, at most 64. Rounded up to what the
       mesh divides.

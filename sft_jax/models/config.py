@@ -136,7 +136,7 @@ class ModelConfig:
     mixer_heads: heads of v, a multiple of them; each has a state.
     mixer_state: width of q and k.
     mixer_width: width of v.
-    mixer_by_head: projections of q, k, v and z lie head by head.
+    mixer_by_head: projections of q, k, v and z are stored head by head.
     attn_gate: attention's output is multiplied by sigmoid of a gate, which
       lies after each head's query.
   """

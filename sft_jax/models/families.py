@@ -37,8 +37,8 @@ class Family:
   Attributes:
     architecture: the class that `architectures` must name.
     names: module of ours: module of theirs, `{}` standing for the layer. Ours
-      that share one of theirs lie in it side by side, in this order. A leaf
-      that lies elsewhere than its module is named itself.
+      that share one of theirs are in it side by side, in this order. A leaf
+      that is elsewhere than its module is named itself.
     traits: fields of ModelConfig that every model of the family has.
     reads: fields read otherwise than by `READS`; None: accepted at their
       default alone.
@@ -58,9 +58,9 @@ class Family:
     rope: the rotary fields of a file that has none.
     local_rope: sliding layers have a rotary embedding of their own, whose
       theta is this field in older files.
-    conv1d: kernels lie as [in, out] in the file.
+    conv1d: kernels are [in, out] in the file.
     experts: layers have a router and experts in place of an MLP.
-    stacked_experts: all experts of a layer lie in one tensor [E, in, out],
+    stacked_experts: all experts of a layer are in one tensor [E, in, out],
       and columns of gate and up take turns.
     buffers: endings of tensors that old files hold and that follow from the
       config; they are not read.

@@ -3,8 +3,8 @@
 Layers that are no attention have a state per row in it, whatever its length:
 the last inputs of their convolution, and what their recurrence has summed up.
 
-A layer's slots lie together for each head, [L, B, K, S, H]: both products of
-attention then read it as it lies. With the slots before the heads, as queries
+A layer's slots are together for each head, [L, B, K, S, H]: both products of
+attention then read it as it is. With the slots before the heads, as queries
 have them, XLA copies and transposes every layer at every step, which took three
 times as long as the products; with the slots last they take a third longer, of
 one layer alone.

@@ -41,7 +41,7 @@ class Routing(NamedTuple):
     k: experts of each token.
     normalize: the k shares sum to one.
     sigmoid: scores are sigmoids of the logits, else their softmax.
-    groups: the experts lie in so many groups, of equal size.
+    groups: the experts are in so many groups, of equal size.
     top_groups: experts are chosen from this many groups alone.
     best: a group is as good as the sum of its so many best scores.
     scale: multiplies the shares.

@@ -1,7 +1,7 @@
 """Writers: copies of a run's records for TensorBoard, W&B and MLflow.
 
 metrics.jsonl is the record; what is here follows it. Each writer remembers in
-workdir/writers.json how far it has copied: a resumed run goes on in the same
+workdir/writers.json how far it has copied: a resumed run continues the same
 run of W&B or MLflow, steps that are taken again are not copied twice, and what
 could not be sent is sent later.
 """

@@ -1,6 +1,6 @@
 """Preferences: a better and a worse answer to one prompt, as an objective.
 
-A pair lies in one row of the batch as two documents, segments 2k - 1 (chosen)
+A pair is in one row of the batch as two documents, segments 2k - 1 (chosen)
 and 2k (rejected), so packing, accumulation and sharding never part it. Of each
 document the sum of log p over its trained tokens is formed, for the policy and
 for the reference; with their difference r (log-ratio), n its trained tokens,

@@ -293,7 +293,7 @@ class Mirror:
         self._push_steps()
 
   def _push_log(self, log: str) -> None:
-    """Writes the lines since the last part; all anew if others are gone."""
+    """Writes the lines since the last part; all again if others are gone."""
     data = (self._folder / log).read_bytes()
     data = data[: data.rfind(b"\n") + 1]  # What is being written comes next.
     generation, parts, sent, digest = self._logs.get(log, (0, 0, 0, ""))

@@ -1,7 +1,7 @@
 """Overlap of training rows with rows that are meant to measure them.
 
 A held-out row overlaps when its prompt is a training row's, word for word, or
-when much of it stands in training rows in runs of 13 words or tokens (Brown
+when much of it is in training rows, in runs of 13 words or tokens (Brown
 et al. 2020, appendix C). As there, a run that many training rows have is the
 template's and not the row's, and does not count.
 """

@@ -111,7 +111,7 @@ def turn_ends(
 ) -> Int64[np.ndarray, " faults"]:
   """Positions of the last tokens of trained turns that are no stop token.
 
-  Where a turn goes on untrained, only a part of it was wanted.
+  Where a turn continues untrained, only a part of it was wanted.
   """
   if not known.turns:
     return np.empty(0, np.int64)

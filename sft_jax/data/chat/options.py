@@ -27,7 +27,7 @@ class RenderOptions:
   Attributes:
     template_kwargs: variables for the chat template, such as
       {'enable_thinking': False}; 'date' ('2026-01-31') pins today's date.
-    generation_prompt: where a template's replies do not go on from its
+    generation_prompt: where a template's replies do not continue its
       generation prompt (which opens a think block, say): 'error' refuses;
       'omit' leaves the end that they do not share out of every prompt, in
       training and inference alike.

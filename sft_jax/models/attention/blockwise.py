@@ -1,6 +1,6 @@
 """Attention in blocks of queries and keys: O(T) memory and no needless work.
 
-Documents lie in a row in order, so the keys that a query sees are a run of
+The documents of a row are in order, so the keys that a query sees are a run of
 slots that ends at its own, [start, own]. Queries of one block need the blocks
 of keys from their earliest start up to their own. In blocks of 4 slots, with
 documents a, b, c and padding (a slot of padding sees itself):
@@ -10,7 +10,7 @@ documents a, b, c and padding (a slot of padding sees itself):
     reads     block 0   0 and 1   1 and 2   2 and 3
 
 How many blocks that is, is read from the data while the program runs, so the
-cost of a document does not depend on the row that it lies in. Softmax is
+cost of a document does not depend on the row that it is in. Softmax is
 gathered block by block (Milakov and Gimelshein 2018, Rabe and Staats 2021);
 the backward pass computes the scores again from the log-sum-exp, as
 FlashAttention does (Dao et al. 2022).

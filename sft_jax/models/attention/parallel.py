@@ -1,4 +1,4 @@
-"""How a batch's activations lie on a mesh, where XLA must not choose.
+"""How a mesh divides a batch's activations, where XLA must not choose.
 
     [B, T, D]   B over `data` and `fsdp`, T over `context`, D whole
     heads       over `tensor`, and in attention over `context` in place of T

@@ -78,7 +78,7 @@ def load_pretrained(
     key: randomness of the adapters; jax.random.key(0) by default.
     mesh: that parameters and batches are divided over, see
       `sharding.make_mesh`; None is one device.
-    shardings: where parameters shall lie, if not as `sharding.RULES` say.
+    shardings: where parameters are, if not as `sharding.RULES` say.
     vocab_size: of the model, if larger than the folder's: the embedding and
       the head grow by rows for new tokens.
     new_rows: how these start, see `token_rows.grow`.

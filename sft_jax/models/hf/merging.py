@@ -92,7 +92,7 @@ def merge_folders(
   """Writes the merged folder: whole, or not at all.
 
   Config, tokenizer and template are the first model's; what was merged, and
-  the digests of its weights, stand in merge.json. Adapters (PEFT folders) are
+  the digests of its weights, are in merge.json. Adapters (PEFT folders) are
   merged by average and arithmetic alone, exactly: side by side in one of the
   sum of their ranks. Their base is what they are beside, so none is given.
 

@@ -1,7 +1,7 @@
-"""Where parameters lie in a Hugging Face folder, by the table of families.
+"""Where parameters are in a Hugging Face folder, by the table of families.
 
 Kernels are [in, out] here; there they are [out, in], or [in, out] in the files
-of GPT-2. Some of ours lie side by side in one tensor of theirs:
+of GPT-2. Some of ours are side by side in one tensor of theirs:
 
     layers/attn/k/kernel [L, D, K * H], at index 3
       <-> model.layers.3.self_attn.qkv_proj.weight [(N + 2 K) * H, D],
@@ -32,7 +32,7 @@ _EXPERTS = ("layers/moe/gate", "layers/moe/up", "layers/moe/down")
 
 
 class TensorSlice(NamedTuple):
-  """Where one matrix or vector of a parameter lies.
+  """Where one matrix or vector of a parameter is.
 
       ours[index] = theirs[name][cut], transposed if `transpose`
 
@@ -76,7 +76,7 @@ def table_name(table: str, config: ModelConfig) -> str:
 
 
 def fused_modules(config: ModelConfig) -> dict[str, list[str]]:
-  """{module of theirs: those of ours that lie in it, in the table's order}."""
+  """{module of theirs: those of ours that are in it, in the table's order}."""
   found: dict[str, list[str]] = {}
   for ours, theirs in FAMILIES[config.family].names.items():
     found.setdefault(theirs, []).append(ours)
@@ -86,7 +86,7 @@ def fused_modules(config: ModelConfig) -> dict[str, list[str]]:
 def tensor_slices(
   path: str, shape: tuple[int, ...], config: ModelConfig
 ) -> list[TensorSlice]:
-  """Where a parameter lies, matrix by matrix."""
+  """Where a parameter is, matrix by matrix."""
   family = FAMILIES[config.family]
   module, leaf = path.rsplit("/", 1)
   elsewhere = path in family.names
@@ -97,7 +97,7 @@ def tensor_slices(
       TensorSlice(i, f"{name}.{leaf}", (), (), False)
       for i, name in found.items()
     ]
-  # Ours that share a tensor lie along its output axis, in the table's order.
+  # Ours that share a tensor are along its output axis, in the table's order.
   fused = fused_modules(config)[family.names[module]]
   if family.stacked_experts and module in _EXPERTS:
     # Experts [E, in, out] or biases [E, out] of a layer: in turns.

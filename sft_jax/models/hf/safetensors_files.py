@@ -122,7 +122,7 @@ def _refuse(path: Path, got: str, expected: str) -> ValueError:
 
 
 def open_tensors(folder: Path) -> dict[str, Tensor]:
-  """Where each tensor of a folder lies; headers are read, weights are not.
+  """Where each tensor of a folder is; headers are read, weights are not.
 
   Raises ValueError: no weights, pickled weights, a file that is broken or
   outside the folder, an index that is not true.
@@ -172,7 +172,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def inside(folder: Path, name: str) -> Path:
-  """The file of this name, wherever it may lie.
+  """The file of this name, wherever it is.
 
   Raises ValueError: a link out of the folder. The hub's cache is allowed: there
   snapshots/<commit>/file links to ../../blobs/<digest>.
@@ -191,7 +191,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def _weight_file(folder: Path, name: str) -> Path:
-  """A weight file, which lies in the folder itself."""
+  """A weight file, which is in the folder itself."""
   if Path(name).name != name or not name.endswith(".safetensors"):
     raise ValueError(
       f"{folder}: the index names {name!r}; expected a plain *.safetensors "

@@ -23,7 +23,7 @@ Kernel = Any
 class Linear(nn.Module):
   """y = x W + b, and the one place where LoRA lives.
 
-  When `lora_a` [in, R] and `lora_b` [R, out] lie beside the kernel (Hu et al.
+  When `lora_a` [in, R] and `lora_b` [R, out] are beside the kernel (Hu et al.
   2021, arXiv 2106.09685),
 
       y = x W + s (x' A) B + b                        LoRA

@@ -2,7 +2,7 @@
 
     y[t] = w[W - 1] x[t] + w[W - 2] x[t - 1] + ... + w[0] x[t - W + 1] + b
 
-It never reaches over the start of a document: what lies before it counts as 0,
+It never reaches over the start of a document: what is before it counts as 0,
 as it does before the first token of a row. While decoding, a cache holds the
 last W - 1 inputs of each row.
 """
@@ -52,7 +52,7 @@ def short_conv_step(
 
   Args:
     x, taps, bias, starts: as above.
-    valid: False of padding, which may lie anywhere and is passed over.
+    valid: False of padding, which may be anywhere and is passed over.
     before: the last inputs so far; a document that starts does not see them.
   """
   # Padding goes to the end, so that windows hold the tokens alone.

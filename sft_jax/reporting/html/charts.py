@@ -1,7 +1,7 @@
 """Charts as inline SVG: curves over steps, intervals, bars, histograms.
 
 Whatever is in the records of a run is drawn: a name that no chart of `CHARTS`
-wants stands in a chart of its own family, so that no new metric is lost.
+takes is in a chart of its own family, so that no new metric is lost.
 """
 
 import math
@@ -214,7 +214,7 @@ def _axes(
 
 
 def _ticks(low: float, high: float, n: int = 5) -> list[float]:
-  """About n round numbers that lie in [low, high]."""
+  """About n round numbers in [low, high]."""
   step = (high - low) / n
   size = 10.0 ** math.floor(math.log10(step))
   size *= next(m for m in (1, 2, 5, 10) if m * size >= step)

@@ -137,7 +137,7 @@ def make_step(
       `loss.extras(batch)` gives further arrays [B, T, ...] by name. Measured
       is the cross-entropy all the same.
     tx: used in place of config.optim; it contains its own learning rate.
-    teacher: the functions of another model whose parameters lie under
+    teacher: the functions of another model whose parameters are under
       `base_model.TEACHER`; see distill.teacher.
 
   Raises ValueError: a setting of config.optim that does not exist; a loss of

@@ -2,7 +2,7 @@
 
 The trace that JAX makes holds every product, recomputed ones too, and says how
 often a loop runs, on any machine and before any compiler: FLOPs, and the bytes
-kept for the backward pass. How devices share the work stands in the text of the
+kept for the backward pass. How devices share the work is in the text of the
 compiled program: what they send each other, which XLA's own cost analysis
 leaves out:
 
