@@ -262,7 +262,10 @@ def found(tmp_path_factory):
   held = tiny.rows_file(folder / "held.jsonl", [text, *tiny.ROWS[8:]])
   rows = tiny.rows_file(folder / "rows.jsonl", tiny.ROWS[:8])
   config = tiny.config(
-    folder, model, rows, data__eval=str(held), eval__max_new_tokens=6
+    *(folder, model, rows),
+    data__eval=str(held),
+    eval__max_new_tokens=6,
+    eval__samples=3,
   )
   run = build.build_run(config, lambda line: None)
   params = {**run.state.params, **run.state.frozen}

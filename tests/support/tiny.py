@@ -88,6 +88,7 @@ def config(folder: Path, model: Path, train: Path, **changes):
     "eval__behaviors": "",
     "eval__knowledge": "",
     "eval__general_text": "",
+    "eval__samples": 0,
     "checkpoint__every": 2,
     "log__every": 1,
   }

@@ -27,7 +27,7 @@ def made(tmp_path_factory):
     *(folder, tiny.model_folder(folder / "model")),
     tiny.rows_file(folder / "rows.jsonl"),
     steps=OLD, optim__learning_rate=PEAK, optim__warmup_steps=1,
-    eval__samples=0, eval__kl=False, export=False,
+    eval__kl=False, export=False,
   )  # fmt: skip
   config.log.writers = ()
   config.compile_cache = str(folder / "compiled")

@@ -94,6 +94,7 @@ def test_a_run_leaves_what_it_says(tmp_path, model, rows, capsys):
     *(tmp_path, model, rows),
     data__holdout=0.2,
     eval__every=2,
+    eval__samples=3,
     checkpoint__keep=1,
     checkpoint__keep_best="held_out/nats_per_token",
     # Of a model that learns, the highest loss is the first: it is kept.

@@ -432,7 +432,6 @@ CHOICES = {
   "data__holdout": 0.2,
   "eval__every": 3,
   "eval__kl": False,
-  "eval__samples": 0,
   "checkpoint__keep": 2,
   "lora__rank": 2,
 }

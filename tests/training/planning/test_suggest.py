@@ -30,7 +30,7 @@ def made(tmp_path_factory):
     *(folder, model, tiny.rows_file(folder / "rows.jsonl")),
     **{"data__eval": str(held), "data__allow": ("overlap",)},
     steps=STEPS, optim__learning_rate="auto", eval__kl=False, eval__gap=False,
-    optim__warmup_steps=-1, checkpoint__every=40, eval__samples=0,
+    optim__warmup_steps=-1, checkpoint__every=40,
     log__every=40, export=False,
   )  # fmt: skip
   config.log.writers = ()
