@@ -75,6 +75,8 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     _refuse(f"command line: unexpected argument {argv[1]!r}")
   logging.set_verbosity(logging.WARNING)  # Orbax and JAX narrate at INFO.
+  if not DEBUG.value:  # A save that fails is told once: by the last line.
+    logging.get_absl_logger().addFilter(lambda record: not record.exc_info)
   try:
     with distributed.joined(
       *(COORDINATOR.value, PROCESSES.value, PROCESS.value),
@@ -106,7 +108,9 @@ def _run() -> None:
     )
   except Stopped as stopped:
     print(stopped, file=sys.stderr)
-    sys.exit(STOPPED_EXIT)
+    if stopped.agreed:
+      sys.exit(STOPPED_EXIT)
+    raise distributed.EndsAlone(STOPPED_EXIT) from None
   except BrokenPipeError:  # As of "| head"; nobody reads what follows.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     _refuse(

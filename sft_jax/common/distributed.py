@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sft_jax.common import lifeline
+from sft_jax.common import lifeline, meeting
 
 # Seconds without a sign of life after which JAX ends all processes: after
 # the lifeline, which names the one that gave none.
@@ -32,8 +32,7 @@ _HEARTBEAT = 45
 _NEWS = 5
 # Seconds that processes at their end wait for one another.
 _SHUTDOWN = 30
-# Milliseconds to wait for the first process: it may be encoding the data.
-_A_DAY = 24 * 3600 * 1000
+_NAMES = ("coordinator_address", "num_processes", "process_id")
 # Where the first pod of a Kubernetes job listens.
 _PORT = 55527
 
@@ -57,7 +56,7 @@ def joined(
     together: exit codes that all processes come to, and wait for one another.
       With any other this one ends at once.
 
-  Raises ValueError: some of the three and not all, or the others did not come.
+  Raises ValueError: some of the three and not all; or see `meeting.meet`.
   """
   given = (bool(coordinator), processes > 0, process >= 0)
   if any(given) and not all(given):
@@ -74,48 +73,56 @@ def joined(
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   if who is None:
     who = {"coordinator_address": coordinator, "num_processes": processes}
+    who |= {"process_id": process}
+  elif not who:
+    who = _found_by_jax()
+  address, count, number = (who[name] for name in _NAMES)
+  meeting.meet(address, number, count)
+  jax.distributed.initialize(
+    **who,
     # Else SLURM's variables would tell it which devices are its own.
-    who |= {"process_id": process, "cluster_detection_method": "deactivate"}
-  try:
-    jax.distributed.initialize(
-      **who,
-      heartbeat_timeout_seconds=_HEARTBEAT,
-      shutdown_timeout_seconds=_SHUTDOWN,
-    )
-  except RuntimeError as error:
-    raise ValueError(
-      f"hosts: the processes of the run did not meet ({error}), expected "
-      f"{processes or 'all of them'} at {coordinator or 'the coordinator'} "
-      "within 5 minutes. Look at the first process and at the network."
-    ) from error
-  close = _lifeline()
+    cluster_detection_method="deactivate",
+    heartbeat_timeout_seconds=_HEARTBEAT,
+    shutdown_timeout_seconds=_SHUTDOWN,
+  )
+  line = _lifeline()
   try:
     yield
   except SystemExit as ending:
-    if isinstance(ending.code, int) and ending.code in together:
-      jax.distributed.shutdown()
-      close()
-      raise
-    _leave(ending.code if isinstance(ending.code, int) else 1)
+    code = ending.code if isinstance(ending.code, int) else 1
+    if isinstance(ending, EndsAlone) and line:
+      line.leave("stopped by a signal", code)
+    if isinstance(ending, EndsAlone) or code not in together:
+      _leave(code)
+    _part(line)
+    raise
   except BaseException as error:
     if isinstance(error, jax.errors.JaxRuntimeError):
       time.sleep(_NEWS)
     traceback.print_exc()
     _leave(1)
+  _part(line)
+
+
+class EndsAlone(SystemExit):
+  """This process does not wait for the others, which end with its code."""
+
+
+def _part(line: lifeline.Lifeline | None) -> None:
+  """Ends with all others."""
   jax.distributed.shutdown()
-  close()
+  if line:
+    line.close()
 
 
-def _lifeline() -> Callable[[], None]:
-  """Opens this process's, or says that it has none; closes it."""
-  from jax._src import distributed
-
-  state = distributed.global_state
+def _lifeline() -> lifeline.Lifeline | None:
+  """Opens this process's, or says that it has none."""
+  state = _state()
   host = str(state.coordinator_address).rpartition(":")[0].strip("[]")
   try:
     return lifeline.Lifeline(
       state.client, state.process_id, state.num_processes, host
-    ).close
+    )
   except OSError as error:
     print(
       f"warning: process {state.process_id} cannot reach the first one on "
@@ -123,7 +130,7 @@ def _lifeline() -> Callable[[], None]:
       "this one without its name.",
       file=sys.stderr,
     )
-    return lambda: None
+    return None
 
 
 def _detected() -> dict[str, Any] | None:
@@ -179,14 +186,23 @@ def _detected() -> dict[str, Any] | None:
     or f"{host.removesuffix(index)}0.{domain.split('.')[0]}:{_PORT}",
     "num_processes": int(count),
     "process_id": int(os.environ.get("JAX_PROCESS_ID", index)),
-    "cluster_detection_method": "deactivate",
   }
+
+
+def _found_by_jax() -> dict[str, Any]:
+  from jax._src.clusters import ClusterEnv
+
+  found = ClusterEnv.auto_detect_unset_distributed_params(
+    *(None, None, None, None, None, int(meeting.PATIENCE))
+  )
+  return dict(zip((*_NAMES, "local_device_ids"), found, strict=True))
 
 
 def _leave(code: int) -> None:
   """Ends this process at once: at the usual end it would wait for others."""
+  state = _state()  # To ask for devices may take the others, too.
   print(
-    f"process {jax.process_index()} of {jax.process_count()} ends with code "
+    f"process {state.process_id} of {state.num_processes} ends with code "
     f"{code}; the others cannot continue without it.",
     file=sys.stderr,
   )
@@ -209,11 +225,11 @@ def first_alone() -> Iterator[None]:
     yield
     return
   name, first = f"sft_jax first_alone {next(_turns)}", not jax.process_index()
-  if first:
-    yield
-  _client().wait_at_barrier(name, _A_DAY)
   if not first:
-    yield
+    _first_has(name)
+  yield
+  if first:
+    _client().key_value_set(name, "")
 
 
 def barrier(name: str) -> None:
@@ -229,17 +245,35 @@ def first_says(value: Any) -> Any:
   """
   text, name = json.dumps(value), f"sft_jax first_says {next(_turns)}"
   if jax.process_index():
-    text = _client().blocking_key_value_get(name, _A_DAY)
+    text = _first_has(name)
   elif jax.process_count() > 1:
     _client().key_value_set(name, text)
   return json.loads(text)
 
 
+def _first_has(name: str) -> str:
+  """What the first process sets, which may encode the data before.
+
+  Each second Python hears of signals.
+  """
+  while True:
+    try:
+      return _client().blocking_key_value_get(name, 1000)
+    except jax.errors.JaxRuntimeError as error:
+      if "DEADLINE_EXCEEDED" not in str(error):
+        raise
+
+
 def _client() -> Any:
-  """The connection to the coordinator; JAX has no public name for it."""
+  """The connection to the coordinator."""
+  return _state().client
+
+
+def _state() -> Any:
+  """Which process this is; JAX has no public name for it."""
   from jax._src import distributed
 
-  return distributed.global_state.client
+  return distributed.global_state
 
 
 class Agreement:

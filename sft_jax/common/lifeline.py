@@ -26,11 +26,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from sft_jax.common import meeting
+
 # Seconds between signs of life, and without one until a process counts as gone:
 # less than JAX's, which names nobody.
 BEAT, SILENCE = 2.0, 30.0
 _KEY = "sft_jax lifeline"
 _MILLISECONDS = 60_000  # For the first process to come.
+_HELLO = 1000  # Bytes of a first line, at most.
 
 
 class Lifeline:
@@ -40,8 +43,8 @@ class Lifeline:
     client: of JAX's coordinator; other processes read there where we listen.
     process, count: which this is, and how many there are.
     host: of the first process.
-    lost: called once, with a sentence that names who is gone; ends the
-      process by default.
+    lost: called once, with a sentence that names who is gone, and the exit
+      code of the others; ends the process by default.
   """
 
   def __init__(
@@ -50,19 +53,19 @@ class Lifeline:
     process: int,
     count: int,
     host: str,
-    lost: Callable[[str], None] | None = None,
+    lost: Callable[[str, int], None] | None = None,
   ):
     self._process, self._count = process, count
     self._lost = lost or _end
     self._closing = False
+    self.strangers = 0
     self._selector = selectors.DefaultSelector()
-    # By connection: [process, its host, when it was last heard, what it said].
+    # By connection: [process, its host, when it was last heard, what it said];
+    # None is a stranger, so far.
     self._others: dict[socket.socket, list[Any]] = {}
     if process == 0:
       self._token = secrets.token_hex(16)
-      dual = socket.has_dualstack_ipv6()
-      family = socket.AF_INET6 if dual else socket.AF_INET
-      server = socket.create_server(("", 0), family=family, dualstack_ipv6=dual)
+      server = meeting.listen(0)
       server.setblocking(False)
       self._selector.register(server, selectors.EVENT_READ)
       client.key_value_set(
@@ -89,15 +92,22 @@ class Lifeline:
     for key in list(self._selector.get_map().values()):
       key.fileobj.close()  # pyright: ignore
     self._selector.close()
+    if self.strangers > 1:
+      print(f"warning: {self.strangers} strangers connected.", file=sys.stderr)
 
-  def _add(self, line: socket.socket, process: int, host: str) -> None:
+  def leave(self, how: str, code: int) -> None:
+    """This process ends, and the others shall with this code; returns."""
+    self._closing = True
+    self._send({"gone": [self._process, socket.gethostname(), how, code]})
+
+  def _add(self, line: socket.socket, process: int | None, host: str) -> None:
     line.setblocking(False)
     self._others[line] = [process, host, time.monotonic(), b""]
     self._selector.register(line, selectors.EVENT_READ)
 
   def _send(self, message: dict[str, Any]) -> None:
     data = json.dumps(message).encode() + b"\n"
-    for line in list(self._others):
+    for line in [x for x, one in self._others.items() if one[0] is not None]:
       with contextlib.suppress(OSError):  # Reading notices who is gone.
         line.sendall(data)
 
@@ -113,23 +123,44 @@ class Lifeline:
           self._read(line)
         else:
           self._greet(line)
-      for process, host, heard, _ in list(self._others.values()):
-        if time.monotonic() - heard > SILENCE and not self._closing:
+      for line, (process, host, heard, _) in list(self._others.items()):
+        silent = time.monotonic() - heard
+        if process is None and silent > BEAT:
+          self._drop(line)
+        elif silent > SILENCE:
           self._tell(process, host, f"no sign of life for {SILENCE:g} s")
           return
 
   def _greet(self, server: socket.socket) -> None:
-    """Accepts a process of the run; nobody else knows the token."""
-    with contextlib.suppress(Exception):  # Of whatever a stranger sends.
-      line, _ = server.accept()
-      with contextlib.ExitStack() as unless_known:
-        unless_known.callback(line.close)
-        line.settimeout(BEAT)
-        with line.makefile("rb") as stream:
-          token, process, host = json.loads(stream.readline(1000))
-        if hmac.compare_digest(str(token).encode(), self._token.encode()):
-          self._add(line, int(process), str(host))
-          unless_known.pop_all()
+    """Accepts a connection, of a stranger until its first line says more."""
+    with contextlib.suppress(OSError):  # It is gone already.
+      line, (address, *_) = server.accept()
+      self._add(line, None, address)
+
+  def _know(self, line: socket.socket, hello: bytes) -> bool:
+    """Whether a first line is that of a process; nobody else has the token."""
+    try:
+      token, process, host = json.loads(hello)
+      if hmac.compare_digest(str(token).encode(), self._token.encode()):
+        self._others[line][:2] = int(process), str(host)
+    except (ValueError, TypeError, RecursionError):  # Whatever strangers send.
+      pass
+    return self._others[line][0] is not None
+
+  def _drop(self, line: socket.socket) -> None:
+    """Closes a connection; says once that strangers come, and counts them."""
+    process, host, *_ = self._others.pop(line)
+    self._selector.unregister(line)
+    line.close()
+    if process is None:
+      self.strangers += 1
+      if self.strangers == 1:
+        print(
+          f"warning: {host} connected to the port by which processes of this "
+          "run watch each other, and is none of them; it and others like it "
+          "are refused. Their number follows at the end.",
+          file=sys.stderr,
+        )
 
   def _read(self, line: socket.socket) -> None:
     process, host, _, before = state = self._others[line]
@@ -140,34 +171,38 @@ class Lifeline:
     except OSError:
       data = b""
     if not data:
-      self._selector.unregister(line)
-      del self._others[line]
-      line.close()
-      if not self._closing:
+      self._drop(line)
+      if process is not None:
         self._tell(process, host, "its connection is closed")
       return
     *messages, state[3] = (before + data).split(b"\n")
+    if process is None and not messages and len(state[3]) < _HELLO:
+      return
+    if process is None and not self._know(line, [*messages, b""][0]):
+      self._drop(line)
+      return
     state[2] = time.monotonic()
-    for message in map(json.loads, messages):
+    for message in map(json.loads, messages[process is None :]):
       if "bye" in message:
-        self._selector.unregister(line)
-        del self._others[line]
-        line.close()
+        self._drop(line)
       elif "gone" in message:
         self._tell(*message["gone"])
 
-  def _tell(self, process: int, host: str, how: str) -> None:
+  def _tell(self, process: int, host: str, how: str, code: int = 1) -> None:
+    if self._closing:  # This one ends anyway.
+      return
     self._closing = True
-    self._send({"gone": [process, host, how]})
+    self._send({"gone": [process, host, how, code]})
     self._lost(
       f"process {process} of {self._count}, on {host}, is gone ({how}); the "
       "others cannot continue without it. Look at its output; then the same "
-      "commands continue from the last step saved."
+      "commands continue from the last step saved.",
+      code,
     )
 
 
-def _end(sentence: str) -> None:
+def _end(sentence: str, code: int) -> None:
   print(f"error: {sentence}", file=sys.stderr)
   sys.stdout.flush()
   sys.stderr.flush()
-  os._exit(1)
+  os._exit(code)

@@ -20,7 +20,11 @@ class Stopped(KeyboardInterrupt):
   """The run was asked to stop, and lost nothing.
 
   A notebook shows it as it shows Ctrl-C; `except Exception` lets it through.
+
+  `agreed`: every process of the run raises it, after the same step.
   """
+
+  agreed = False
 
 
 class StopRequest:
@@ -57,9 +61,14 @@ class StopRequest:
     if number == signal.SIGINT:
       signal.signal(number, self._before[signal.SIGINT])
     if first and not self._deferred:
+      self.obey()
+
+  def obey(self) -> None:
+    """Raises Stopped if a signal has come."""
+    if self.requested:
       raise Stopped(
-        f"stopped by {signal.Signals(number).name}; nothing is lost. Run the "
-        "same command again to continue from the last step saved."
+        "stopped by a signal; nothing is lost. Run the same command again to "
+        "continue from the last step saved."
       )
 
   @contextlib.contextmanager

@@ -362,10 +362,13 @@ class _Loop:
     if self._stopping and not self._last:
       line = "by a signal; its state is saved"
       self._session.incidents.add("stopped", step, line)
-      raise Stopped(
+      stopped = Stopped(
         f"stopped by signal after step {step}, which is saved. Run the same "
         "command again to continue from there."
       )
+      stopped.agreed = True
+      raise stopped
+    self._session.stop.obey()  # One that came with the last step.
 
   def _note_bad_step(self, kind: str, bad: BadStep) -> str:
     """Keeps the rows of a bad step for people; says where they are."""

@@ -15,10 +15,11 @@ from sft_jax.common.compile_cache import writable_by_others
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
-import sys
+import resource, sys
 import jax, jax.numpy as jnp
 from sft_jax.common import compile_cache
 compile_cache._MIN_SECONDS = 0
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))
 jax.jit(lambda x: x + 1)(1)  # The cache is opened after JAX has compiled.
 with compile_cache.opened(sys.argv[1], print):
   lowered = jax.jit(lambda x: jnp.tanh(x @ x).sum()).lower(jnp.ones((8, 8)))
@@ -27,9 +28,9 @@ print(found, float(program(jnp.ones((8, 8)))))
 """
 
 
-def _run(folder: Path) -> str:
+def _run(folder: Path, largest: int = -1) -> str:
   env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-  command = [sys.executable, "-c", PROGRAM, str(folder)]
+  command = [sys.executable, "-c", PROGRAM, str(folder), str(largest)]
   done = subprocess.run(
     command, env=env, capture_output=True, text=True, check=True
   )
@@ -37,6 +38,12 @@ def _run(folder: Path) -> str:
 
 
 def test_a_second_process_finds_what_the_first_compiled(tmp_path):
+  # Of one that did not fit on the disk nothing is left.
+  full = _run(tmp_path / "cache", largest=100)
+  assert full.startswith(f"compile_cache: {tmp_path / 'cache'} keeps no more")
+  assert "File too large" in full
+  assert full.count("\n") == 1
+  assert not list((tmp_path / "cache").iterdir())
   first, second = _run(tmp_path / "cache"), _run(tmp_path / "cache")
   assert first.startswith("False ")
   assert second == first.replace("False", "True")

@@ -10,7 +10,7 @@ import pytest
 
 import sft_jax
 import tiny
-from host_runs import finish, records, start, wait_for_step
+from host_runs import finish, records, start, wait_for, wait_for_step
 from sft_jax.common import distributed, trees
 from sft_jax.models.hf import load_save
 
@@ -215,6 +215,41 @@ def test_a_late_start_and_a_signal_while_waiting(tmp_path, inputs):
     assert code == 0, said
 
 
+@pytest.mark.slow
+def test_signals_while_saving_and_loading_change_nothing(tmp_path, inputs):
+  """A save is always under way; the end is that of an undisturbed pair."""
+  choices = CHOICES | _keys(inputs) | {"checkpoint__every": 1, "steps": 8}
+  choices |= {"eval__behaviors": "", "compile_cache": str(tmp_path / "cache")}
+  whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+  for code, said in finish(start(whole, choices), whole, 500):
+    assert code == 0, said
+  # While it saves, both stop after the same step; while it loads, one stops
+  # at once, and the other with it.
+  for victim, saving in ((0, True), (1, False)):
+    processes = start(stopped, choices)
+    if saving:
+      wait_for_step(stopped, processes, 2)
+    else:
+      out = tmp_path / "stopped.0.out"
+      wait_for(lambda out=out: "Loading" in out.read_text(), processes)
+    processes[victim].terminate()
+    for code, said in finish(processes, stopped, 300):
+      assert code == 75, said
+      assert "stopped by" in said
+  for code, said in finish(start(stopped, choices), stopped, 500):
+    assert code == 0, said
+  timeless = lambda folder: [
+    {k: v for k, v in one.items() if not k.startswith(_CLOCK)}
+    for one in records(folder)
+  ]
+  assert timeless(stopped) == timeless(whole)
+  one, other = (x / "export" / "model.safetensors" for x in (whole, stopped))
+  assert one.read_bytes() == other.read_bytes()
+
+
+_CLOCK = ("time/", "speed/", "memory/")
+
+
 def _keys(inputs: dict) -> dict:
   return {k: inputs[k] for k in ("model__path", "data__train")}
 
@@ -258,6 +293,7 @@ def kubernetes(monkeypatch, count):
   )
   monkeypatch.setattr(K8sCluster, "is_env_present", classmethod(lambda _: True))
   monkeypatch.setattr(K8sCluster, "get_process_count", classmethod(count))
+  return K8sCluster
 
 
 @pytest.mark.parametrize("package", [True, False])
@@ -273,8 +309,20 @@ def test_a_pod_that_is_no_job_is_alone_and_asks_nobody(
 
 def test_pods_of_a_job_find_one_another(pod, monkeypatch):
   pod(JOB_COMPLETION_INDEX="3")
-  kubernetes(monkeypatch, lambda _: 8)
+  cluster = kubernetes(monkeypatch, lambda _: 8)
   assert distributed._detected() == {}  # JAX asks Kubernetes itself.
+  coordinator = lambda _, timeout_secs, override_coordinator_port: "pod-0:8476"
+  for name, answer in (
+    ("get_coordinator_address", coordinator),
+    ("get_process_id", lambda _: 3),
+  ):
+    monkeypatch.setattr(cluster, name, classmethod(answer))
+  assert distributed._found_by_jax() == {
+    "coordinator_address": "pod-0:8476",
+    "num_processes": 8,
+    "process_id": 3,
+    "local_device_ids": None,
+  }
   kubernetes(monkeypatch, lambda _: 1)
   assert distributed._detected() is None
 
@@ -296,7 +344,6 @@ def test_pods_of_a_job_without_the_package(pod, monkeypatch):
     "coordinator_address": "run-workers-0-0.run:55527",
     "num_processes": 8,
     "process_id": 3,
-    "cluster_detection_method": "deactivate",
   }
   pod(host="run-workers-0-3")
   with pytest.raises(ValueError, match="subdomain"):

@@ -27,7 +27,11 @@ def lines():
   """Of three processes, with what each was told."""
   client, told = Coordinator(), [queue.Queue() for _ in range(3)]
   made = [
-    lifeline.Lifeline(client, i, 3, "localhost", told[i].put) for i in range(3)
+    lifeline.Lifeline(
+      *(client, i, 3, "localhost"),
+      lambda text, code, i=i: told[i].put(f"{text} {code}"),
+    )
+    for i in range(3)
   ]
   deadline = time.monotonic() + 10
   while len(made[0]._others) < 2:
@@ -68,6 +72,20 @@ def test_who_says_goodbye_is_not_missed(lines):
   assert all(one.empty() for one in told)
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_who_leaves_says_why_and_the_code_of_the_others(lines, victim):
+  made, told = lines
+  made[victim].leave("stopped by a signal", 75)
+  _vanish(made[victim])
+  for i in range(3):
+    if i != victim:
+      said = told[i].get(timeout=10)
+      assert said.startswith(f"process {victim} of 3, on ")
+      assert "(stopped by a signal)" in said
+      assert said.endswith(" 75")
+  assert told[victim].empty()
+
+
 def test_who_is_stopped_is_missed(lines, monkeypatch):
   made, told = lines
   monkeypatch.setattr(lifeline, "SILENCE", 3.0)
@@ -78,19 +96,34 @@ def test_who_is_stopped_is_missed(lines, monkeypatch):
     assert "no sign of life for 3 s" in said
 
 
-def test_strangers_are_no_processes(lines):
+def test_strangers_are_no_processes_and_are_counted(lines, capsys, monkeypatch):
+  """Nor do those who say nothing keep the others waiting."""
   made, told = lines
   (server,) = (
     key.fileobj
     for key in made[0]._selector.get_map().values()
     if key.fileobj not in made[0]._others
   )
-  for text in (b"", b"\xff\n", b'["wrong", 1, "h"]\n', b"{}\n", b"[" * 999):
+  silent = socket.create_connection(server.getsockname()[:2])
+  texts = b"", b"\xff\n", b'["wrong", 1, "h"]\n', b"{}\n", b"[" * 1999
+  for text in texts:
     with socket.create_connection(server.getsockname()[:2]) as stranger:
       stranger.sendall(text)
-  time.sleep(0.3)
-  assert len(made[0]._others) == 2
+  deadline = time.monotonic() + 10
+  while made[0].strangers < len(texts):
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+  known = [one[0] for one in made[0]._others.values()]
+  assert sorted(known, key=str) == [1, 2, None]
+  monkeypatch.setattr(lifeline, "BEAT", 0.1)
+  assert silent.recv(1) == b""  # Nor is it told who is alive.
+  silent.close()
   assert all(one.empty() for one in told)
+  for one in made:
+    one.close()
+  text = capsys.readouterr().err
+  assert text.count("is none of them") == 1
+  assert "6 strangers connected" in text
 
 
 _PAIR = """

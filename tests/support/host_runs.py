@@ -97,16 +97,28 @@ def finish(processes: list[subprocess.Popen], workdir: Path, limit: float):
   return list(zip([p.returncode for p in processes], said, strict=True))
 
 
+def wait_for(true: Callable[[], bool], processes: list[subprocess.Popen]):
+  """Returns when it is; where the processes end before, or never, they are
+  killed and it fails."""
+  deadline = time.monotonic() + 300
+  while not true():
+    if time.monotonic() > deadline or any(
+      p.poll() is not None for p in processes
+    ):
+      for process in processes:
+        process.kill()
+        process.wait()
+      raise AssertionError(f"{[p.args for p in processes]}: it did not come")
+    time.sleep(0.05)
+
+
 def wait_for_step(workdir: Path, processes: list[subprocess.Popen], step: int):
   """Returns when a record of the step is written."""
-  deadline = time.monotonic() + 300
   path = workdir / "metrics.jsonl"
-  while time.monotonic() < deadline:
-    if path.exists() and len(path.read_text().splitlines()) >= step:
-      return
-    assert all(p.poll() is None for p in processes), workdir
-    time.sleep(0.05)
-  raise AssertionError("no step was taken")
+  wait_for(
+    lambda: path.exists() and len(path.read_text().splitlines()) >= step,
+    processes,
+  )
 
 
 def records(workdir: Path) -> list[dict]:
