@@ -132,14 +132,13 @@ class Lease:
       return False
     try:
       os.kill(held["process"], 0)
-    except ProcessLookupError:
-      return True
-    except PermissionError:
-      return False
+    except OSError as error:
+      return isinstance(error, ProcessLookupError)
     return False
 
   def _watch(self, number: int, held: dict[str, Any]) -> None:
-    """Returns once a lease has lapsed; ValueError at a sign of life."""
+    """Returns once a lease has lapsed or is let go; ValueError at a sign of
+    life, which neither an older listing nor an object cut short is."""
     who = f"process {held['process']} on {held['host']}"
     print(
       f"{self._url}: in use by {who} when last heard of; waiting {LAPSE:.0f} s "
@@ -149,7 +148,10 @@ class Lease:
     began = time.monotonic()
     while time.monotonic() - began < LAPSE:
       time.sleep(min(1.0, BEAT / 4))
-      if self._newest() != (number, held):
+      newest, now = self._newest()
+      if newest == number and now and now.get("released"):
+        return
+      if newest > number or (newest == number and now and now != held):
         raise ValueError(
           f"{self._url}: in use by {who}, expected one run at a time. Wait for "
           "it, end it, or choose another workdir."
@@ -158,7 +160,8 @@ class Lease:
   def check(self) -> None:
     """Raises OSError if another run has taken the lease since."""
     number, held = self._newest()
-    if number == self._number and held and held["id"] == self._me["id"]:
+    other = held is not None and held["id"] != self._me["id"]
+    if number < self._number or (number == self._number and not other):
       return
     who = f"process {held['process']} on {held['host']}" if held else "another"
     raise OSError(
@@ -383,8 +386,10 @@ def opened(url: str, folder: Path) -> Iterator[None]:
       over.set()
       keeper.join()
       del _mirrors[folder]
-      mirror.push()
-      lease.release()
+      try:
+        mirror.push()
+      finally:
+        lease.release()
 
 
 def _keep(lease: Lease, mirror: Mirror, over: threading.Event) -> None:
