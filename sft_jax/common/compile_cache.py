@@ -12,11 +12,12 @@ import platform
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax._src import lru_cache
 from jax.experimental.compilation_cache import compilation_cache
 
 from sft_jax.common.buckets import storage
@@ -84,10 +85,40 @@ def opened(path: str, log: Callable[[str], None]) -> Iterator[None]:
   }
   before = {name: getattr(jax.config, name) for name in settings}
   _apply(settings)
+  put, lru_cache.LRUCache.put = lru_cache.LRUCache.put, _put_whole(log)
   try:
     yield
   finally:
+    lru_cache.LRUCache.put = put
     _apply(before)
+
+
+def _put_whole(log: Callable[[str], None]) -> Callable[[Any, str, bytes], None]:
+  """Keeps a program whole or not at all.
+
+  JAX's own way leaves what a kill or a full disk has cut short: it is found
+  damaged at every start, and never replaced.
+  """
+  failed: list[OSError] = []
+
+  def put(cache: Any, key: str, value: bytes) -> None:
+    entry = cache.path / f"{key}-cache"
+    part = cache.path / f".{os.getpid()}.part"
+    try:
+      if not entry.exists():
+        part.write_bytes(value)
+        part.replace(entry)
+    except OSError as error:
+      with suppress(OSError):
+        part.unlink()
+      if not failed:
+        log(
+          f"compile_cache: {cache.path} keeps no more programs ({error}); the "
+          "next start compiles them again. Make room, or name another folder."
+        )
+      failed.append(error)
+
+  return put
 
 
 def _apply(settings: dict[str, Any]) -> None:

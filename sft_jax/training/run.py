@@ -133,11 +133,11 @@ def train(
     try:
       return run(session, force, extend, command)
     except OSError as error:
-      if error.errno not in _FULL or error.filename:
+      if error.errno not in _FULL:
         raise
       raise OSError(  # The system says of writes no place.
-        f"{workdir}: {error.strerror}, expected a disk with room. Make room, "
-        "and run the same command again."
+        f"{error.filename or workdir}: {error.strerror}, expected a disk with "
+        "room. Make room, and run the same command again."
       ) from error
 
 

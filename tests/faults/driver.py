@@ -32,8 +32,11 @@ from sft_jax.data.store import build
 from sft_jax.data.store.store import Store
 from sft_jax.evals import suite
 from sft_jax.models.hf import load_save
+from sft_jax.reporting import final_summary
+from sft_jax.training import run as run_module
 from sft_jax.training import step_runner
 from sft_jax.training.interrupts import Stopped
+from sft_jax.training.recorder import Records
 
 if folder := os.environ.get("FAULTS_COMPILE_CACHE"):
   jax.config.update("jax_compilation_cache_dir", folder)
@@ -83,6 +86,17 @@ def limit_files() -> None:
     lambda *_, **__: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
     call=2,
   )
+
+
+def fill(*arguments, **options) -> None:
+  """Takes the last byte of the disk that FAULTS_DISK is on."""
+  size, path = 1 << 20, Path(os.environ["FAULTS_DISK"]) / "fill"
+  with path.open("ab", buffering=0) as file:
+    while size:
+      try:
+        file.write(bytes(size))
+      except OSError:
+        size //= 2
 
 
 def before(owner, name: str, act=die, *, call: int = 1) -> None:
@@ -135,6 +149,9 @@ PHASES = {
   "SIGTERM twice": lambda: before(
     *(MANAGER, "_wait_for_checkpointers", terminate), call=2
   ),
+  "SIGTERM at the last step": lambda: before(
+    *(step_runner.StepRunner, "submit", terminate), call=12
+  ),
   "SIGTERM while measuring": lambda: before(suite.Suite, "_sums", terminate),
   "Ctrl-C": lambda: before(step_runner.StepRunner, "submit", interrupt, call=5),
   "Ctrl-C twice": lambda: before(
@@ -152,6 +169,18 @@ PHASES = {
   ),
   "a dying reader": lambda: before(Store, "example", fail, call=40),
   "a full disk": lambda: limit_files(),
+  # The disk is full from a moment on, until the next process begins.
+  "full: cache": lambda: before(build, "_seal", fill),
+  "full: compiled": lambda: before(jax.stages.Lowered, "compile", fill),
+  "full: start page": lambda: before(run_module, "_write_start", fill),
+  "full: records": lambda: before(Records, "write", fill, call=3),
+  "full: checkpoint": lambda: before(manager.Checkpoints, "save", fill, call=2),
+  "full: evaluation": lambda: before(suite.Suite, "losses", fill),
+  "full: measured": lambda: after(suite.Suite, "losses", fill, call=2),
+  "full: export": lambda: before(run_module, "_export", fill),
+  "full: exporting": lambda: before(export, "_verify", fill),
+  "full: report": lambda: before(final_summary, "write_report", fill),
+  "full: result": lambda: after(final_summary, "write_report", fill),
 }
 
 
@@ -201,6 +230,8 @@ def main() -> None:
   phases = [item for item in rest if "=" not in item]
 
   def die_in(phase: str) -> None:
+    if disk := os.environ.get("FAULTS_DISK"):
+      (Path(disk) / "fill").unlink(missing_ok=True)
     PHASES[phase]()
     run(folder, model, rows, changes)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -143,9 +144,10 @@ def test_signals_of_a_terminal(place):
 
 
 @pytest.mark.slow
-def test_sigterm_while_measuring(place):
-  codes, error = drive(place, "asked", "SIGTERM while measuring", "whole")
-  assert codes == [75, 0], error
+def test_sigterm_while_measuring_and_at_the_last_step(place):
+  phases = "SIGTERM while measuring", "SIGTERM at the last step", "whole"
+  codes, error = drive(place, "asked", *phases)
+  assert codes == [75, 75, 0], error
   assert "nothing is lost" in error
   check_same(place, "asked")
 
@@ -221,6 +223,32 @@ def test_hangs_dead_readers_and_a_full_disk_end_the_run(place):
   assert "could not be saved" in error
   assert "File too large" in error
   check_same(place, "troubled")
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_in_every_phase(place, tmp_path):
+  """A small one: each run says where and what to do, and the next goes on."""
+  disk = tmp_path / "disk"
+  disk.mkdir()
+  mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(disk)]
+  if not shutil.which("mount") or subprocess.run(mount).returncode:
+    pytest.skip("may not mount a small disk: needs root")
+  try:
+    phases = (
+      *("cache", "compiled", "start page", "records", "checkpoint"),
+      *("evaluation", "measured", "export", "exporting", "report", "result"),
+    )
+    (place / "full").symlink_to(disk)
+    codes, error = drive(
+      *(place, "full", *(f"full: {phase}" for phase in phases), "whole"),
+      FAULTS_DISK=str(disk),
+      FAULTS_COMPILE_CACHE=str(disk / "compiled"),
+    )
+    print(error)
+    assert codes == [2] * len(phases) + [0], error
+    check_same(place, "full")
+  finally:
+    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_replay_shows_the_rows_of_a_step(place):
