@@ -129,7 +129,11 @@ def test_rates_and_freeze_choose_parameters_by_pattern(page):
   frozen = [p for p in trees.flatten(params) if not step.trained(p)]
   assert frozen
   assert all("norm/scale" in path for path in frozen)
-  for key, value in (("rates", (("emb/", 0.1),)), ("freeze", ("emb/",))):
+  for key, value in (
+    ("rates", (("emb/", 0.1),)),
+    ("freeze", ("emb/",)),
+    ("decay", ("kernel$", "emb/")),
+  ):
     with config.unlocked():
       wrong = config.copy_and_resolve_references()
       wrong.optim[key] = value

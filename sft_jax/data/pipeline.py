@@ -116,10 +116,19 @@ class Stream:
     self._patterns = functools.lru_cache(maxsize=1)(self._find_patterns)
     numbers = np.bincount(store.source, minlength=len(store.sources))
     # Rows that an epoch takes of each source: whole copies, and some more.
-    self._taken = [
-      divmod(max(1, round(copies * number)), number) if number else (0, 0)
-      for copies, number in zip(store.copies, numbers.tolist(), strict=True)
-    ]
+    self._taken = []
+    for one, copies, number in zip(
+      store.sources, store.copies, numbers.tolist(), strict=True
+    ):
+      if number and copies * number < 0.5:
+        raise ValueError(
+          f"data source {one.label}: got {copies:.3g} times its {number} rows "
+          "in an epoch, expected one row or more. Raise its repeat or share, "
+          "or leave it out."
+        )
+      self._taken.append(
+        divmod(round(copies * number), number) if number else (0, 0)
+      )
     self._rows_per_epoch = len(self._ids(0))
     # With whole copies all epochs have the same rows, in other packs.
     self._whole = not any(more for _, more in self._taken)

@@ -153,7 +153,7 @@ def test_same_global_batches_on_any_processes_from_any_step(processes, epochs):
 
 @settings(max_examples=8, deadline=None)
 @given(
-  numbers=st.lists(st.integers(1, 20), min_size=1, max_size=3),
+  numbers=st.lists(st.integers(2, 20), min_size=1, max_size=3),
   repeats=st.lists(st.sampled_from([1, 2, 0.3, 1.5]), min_size=3, max_size=3),
   start=st.integers(0, 12),
   processes=st.sampled_from([1, 2, 8]),
@@ -185,6 +185,13 @@ def test_any_mixture_resumes_anywhere_on_any_processes(
     assert _equal(batch, stack_rows(parts))
     ids = [i for row in stream().rows_of(step) for i in row]
     assert _documents(batch) == _stored(store, ids)
+
+
+def test_a_source_of_which_an_epoch_takes_no_row_is_refused():
+  weights = (1, 1e-300)
+  store = random_store(6, longest=T, source=[0, 0, 0, 1, 1, 1], weights=weights)
+  with pytest.raises(ValueError, match="got 1e-300 times its 3 rows in an ep"):
+    Stream(store, seq_len=T, batch_size=2)
 
 
 def test_counted_stream_ends_and_endless_does_not():

@@ -14,6 +14,7 @@ from sft_jax.models.transformer import Model
 from sft_jax.step.train_step import TrainState, init_state
 from sft_jax.training.build.data import Config
 from sft_jax.training.build.step import Step, needs_base
+from sft_jax.training.config import OptimizerConfig
 
 
 def hold_base(
@@ -30,9 +31,13 @@ def hold_base(
   nothing to train.
   """
   paths = [path for path in trees.flatten(params) if step.trained(path)]
-  for key, choices in (("rates", paths), ("freeze", trees.flatten(params))):
-    for rule in config.optim[key]:
-      pattern = rule if key == "freeze" else rule[0]
+  for key, choices, rules in (
+    ("rates", paths, [pattern for pattern, _ in config.optim.rates]),
+    ("freeze", trees.flatten(params), config.optim.freeze),
+    # Those of the default are for all models, trained in whatever way.
+    ("decay", paths, set(config.optim.decay) - set(OptimizerConfig.decay)),
+  ):
+    for pattern in sorted(rules):
       if not any(re.search(pattern, path) for path in choices):
         raise ValueError(
           f"optim.{key}: {pattern!r} matches nothing, expected patterns over "
