@@ -63,8 +63,6 @@ from sft_jax.common.buckets import remote_workdir, storage
 from sft_jax.reporting.metrics import read_jsonl
 
 _SHAPES = {"w": (128, 96), "m": (64,), "count": ()}
-# Seconds within which a trial that saves is killed, from when it has restored.
-_SAVING = 1.0
 
 
 def expected(step: int) -> dict[str, jax.Array]:
@@ -113,6 +111,8 @@ def save_on(folder: Path, told: Any) -> None:
     step += 1
     checkpoints.check()
     checkpoints.save(step, expected(step), {"of": step})
+    told.write("another\n")
+    told.flush()
 
 
 def in_child(folder: Path, act: Callable[[], Any]) -> int:
@@ -136,17 +136,28 @@ def in_child(folder: Path, act: Callable[[], Any]) -> int:
     os._exit(code)
 
 
+@functools.cache
+def _lister() -> subprocess.Popen:
+  """Lists buckets, in another process: a client's threads survive no fork."""
+  ask = (
+    "import sys; from sft_jax.common.buckets import storage\n"
+    "for url in sys.stdin: print(*storage.list_objects(url[:-1]), flush=True)"
+  )
+  pipe = subprocess.PIPE
+  command = [sys.executable, "-c", ask]
+  asked = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+  atexit.register(asked.kill)
+  return asked
+
+
 def committed(folder: Path, url: str = "") -> int:
   """The newest step whose checkpoint has its name; in a bucket its marker."""
-  if url:  # Asked by another process: a client's threads survive no fork.
-    ask = (
-      "import sys; from sft_jax.common.buckets import storage; "
-      "print(*storage.list_objects(sys.argv[1]))"
-    )
-    place = storage.join(url, "checkpoints")
-    names = subprocess.check_output(
-      [sys.executable, "-c", ask, place], text=True
-    )
+  if url:
+    asked = _lister()
+    assert asked.stdin
+    assert asked.stdout
+    print(storage.join(url, "checkpoints"), file=asked.stdin, flush=True)
+    names = asked.stdout.readline()
     steps = re.findall(r"(\d+)/commit_success.txt", names)
     return max(map(int, steps), default=0)
   names = [p.name for p in (folder / "checkpoints").glob("*")]
@@ -172,10 +183,14 @@ def damage(folder: Path, rng: random.Random) -> str:
 
 
 def trial_of_saving(
-  folder: Path, rng: random.Random, url: str = ""
+  folder: Path, rng: random.Random, url: str = "", before: int | None = None
 ) -> dict[str, Any]:
-  """One process, killed; what it restored, against what was committed."""
-  before, mark = committed(folder, url), folder / "spoiled"
+  """One process, killed; what it restored, against what was committed.
+
+  `before`: what the trial before said of that, where it is known.
+  """
+  before = committed(folder, url) if before is None else before
+  mark = folder / "spoiled"
   many = len(list((folder / "checkpoints").glob("[0-9]*"))) > 1
   if many and not mark.exists() and rng.random() < 0.25:
     mark.write_text(damage(folder, rng))
@@ -188,9 +203,14 @@ def trial_of_saving(
   child = in_child(folder, lambda: act(os.fdopen(write, "w")))
   os.close(write)
   with os.fdopen(read) as pipe:
-    # The clock starts when it has restored; one trial in ten dies before.
-    line = "" if rng.random() < 0.1 else pipe.readline()
-    time.sleep(rng.uniform(0, _SAVING * (6 if url else 1)))
+    # One trial in ten dies before it has restored, the others in one of their
+    # first saves, at a moment of about as long as the last one took.
+    line, seconds = "" if rng.random() < 0.1 else pipe.readline(), 1.0
+    for _ in range(rng.randint(1, 3) if line else 0):
+      begin = time.monotonic()
+      pipe.readline()
+      seconds = time.monotonic() - begin
+    time.sleep(rng.uniform(0, 1.5 * seconds))
     os.kill(child, signal.SIGKILL)
     ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     line = line or pipe.readline()
@@ -330,6 +350,8 @@ def main() -> None:
   while len(done) < args.trials and time.monotonic() < end:
     # Seeded by the trial: a count that is taken up again draws anew.
     outcome = act(rng=random.Random(len(done)))
+    if args.url:
+      act = functools.partial(act, before=outcome["after"])
     done.append({"trial": len(done), **outcome})
     with record.open("a") as file:
       file.write(json.dumps(done[-1]) + "\n")
