@@ -135,9 +135,11 @@ def train(
     except OSError as error:
       if error.errno not in _FULL:
         raise
-      raise OSError(  # The system says of writes no place.
-        f"{error.filename or workdir}: {error.strerror}, expected a disk with "
-        "room. Make room, and run the same command again."
+      # The system says of writes no place, of copies where from, too.
+      place = error.filename2 or error.filename or workdir
+      raise OSError(
+        f"{place}: {error.strerror}, expected a disk with room. Make room, and "
+        "run the same command again."
       ) from error
 
 

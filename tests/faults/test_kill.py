@@ -244,8 +244,12 @@ def test_a_disk_that_is_full_in_every_phase(place, tmp_path):
       FAULTS_DISK=str(disk),
       FAULTS_COMPILE_CACHE=str(disk / "compiled"),
     )
-    print(error)
     assert codes == [2] * len(phases) + [0], error
+    said = [x for x in error.splitlines() if x.startswith("error: ")]
+    assert len(said) == len(phases), error
+    for line in said:
+      assert str(place / "full") in line or str(disk) in line, line
+      assert "ake room" in line, line
     check_same(place, "full")
   finally:
     subprocess.run(["umount", str(disk)], check=True)
