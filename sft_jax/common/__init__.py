@@ -2,6 +2,6 @@
 
 Reading order: `batch` (what data hands to training), `trees` (parameters by
 path), `sharding` (meshes and where arrays are), `distributed` (several
-processes, with `lifeline`), then `machines`, `flops`, `buckets`, `hub`,
-`compile_cache` and `workdir`.
+processes, with `meeting` and `lifeline`), then `machines`, `flops`, `buckets`,
+`hub`, `compile_cache` and `workdir`.
 """
