@@ -85,11 +85,12 @@ def opened(path: str, log: Callable[[str], None]) -> Iterator[None]:
   }
   before = {name: getattr(jax.config, name) for name in settings}
   _apply(settings)
-  put, lru_cache.LRUCache.put = lru_cache.LRUCache.put, _put_whole(log)
+  cache: Any = lru_cache.LRUCache
+  put, cache.put = cache.put, _put_whole(log)
   try:
     yield
   finally:
-    lru_cache.LRUCache.put = put
+    cache.put = put
     _apply(before)
 
 

@@ -125,8 +125,9 @@ class Lifeline:
           self._greet(line)
       for line, (process, host, heard, _) in list(self._others.items()):
         silent = time.monotonic() - heard
-        if process is None and silent > BEAT:
-          self._drop(line)
+        if process is None:
+          if silent > BEAT:
+            self._drop(line)
         elif silent > SILENCE:
           self._tell(process, host, f"no sign of life for {SILENCE:g} s")
           return

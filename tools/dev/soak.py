@@ -343,7 +343,7 @@ def main() -> None:
     atexit.register(emulator.close)
     os.environ.update(emulator.env)
     args.url = f"gs://{buckets.BUCKET}/soak"
-  act = functools.partial(trial_of_saving, folder, url=args.url)
+  act: Any = functools.partial(trial_of_saving, folder, url=args.url)
   if args.mode == "run":
     act = functools.partial(trial_of_runs, folder, make=tiny_run(folder))
   end = time.monotonic() + args.seconds
