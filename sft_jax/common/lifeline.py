@@ -107,9 +107,10 @@ class Lifeline:
 
   def _send(self, message: dict[str, Any]) -> None:
     data = json.dumps(message).encode() + b"\n"
-    for line in [x for x, one in self._others.items() if one[0] is not None]:
+    for line, (process, *_) in list(self._others.items()):
       with contextlib.suppress(OSError):  # Reading notices who is gone.
-        line.sendall(data)
+        if process is not None:
+          line.sendall(data)
 
   def _watch(self) -> None:
     last = 0.0
