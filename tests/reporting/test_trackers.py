@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 import sys
 from types import ModuleType
 from typing import ClassVar
@@ -192,6 +193,21 @@ def wandb_records(data):
       record = b""
 
 
+def until_its_exit(file):
+  """(kind, record) of a .wandb file, which W&B's own process ends to write."""
+  from wandb.proto import wandb_internal_pb2
+
+  end = time.monotonic() + 30
+  while True:
+    read = map(
+      wandb_internal_pb2.Record.FromString, wandb_records(file.read_bytes())
+    )
+    found = [(record.WhichOneof("record_type"), record) for record in read]
+    if any(kind == "exit" for kind, _ in found) or time.monotonic() > end:
+      return found
+    time.sleep(0.2)
+
+
 # The clients' own warnings are not ours to mend.
 @pytest.mark.filterwarnings("ignore")
 def test_mlflow_itself_has_one_run_with_every_step_once(tmp_path, monkeypatch):
@@ -219,17 +235,14 @@ def test_mlflow_itself_has_one_run_with_every_step_once(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 def test_wandb_itself_has_one_run_with_every_step_once(tmp_path, monkeypatch):
   pytest.importorskip("wandb", reason="pip install 'sft_jax[wandb]'")
-  from wandb.proto import wandb_internal_pb2
-
   monkeypatch.setenv("WANDB_MODE", "offline")
   state = real(tmp_path, monkeypatch, "wandb")
   files = sorted(tmp_path.glob("mine/wandb/offline-run-*/*.wandb"))
   assert {file.name for file in files} == {f"run-{state['run']}.wandb"}
   rows = []
   for file in files:
-    for data in wandb_records(file.read_bytes()):
-      record = wandb_internal_pb2.Record.FromString(data)
-      if record.WhichOneof("record_type") == "history":
+    for kind, record in until_its_exit(file):
+      if kind == "history":
         rows.append(
           {
             (item.key or "/".join(item.nested_key)): json.loads(item.value_json)
