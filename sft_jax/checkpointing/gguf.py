@@ -6,6 +6,7 @@ architecture cannot say is refused by name: a window, a rope or a pre-tokenizer
 that it would leave out is another model.
 """
 
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,13 +81,7 @@ def write(
     ValueError: a family, a rope, a window or a tokenizer that llama.cpp does
       not have; an unknown dtype; no package `gguf`.
   """
-  try:
-    import gguf
-  except ImportError as error:
-    raise ValueError(
-      "gguf: the package gguf is not installed; expected it. Install "
-      "sft_jax[gguf]."
-    ) from error
+  gguf = _package()
   folder, path = Path(folder), Path(path)
   if dtype not in DTYPES:
     raise _refuse(folder, "dtype", dtype, f"one of {DTYPES}")
@@ -320,8 +315,7 @@ def modelfile(
 
 def read_back(path: str | Path) -> dict[str, np.ndarray]:
   """The tensors of a GGUF file by its names, decoded to float32."""
-  import gguf
-
+  gguf = _package()
   return {
     tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     for tensor in gguf.GGUFReader(path).tensors
@@ -330,11 +324,19 @@ def read_back(path: str | Path) -> dict[str, np.ndarray]:
 
 def stop_ids(path: str | Path) -> set[int]:
   """The ids at which a GGUF file says that generation stops."""
-  import gguf
-
-  fields = gguf.GGUFReader(path).fields
+  fields = _package().GGUFReader(path).fields
   names = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
   return {int(fields[name].contents()) for name in names if name in fields}
+
+
+def _package() -> Any:
+  try:
+    return importlib.import_module("gguf")
+  except ImportError as error:
+    raise ValueError(
+      "gguf: the package gguf is not installed; expected it. Install "
+      "sft_jax[gguf]."
+    ) from error
 
 
 def _refuse(where: Any, name: str, got: Any, expected: Any) -> ValueError:

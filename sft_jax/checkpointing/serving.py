@@ -12,6 +12,7 @@ Tokens and stops are compared with those of the model in memory. What vLLM and
 SGLang would do is read off the folder, by the rules they load by.
 """
 
+import importlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -284,8 +285,7 @@ def _transformers(folder: Path, trained: Reference) -> list[Reply]:
 
 def _llama(file: Path, trained: Reference) -> list[Reply]:
   """Greedy replies of llama.cpp, which reads the prompts as text."""
-  import llama_cpp
-
+  llama_cpp: Any = importlib.import_module("llama_cpp")
   texts = []
   for conversation, _ in trained.prompts:
     text = conversation.messages[0].content
