@@ -23,7 +23,10 @@ from sft_jax.models import rope
 from sft_jax.models.config import ModelConfig, read_config
 from sft_jax.models.hf import load_save
 
-DTYPES = ("float32", "bfloat16", "q8_0")
+# And the names of files of them: that of a matrix is the last part.
+DTYPES = {
+  **{"float32": "ALL_F32", "bfloat16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+}
 
 
 class _Arch(NamedTuple):
@@ -84,7 +87,7 @@ def write(
   gguf = _package()
   folder, path = Path(folder), Path(path)
   if dtype not in DTYPES:
-    raise _refuse(folder, "dtype", dtype, f"one of {DTYPES}")
+    raise _refuse(folder, "dtype", dtype, f"one of {[*DTYPES]}")
   config, tokenizer = read_config(folder), load_tokenizer(folder)
   arch = _check(folder, config)
   kind = gguf.MODEL_ARCH[arch.name]
@@ -111,18 +114,9 @@ def write(
   for window in {kind.window for kind in c.layers if kind.window}:
     writer.add_sliding_window(window)
   _add_tokens(gguf, writer, folder, tokenizer, c.vocab_size)
-  quantized = {
-    "float32": gguf.GGMLQuantizationType.F32,
-    "bfloat16": gguf.GGMLQuantizationType.BF16,
-    "q8_0": gguf.GGMLQuantizationType.Q8_0,
-  }[dtype]
-  writer.add_file_type(
-    {
-      "float32": gguf.LlamaFileType.ALL_F32,
-      "bfloat16": gguf.LlamaFileType.MOSTLY_BF16,
-      "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-    }[dtype]
-  )
+  file_type = DTYPES[dtype]
+  quantized = gguf.GGMLQuantizationType[file_type.split("_", 1)[1]]
+  writer.add_file_type(gguf.LlamaFileType[file_type])
   writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
   wide = []
   names = gguf.get_tensor_name_map(kind, c.num_layers)

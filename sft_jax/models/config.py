@@ -17,14 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sft_jax.models.families import (
-  FAMILIES,
+from sft_jax.models.families import FAMILIES, MULTIMODAL, Family
+from sft_jax.models.hf.family_fields import (
   FULL,
   LINEAR,
-  MULTIMODAL,
   READS,
   SLIDING,
-  Family,
   Json,
   Read,
   positive,

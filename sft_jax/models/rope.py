@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from sft_jax.models.families import (
+from sft_jax.models.families import Family
+from sft_jax.models.hf.family_fields import (
   FULL,
   SLIDING,
-  Family,
   Json,
   positive,
   refuse,

@@ -13,7 +13,8 @@ from sft_jax.models.config import (
   parse_config,
   read_config,
 )
-from sft_jax.models.families import FAMILIES, FULL, SLIDING
+from sft_jax.models.families import FAMILIES
+from sft_jax.models.hf.family_fields import FULL, SLIDING
 from sft_jax.models.rope import Rope
 from wild_configs import WILD
 

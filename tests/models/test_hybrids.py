@@ -1,24 +1,20 @@
 """Laws of models some of whose layers are no attention, on the goldens.
 
-That they equal the reference, and a pack its documents, is in `test_parity`;
-each layer's own boundaries are in `layers/`.
+That they equal the reference, a pack its documents, and adapters over devices
+the merged model, is in `test_parity`; each layer's own boundaries are in
+`layers/`.
 """
 
 import functools
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import sft_jax
 import tiny
-from sft_jax.common import sharding, trees
-from sft_jax.models import transformer
-from sft_jax.models.hf import load_save, peft_load, peft_save
-from sft_jax.models.lora import lora, quantize
-from sft_jax.models.lora.lora import LoraConfig
+from sft_jax.models.hf import load_save
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = ("lfm2", "qwen3_5", "granitemoehybrid")
@@ -94,69 +90,6 @@ def test_decoding_is_the_full_pass_wherever_padding_lies(case):
   _, after = model.decode(params, prompt[:, :1], nothing, cache)
   for name, x in cache.items():
     np.testing.assert_array_equal(after[name], x, err_msg=name)
-
-
-def gradient(case, mesh=None, **choices):
-  """Of the loss of four packed rows."""
-  config, params = load(case)[0].config, load(case)[1]
-  model = transformer.build(config, mesh=mesh, **choices)
-  args = (params, TOKENS, SEGMENTS)
-  if mesh:
-    rows = sharding.row_sharding(mesh)
-    places = (sharding.param_shardings(params, mesh), rows, rows)
-    args = jax.tree.map(jax.device_put, args, places)
-
-  def loss(params, tokens, segments):
-    hidden = model.hidden(params, tokens, None, segments)
-    kept = (segments > 0)[..., None]
-    return jnp.sum(jnp.where(kept, jnp.sin(hidden), 0))
-
-  return trees.flatten(jax.jit(jax.grad(loss))(*args))
-
-
-@EACH
-def test_remat_scan_and_meshes_do_not_matter(case):
-  """Layers in periods (qwen3_5) and layers in none; rows, widths and slots
-  over devices."""
-  want = gradient(case)
-  for choices in (
-    {"scan": False, "remat": "attention"},
-    {"mesh": sharding.make_mesh(1, 2, 2, 2), "remat": "full"},
-  ):
-    for path, x in gradient(case, **choices).items():
-      scale = np.abs(want[path]).max()
-      gap = np.abs(np.asarray(x) - want[path]).max()
-      assert gap <= 5e-5 * scale + 1e-5, (choices, path, gap, scale)
-
-
-@EACH
-def test_adapters_of_a_few_layers_go_to_peft_and_back(case, tmp_path):
-  """On a base in few bits too; they change what the model computes."""
-  base, frozen = load(case)
-  config = base.config
-  model = transformer.build(config, lora=LoraConfig(rank=2, alpha=4.0))
-  params = lora.init(jax.random.key(0), frozen, model.lora)
-  flat = trees.flatten(params)
-  for i, path in enumerate(flat):
-    if path.endswith("/lora_b"):
-      draw = jax.random.normal(jax.random.key(i), flat[path].shape)
-      flat[path] = 0.1 * draw
-  params = trees.unflatten(flat)
-  peft_save.save_adapter(tmp_path / "adapter", model, params, base="base")
-  adapter = peft_load.load_adapter(tmp_path / "adapter", config)
-  again = lora.init(jax.random.key(1), frozen, adapter.lora)
-  again = peft_load.place_adapter(again, adapter.leaves)
-  hidden = jax.jit(model.hidden)
-  want = hidden(params, TOKENS, None, SEGMENTS)
-  plain = base.hidden(frozen, TOKENS, None, SEGMENTS)
-  assert np.abs(want - plain).max() > 1e-3
-  # What is one module to PEFT comes back as adapters of a larger rank.
-  same = transformer.build(config, lora=adapter.lora)
-  got = jax.jit(same.hidden)(again, TOKENS, None, SEGMENTS)
-  np.testing.assert_allclose(got, want, atol=2e-5)
-  packed = quantize.pack_tree(params, "int8", keep=lora.is_adapter)
-  rough = jax.jit(model.hidden)(packed, TOKENS, None, SEGMENTS)
-  assert 0 < np.abs(rough - want).mean() < 0.1
 
 
 @pytest.mark.slow

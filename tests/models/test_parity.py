@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sft_jax.common import trees
+from sft_jax.common import sharding, trees
 from sft_jax.inference import sampler
+from sft_jax.models import transformer
 from sft_jax.models.attention import blockwise
-from sft_jax.models.hf import load_save, parameter_map
-from sft_jax.models.lora.lora import is_constant
+from sft_jax.models.hf import load_save, parameter_map, peft_load, peft_save
+from sft_jax.models.lora import lora, merge, quantize
+from sft_jax.models.lora.lora import LoraConfig, is_constant
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = sorted(path.parent.name for path in GOLDENS.glob("*/golden.npz"))
@@ -35,6 +37,11 @@ def load(case, attention="auto"):
   with np.load(GOLDENS / case / "golden.npz", allow_pickle=False) as file:
     golden = dict(file)
 
+  step = jax.jit(jax.value_and_grad(nats_of(model), has_aux=True))
+  return Loaded(model, params, golden, step)
+
+
+def nats_of(model):
   def nats(params, tokens, segments):
     logits = model.logits(params, model.hidden(params, tokens, None, segments))
     log_p = jax.nn.log_softmax(logits[:, :-1])
@@ -42,8 +49,7 @@ def load(case, attention="auto"):
     within = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
     return -jnp.sum(jnp.where(within, picked, 0)), logits
 
-  step = jax.jit(jax.value_and_grad(nats, has_aux=True))
-  return Loaded(model, params, golden, step)
+  return nats
 
 
 # Rows of goldens are short, for which 'auto' is the reference. Windows,
@@ -116,6 +122,79 @@ def test_greedy_continuation_equals_the_reference(case):
     length_bucket=1,
   )
   assert got.tokens == want[n:]
+
+
+# Recurrences, experts with a shared one, latent attention.
+QUICK = ("qwen3_5", "granitemoehybrid_moe", "deepseek_v3")
+
+
+@pytest.mark.parametrize(
+  "case",
+  [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in CASES],
+)
+def test_adapters_on_a_base_in_few_bits_are_the_merged_model(case, tmp_path):
+  """Written for PEFT and read; and over devices, unrolled, with rematerialized
+  layers, with the gradients that follow from the merged kernels'."""
+  base, frozen, golden, step = load(case)
+  config = base.config
+  # A norm of columns beside every kernel, but for those of experts.
+  adapters = LoraConfig(rank=2, alpha=4.0, dora=not config.num_experts)
+  rng = np.random.default_rng(0)
+  params = trees.map_paths(
+    lambda path, x: (
+      x + rng.normal(0, 0.1, x.shape).astype(np.float32)
+      if adapters.trains(path)
+      else x
+    ),
+    lora.init(jax.random.key(0), frozen, adapters),
+  )
+  model = base._replace(lora=adapters)
+  peft_save.save_adapter(tmp_path, model, params, base="base")
+  found = peft_load.load_adapter(tmp_path, config)
+  # What is one module to PEFT comes back as adapters of a larger rank.
+  again = lora.init(jax.random.key(1), frozen, found.lora)
+  again = peft_load.place_adapter(again, found.leaves)
+  want = trees.flatten(merge.merge(params, adapters).params)
+  for path, x in trees.flatten(merge.merge(again, found.lora).params).items():
+    np.testing.assert_allclose(x, want[path], atol=1e-5, err_msg=path)
+  packed = quantize.pack_tree(params, "int8", keep=lora.is_adapter)
+  whole = merge.merge(packed, adapters).params
+  tokens = golden["tokens"]
+  segments = np.array([[1] * 23 + [2] * 17] * 2, np.int32)
+  (nats, logits), gradient = step(whole, tokens, segments)
+  mesh = sharding.make_mesh(1, 2, 2, 2)
+  spread = transformer.build(
+    config, lora=adapters, mesh=mesh, scan=False, remat="full"
+  )
+  rows = sharding.row_sharding(mesh)
+  args = jax.tree.map(
+    jax.device_put,
+    (packed, tokens, segments),
+    (sharding.param_shardings(packed, mesh), rows, rows),
+  )
+  trained, rest = trees.partition(args[0], adapters.trains)
+  loss = lambda trained, rest, *batch: nats_of(spread)(
+    trees.merge(trained, rest), *batch
+  )
+  loss = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  (got, got_logits), got_gradient = loss(trained, rest, *args[1:])
+  np.testing.assert_allclose(got, nats, rtol=1e-5)
+  # Rounding of the delta rule's triangle, see below.
+  np.testing.assert_allclose(got_logits, logits, atol=5e-4)
+  flat, toward = trees.flatten(params), trees.flatten(gradient)
+  rounding = 1e-6 * np.sqrt(sum(np.sum(x**2) for x in toward.values()))
+  for path, x in trees.flatten(got_gradient).items():
+    assert np.abs(x).max() > 0, path
+    module, _, half = path.rpartition("/")
+    if adapters.dora:
+      continue
+    kernel = adapters.scale(module) * toward[f"{module}/kernel"]
+    if half == "lora_a":
+      right = kernel @ np.swapaxes(flat[f"{module}/lora_b"], -1, -2)
+    else:
+      right = np.swapaxes(flat[f"{module}/lora_a"], -1, -2) @ kernel
+    gap = np.linalg.norm(x - right)
+    assert gap <= 1e-3 * np.linalg.norm(right) + rounding, path
 
 
 # -- Where the reference is at hand --------------------------------------------

@@ -110,6 +110,34 @@ LATENT = {
   **{"qk_nope_head_dim": 6, "qk_rope_head_dim": 4},
 }
 
+MAMBA = {
+  **{"mamba_n_heads": 4, "mamba_n_groups": 2, "mamba_d_state": 7},
+  "mamba_proj_bias": True,
+}
+GRANITE: dict[str, Any] = {
+  **{"embedding_multiplier": 3.0, "attention_multiplier": 0.2},
+  **{"residual_multiplier": 0.7, "logits_scaling": 0.5},
+  "rope_parameters": rope(),
+  **TIED,
+}
+GRANITE_HYBRID = {
+  "num_hidden_layers": 3,
+  "layer_types": [LINEAR_LAYER, FULL_LAYER, LINEAR_LAYER],
+  "position_embedding_type": "rope",
+  **MAMBA,
+  **GRANITE,
+}
+DELTA = {
+  **{"head_dim": 12, "linear_num_key_heads": 2, "linear_key_head_dim": 6},
+  "linear_value_head_dim": 5,
+  "rope_parameters": rope(partial_rotary_factor=0.5),
+}
+DELTA_MOE = {
+  "layer_types": [LINEAR_LAYER, FULL_LAYER],
+  **{"moe_intermediate_size": 16, "shared_expert_intermediate_size": 12},
+  **{"num_experts": 4, "num_experts_per_tok": 2, **DELTA},
+}
+
 # The reference's own code; its kernels refuse some sizes of experts.
 PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
@@ -296,48 +324,17 @@ CASES: dict[str, Case] = {
     {
       "num_hidden_layers": 4,
       "layer_types": [LINEAR_LAYER, FULL_LAYER] * 2,
-      "head_dim": 12,
-      "linear_num_key_heads": 2,
-      "linear_num_value_heads": 4,
-      "linear_key_head_dim": 6,
-      "linear_value_head_dim": 5,
-      "rope_parameters": rope(partial_rotary_factor=0.5),
-      **TIED,
+      **{"linear_num_value_heads": 4, **DELTA, **TIED},
     },
   ),
   "qwen3_next": Case(
-    "qwen3_next",
-    {
-      "layer_types": [LINEAR_LAYER, FULL_LAYER],
-      "head_dim": 12,
-      "linear_num_key_heads": 2,
-      "linear_num_value_heads": 4,
-      "linear_key_head_dim": 6,
-      "linear_value_head_dim": 5,
-      "moe_intermediate_size": 16,
-      "shared_expert_intermediate_size": 12,
-      "num_experts": 4,
-      "num_experts_per_tok": 2,
-      "rope_parameters": rope(partial_rotary_factor=0.5),
-      **UNTIED,
-    },
+    "qwen3_next", {"linear_num_value_heads": 4, **DELTA_MOE, **UNTIED}
   ),
   "qwen3_5_moe": Case(
     "qwen3_5_moe_text",
     {
-      "layer_types": [LINEAR_LAYER, FULL_LAYER],
-      "head_dim": 12,
-      "intermediate_size": None,
-      "linear_num_key_heads": 2,
-      "linear_num_value_heads": 2,
-      "linear_key_head_dim": 6,
-      "linear_value_head_dim": 5,
-      "moe_intermediate_size": 16,
-      "shared_expert_intermediate_size": 12,
-      "num_experts": 4,
-      "num_experts_per_tok": 2,
-      "rope_parameters": rope(partial_rotary_factor=0.5),
-      **TIED,
+      **{"linear_num_value_heads": 2, "intermediate_size": None},
+      **{**DELTA_MOE, **TIED},
     },
   ),
   "lfm2_moe": Case(
@@ -356,36 +353,26 @@ CASES: dict[str, Case] = {
   ),
   "granitemoehybrid": Case(
     "granitemoehybrid",
+    {"num_local_experts": 0, "shared_intermediate_size": 40, **GRANITE_HYBRID},
+  ),
+  "granitemoehybrid_moe": Case(
+    "granitemoehybrid",
     {
-      "num_hidden_layers": 3,
-      "layer_types": [LINEAR_LAYER, FULL_LAYER, LINEAR_LAYER],
-      "num_local_experts": 0,
-      "shared_intermediate_size": 40,
-      "mamba_n_heads": 4,
-      "mamba_n_groups": 2,
-      "mamba_d_state": 7,
-      "mamba_proj_bias": True,
-      "position_embedding_type": "rope",
-      "embedding_multiplier": 3.0,
-      "attention_multiplier": 0.2,
-      "residual_multiplier": 0.7,
-      "logits_scaling": 0.5,
-      "rope_parameters": rope(),
-      **TIED,
+      **GRANITE_HYBRID,
+      **{"intermediate_size": 16, "shared_intermediate_size": 12},
+      **{"num_local_experts": 4, "num_experts_per_tok": 2},
     },
   ),
-  "granite": Case(
-    "granite",
+  "bamba": Case(
+    "bamba",
     {
-      "attention_bias": True,
-      "embedding_multiplier": 3.0,
-      "attention_multiplier": 0.2,
-      "residual_multiplier": 0.7,
-      "logits_scaling": 0.5,
-      "rope_parameters": rope(),
-      **TIED,
+      **{"num_hidden_layers": 3, "hidden_size": 32, "attn_layer_indices": [1]},
+      **MAMBA,
+      "rope_parameters": rope(partial_rotary_factor=0.5),
+      **UNTIED,
     },
   ),
+  "granite": Case("granite", {"attention_bias": True, **GRANITE}),
   "mixtral": Case(
     "mixtral",
     {

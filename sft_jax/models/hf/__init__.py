@@ -6,6 +6,7 @@ its parameters on their devices, or a folder that transformers loads.
 Reading order: `load_save` (the two entry points), `parameter_map` (which
 tensor holds which parameter), `safetensors_files` (files, checked),
 `device_loading` (rows of files to devices), `dequantize` (files in few bits);
-then PEFT's adapters (`peft_load`, `peft_save`, `peft_moe`), and `merging` (one
-model of several).
+for the table of families `family_fields` (what fields of config.json mean) and
+`tensor_names`; PEFT's adapters (`peft_load`, `peft_save`, `peft_moe`), and
+`merging` (one model of several).
 """

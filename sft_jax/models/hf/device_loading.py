@@ -39,12 +39,13 @@ class Source(NamedTuple):
   """What fills one layer of a parameter: a tensor, or a part of it.
 
   Attributes:
-    cut: what of the tensor it is, one slice per axis.
+    cut: what of the tensor it is, one slice per axis; or the number of an
+      expert in it.
     transpose: [out, in] in the file, [in, out] in the parameter.
   """
 
   tensor: Tensor | Decoded
-  cut: tuple[slice, ...]
+  cut: tuple[slice | int, ...]
   transpose: bool
 
   def read_into(self, out: np.ndarray, local: Slices) -> None:
@@ -52,12 +53,11 @@ class Source(NamedTuple):
     if not self.tensor.shape:
       out[...] = self.tensor.read()
       return
-    axes = zip(
-      self.tensor.shape,
-      self.cut,
-      local[::-1] if self.transpose else local,
-      strict=True,
-    )
+    local = local[::-1] if self.transpose else local
+    lead, *cuts = self.cut
+    if isinstance(lead, int):
+      lead, local = slice(lead, lead + 1), (slice(0, 1), *local)
+    axes = zip(self.tensor.shape, (lead, *cuts), local, strict=True)
     rows, *columns = (range(n)[cut][one] for n, cut, one in axes)
     # Rows are contiguous in the file; what is not wanted of them is dropped.
     # Some at a time: memory holds no second copy of a large tensor.
@@ -73,6 +73,8 @@ class Source(NamedTuple):
       x = x[(slice(None, None, some.step), *rest)]
       at = slice(first, first + len(some))
       part = out[..., at] if self.transpose else out[at]
+      if x.ndim > out.ndim:
+        part, x = out, x[0]
       copy_into(part, x, transpose=self.transpose)
 
 

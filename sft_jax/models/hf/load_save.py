@@ -311,8 +311,8 @@ def open_folder(
       notes += (
         f"{len(beyond)} tensors that predict further tokens not loaded",
       )
-  stacked = FAMILIES[config.family].stacked_experts
-  least = config.num_layers * (1 if stacked else max(1, config.num_experts))
+  apart = FAMILIES[config.family].experts_apart
+  least = config.num_layers * (max(1, config.num_experts) if apart else 1)
   if len(tensors) < least:
     experts = f" of {config.num_experts} experts" if config.num_experts else ""
     raise ValueError(

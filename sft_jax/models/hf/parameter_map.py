@@ -40,14 +40,15 @@ class TensorSlice(NamedTuple):
     index: of the matrix in our stacked parameter; () for the whole.
     name: of the tensor that holds it.
     shape: of that tensor.
-    cut: what of the tensor it is, one slice per axis.
+    cut: what of the tensor it is, one slice per axis; an expert's number
+      where the tensor holds those of a layer.
     transpose: theirs is [out, in].
   """
 
   index: tuple[int, ...]
   name: str
   shape: tuple[int, ...]
-  cut: tuple[slice, ...]
+  cut: tuple[slice | int, ...]
   transpose: bool
 
 
@@ -76,10 +77,15 @@ def table_name(table: str, config: ModelConfig) -> str:
 
 
 def fused_modules(config: ModelConfig) -> dict[str, list[str]]:
-  """{module of theirs: those of ours that are in it, in the table's order}."""
+  """{module of theirs: those of ours that are in it, in the table's order}.
+
+  Of experts and an MLP those that some layer has: they may share a name.
+  """
   found: dict[str, list[str]] = {}
+  absent = {"mlp", "moe"} - {rest for _, rest in config.sorts}
   for ours, theirs in FAMILIES[config.family].names.items():
-    found.setdefault(theirs, []).append(ours)
+    if absent.isdisjoint(ours.split("/")[1:2]):
+      found.setdefault(theirs, []).append(ours)
   return found
 
 
@@ -99,7 +105,7 @@ def tensor_slices(
     ]
   # Ours that share a tensor are along its output axis, in the table's order.
   fused = fused_modules(config)[family.names[module]]
-  if family.stacked_experts and module in _EXPERTS:
+  if family.experts_in_turns and module in _EXPERTS:
     # Experts [E, in, out] or biases [E, out] of a layer: in turns.
     *rest, width = shape
     turns = slice(fused.index(module), None, len(fused))
@@ -109,6 +115,10 @@ def tensor_slices(
       TensorSlice(index, name + ending, whole, cut, False)
       for index, name in found.items()
     ]
+  # Those of a layer may be one tensor [E, out, in].
+  stack: tuple[int, ...] = ()
+  if module in _EXPERTS and not family.experts_apart:
+    stack, shape = shape[:1], shape[1:]
   start, total = 0, shape[-1]
   if len(fused) > 1:
     widths = [_width(m, config) for m in fused]
@@ -120,8 +130,11 @@ def tensor_slices(
     cut, whole = cut[::-1], whole[::-1]
   ending = "" if elsewhere else f".{_LEAF.get(leaf, leaf)}"
   return [
-    TensorSlice(index, f"{name}{ending}", whole, cut, transpose)
+    TensorSlice(
+      (*index, *at), f"{name}{ending}", (*stack, *whole), (*at, *cut), transpose
+    )
     for index, name in found.items()
+    for at in np.ndindex(stack)
   ]
 
 
@@ -170,10 +183,8 @@ def official_names(
 def _width(module: str, config: ModelConfig) -> int:
   """Output features of a projection that shares its tensor."""
   c = config
+  ff = c.d_ff_shared if "/shared/" in module else c.d_ff
   return {
-    "q": c.num_heads * c.head_dim,
-    "k": c.num_kv_heads * c.head_dim,
-    "v": c.num_kv_heads * c.head_dim,
-    "gate": c.d_ff,
-    "up": c.d_ff,
+    **{"q": c.num_heads * c.head_dim, "gate": ff, "up": ff},
+    **dict.fromkeys("kv", c.num_kv_heads * c.head_dim),
   }[module.rsplit("/", 1)[1]]

@@ -8,6 +8,11 @@ PEFT adapts whole (`target_parameters`). With E experts and the rank R,
 
 Two parameters of one module are two wrappers around it, in the order of the
 module: the name of the inner one, gate and up, has a `base_layer` in it.
+
+In such models PEFT takes every target module that is named like an expert's
+(`gate_proj`) for the experts, in shared experts and dense layers too. There the
+target is the parameter (`mlp.shared_experts.gate_proj.weight`), whose A and B
+are those of a module.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,8 +22,7 @@ import numpy as np
 from sft_jax.models.config import ModelConfig, layers_of
 from sft_jax.models.families import FAMILIES
 
-# Where transformers has them, and which of ours they hold, innermost first.
-_BLOCK = "mlp.experts"
+# What transformers has, and which of ours they hold, innermost first.
 _PARAMETERS = {
   "gate_up_proj": ("layers/moe/gate", "layers/moe/up"),
   "down_proj": ("layers/moe/down",),
@@ -41,7 +45,8 @@ def to_peft(
     name: [module for module in ours if module in pairs]
     for name, ours in _PARAMETERS.items()
   }
-  for name, within in _wrappers([name for name in held if held[name]]):
+  present = [name for name in held if held[name]]
+  for name, within in _wrappers(present, config):
     a = np.concatenate([pairs[module][0] for module in held[name]], axis=-1)
     width = len(_PARAMETERS[name]) * pairs[held[name][0]][1].shape[-1]
     halves = []
@@ -57,7 +62,7 @@ def to_peft(
       rows = x.swapaxes(1, 2).reshape(-1, x.shape[1])
       columns = y.transpose(2, 1, 0).reshape(width, -1)
       tensors |= {f"{at}.lora_A.weight": rows, f"{at}.lora_B.weight": columns}
-    yield f"{_BLOCK}.{name}", a.shape[-1], tensors
+    yield f"{_block(config)}.{name}", a.shape[-1], tensors
 
 
 def layers_with_experts(config: ModelConfig) -> list[int]:
@@ -86,7 +91,7 @@ def from_peft(
   Raises ValueError: a parameter that is no stack of experts; a stack that is
   declared and not there, or whose shape is not that of the experts.
   """
-  targets = {f"{_BLOCK}.{name}": name for name in _PARAMETERS}
+  targets = {f"{_block(config)}.{name}": name for name in _PARAMETERS}
   names, E = set(), config.num_experts
   for target in declared:
     mine = [t for t in targets if f"model.layers.0.{t}".endswith(f".{target}")]
@@ -97,9 +102,8 @@ def from_peft(
         "peft and load the merged model."
       )
     names.add(targets[mine[0]])
-  for name, within in _wrappers(
-    [name for name in _PARAMETERS if name in names]
-  ):
+  present = [name for name in _PARAMETERS if name in names]
+  for name, within in _wrappers(present, config):
     a, b = (take(f"{within}.lora_{half}.weight") for half in "AB")
     if a is None or b is None or a.shape[1] % E or b.shape[2] != a.shape[1]:
       shapes = [x.shape[1:] if x is not None else None for x in (a, b)]
@@ -112,13 +116,34 @@ def from_peft(
     b = b.reshape(L, b.shape[1], rows // E, E).transpose(0, 3, 2, 1)
     for module in _PARAMETERS[name]:
       own = b[..., _outputs(name, module, b.shape[-1], config)]
-      yield module, f"{_BLOCK}.{name}", a, own
+      yield module, f"{_block(config)}.{name}", a, own
 
 
-def _wrappers(names: list[str]) -> Iterator[tuple[str, str]]:
+def named_like_an_expert(theirs: str, config: ModelConfig) -> bool:
+  """Whether PEFT takes a module for experts, by the end of its name."""
+  if not config.num_experts:
+    return False
+  names = FAMILIES[config.family].names
+  return theirs.rpartition(".")[2] in {
+    names[module].rpartition(".")[2] for module in MODULES
+  }
+
+
+def _block(config: ModelConfig) -> str:
+  """Where transformers has a layer's experts in memory; Mixtral's move."""
+  family = FAMILIES[config.family]
+  router = family.names.get("layers/moe/router", "model.layers.{}.mlp.gate")
+  block = router.split(".")[3]
+  moved = block == "block_sparse_moe" and family.experts_apart
+  return "mlp.experts" if moved else f"{block}.experts"
+
+
+def _wrappers(
+  names: list[str], config: ModelConfig
+) -> Iterator[tuple[str, str]]:
   """(parameter, name of what is wrapped around it), the innermost first."""
   for depth, name in zip(range(len(names))[::-1], names, strict=True):
-    yield name, _BLOCK + ".base_layer" * depth
+    yield name, _block(config) + ".base_layer" * depth
 
 
 def _outputs(name: str, module: str, width: int, config: ModelConfig) -> slice:
@@ -126,6 +151,6 @@ def _outputs(name: str, module: str, width: int, config: ModelConfig) -> slice:
   after the other, or, in gpt_oss, in turns."""
   sharing = _PARAMETERS[name]
   place, size = sharing.index(module), width // len(sharing)
-  if FAMILIES[config.family].stacked_experts:
+  if FAMILIES[config.family].experts_in_turns:
     return slice(place, None, len(sharing))
   return slice(place * size, (place + 1) * size)

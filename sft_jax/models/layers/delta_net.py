@@ -9,33 +9,21 @@ keys are then made of length 1. See `recurrence` for what follows, with
 silu(z) and projected.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from sft_jax.models.config import ModelConfig
 from sft_jax.models.layers.recurrence import GatedNorm, recur
-from sft_jax.models.layers.short_conv import ShortConv
+from sft_jax.models.layers.short_conv import Mixer
 
 
-class DeltaNet(nn.Module):
+class DeltaNet(Mixer):
   """The mixer of Qwen3-Next and Qwen3.5.
 
-  Attributes:
-    config: K = `mixer_groups` heads of q and k and N = `mixer_heads` of v.
-    linear: makes a projection: (features, name=).
+  K = `mixer_groups` heads of q and k and N = `mixer_heads` of v.
   """
-
-  config: ModelConfig
-  linear: Callable[..., Any]
-  mesh: Any
-  dtype: Any
-  param_dtype: Any
 
   @nn.compact
   def __call__(self, x: Float[Array, "B T D"], context, kv, slot):
@@ -55,9 +43,7 @@ class DeltaNet(nn.Module):
       z = self.linear(N * P, name="z")(x)
       b = self.linear(N, name="b")(x).reshape(heads)
       a = self.linear(N, name="a")(x).reshape(heads)
-    pd = self.param_dtype
-    conv = ShortConv(c.conv_width, c.conv_bias, self.mesh, pd, name="conv")
-    qkv, kv = conv(qkv, context, kv, slot)
+    qkv, kv = self.convolve(qkv, context, kv, slot)
     # exp(A) from 1 to 16, as most of the published models start.
     steps = lambda *_: jnp.log(jnp.linspace(1, 16, N)).astype(self.param_dtype)
     log_rate = self.param("A_log", steps)

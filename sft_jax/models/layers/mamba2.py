@@ -7,33 +7,21 @@ x, B and C go through a short convolution and silu; y is gated by silu(z), then
 normed and projected. B and C are those of a group of heads.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from sft_jax.models.config import ModelConfig
 from sft_jax.models.layers.recurrence import GatedNorm, recur
-from sft_jax.models.layers.short_conv import ShortConv
+from sft_jax.models.layers.short_conv import Mixer
 
 
-class Mamba2(nn.Module):
-  """The mixer of Granite 4.0 (Bamba has the same layer and no entry).
+class Mamba2(Mixer):
+  """The mixer of Granite 4.0 and Bamba.
 
-  Attributes:
-    config: K = `mixer_groups` of N = `mixer_heads`.
-    linear: makes a projection: (features, use_bias, name=).
+  K = `mixer_groups` of N = `mixer_heads`.
   """
-
-  config: ModelConfig
-  linear: Callable[..., Any]
-  mesh: Any
-  dtype: Any
-  param_dtype: Any
 
   @nn.compact
   def __call__(self, x: Float[Array, "B T D"], context, kv, slot):
@@ -44,9 +32,7 @@ class Mamba2(nn.Module):
     widths = (N * P, c.conv_channels, N)
     wide = self.linear(sum(widths), c.mixer_bias, name="in")(x)
     z, xbc, dt = jnp.split(wide, np.cumsum(widths[:2]), axis=-1)
-    pd = self.param_dtype
-    conv = ShortConv(c.conv_width, c.conv_bias, self.mesh, pd, name="conv")
-    xbc, kv = conv(xbc, context, kv, slot)
+    xbc, kv = self.convolve(xbc, context, kv, slot)
     steps = lambda *_: jnp.log(jnp.arange(1.0, N + 1)).astype(self.param_dtype)
     log_rate, ones = self.param("A_log", steps), nn.initializers.ones
     bias = self.param("dt_bias", ones, (N,), self.param_dtype)

@@ -113,8 +113,13 @@ class ShortConv(nn.Module):
     return y, kv | {"conv": kv["conv"].at[slot].set(after)}
 
 
-class GatedConv(nn.Module):
-  """out(c * conv(b * x)) with b, c, x = in(input): the mixer of LFM2."""
+class Mixer(nn.Module):
+  """What mixes tokens in the place of attention.
+
+  Attributes:
+    linear: makes a projection: (features, use_bias, name=).
+    mesh: rows may be divided over its devices.
+  """
 
   config: ModelConfig
   linear: Callable[..., Any]
@@ -122,13 +127,22 @@ class GatedConv(nn.Module):
   dtype: Dtype
   param_dtype: Dtype
 
+  def convolve(self, x: Float[Array, "B T C"], context, kv, slot):
+    """The layer's short convolution of x, and the cache after it."""
+    c = self.config
+    pd = self.param_dtype
+    conv = ShortConv(c.conv_width, c.conv_bias, self.mesh, pd, name="conv")
+    return conv(x, context, kv, slot)
+
+
+class GatedConv(Mixer):
+  """out(c * conv(b * x)) with b, c, x = in(input): the mixer of LFM2."""
+
   @nn.compact
   def __call__(self, x: Float[Array, "B T D"], context, kv, slot):
     c = self.config
     wide = self.linear(3 * c.d_model, c.mixer_bias, name="in")(x)
     before, after, x = jnp.split(wide, 3, axis=-1)
-    pd = self.param_dtype
-    conv = ShortConv(c.conv_width, c.conv_bias, self.mesh, pd, name="conv")
-    y, kv = conv(before * x, context, kv, slot)
+    y, kv = self.convolve(before * x, context, kv, slot)
     out = self.linear(c.d_model, c.mixer_bias, c.out_std, name="out")
     return out(after * y), kv

@@ -1,0 +1,396 @@
+"""What fields of config.json mean, as the table of families refers to them.
+
+Each function takes the file, with defaults where it has no value, and gives a
+property of every layer, or fields of ModelConfig. Values that are no sensible
+ones are refused by name.
+"""
+
+import math
+import reprlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+Json = dict[str, Any]
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+LINEAR = "linear_attention"
+
+
+class Read(NamedTuple):
+  """What becomes of a field of config.json.
+
+  Attributes:
+    into: fields of ModelConfig.
+    via: the value's meaning, as a function or a table of accepted values;
+      None: a switch, or a positive number; int: a whole one.
+  """
+
+  into: tuple[str, ...]
+  via: Callable[[Any], Any] | Mapping[Any, Any] | None = None
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
+
+
+def refuse(where: Any, name: str, got: Any, expected: Any) -> ValueError:
+  """The error for a field that is not understood."""
+  return ValueError(
+    f"{where}: {name}={_SHORT.repr(got)} is not supported; expected "
+    f"{expected}. Use a model of a supported kind, or add it in "
+    "sft_jax/models/."
+  )
+
+
+def positive(where: Any, field: str, value: Any) -> float:
+  """A finite number above 0. Raises ValueError: anything else."""
+  right = isinstance(value, int | float) and not isinstance(value, bool)
+  if not right or not 0 < value < 1e38:  # Also false of NaN.
+    raise refuse(where, field, value, "a positive number")
+  return float(value)
+
+
+def whole_number(where: Any, field: str, value: Any, least: int = 1) -> int:
+  """A whole number. Raises ValueError: anything else, or one below `least`."""
+  if type(value) is not int or value < least:
+    raise refuse(where, field, value, f"a whole number from {least} on")
+  return value
+
+
+# -- Windows: SLIDING or FULL for each of n layers, from the file --------
+
+
+def everywhere(raw: Json, n: int) -> list[str]:
+  """Every layer, where the file gives a window (Mistral)."""
+  return [SLIDING] * n
+
+
+def if_used(raw: Json, n: int) -> list[str]:
+  """Every layer, where the file says so (Qwen3 MoE)."""
+  return [SLIDING if raw.get("use_sliding_window") else FULL] * n
+
+
+def full_each(field: str, period: int) -> Callable[[Json, int], list[str]]:
+  """Every period-th layer is full; the file's field may say another."""
+
+  def layer_types(raw: Json, n: int) -> list[str]:
+    k = raw.get(field) or period
+    return [FULL if (i + 1) % k == 0 else SLIDING for i in range(n)]
+
+  return layer_types
+
+
+def from_layer(raw: Json, n: int) -> list[str]:
+  """The layers from `max_window_layers` on (Qwen)."""
+  if not raw.get("use_sliding_window"):
+    return [FULL] * n
+  first = raw["max_window_layers"]
+  return [SLIDING if i >= first else FULL for i in range(n)]
+
+
+def without_rope(raw: Json, n: int) -> list[str]:
+  """The layers without RoPE, if the file says so (SmolLM3)."""
+  if not raw.get("use_sliding_window"):
+    return [FULL] * n
+  used = rope_layers(raw, [FULL] * n, "config")
+  return [FULL if use else SLIDING for use in used]
+
+
+def windowed(raw: Json, types: list[str], where: str) -> list[bool]:
+  """Layers with a window have RoPE (Cohere 2)."""
+  if SLIDING in types and raw.get("sliding_window") is None:
+    raise refuse(where, "sliding_window", None, "a number, for layer_types")
+  return [kind == SLIDING for kind in types]
+
+
+def windowed_if_any(raw: Json, types: list[str], where: str) -> list[bool]:
+  """The same, where the file gives a window (EXAONE 4)."""
+  if raw.get("sliding_window") is None:
+    return [True] * len(types)
+  return windowed(raw, types, where)
+
+
+def all_if_named(raw: Json, types: list[str], where: str) -> list[bool]:
+  """All, where the file says 'rope' (Granite 4.0)."""
+  return [raw["position_embedding_type"] == "rope"] * len(types)
+
+
+def rope_layers(raw: Json, types: list[str], where: str) -> list[bool]:
+  """The layers that the file names, or all but every k-th (SmolLM3)."""
+  n = len(types)
+  given, period = raw.get("no_rope_layers"), raw.get("no_rope_layer_interval")
+  if given is None:
+    if period is not None and (type(period) is not int or period < 1):
+      raise refuse(where, "no_rope_layer_interval", period, "1 or more")
+    return [not period or (i + 1) % period != 0 for i in range(n)]
+  if not isinstance(given, list) or len(given) != n:
+    raise refuse(where, "no_rope_layers", given, f"{n} values")
+  if any(x not in (0, 1) for x in given):
+    raise refuse(where, "no_rope_layers", given, "0 or 1 for each layer")
+  return [bool(x) for x in given]
+
+
+def lfm2_types(raw: Json, n: int) -> list[str]:
+  """A convolution where the file does not name the layer."""
+  if raw.get("full_attn_idxs") is None:
+    return [FULL] * n
+  full = _layer_numbers(raw, "full_attn_idxs")
+  return [FULL if i in full else "conv" for i in range(n)]
+
+
+def lfm2(raw: Json, where: str) -> Json:
+  """Old names, and the width of the MLP, which files give in parts."""
+  name = (
+    "intermediate_size" if raw.get("block_ff_dim") is None else "block_ff_dim"
+  )
+  width, adjust = (
+    whole_number(where, name, raw[name]),
+    "block_auto_adjust_ff_dim",
+  )
+  if not isinstance(raw[adjust], bool):
+    raise refuse(where, adjust, raw[adjust], "true or false")
+  positive(where, name, width)
+  if raw[adjust]:
+    width, factor = int(2 * width / 3), raw["block_ffn_dim_multiplier"]
+    if factor is not None:
+      factor = positive(where, "block_ffn_dim_multiplier", factor)
+      step = whole_number(where, "block_multiple_of", raw["block_multiple_of"])
+      width = step * -(-int(factor * width) // step)
+  return tied(raw, where) | {"d_ff": width}
+
+
+def linear_but_each(raw: Json, n: int) -> list[str]:
+  """Every `full_attention_interval`-th layer is full (Qwen3-Next)."""
+  field = "full_attention_interval"
+  k = whole_number("config.json", field, raw.get(field, 4))
+  return [FULL if (i + 1) % k == 0 else LINEAR for i in range(n)]
+
+
+def shared_expert(raw: Json, where: str) -> Json:
+  """An expert for every token, of a width of its own (Qwen)."""
+  field = "shared_expert_intermediate_size"
+  return {"d_ff_shared": whole_number(where, field, raw[field])}
+
+
+def first_dense(raw: Json, n: int, where: str) -> list[bool]:
+  """The first `num_dense_layers` (LFM2)."""
+  first = whole_number(where, "num_dense_layers", raw["num_dense_layers"], 0)
+  return [i < first for i in range(n)]
+
+
+def tied(raw: Json, where: str) -> Json:
+  """An old name."""
+  tied = raw.get("tie_embedding", raw["tie_word_embeddings"])
+  return {"tie_embeddings": tied}
+
+
+# As files write it: as other programs do, and as transformers 5.
+_INFINITE = (math.inf, {"__float__": "Infinity"})
+
+
+def mamba(raw: Json, where: str) -> Json:
+  """The width of a head, which follows from others."""
+  expand = whole_number(where, "mamba_expand", raw["mamba_expand"])
+  heads = whole_number(where, "mamba_n_heads", raw["mamba_n_heads"])
+  width = expand * raw["hidden_size"] // heads
+  if raw["mamba_d_head"] not in ("auto", width):
+    raise refuse(where, "mamba_d_head", raw["mamba_d_head"], width)
+  limit = raw["time_step_limit"]
+  if limit not in (None, *([0.0, x] for x in _INFINITE)):
+    raise refuse(where, "time_step_limit", limit, [0.0, math.inf])
+  return {"mixer_width": width}
+
+
+def bamba_types(raw: Json, n: int) -> list[str]:
+  """Attention in the layers that the file names."""
+  full = _layer_numbers(raw, "attn_layer_indices")
+  return [FULL if i in full else LINEAR for i in range(n)]
+
+
+def _layer_numbers(raw: Json, field: str) -> list[int]:
+  named = [] if raw[field] is None else raw[field]
+  if not isinstance(named, list) or any(type(i) is not int for i in named):
+    raise refuse("config.json", field, named, "numbers of layers")
+  return named
+
+
+def granite_hybrid(raw: Json, where: str) -> Json:
+  """A shared MLP, alone or beside experts."""
+  field, E = "shared_intermediate_size", raw["num_local_experts"]
+  width = whole_number(where, field, raw[field])
+  if not E:
+    return mamba(raw, where) | {"d_ff": width}
+  whole_number(where, "num_local_experts", E)
+  k = whole_number(where, "num_experts_per_tok", raw["num_experts_per_tok"])
+  if k > E:
+    raise refuse(where, "num_experts_per_tok", k, f"at most {E}")
+  routed = {"num_experts": E, "experts_per_token": k}
+  return mamba(raw, where) | routed | {"d_ff_shared": width}
+
+
+def layers_without_experts(raw: Json, n: int, where: str) -> list[bool]:
+  """The layers named, and those between every `decoder_sparse_step`-th."""
+  named = _layer_numbers(raw, "mlp_only_layers")
+  step = raw["decoder_sparse_step"]
+  if type(step) is not int or step < 1:
+    raise refuse(where, "decoder_sparse_step", step, "1 or more")
+  return [i in named or (i + 1) % step != 0 for i in range(n)]
+
+
+def first_layers(raw: Json, n: int, where: str) -> list[bool]:
+  """The first `first_k_dense_replace` layers (DeepSeek, GLM)."""
+  field = "first_k_dense_replace"
+  first = whole_number(where, field, raw[field], least=0)
+  return [i < first for i in range(n)]
+
+
+def dense_types(raw: Json, n: int, where: str) -> list[bool]:
+  """The layers that the file says, or the first (GLM 4.7 Flash)."""
+  types = raw["mlp_layer_types"] or ["dense"] + ["sparse"] * (n - 1)
+  known = isinstance(types, list) and len(types) == n
+  if not known or any(kind not in ("dense", "sparse") for kind in types):
+    raise refuse(where, "mlp_layer_types", types, f"{n} of dense, sparse")
+  return [kind == "dense" for kind in types]
+
+
+def outside_interval(raw: Json, n: int, where: str) -> list[bool]:
+  """All but every so-many-th between two layers (ERNIE 4.5)."""
+  start, end, step = (
+    raw[f"moe_layer_{name}"]
+    for name in ("start_index", "end_index", "interval")
+  )
+  whole_number(where, "moe_layer_start_index", start, least=0)
+  whole_number(where, "moe_layer_end_index", end, least=-1)
+  whole_number(where, "moe_layer_interval", step)
+  end = n - 1 if end == -1 else end
+  return [not start <= i <= end or (i + 1) % step != 0 for i in range(n)]
+
+
+def shared(raw: Json, where: str, field: str = "n_shared_experts") -> Json:
+  """The experts that every token passes, as one MLP."""
+  one = whole_number(
+    where, "moe_intermediate_size", raw["moe_intermediate_size"]
+  )
+  count = whole_number(where, field, raw[field], least=0)
+  if not count and field == "n_shared_experts":
+    raise refuse(where, field, count, "1 or more")
+  return {"d_ff_shared": one * count}
+
+
+def grouped(raw: Json, where: str) -> Json:
+  """Experts of few groups: whether there are as many as a token needs."""
+  fields = ("n_group", "topk_group", "n_routed_experts", "num_experts_per_tok")
+  groups, top, experts, k = (whole_number(where, f, raw[f]) for f in fields)
+  each = experts // groups
+  fits = experts % groups == 0 and top <= groups and k <= each * top
+  if not fits or (groups > 1 and each < 2):
+    expected = "groups that hold as many experts as a token has"
+    raise refuse(where, "n_group, topk_group", (groups, top), expected)
+  return shared(raw, where)
+
+
+def latent(raw: Json, where: str) -> Json:
+  """The widths of latent attention."""
+  fields = (
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "kv_lora_rank",
+    "v_head_dim",
+  )
+  plain, turned, rank, v = (whole_number(where, f, raw[f]) for f in fields)
+  q_rank = raw["q_lora_rank"]
+  if q_rank is not None:
+    whole_number(where, "q_lora_rank", q_rank)
+  return {
+    **{"head_dim": plain + turned, "rope_dim": turned, "v_dim": v},
+    **{"kv_rank": rank, "q_rank": q_rank or 0},
+  }
+
+
+def deepseek_v2(raw: Json, where: str) -> Json:
+  """Groups count where the method looks at them."""
+  method = raw["topk_method"]
+  if method == "greedy":
+    return latent(raw, where) | shared(raw, where)
+  if method != "group_limited_greedy":
+    expected = "greedy or group_limited_greedy"
+    raise refuse(where, "topk_method", method, expected)
+  fields = latent(raw, where) | grouped(raw, where) | {"router_best": 1}
+  groups = {"router_groups": raw["n_group"]}
+  return fields | groups | {"router_top_groups": raw["topk_group"]}
+
+
+# -- What fields of config.json become ---------------------------------------
+
+ACTIVATIONS = {
+  "silu": "silu",
+  "gelu_pytorch_tanh": "gelu_tanh",
+  "gelu_new": "gelu_tanh",
+  "xielu": "xielu",
+}
+# Of every family whose configuration class has the field.
+READS: dict[str, Read] = {
+  "hidden_act": Read(("activation",), ACTIVATIONS),
+  "hidden_activation": Read(("activation",), ACTIVATIONS),
+  "activation_function": Read(("activation",), ACTIVATIONS),
+  "attention_bias": Read(("qkv_bias", "o_bias")),
+  "mlp_bias": Read(("mlp_bias",)),
+  "query_pre_attn_scalar": Read(("attn_scale",), lambda x: x**-0.5),
+  "attn_logit_softcapping": Read(("attn_softcap",)),
+  "final_logit_softcapping": Read(("logit_softcap",)),
+  "embedding_multiplier": Read(("embed_scale",)),
+  "attention_multiplier": Read(("attn_scale",)),
+  "residual_multiplier": Read(("residual_scale",)),
+  "logits_scaling": Read(("logit_divisor",)),
+  "norm_topk_prob": Read(("norm_topk",)),
+  "conv_bias": Read(("conv_bias", "mixer_bias")),
+  "conv_L_cache": Read(("conv_width",), int),
+  "linear_conv_kernel_dim": Read(("conv_width",), int),
+  "linear_num_key_heads": Read(("mixer_groups",), int),
+  "linear_num_value_heads": Read(("mixer_heads",), int),
+  "linear_key_head_dim": Read(("mixer_state",), int),
+  "linear_value_head_dim": Read(("mixer_width",), int),
+  "mamba_d_conv": Read(("conv_width",), int),
+  "mamba_n_groups": Read(("mixer_groups",), int),
+  "mamba_n_heads": Read(("mixer_heads",), int),
+  "mamba_d_state": Read(("mixer_state",), int),
+  "mamba_conv_bias": Read(("conv_bias",)),
+  "mamba_proj_bias": Read(("mixer_bias",)),
+  "swiglu_alpha": Read(("glu_alpha",)),
+  "swiglu_limit": Read(("glu_limit",)),
+  "routed_scaling_factor": Read(("router_scale",)),
+}
+GROUPS = {
+  "n_group": Read(("router_groups",), int),
+  "topk_group": Read(("router_top_groups",), int),
+}
+ROUTED = {
+  "num_local_experts": "n_routed_experts",
+  "intermediate_size": "moe_intermediate_size",
+}
+CORRECTED: Json = {"router_sigmoid": True, "router_correction": 1}
+# What `derived` and `dense` read, and layers that predict further tokens, which
+# a checkpoint may hold and no one here runs.
+DERIVED = frozenset(
+  {
+    *("intermediate_size", "n_shared_experts", "num_experts", "topk_method"),
+    *("n_group", "topk_group", "num_mtp_layers", "num_nextn_predict_layers"),
+  }
+)
+LATENT_FIELDS = frozenset(
+  {
+    *("qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim", "head_dim"),
+    *("kv_lora_rank", "q_lora_rank", "v_head_dim"),
+  }
+)
+QWEN_HYBRID: Json = {
+  **{"qk_norm": "head", "norm_offset": 1.0, "attn_gate": True}
+}
+# Read where the file does not name its layers.
+INTERVAL = frozenset({"full_attention_interval"})
+# Those that `mamba` reads, and of a kernel.
+MAMBA = frozenset(
+  ("mamba_d_head", "mamba_expand", "time_step_limit", "mamba_chunk_size")
+)
+MHA = {"num_key_value_heads": lambda raw: raw["num_attention_heads"]}
+GEMMA: Json = {"norm_offset": 1.0, "scale_embeddings": True}
