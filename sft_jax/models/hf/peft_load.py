@@ -18,6 +18,7 @@ from sft_jax.common import hub, trees
 from sft_jax.common.trees import Tree
 from sft_jax.models import transformer
 from sft_jax.models.config import ModelConfig
+from sft_jax.models.families import FAMILIES
 from sft_jax.models.hf import parameter_map, peft_moe
 from sft_jax.models.hf.peft_save import CONFIG, ENDS, PREFIX, ROWS, WEIGHTS
 from sft_jax.models.lora.lora import LoraConfig
@@ -70,9 +71,10 @@ def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
   )
   leaves, token_rows = _token_rows(folder, tensors, theirs, config)
   targets, ranks, alphas, whole = [], [], [], []
+  weights: set[str] = set()  # Those of modules.
   found = [
-    *_of_modules(folder, tensors, theirs, shapes, config),
-    *_of_experts(folder, tensors, theirs, config),
+    *_of_modules(folder, tensors, theirs, weights, shapes, config),
+    *_of_experts(folder, tensors, theirs, weights, config),
   ]
   for module, (rank, alpha), halves in found:
     leaves |= {f"{module}/lora_{half}": x for half, x in halves.items()}
@@ -213,10 +215,12 @@ def _of_modules(
   folder: Path,
   tensors: Tensors,
   theirs: Json,
+  weights: set[str],
   shapes: Json,
   config: ModelConfig,
 ) -> Iterator[_Found]:
-  """Takes out the adapters of what is a module to PEFT."""
+  """Takes out the adapters of what is a module to PEFT, or the weight of one,
+  which goes into `weights`."""
   for ours in parameter_map.fused_modules(config).values():
     kernels = [f"{module}/kernel" for module in ours]
     if kernels[0] not in shapes:
@@ -230,6 +234,12 @@ def _of_modules(
         parts[half] = np.swapaxes(found, 1, -1)
     if not parts:
       continue
+    weight = f".{modules[0]}.weight"
+    declared = theirs.get("target_parameters") or []
+    mine = {x for x in declared if weight.endswith(f".{x}")}
+    if mine and not FAMILIES[config.family].conv1d:  # PEFT turns its axes.
+      weights |= mine
+      modules = [f"{name}.weight" for name in modules]
     first, *more = {_settings(theirs, name) for name in modules}
     expected = {"a", "b", *("m" if theirs.get("use_dora") else "")}
     if more or parts.keys() != expected or parts["a"].shape[-1] != first[0]:
@@ -248,7 +258,11 @@ def _of_modules(
 
 
 def _of_experts(
-  folder: Path, tensors: Tensors, theirs: Json, config: ModelConfig
+  folder: Path,
+  tensors: Tensors,
+  theirs: Json,
+  weights: set[str],
+  config: ModelConfig,
 ) -> Iterator[_Found]:
   """Takes out those of the experts, which are parameters to PEFT."""
   layers = peft_moe.layers_with_experts(config)
@@ -258,6 +272,7 @@ def _of_experts(
     return _take(folder, tensors, [f"{PREFIX}{x}{within}" for x in at])
 
   declared = theirs.get("target_parameters") or []
+  declared = [x for x in declared if x not in weights]
   found = peft_moe.from_peft(declared, take, config, str(folder))
   for module, target, a, b in found:
     first, *more = {_settings(theirs, x + target) for x in at}

@@ -50,19 +50,13 @@ def save_adapter(
   `base`: name or path of the base model, as PEFT will look for it.
 
   Raises ValueError: no adapters, experts that were trained whole, or DoRA on a
-  part of what is one module to PEFT.
+  part of what is one module to PEFT, or on what is a parameter to it.
   """
   flat, lora, config = trees.flatten(params), model.lora, model.config
   if lora is None or not any(leaf.endswith("/lora_a") for leaf in flat):
     raise ValueError(
       "save_adapter: no adapters; expected a model built with "
       "lora=LoraConfig(...) and its parameters. Use save_pretrained."
-    )
-  if config.d_ff_shared:
-    # peft was seen to compute something else from it.
-    raise ValueError(
-      f"save_adapter: a {config.family} has shared experts, of which no PEFT "
-      "folder is written; expected a model without. Export the merged model."
     )
   growth = 2 if lora.init == "pissa" else 1
   top = growth * lora.rank, _grown(lora, lora.alpha, growth)
@@ -94,11 +88,21 @@ def save_adapter(
       for i, name in names.items():
         for half, x in halves.items():
           tensors[f"{PREFIX}{name}{ENDS[half]}"] = x[i].T
-      adapted.append(theirs)
+      target = _within_layer(theirs)
+      if peft_moe.named_like_an_expert(theirs, config):
+        if lora.dora or lora.dropout:
+          raise ValueError(
+            f"save_adapter: PEFT adapts {target} of a {config.family} as a "
+            "parameter, which has neither DoRA nor dropout; expected "
+            "lora.targets without it. Export the merged model."
+          )
+        targets.append(target := f"{target}.weight")
+      else:
+        adapted.append(theirs)
       if rank != top[0]:
-        rank_pattern[_within_layer(theirs)] = rank
+        rank_pattern[target] = rank
       if alpha != top[1]:
-        alpha_pattern[_within_layer(theirs)] = alpha
+        alpha_pattern[target] = alpha
     elif trained:
       tensors |= _whole(flat, ours, config)
       saved.append(_within_layer(theirs))

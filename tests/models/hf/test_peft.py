@@ -152,7 +152,9 @@ def test_modules_that_hold_several_kernels(name, tmp_path):
 # The names of every other family, once each.
 FAMILIES = (
   *("glm4", "seed_oss", "exaone4", "ernie4_5", "hunyuan_v1_dense", "cohere2"),
-  *("apertus", "olmoe", "minimax_m2"),
+  *("apertus", "olmoe", "minimax_m2", "lfm2_moe", "granitemoehybrid_moe"),
+  *("glm4_moe", "ernie4_5_moe", "deepseek_v2", "glm4_moe_lite"),
+  *("qwen3_next", "qwen3_5_moe"),
 )
 
 
@@ -163,6 +165,7 @@ FAMILIES = (
     for case in ("mixtral", "qwen3_moe", "gpt_oss")
     for name in EXPERTS
   ]
+  + [("deepseek_v3", "all")]
   + [pytest.param(case, "all", marks=pytest.mark.slow) for case in FAMILIES],
 )
 def test_adapters_of_experts(case, name, tmp_path):
@@ -309,7 +312,7 @@ def test_every_field_of_pefts_configuration_is_read_or_refused(tmp_path):
       tampered(tmp_path, {name: "odd"})
   for settings in (
     {"trainable_token_indices": [3]},
-    {"target_parameters": ["q_proj.weight"]},
+    {"target_parameters": ["q_norm.weight"]},
   ):
     with pytest.raises(ValueError, match=next(iter(settings))):
       tampered(tmp_path, settings)
@@ -434,6 +437,63 @@ def test_we_compute_the_same_from_peft_s_adapter_of_experts(
   np.testing.assert_allclose(logits(model, params, case), want, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern")
+@pytest.mark.parametrize(
+  "settings",
+  [
+    # The experts alone, as peft reads these names.
+    {"target_modules": ["o_proj", "gate_proj", "up_proj", "down_proj"]},
+    {
+      "target_modules": ["o_proj"],
+      "target_parameters": [
+        "shared_experts.up_proj.weight",
+        "experts.down_proj",
+      ],
+      "rank_pattern": {"shared_experts.up_proj.weight": 2},
+    },
+    # Of shared experts and of the first, dense layer.
+    {"target_modules": [], "target_parameters": ["down_proj.weight"]},
+  ],
+)
+def test_we_compute_the_same_where_peft_tells_experts_apart(settings, tmp_path):
+  base = base_model("deepseek_v3")
+  import peft as theirs
+
+  config = theirs.LoraConfig(
+    r=4, lora_alpha=6, task_type="CAUSAL_LM", **settings
+  )
+  adapted = trained_by_peft(base, config, tmp_path)
+  want = logits_of(adapted, "deepseek_v3")
+  folder = GOLDENS / "deepseek_v3"
+  found = peft_load.load_adapter(tmp_path, read_config(folder))
+  model, fresh = load_save.load_pretrained(folder, lora=found.lora)
+  params = peft_load.place_adapter(fresh, found.leaves)
+  got = logits(model, params, "deepseek_v3")
+  np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_what_is_named_like_an_expert_is_a_parameter_to_peft(tmp_path):
+  """A target module of such a name would be the experts to it."""
+  model, params = load("all", "deepseek_v3")
+  peft_save.save_adapter(tmp_path, model, params, base="base")
+  settings = json.loads((tmp_path / peft_save.CONFIG).read_text("utf-8"))
+  ends = ("gate_proj", "up_proj", "down_proj")
+  assert not any(x.endswith(ends) for x in settings["target_modules"])
+  assert set(settings["target_parameters"]) == {
+    *("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+    *(f"mlp.{x}.weight" for x in ends),
+    *(f"mlp.shared_experts.{x}.weight" for x in ends),
+  }
+  adapters = lora.LoraConfig(
+    rank=2, alpha=2.0, targets=("moe/shared/",), dora=True
+  )
+  model, params = load_save.load_pretrained(
+    GOLDENS / "deepseek_v3", lora=adapters
+  )
+  with pytest.raises(ValueError, match=r"shared_experts\..* nor dropout"):
+    peft_save.save_adapter(tmp_path, model, params, base="base")
+
+
 @pytest.mark.parametrize("case", ["qwen3", "mixtral"])
 def test_parameters_that_are_no_experts_are_refused(case, tmp_path):
   name = "plain" if case == "qwen3" else "some"
@@ -441,9 +501,9 @@ def test_parameters_that_are_no_experts_are_refused(case, tmp_path):
   peft_save.save_adapter(tmp_path, model, params, base="base")
   path = tmp_path / peft_save.CONFIG
   settings = json.loads(path.read_text("utf-8"))
-  settings["target_parameters"] = ["self_attn.q_proj.weight"]
+  settings["target_parameters"] = ["self_attn.q_norm.weight"]
   path.write_text(json.dumps(settings), "utf-8")
-  with pytest.raises(ValueError, match=r"holds 'self_attn.q_proj.weight'"):
+  with pytest.raises(ValueError, match=r"holds 'self_attn.q_norm.weight'"):
     peft_load.load_adapter(tmp_path, model.config)
 
 
