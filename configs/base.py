@@ -184,6 +184,7 @@ def get_config() -> ml_collections.ConfigDict:
   mesh.fsdp = 1  # Devices that share one copy's parameters.
   mesh.tensor = 1  # Devices that share one matrix product.
   mesh.context = 1  # Devices that share one row: long documents.
+  mesh.expert = 1  # Devices that share the experts of a mixture.
 
   config.checkpoint = checkpoint = ml_collections.ConfigDict()
   checkpoint.every = 100  # Steps; 0 = only at the end.

@@ -67,8 +67,7 @@ def main() -> None:
       one.step, one.model, one.params, lengths
     )
     tokens = one.batch.tokens.size // one.batch.tokens.shape[0]
-    copies = one.mesh.shape["data"] * one.mesh.shape["fsdp"]
-    chunks = -(-tokens // copies // config.loss.chunk_tokens)
+    chunks = -(-tokens // sharding.size(one.mesh) // config.loss.chunk_tokens)
     return plan.plan(
       *(one, machine),
       model_flops=useful,
@@ -263,8 +262,7 @@ def recommend(out, config, outline, tried) -> None:
 
 def search(out, config, outline, tried, limit) -> None:
   """Finds the largest batch that fits, all else as it is."""
-  shape = outline.mesh.shape
-  unit = config.accum_steps * shape["data"] * shape["fsdp"]
+  unit = config.accum_steps * sharding.size(outline.mesh)
 
   def total(n: int) -> int:
     found = tried(plan.changed(config, {"batch_size": n * unit}))

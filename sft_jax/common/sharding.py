@@ -1,7 +1,7 @@
 """The device mesh, and where parameters, optimizer state and batches are."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,35 +12,35 @@ from jaxtyping import Int64
 
 from sft_jax.common import trees
 
-ROWS = ("data", "fsdp")
+ROWS = ("data", "fsdp", "expert")
 # Of an array [B, T, ...], and of one whose second axis is whole.
 SLOTS = PartitionSpec(ROWS, "context")
 WHOLE_ROWS = PartitionSpec(ROWS)
 
 # Of neighbors in a mesh the last axis makes the nearest: `tensor` and
 # `context` talk in every layer.
-AXES = ("data", "fsdp", "context", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 # (pattern, spec) over parameter paths; layers are stacked on a leading axis.
 # Kernels are [L, in, out]: `tensor` divides what one device can multiply
-# alone (heads, ffn width), `fsdp` the other side. A quantized kernel's codes
-# and scales lie as the kernel would: their axes mean the same.
+# alone (heads, ffn width), `fsdp` the other side. Experts are [L, E, in, out]:
+# `expert` divides E, and of all else what `fsdp` does. A quantized kernel's
+# codes and scales lie as the kernel would: their axes mean the same.
 RULES: Sequence[tuple[str, PartitionSpec]] = (
   (r"(embed|head)/embedding", PartitionSpec("tensor", "fsdp")),
   (r"positions/embedding", PartitionSpec(None, "fsdp")),
-  # Experts are [L, E, in, out], and lie as the kernels of a dense layer do.
   # Heads leave a latent vector and enter none: the vector itself is whole.
   (r"attn/(q|kv)_down/(kernel|lora_a0?)", PartitionSpec(None, "fsdp")),
   (r"attn/(q|kv)_down/lora_b0?$", PartitionSpec()),
   (r"attn/(q|kv)_up/(kernel|lora_b0?)", PartitionSpec(None, None, "tensor")),
   (r"attn/(q|kv)_up/lora_a0?$", PartitionSpec()),
   (r"moe/router/kernel$", PartitionSpec(None, "fsdp", None)),
-  (r"moe/(gate|up)/kernel", PartitionSpec(None, None, "fsdp", "tensor")),
-  (r"moe/down/kernel", PartitionSpec(None, None, "tensor", "fsdp")),
-  (r"moe/(gate|up)/lora_a0?$", PartitionSpec(None, None, "fsdp", None)),
-  (r"moe/(gate|up)/lora_b0?$", PartitionSpec(None, None, None, "tensor")),
-  (r"moe/down/lora_a0?$", PartitionSpec(None, None, "tensor", None)),
-  (r"moe/down/lora_b0?$", PartitionSpec(None, None, None, "fsdp")),
+  (r"moe/(gate|up)/kernel", PartitionSpec(None, "expert", "fsdp", "tensor")),
+  (r"moe/down/kernel", PartitionSpec(None, "expert", "tensor", "fsdp")),
+  (r"moe/(gate|up)/lora_a0?$", PartitionSpec(None, "expert", "fsdp")),
+  (r"moe/(gate|up)/lora_b0?$", PartitionSpec(None, "expert", None, "tensor")),
+  (r"moe/down/lora_a0?$", PartitionSpec(None, "expert", "tensor")),
+  (r"moe/down/lora_b0?$", PartitionSpec(None, "expert", None, "fsdp")),
   (r"shared/share/kernel", PartitionSpec(None, "fsdp", None)),
   (r"shared/share/lora_", PartitionSpec()),
   (
@@ -84,6 +84,7 @@ def make_mesh(
   fsdp: int,
   tensor: int,
   context: int = 1,
+  expert: int = 1,
   devices: Sequence[Any] | None = None,
 ) -> Mesh:
   """A mesh over all devices; one of the sizes may be -1: the rest.
@@ -93,13 +94,15 @@ def make_mesh(
     fsdp: devices that share a copy, and take a part of its rows each.
     tensor: devices that share each matrix product: heads, and widths of MLPs.
     context: devices that share each row: a part of its slots each.
+    expert: devices that share a copy's experts; in all else they do what those
+      of `fsdp` do.
 
   Over several slices of TPUs `data` goes across, all else stays within one.
 
   Raises ValueError: the sizes do not multiply to the number of devices, or
   slices do not divide `data`.
   """
-  sizes = [data, fsdp, context, tensor]
+  sizes = [data, fsdp, expert, context, tensor]
   devices = jax.devices() if devices is None else devices
   got = ", ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
   if -1 in sizes:
@@ -108,27 +111,37 @@ def make_mesh(
     raise ValueError(
       f"mesh: got {got} for {len(devices)} devices, expected sizes that "
       f"multiply to {len(devices)}, at most one of them -1. Set one of "
-      "mesh.data, mesh.fsdp, mesh.tensor, mesh.context to -1."
+      "mesh.data, mesh.fsdp, mesh.expert, mesh.tensor, mesh.context to -1."
     )
   # Auto: XLA propagates shardings from parameters and batch inwards.
-  auto = (AxisType.Auto,) * 4
+  auto = (AxisType.Auto,) * len(AXES)
   slices = len({getattr(device, "slice_index", 0) for device in devices})
+  # Axes of a slice's torus may be cut: 32 x 8 chips of 16 x 16.
+  cut = {"allow_split_physical_axes": True}
   if slices == 1:
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
+    grid = mesh_utils.create_device_mesh(tuple(sizes), devices, **cut)
+    return Mesh(grid, AXES, axis_types=auto)
   if sizes[0] % slices:
     raise ValueError(
       f"mesh: got {got} for {slices} slices of {len(devices) // slices} "
       "devices, expected mesh.data to be a multiple of the slices: the network "
-      "between slices is too slow for fsdp, context and tensor. Set "
+      "between slices is too slow for what the other axes send. Set "
       f"mesh.data to {slices}, or to -1 and the others to divide a slice."
     )
   grid = mesh_utils.create_hybrid_device_mesh(
     (sizes[0] // slices, *sizes[1:]),
-    (slices, 1, 1, 1),
+    (slices, 1, 1, 1, 1),
     devices,
-    allow_split_physical_axes=True,
+    **cut,
   )
   return Mesh(grid, AXES, axis_types=auto)
+
+
+def size(mesh: Mesh, axes: str | Iterable[str] = ROWS) -> int:
+  """Of these axes together; of those that divide the rows of a batch."""
+  return math.prod(
+    mesh.shape[a] for a in ([axes] if isinstance(axes, str) else axes)
+  )
 
 
 def place_parameter(path: str, shape: Sequence[int], mesh: Mesh) -> Placement:
@@ -138,9 +151,12 @@ def place_parameter(path: str, shape: Sequence[int], mesh: Mesh) -> Placement:
   """
   spec = trees.first_match(RULES, path, "sharding")
   axes, whole = list(spec), []
+  if mesh.shape["expert"] > 1 and "expert" not in axes:
+    axes = [("fsdp", "expert") if axis == "fsdp" else axis for axis in axes]
   for i, axis in enumerate(axes):
-    if axis is not None and shape[i] % mesh.shape[axis]:
-      whole.append(f"{shape[i]} is not a multiple of {axis}")
+    if axis is not None and shape[i] % size(mesh, axis):
+      names = axis if isinstance(axis, str) else " x ".join(axis)
+      whole.append(f"{shape[i]} is not a multiple of {names}")
       axes[i] = None
   return Placement(path, tuple(shape), PartitionSpec(*axes), "; ".join(whole))
 
@@ -193,7 +209,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def row_sharding(mesh: Mesh, *, leading_axes: int = 0) -> NamedSharding:
   """Of arrays [B, T, ...], after `leading_axes` others.
 
-  Rows are divided over `data` and `fsdp`, their slots over `context`.
+  Rows are divided over `ROWS`, their slots over `context`.
   """
   spec = PartitionSpec(*[None] * leading_axes, *SLOTS)
   return NamedSharding(mesh, spec)
@@ -201,12 +217,11 @@ def row_sharding(mesh: Mesh, *, leading_axes: int = 0) -> NamedSharding:
 
 def check_rows(mesh: Mesh, num_rows: int, parts: int) -> None:
   """Raises ValueError unless the mesh divides each of the parts of a batch."""
-  size = mesh.shape["data"] * mesh.shape["fsdp"]
-  if num_rows % (parts * size):
+  if num_rows % (parts * size(mesh)):
+    axes = ", ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in ROWS)
     raise ValueError(
-      f"batch_size: got {num_rows} for accum_steps={parts}, mesh.data="
-      f"{mesh.shape['data']}, mesh.fsdp={mesh.shape['fsdp']}, expected a "
-      "multiple of their product. Change batch_size or accum_steps."
+      f"batch_size: got {num_rows} for accum_steps={parts}, {axes}, expected "
+      "a multiple of their product. Change batch_size or accum_steps."
     )
 
 
@@ -237,18 +252,18 @@ def put_rows(tree: Any, sharding: NamedSharding) -> Any:
   that order: a tree of [B, T, ...] after the leading axes of the sharding."""
   mesh, axis = sharding.mesh, list(sharding.spec).index(ROWS)
   assert isinstance(mesh, Mesh)
-  blocks = mesh.shape["data"] * mesh.shape["fsdp"]
+  blocks = size(mesh)
   own_blocks = own_rows(mesh, blocks)
 
   def put(x: np.ndarray) -> jax.Array:
-    size = x.shape[axis] // len(own_blocks)
-    shape = (*x.shape[:axis], blocks * size, *x.shape[axis + 1 :])
+    length = x.shape[axis] // len(own_blocks)
+    shape = (*x.shape[:axis], blocks * length, *x.shape[axis + 1 :])
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
       assert index is not None
       # A device holds one block; of the own ones it is the n-th.
-      n = np.searchsorted(own_blocks, (index[axis].start or 0) // size)
-      local = slice(n * size, (n + 1) * size)
+      n = np.searchsorted(own_blocks, (index[axis].start or 0) // length)
+      local = slice(n * length, (n + 1) * length)
       return x[(*index[:axis], local, *index[axis + 1 :])]
 
     return jax.make_array_from_callback(shape, sharding, part)

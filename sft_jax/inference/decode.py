@@ -52,9 +52,7 @@ class How(NamedTuple):
   @property
   def shards(self) -> int:
     """Devices that divide the rows among them."""
-    if self.mesh is None:
-      return 1
-    return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+    return 1 if self.mesh is None else sharding.size(self.mesh)
 
   def over_rows(self, tree: Any, axes: Any) -> Any:
     """The tree with each array's axis of rows divided over the mesh."""
@@ -62,7 +60,7 @@ class How(NamedTuple):
     def put(x: Array, axis: int) -> Array:
       if self.mesh is None:
         return x
-      spec = PartitionSpec(*[None] * axis, ("data", "fsdp"))
+      spec = PartitionSpec(*[None] * axis, sharding.ROWS)
       at = NamedSharding(self.mesh, spec)
       return jax.lax.with_sharding_constraint(x, at)
 

@@ -93,8 +93,8 @@ def build(
     mesh: devices that share the rows of a batch, 'context' their slots and
       'tensor' the widths; see `parallel`. None: one device, or XLA finds out.
 
-  Raises ValueError: an unknown dtype, backend or remat policy; heads that the
-  mesh does not divide.
+  Raises ValueError: an unknown dtype, backend or remat policy; heads or
+  experts that the mesh does not divide.
   """
   dtype, param_dtype = jnp.dtype(dtype), jnp.dtype(param_dtype)
   for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
@@ -105,7 +105,15 @@ def build(
       )
   check_level(remat)
   check_backend(attention, mesh)
-  parallel.check_heads(mesh, config.num_heads)
+  parallel.check_model(mesh, config.num_heads, config.num_experts)
+  if parallel.is_ring(mesh, config.num_heads):
+    if attention not in ("auto", "blocks"):
+      raise ValueError(
+        f"model.attention: got {attention!r} with more devices in mesh.tensor "
+        f"and mesh.context than divide {config.num_heads} heads, expected "
+        "'auto' or 'blocks': keys go round by them alone. Set 'auto'."
+      )
+    attention = "blocks"
   c = config
   # Layers of the body of the scan, and how often it runs.
   width = c.period if scan else c.num_layers

@@ -192,6 +192,7 @@ class MeshConfig:
   fsdp: int = 1  # Devices that share one copy's parameters.
   tensor: int = 1  # Devices that share one matrix product.
   context: int = 1  # Devices that share one row: long documents.
+  expert: int = 1  # Devices that share the experts of a mixture.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 import ml_collections
 
 from sft_jax.common.buckets import storage
+from sft_jax.common.sharding import ROWS
 from sft_jax.step import distillation, optimizer, preferences
 from sft_jax.training.config import RunConfig
 
@@ -73,7 +74,7 @@ _BOUNDS = {
     "[0, 1]": "optim.final_fraction optim.eps",
     "[0, 1e30]": "optim.clip_norm",
     "[0, 1e7]": "faults.hang_seconds",
-    "[-1, 1e6]": "mesh.data mesh.fsdp mesh.tensor mesh.context",
+    "[-1, 1e6]": "mesh.data mesh.fsdp mesh.tensor mesh.context mesh.expert",
   }.items()
   for key in keys.split()
 }
@@ -246,12 +247,13 @@ def _wrong_pairs(c: Mapping[str, Any]) -> Iterator[str]:
       f"data.seq_len: got {data['seq_len']} with mesh.context="
       f"{mesh['context']}, expected a multiple"
     )
-  parts = c["accum_steps"] * max(mesh["data"], 1) * max(mesh["fsdp"], 1)
+  parts = math.prod(max(mesh[axis], 1) for axis in ROWS) * c["accum_steps"]
   if c["batch_size"] % parts:
     yield (
       f"batch_size: got {c['batch_size']} with accum_steps="
-      f"{c['accum_steps']}, mesh.data={mesh['data']} and mesh.fsdp="
-      f"{mesh['fsdp']}, expected a multiple of their product"
+      f"{c['accum_steps']}, "
+      + ", ".join(f"mesh.{axis}={mesh[axis]}" for axis in ROWS)
+      + ", expected a multiple of their product"
     )
   if lora["path"] and lora["rank"]:
     yield (

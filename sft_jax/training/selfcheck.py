@@ -385,4 +385,4 @@ def toy_shape(config: Config, mesh: Mesh) -> tuple[int, int]:
   """(rows, slots): two rows for each part of a batch."""
   # data.seq_len is a multiple of `context`, so half of it need not be.
   length = min(config.data.seq_len, _LONGEST * mesh.shape["context"])
-  return 2 * mesh.shape["data"] * mesh.shape["fsdp"], length
+  return 2 * sharding.size(mesh), length

@@ -193,9 +193,10 @@ def _sharding(built: BuiltRun) -> Iterator[tuple[str, ...]]:
     part = leaf.sharding.shard_shape(leaf.shape)
     size = int(np.prod(part)) * leaf.dtype.itemsize
     over = [
-      f"{axis} ({n} = {built.mesh.shape[axis]} x {n // built.mesh.shape[axis]})"
+      f"{axis if isinstance(axis, str) else ' x '.join(axis)} "
+      f"({n} = {parts} x {n // parts})"
       for n, axis in zip(shape, spec, strict=False)
-      if axis is not None and built.mesh.shape[axis] > 1
+      if axis is not None and (parts := sharding.size(built.mesh, axis)) > 1
     ]
     over, shape = ", ".join(over) or _WHOLE, " x ".join(map(str, shape))
     yield path, shape, over, terminal.size(size), note

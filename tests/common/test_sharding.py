@@ -14,6 +14,7 @@ def test_one_size_may_be_left_open():
   assert dict(sharding.make_mesh(-1, 2, 1).shape) == {
     "data": 4,
     "fsdp": 2,
+    "expert": 1,
     "context": 1,
     "tensor": 1,
   }
@@ -48,11 +49,22 @@ def test_only_data_goes_across_slices(kind, shape):
     for i, at in enumerate(np.ndindex(shape))
   ]
   mesh = sharding.make_mesh(-1, 2, 1, context=2, devices=chips)
-  assert tuple(mesh.shape.values()) == (4, 2, 2, 1)
+  assert tuple(mesh.shape.values()) == (4, 2, 1, 2, 1)
   slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
-  assert (slices == np.array([0, 0, 1, 1])[:, None, None, None]).all()
+  assert (slices == np.array([0, 0, 1, 1])[:, *[None] * 4]).all()
   with pytest.raises(ValueError, match="for 2 slices of 8 devices"):
     sharding.make_mesh(1, -1, 1, devices=chips)
+
+
+def test_of_all_but_experts_two_axes_divide_what_one_would():
+  mesh = sharding.make_mesh(1, 2, 1, context=2, expert=2)
+  place = lambda path, *shape: sharding.place_parameter(path, shape, mesh).spec
+  expert = place("layers/moe/down/kernel", 2, 4, 6, 8)
+  assert expert == PartitionSpec(None, "expert", "tensor", "fsdp")
+  both = PartitionSpec(None, ("fsdp", "expert"), "tensor")
+  assert place("layers/attn/q/kernel", 2, 8, 6) == both
+  assert place("layers/moe/shared/up/kernel", 2, 8, 6) == both
+  assert sharding.size(mesh) == 4
 
 
 def test_rules_divide_what_can_be_divided():

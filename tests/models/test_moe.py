@@ -9,7 +9,6 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file
 
 from sft_jax.common import sharding, trees
@@ -32,6 +31,9 @@ from sft_jax.step import train_step
 from sft_jax.step.loss import linear_cross_entropy
 
 B, T, D, F = 8, 6, 8, 12
+
+
+slow = pytest.mark.slow
 
 
 def swiglu(gate, up):
@@ -193,13 +195,28 @@ def test_a_token_does_not_depend_on_the_others():
   np.testing.assert_array_equal(apply(crowd)[3, 4], whole[3, 4])
 
 
+GROUPED = {
+  "routing": Routing(2, sigmoid=True, groups=2, top_groups=1, scale=1.5),
+  **{"num_experts": 8, "correction": 1},
+}
+
+
 @pytest.mark.parametrize(
-  "told", [True, pytest.param(False, marks=pytest.mark.slow)]
+  ("told", "sizes", "changes"),
+  [
+    (True, (2, 2, 2), {}),
+    (True, (1, 2, 2, 1, 2), GROUPED),
+    (True, (1, 1, 1, 1, 8), GROUPED),
+    # No device has a whole number of experts: XLA divides the work.
+    pytest.param(True, (1, 2, 1, 1, 4), {"num_experts": 6}, marks=slow),
+    pytest.param(False, (2, 2, 2), {}, marks=slow),
+    pytest.param(False, (1, 2, 2, 1, 2), GROUPED, marks=slow),
+  ],
 )
-def test_devices_do_not_matter(told):
+def test_devices_do_not_matter(told, sizes, changes):
   """Whether the layer is told of the mesh or XLA divides its work."""
-  layer, params = make(rank=2, use_bias=True)
-  mesh = sharding.make_mesh(2, 2, 2)
+  layer, params = make(rank=2, use_bias=True, **changes)
+  mesh = sharding.make_mesh(*sizes)
   x, weigh = inputs(), inputs(2)
 
   want = call(layer, params, x, weigh)
@@ -208,9 +225,8 @@ def test_devices_do_not_matter(told):
   )
   places = sharding.param_shardings(stacked, mesh)
   placed = jax.device_put(stacked, places)["layers"]["moe"]
-  assert placed["down"]["kernel"].sharding.spec == PartitionSpec(
-    None, None, "tensor", "fsdp"
-  )
+  parts = placed["down"]["kernel"].sharding.shard_shape((1, 24, F, D))
+  assert parts[1:3] == (24 // mesh.shape["expert"], F // mesh.shape["tensor"])
   placed = jax.tree.map(lambda a: a[0], placed)
   rows = jax.device_put(x, sharding.row_sharding(mesh))
   got = call(layer.clone(mesh=mesh if told else None), placed, rows, weigh)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import random
 
 import jax
@@ -142,22 +143,48 @@ def test_no_factorisation_matters(sizes, alone, capfd):
   check(sizes, alone, capfd)
 
 
-def test_windows_sinks_and_experts_are_divided_too():
-  """What layers take beside queries, keys and kernels."""
+MIXTURE = {
+  **{"num_experts": 4, "experts_per_token": 2, "d_ff_shared": 32},
+  **{"router_sigmoid": True, "router_groups": 2, "router_correction": 1},
+}
+
+
+@pytest.mark.parametrize("heads", [8, 2])
+def test_windows_sinks_and_experts_are_divided_too(heads):
+  """What layers take beside queries, keys and kernels; of two heads keys and
+  values go round."""
   (kind,) = CONFIG.kinds
   config = dataclasses.replace(
     CONFIG,
     layers=(kind._replace(window=5), kind),
+    **{"num_heads": heads, "num_kv_heads": heads // 4 or 1},
     attn_sinks=True,
-    num_experts=4,
-    experts_per_token=2,
+    **MIXTURE,
   )
+  same_gradients((1, 1, 2, 2, 2), config)
+
+
+def same_gradients(sizes, config):
   want, _ = stepped((), config)
-  got, _ = stepped((2, 1, 2, 2), config)
+  got, _ = stepped(sizes, config)
   for path, x in trees.flatten(want).items():
     np.testing.assert_allclose(
       trees.flatten(got)[path], x, atol=5e-6, err_msg=path
     )
+
+
+WITH_EXPERTS = [
+  (d, f, t, 8 // (d * f * t * e), e)
+  for e in (2, 4)
+  for d, f, t in itertools.product((1, 2, 4), repeat=3)
+  if 8 % (d * f * t * e) == 0
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", WITH_EXPERTS)
+def test_no_factorisation_of_experts_matters(sizes):
+  same_gradients(sizes, dataclasses.replace(CONFIG, **MIXTURE))
 
 
 def test_what_devices_send_is_what_the_axes_must():
@@ -222,9 +249,13 @@ def test_sizes_that_the_mesh_does_not_divide():
   mesh = sharding.make_mesh(2, 1, 2, 2)
   six = dataclasses.replace(CONFIG, num_heads=6)
   with pytest.raises(
-    ValueError, match=r"got 2 and 2 for 6 heads, expected .* \[1, 2, 3, 6\]"
+    ValueError, match=r"got 4 for 6 heads, expected .* \[1, 2, 3, 6\]"
   ):
-    transformer.build(six, mesh=mesh)
+    transformer.build(six, mesh=sharding.make_mesh(2, 1, 4))
+  with pytest.raises(ValueError, match=r"got 'xla' with more devices"):
+    transformer.build(six, mesh=mesh, attention="xla")
+  with pytest.raises(ValueError, match=r"mesh.expert: got 2 for 0 experts"):
+    transformer.build(CONFIG, mesh=sharding.make_mesh(4, 1, 1, expert=2))
   config = base.get_config()
   config.data.seq_len = 33
   with pytest.raises(

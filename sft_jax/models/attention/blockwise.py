@@ -20,6 +20,7 @@ start of its row, so rows need no axis of their own.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,68 +62,104 @@ def attend(
     softcap: see `attention.attention`.
     block: slots in a block, at most.
   """
-  B, T, N, H = q.shape
-  K = k.shape[2]
-  G = N // K
-  count = -(-T // block)
-  size = -(-T // count)
-  pad = count * size - T
-  own = jnp.arange(T, T + pad)
-  starts = jnp.concatenate(
-    [starts, jnp.broadcast_to(own, (B, pad)).astype(starts.dtype)], axis=1
-  )
-  starts = starts + jnp.arange(B, dtype=starts.dtype)[:, None] * (T + pad)
-  M, X = B * count, G * size
-
-  def rows(x: Array) -> Array:
-    """[B, T, heads, H] -> [M, K, heads / K * size, H]."""
-    x = jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0)))
-    x = x.reshape(M, size, K, -1, H).transpose(0, 2, 3, 1, 4)
-    return x.reshape(M, K, -1, H)
-
+  layout = Layout.of(*q.shape, k.shape[2], block)
+  T, rows = q.shape[1], layout.rows
+  own = jnp.broadcast_to(jnp.arange(T, dtype=starts.dtype), starts.shape)
   if sinks is not None:
-    sinks = sinks.astype(jnp.float32).reshape(K, G)
-  out: Array = _blocks(
-    rows(q * scale), rows(k), rows(v), starts.reshape(M, size), sinks, softcap
-  )
-  assert out.shape == (M, K, X, H)
-  out = out.reshape(M, K, G, size, H).transpose(0, 3, 1, 2, 4)
-  return out.reshape(B, T + pad, N, H)[:, :T]
+    sinks = sinks.astype(jnp.float32).reshape(k.shape[2], -1)
+  seen = layout.runs(starts, own)
+  out: Array = _blocks(rows(q * scale), rows(k), rows(v), seen, sinks, softcap)
+  return layout.back(out)
 
 
-# Inside, X = G * block: the queries of a block, of all heads that share keys.
+class Layout(NamedTuple):
+  """How a batch lies in one row of M blocks of `size` slots.
+
+  Inside, X = G * size: the queries of a block, of all heads that share keys.
+  """
+
+  B: int
+  T: int
+  N: int
+  H: int
+  K: int
+  size: int
+
+  @classmethod
+  def of(cls, B: int, T: int, N: int, H: int, K: int, block: int) -> "Layout":
+    return cls(B, T, N, H, K, -(-T // -(-T // block)))
+
+  @property
+  def pad(self) -> int:
+    return -self.T % self.size
+
+  def rows(self, x: Array) -> Array:
+    """[B, T, heads, H] -> [M, K, heads / K * size, H]."""
+    x = jnp.pad(x, ((0, 0), (0, self.pad), (0, 0), (0, 0)))
+    x = x.reshape(-1, self.size, self.K, x.shape[2] // self.K, self.H)
+    x = x.transpose(0, 2, 3, 1, 4)
+    return x.reshape(len(x), self.K, -1, self.H)
+
+  def back(self, x: Array) -> Array:
+    """[M, K, X, H] -> [B, T, N, H]."""
+    x = x.reshape(len(x), self.K, -1, self.size, self.H)
+    x = x.transpose(0, 3, 1, 2, 4)
+    return x.reshape(self.B, -1, self.N, self.H)[:, : self.T]
+
+  def runs(
+    self, first: Int[Array, "B T"], last: Int[Array, "B T"]
+  ) -> Int[Array, "M 2 size"]:
+    """The first and the last slot that each query sees, in that one row; the
+    slots that fill up the last block see none."""
+    far = jnp.iinfo(first.dtype).max // 2
+    pairs = (
+      jnp.pad(x, ((0, 0), (0, self.pad)), constant_values=value)
+      for x, value in ((first, far), (last, -1))
+    )
+    row = jnp.arange(self.B, dtype=first.dtype)[:, None] * (self.T + self.pad)
+    return jnp.stack([(x + row).reshape(-1, self.size) for x in pairs], axis=1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _blocks(q, k, v, starts, sinks, softcap):
-  return _forward(q, k, v, starts, sinks, softcap)[0]
+def _blocks(q, k, v, runs, sinks, softcap):
+  return _forward(q, k, v, runs, sinks, softcap)[0]
 
 
 def _forward(
   q: Float[Array, "M K X H"],
-  k: Float[Array, "M K block H"],
-  v: Float[Array, "M K block H"],
-  starts: Int[Array, "M block"],
+  k: Float[Array, "M K size H"],
+  v: Float[Array, "M K size H"],
+  runs: Int[Array, "M 2 size"],
   sinks: Float32[Array, "K G"] | None,
   softcap: float | None,
 ):
   """The output, and what the backward pass needs."""
+  out, lse = forward(q, k, v, runs, sinks, softcap)
+  out = checkpoint_name(out, "attention_out")
+  lse = checkpoint_name(lse, "attention_lse")
+  return out, (q, k, v, runs, sinks, out, lse)
+
+
+def forward(q, k, v, runs, sinks, softcap) -> tuple[Array, Array]:
+  """(output in the dtype of v, log-sum-exp [M, K, X]); without a key to see
+  that is about -1e30, and the output is anything finite."""
   _, K, X, H = q.shape
 
   def of_queries(_, mine):
-    m, q, starts = mine
+    q, runs = mine
+    last, reach = _reach(runs)
 
     def add_keys(i, carry):
-      """Their own block first: there each query sees a key, so `top` is of a
-      key that is seen from then on and hidden ones weigh exactly 0."""
+      """The last block first, where as a rule each query sees a key: from then
+      on `top` is of a key that is seen, and hidden ones weigh exactly 0."""
       top, total, sums = carry
-      scores = _scores(q, k[m - i], softcap)
-      scores = jnp.where(_seen(starts, m, m - i, X), scores, _HIDDEN)
+      scores = _scores(q, k[last - i], softcap)
+      scores = jnp.where(_seen(runs, last - i, X), scores, _HIDDEN)
       new = jnp.maximum(top, jnp.max(scores, axis=-1))
       weights = jnp.exp(scores - new[..., None])
       shrink = jnp.exp(top - new)
       total = total * shrink + jnp.sum(weights, axis=-1)
-      values = _dot("kxs,ksh->kxh", weights.astype(v.dtype), v[m - i])
+      values = _dot("kxs,ksh->kxh", weights.astype(v.dtype), v[last - i])
       return new, total, sums * shrink[..., None] + values
 
     if sinks is None:
@@ -132,32 +169,56 @@ def _forward(
       top = jnp.repeat(sinks, X // sinks.shape[1], axis=1)
       total = jnp.ones((K, X))
     carry = (top, total, jnp.zeros((K, X, H)))
-    top, total, sums = lax.fori_loop(0, _reach(m, starts), add_keys, carry)
+    top, total, sums = lax.fori_loop(0, reach, add_keys, carry)
+    total = jnp.maximum(total, 1e-30)  # 0 where there is no block to read.
     out = (sums / total[..., None]).astype(v.dtype)
     return None, (out, top + jnp.log(total))
 
-  every = (jnp.arange(len(q)), q, starts)
-  _, (out, lse) = lax.scan(of_queries, None, every)
-  out = checkpoint_name(out, "attention_out")
-  lse = checkpoint_name(lse, "attention_lse")
-  return out, (q, k, v, starts, sinks, out, lse)
+  return lax.scan(of_queries, None, (q, runs))[1]
 
 
 def _backward(softcap: float | None, kept, d_out: Float[Array, "M K X H"]):
   """The gradients of q, k, v and the sinks."""
-  q, k, v, starts, sinks, out, lse = kept
-  _, K, X, H = q.shape
+  q, k, v, runs, sinks, out, lse = kept
   # sum over s of weight_s d_weight_s, which softmax takes from each d_weight.
   common = jnp.sum(out.astype(jnp.float32) * d_out, axis=-1)
+  into = (jnp.zeros(k.shape), jnp.zeros(v.shape))
+  dq, dk, dv = backward(q, k, v, runs, d_out, lse, common, into, softcap)
+  d_sinks = None if sinks is None else to_sinks(sinks, lse, common)
+  return (
+    *(dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)),
+    *(None, d_sinks),
+  )
+
+
+_blocks.defvjp(_forward, _backward)
+
+
+def to_sinks(
+  sinks: Float32[Array, "K G"],
+  lse: Float32[Array, "M K X"],
+  common: Float32[Array, "M K X"],
+) -> Float32[Array, "K G"]:
+  """The gradient of the sinks."""
+  lse, common = (x.reshape(len(x), *sinks.shape, -1) for x in (lse, common))
+  return -jnp.sum(jnp.exp(sinks[..., None] - lse) * common, axis=(0, 3))
+
+
+def backward(
+  q, k, v, runs, d_out, lse, common, into, softcap
+) -> tuple[Array, Array, Array]:
+  """The gradients of q, k and v, those of k and v added to `into`; float32."""
+  _, K, X, H = q.shape
 
   def of_queries(carry, mine):
-    m, q, starts, d_out, lse, common = mine
+    q, runs, d_out, lse, common = mine
+    last, reach = _reach(runs)
 
     def add_keys(i, carry):
       dq, dk, dv = carry
-      j = m - i
+      j = last - i
       scores = _scores(q, k[j], softcap)
-      seen = _seen(starts, m, j, X)
+      seen = _seen(runs, j, X)
       weights = jnp.where(seen, jnp.exp(scores - lse[..., None]), 0)
       d_scores = weights * (
         _dot("kxh,ksh->kxs", d_out, v[j]) - common[..., None]
@@ -170,22 +231,12 @@ def _backward(softcap: float | None, kept, d_out: Float[Array, "M K X H"]):
       return dq + _dot("kxs,ksh->kxh", d_scores, k[j]), dk, dv
 
     carry = (jnp.zeros((K, X, H)), *carry)
-    dq, dk, dv = lax.fori_loop(0, _reach(m, starts), add_keys, carry)
-    return (dk, dv), dq.astype(q.dtype)
+    dq, dk, dv = lax.fori_loop(0, reach, add_keys, carry)
+    return (dk, dv), dq
 
-  every = (jnp.arange(len(q)), q, starts, d_out, lse, common)
-  zeros = (jnp.zeros(k.shape), jnp.zeros(v.shape))
-  (dk, dv), dq = lax.scan(of_queries, zeros, every)
-  d_sinks = None
-  if sinks is not None:
-    G = sinks.shape[1]
-    lse, common = (x.reshape(-1, K, G, X // G) for x in (lse, common))
-    shares = jnp.exp(sinks[..., None] - lse)
-    d_sinks = -jnp.sum(shares * common, axis=(0, 3))
-  return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, d_sinks
-
-
-_blocks.defvjp(_forward, _backward)
+  every = (q, runs, d_out, lse, common)
+  (dk, dv), dq = lax.scan(of_queries, into, every)
+  return dq, dk, dv
 
 
 def _dot(how: str, x: Array, y: Array) -> Array:
@@ -199,15 +250,16 @@ def _scores(q: Array, k: Array, softcap: float | None) -> Array:
   return scores
 
 
-def _seen(starts: Array, m: Array, j: Array, X: int) -> Array:
-  """[X, block]: which keys of block j each query of block m sees."""
-  size = len(starts)
-  slots = jnp.arange(size)
-  own, keys = m * size + slots, j * size + slots
-  seen = (keys >= starts[:, None]) & (keys <= own[:, None])
+def _seen(runs: Array, j: Array, X: int) -> Array:
+  """[X, size]: which keys of block j each query of a block sees."""
+  (first, last), size = runs, runs.shape[1]
+  keys = j * size + jnp.arange(size)
+  seen = (keys >= first[:, None]) & (keys <= last[:, None])
   return jnp.tile(seen, (X // size, 1))
 
 
-def _reach(m: Array, starts: Array) -> Array:
-  """How many blocks of keys, from its own back, queries of block m read."""
-  return m - jnp.min(starts) // len(starts) + 1
+def _reach(runs: Array) -> tuple[Array, Array]:
+  """The last block that queries of a block read, and how many from there."""
+  (first, last), size = runs, runs.shape[1]
+  end = jnp.max(last) // size
+  return end, end - jnp.min(first) // size + 1

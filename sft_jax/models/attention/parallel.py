@@ -1,6 +1,6 @@
 """How a mesh divides a batch's activations, where XLA must not choose.
 
-    [B, T, D]   B over `data` and `fsdp`, T over `context`, D whole
+    [B, T, D]   B over `data`, `fsdp`, `expert`, T over `context`, D whole
     heads       over `tensor`, and in attention over `context` in place of T
 
 Everywhere else XLA carries these shardings through by itself. What does not
@@ -18,29 +18,39 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from sft_jax.common.sharding import ROWS
+from sft_jax.common.sharding import ROWS, SLOTS, size
 from sft_jax.common.trees import Tree
+from sft_jax.models.attention import ring
 
 
 def divides(mesh: Mesh | None, B: int, T: int) -> bool:
   """Whether there is more than one device, each with as much of a batch."""
   if mesh is None or mesh.size == 1:
     return False
-  return not (
-    B % (mesh.shape["data"] * mesh.shape["fsdp"]) or T % mesh.shape["context"]
-  )
+  return not (B % size(mesh) or T % mesh.shape["context"])
 
 
-def check_heads(mesh: Mesh | None, num_heads: int) -> None:
-  """Raises ValueError unless the devices of a row divide the query heads."""
+def is_ring(mesh: Mesh | None, num_heads: int) -> bool:
+  """Whether the devices of a row are too many to divide its heads."""
+  context = mesh.shape["context"] if mesh is not None else 1
+  return context > 1 and num_heads % size(mesh, ("tensor", "context")) != 0
+
+
+def check_model(mesh: Mesh | None, num_heads: int, num_experts: int) -> None:
+  """Raises ValueError unless devices divide the query heads and experts."""
   if mesh is None:
     return
-  tensor, context = mesh.shape["tensor"], mesh.shape["context"]
-  if num_heads % (tensor * context):
+  if max(1, num_experts) % (expert := mesh.shape["expert"]):
+    fits = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
+    raise ValueError(
+      f"mesh.expert: got {expert} for {num_experts} experts, expected one of "
+      f"{fits or [1]}. Divide by mesh.fsdp instead."
+    )
+  if num_heads % (tensor := mesh.shape["tensor"]):
     fits = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
     raise ValueError(
-      f"mesh.tensor, mesh.context: got {tensor} and {context} for {num_heads} "
-      f"heads, expected their product to be one of {fits}. Lower one of them."
+      f"mesh.tensor: got {tensor} for {num_heads} heads, expected one of "
+      f"{fits}. Divide by mesh.fsdp or mesh.context instead."
     )
 
 
@@ -60,7 +70,7 @@ def whole_rows(x: Array, mesh: Mesh | None) -> Array:
   if mesh is None:
     return x
   every = ("tensor", "context")
-  fits = lambda axes: x.shape[2] % math.prod(mesh.shape[a] for a in axes) == 0
+  fits = lambda axes: x.shape[2] % size(mesh, axes) == 0
   axes = next(filter(fits, (every, every[:1], ())))
   return constrain(x, mesh, PartitionSpec(ROWS, None, axes or None))
 
@@ -106,6 +116,8 @@ def attention(
                       device 1: slots 2 3, heads a b -> slots 0 1 2 3, head b
 
   Key/value heads that the devices do not divide are repeated until they do.
+  Where they do not divide the heads of queries, keys and values go round
+  instead: see `ring`; then the mask is that of the backend 'blocks'.
 
   Args:
     attend: `models.attention.attention`.
@@ -117,7 +129,8 @@ def attention(
   attend = partial(attend, in_order=in_order, mesh=mesh)
   if mesh is None or not in_order or not divides(mesh, *q.shape[:2]):
     return attend(q, k, v, **arguments)
-  share = mesh.shape["tensor"] * mesh.shape["context"]
+  rings = is_ring(mesh, q.shape[2])
+  share = size(mesh, "tensor" if rings else ("tensor", "context"))
   copies = math.lcm(k.shape[2], share) // k.shape[2]
   if copies > 1:
     k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
@@ -127,14 +140,21 @@ def attention(
     if isinstance(value, jax.Array)
   }
   choices = {k: v for k, v in arguments.items() if k not in arrays}
-  specs = {
-    # A tensor's heads come first, and of these one's own part.
-    name: PartitionSpec(("tensor", "context") if name == "sinks" else ROWS)
-    for name in arrays
-  }
+  specs = dict.fromkeys(arrays, PartitionSpec(ROWS))
+  # A tensor's heads come first, and of these one's own part.
+  specs["sinks"] = PartitionSpec(("tensor", "context"))
+  if rings:
+    specs |= {"sinks": PartitionSpec("tensor"), "mask": SLOTS}
+  specs = {name: specs[name] for name in arrays}
   own_slots = PartitionSpec(ROWS, "context", "tensor")
 
   def local(q, k, v, arrays):
+    if rings:
+      scale = choices.get("scale") or q.shape[-1] ** -0.5
+      return ring.attend(
+        *(q, k, v, arrays["mask"], arrays.get("sinks")),
+        **{"scale": scale, "softcap": choices.get("softcap")},
+      )
     if mesh.shape["context"] == 1:
       return attend(q, k, v, **arrays, **choices)
     swap = partial(jax.lax.all_to_all, axis_name="context", tiled=True)

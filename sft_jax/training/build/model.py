@@ -15,7 +15,7 @@ from sft_jax.common.workdir import find_json
 from sft_jax.data.chat import template as templates
 from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.models import transformer
-from sft_jax.models.attention import fastest
+from sft_jax.models.attention import fastest, parallel
 from sft_jax.models.config import ModelConfig, read_config
 from sft_jax.models.hf import load_save, parameter_map, peft_load
 from sft_jax.models.lora import lora, quantize, token_rows
@@ -145,9 +145,10 @@ def measure_attention(
   """The fastest attention for this run where 'auto' meets a GPU, else None."""
   devices = mesh.local_devices
   on_gpu = bool(devices) and devices[0].platform in ("gpu", "cuda")
-  if config.model.attention != "auto" or not on_gpu:
+  rings = parallel.is_ring(mesh, shape.num_heads)
+  if config.model.attention != "auto" or rings or not on_gpu:
     return None
-  rows = mesh.shape["data"] * mesh.shape["fsdp"] * config.accum_steps
+  rows = sharding.size(mesh) * config.accum_steps
   heads = mesh.shape["tensor"] * mesh.shape["context"]
   return fastest.fastest(
     fastest.Shape(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sft_jax.common import compile_cache, trees
+from sft_jax.common import compile_cache, sharding, trees
 from sft_jax.common import flops as fit
 from sft_jax.common.machines import Machine
 from sft_jax.models import remat as remat_ladder
@@ -132,7 +132,7 @@ def plan(
   assert text is not None  # Every backend prints its programs.
   memory = _memory(parts, program.memory)
   traffic = collectives(text)
-  times = _times(outline, machine, memory, flops, traffic)
+  times = bounds(outline, machine, memory, flops, traffic)
   fits = memory.total <= machine.chip.memory
   predicted = None
   if machine.chip.name in step_time.CLOCKS and not quick:
@@ -210,7 +210,7 @@ def _shard_bytes(tree: Any, itemsize: int | None = None) -> int:
   )
 
 
-def _times(
+def bounds(
   outline: Outline,
   machine: Machine,
   memory: Memory,
@@ -219,8 +219,11 @@ def _times(
 ) -> Times:
   chip, mesh = machine.chip, outline.mesh
   size = outline.dtype.itemsize
-  # Each device multiplies by whole weights, but for what `tensor` divides.
-  weights = size * trees.count(outline.params) / mesh.shape["tensor"]
+  # Each device multiplies by whole weights, but for what these axes divide.
+  weights = size * sum(
+    math.prod(x.shape) / sharding.size(mesh, {"expert", "tensor"} & {*x.spec})
+    for x in sharding.placements(outline.params, mesh)
+  )
   passes = 2 * outline.batch.tokens.shape[0]
   moved = 2 * (memory.trained + memory.optimizer + memory.gradients)
   moved += passes * (weights + memory.activations)
@@ -255,8 +258,8 @@ def alternatives(config: Config, mesh: Mapping[str, int]) -> Iterator[Change]:
   stronger = ladder[ladder.index(config.model.remat) + 1 :]
   for remat in stronger:
     yield Change(f"model.remat={remat}", {"model.remat": remat})
-  copies = mesh["data"] * mesh["fsdp"]
-  rows = config.batch_size // (config.accum_steps * copies)
+  copies = config.accum_steps * math.prod(mesh[a] for a in sharding.ROWS)
+  rows = config.batch_size // copies
   divisors = [n for n in range(2, rows + 1) if rows % n == 0]
   parts = [config.accum_steps * n for n in divisors]
   for number in parts[:1] + parts[-1:] if len(parts) > 1 else parts:
