@@ -20,19 +20,24 @@ from sft_jax.models.remat import ATTENTION
 
 _LANES = 128
 
+Queries = Float[Array, "B T N H"]
+Keys = Float[Array, "B T K H"]
+Starts = Int[Array, "B T"]
+Sinks = Float[Array, " N"] | None
+
 
 def splash_attention(
-  q: Float[Array, "B T N H"],
-  k: Float[Array, "B T K H"],
-  v: Float[Array, "B T K H"],
-  starts: Int[Array, "B T"],
-  sinks: Float[Array, " N"] | None = None,
+  q: Queries,
+  k: Keys,
+  v: Keys,
+  starts: Starts,
+  sinks: Sinks = None,
   *,
   scale: float,
   softcap: float | None = None,
   window: int | None = None,
   interpret: bool = False,
-) -> Float[Array, "B T N H"]:
+) -> Queries:
   """softmax(q k' scale) v over keys of the same document up to a query's own.
 
   Args:
@@ -107,17 +112,17 @@ def _kernel(
 
 
 def triton_attention(
-  q: Float[Array, "B T N H"],
-  k: Float[Array, "B T K H"],
-  v: Float[Array, "B T K H"],
-  starts: Int[Array, "B T"],
-  sinks: Float[Array, " N"] | None = None,
+  q: Queries,
+  k: Keys,
+  v: Keys,
+  starts: Starts,
+  sinks: Sinks = None,
   *,
   scale: float,
   softcap: float | None = None,
   window: int | None = None,
   interpret: bool = False,
-) -> Float[Array, "B T N H"]:
+) -> Queries:
   """The same, by the kernel for GPUs that JAX brings; heads of K repeated.
 
   Arguments as of `splash_attention`.
@@ -125,13 +130,7 @@ def triton_attention(
   Raises:
     ValueError: what it has not: sinks, a softcap, a window.
   """
-  missing = {"sinks": sinks, "a softcap": softcap, "a window": window}
-  for name, value in missing.items():
-    if value is not None:
-      raise ValueError(
-        f"attention: backend 'triton' got {name}, expected a model without: "
-        "its kernel has none. Set model.attention to 'blocks'."
-      )
+  _refuse("triton", sinks=sinks, softcap=softcap, window=window)
   T = q.shape[1]
   pad = [(0, 0), (0, -T % _LANES)]
   ids = jnp.pad(starts, pad, constant_values=T)
@@ -144,38 +143,38 @@ def triton_attention(
   return checkpoint_name(out[:, :T], ATTENTION[0])
 
 
+def _refuse(backend: str, **given: object) -> None:
+  for name, value in given.items():
+    if value is not None:
+      raise ValueError(
+        f"attention: backend {backend!r} got a model with {name}, expected one "
+        "without: its kernel has none. Set model.attention to 'blocks'."
+      )
+
+
 def tokamax_attention(
-  q: Float[Array, "B T N H"],
-  k: Float[Array, "B T K H"],
-  v: Float[Array, "B T K H"],
-  starts: Int[Array, "B T"],
-  sinks: Float[Array, " N"] | None = None,
+  q: Queries,
+  k: Keys,
+  v: Keys,
+  starts: Starts,
+  sinks: Sinks = None,
   *,
   scale: float,
   softcap: float | None = None,
   operator: str = "gpu",
-) -> Float[Array, "B T N H"]:
+) -> Queries:
   """softmax(q k' scale) v over the keys in slots [starts[b, t], t].
 
+  Arguments as of `splash_attention`, q in bfloat16; and
+
   Args:
-    q: queries, bfloat16; N is a multiple of K.
-    k: keys.
-    v: values.
-    starts: first slot that each query sees, at most its own.
-    sinks: refused, the kernels have none.
-    scale: of the scores.
-    softcap: see `attention.attention`.
+    starts: the first slot that each query sees, at most its own.
     operator: 'gpu', or 'reference' (tokamax's own, without a kernel) for
       tests.
 
   Raises ValueError: sinks.
   """
-  if sinks is not None:
-    raise ValueError(
-      "attention: backend 'tokamax' got attention sinks (gpt-oss), expected a "
-      "model without them: its kernels have none. Set model.attention to "
-      "'blocks'."
-    )
+  _refuse("tokamax", sinks=sinks)
   # Not of the default install, hence imported by name where it is used.
   base = importlib.import_module("tokamax._src.ops.attention.base")
   if operator == "gpu":
