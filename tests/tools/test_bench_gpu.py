@@ -36,11 +36,14 @@ def test_a_batch_is_what_its_case_says():
 
 def test_shapes_are_the_published_ones():
   """Parameters of every model, by the formula of a Llama."""
-  expected = {"0.5B": 494.0e6, "1B": 1235.8e6, "8B": 8030.3e6}
+  expected = {"0.5B": 494.0e6, "1B": 1235.8e6, "8B": 8030.3e6, "0.6B": 596.0e6}
   for name, c in bench_gpu.MODELS.items():
     d, ff = c["hidden_size"], c["intermediate_size"]
-    kv = d * c["num_key_value_heads"] // c["num_attention_heads"]
-    layer = 2 * d * d + 2 * d * kv + 3 * d * ff + 2 * d
+    head = c.get("head_dim", d // c["num_attention_heads"])
+    q, kv = (head * c[f"num_{x}_heads"] for x in ("attention", "key_value"))
+    layer = 2 * d * (q + kv) + 3 * d * ff + 2 * d
+    if c["model_type"] == "qwen3":
+      layer += 2 * head  # Norms of q and k.
     if c["model_type"] == "qwen2":
       layer += d + 2 * kv  # Biases of q, k and v.
     tables = 1 if c["tie_word_embeddings"] else 2

@@ -2,8 +2,9 @@
 
     python tools/bench/bench_gpu.py [--torch_python=PYTHON] [--models 0.5B 8B]
     python tools/bench/bench_gpu.py --tiny      the same on a CPU, in small
+    tools/bench/gpu_table.sh OUT.jsonl          what is claimed, in 9 minutes
 
-Random weights in the shapes of Qwen2.5-0.5B, Llama-3.2-1B and Llama-3.1-8B,
+Random weights in the shapes of Qwen3-0.6B, Llama-3.2-1B, Llama-3.1-8B and more,
 full and (8B) with LoRA of rank 16 on every projection; rows of 4,096 tokens
 packed with documents of 184 tokens, as GSM8K has, or of 4,096; bfloat16. The
 last 60 % of each document are trained, about GSM8K's share. Each case is a
@@ -17,6 +18,7 @@ same card from its measured rates, see CEILING.
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -34,7 +36,7 @@ from sft_jax.common import flops as fit
 from sft_jax.common import sharding, trees
 from sft_jax.common.batch import Batch
 from sft_jax.data.packing import plan
-from sft_jax.models.attention import attention
+from sft_jax.models.attention import attention, fastest
 from sft_jax.models.config import parse_config
 from sft_jax.step.train_step import init_state, split_micro_batches
 from sft_jax.training.build import abstract
@@ -96,6 +98,16 @@ TINY = {
   "num_key_value_heads": 2,
   "head_dim": 16,
 }
+MODELS["0.6B"] = MODELS["0.5B"] | {
+  "architectures": ["Qwen3ForCausalLM"],
+  "model_type": "qwen3",
+  "hidden_size": 1024,
+  "intermediate_size": 3072,
+  "num_hidden_layers": 28,
+  "num_attention_heads": 16,
+  "num_key_value_heads": 8,
+  "head_dim": 128,
+}
 # Tokens/s that one H200 cannot exceed, documents of 512 and of 4,096: matrix
 # products at 790 TFLOP/s, bytes at 4.1 TB/s, nothing overlapping. Derived in
 # the project's performance notes, section 6.1, +-10 %.
@@ -108,11 +120,13 @@ CEILING = {
 # What to ship and what to be proud of, tokens/s (issue 5).
 TARGETS = {
   ("0.5B", "full"): (143_000, 162_000),
+  ("0.6B", "full"): (90_000, 90_000),
   ("1B", "full"): (64_000, 73_000),
   ("8B", "full"): (11_000, 12_400),
   ("8B", "lora"): (15_500, 17_600),
 }
 TRAINED = 0.6
+_SHORTEST = 20  # Seconds in which a case can still be tried.
 
 
 class Case(NamedTuple):
@@ -203,9 +217,10 @@ def ours(case: Case, overrides: dict[str, Any]) -> dict[str, Any]:
   started = time.perf_counter()
   compiled = step.lower(outline.state, rows).compile()
   compile_s = time.perf_counter() - started
+  model = build_model(config, shape, mesh)
 
   def start(key: jax.Array) -> Any:
-    params = build_model(config, shape, mesh).init(key)
+    params = model.init(key)
     return init_state(params, outline.step.trained, outline.step.tx)
 
   lies = jax.tree.map(lambda x: x.sharding, outline.state)
@@ -225,16 +240,17 @@ def ours(case: Case, overrides: dict[str, Any]) -> dict[str, Any]:
   )
   tokens = int(lengths.sum()) * case.steps / seconds
   nats, weight = metrics["loss/nats_per_token"]
-  stats = device.memory_stats() or {}
+  stats, planned = device.memory_stats() or {}, fit.program(compiled).memory
   return {
     "tokens_per_s": tokens,
     "flops_per_token": flops,
     "mfu": fit.mfu(
       tokens, flops, num_devices=1, chip=fit.chip(device.device_kind)
     ),
-    "memory": stats.get("peak_bytes_in_use", fit.program(compiled).memory),
+    "memory": stats.get("peak_bytes_in_use", planned),
+    "planned": planned,
     "attention": attention.choose(
-      config.model.attention, case.seq_len, in_order=True, mesh=mesh
+      model.choices["attention"], case.seq_len, in_order=True, mesh=mesh
     ),
     "loss": float(nats / weight),
     "compile_s": compile_s,
@@ -258,19 +274,36 @@ def given(case: Case) -> dict[str, Any]:
   }
 
 
-def in_process(command_: list[str], case: Case) -> dict[str, Any] | str:
+def laws(case: Case) -> dict[str, Any]:
+  """What each attention takes on this device, or why it is out."""
+  c = parse_config(case.hf_config())
+  heads = (c.num_heads, c.num_kv_heads, c.head_dim)
+  shape = fastest.Shape(1, case.seq_len, *heads)
+  device = jax.devices()[0].device_kind
+  return fastest.fastest(shape, device)._asdict() | {"device": device}
+
+
+def in_process(
+  command_: list[str], case: Case, until: float
+) -> dict[str, Any] | str:
   """A child's report, or the last line it had to say."""
+  if (left := until - time.time()) < _SHORTEST:
+    return "out of time"
   with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "case.json"
     file.write_text(json.dumps(given(case)))
-    child = subprocess.run(
-      [*command_, str(file)],
-      capture_output=True,
-      text=True,
-      cwd=Path(__file__).parents[2],
-      # Memory is asked for as it is needed, so that the peak is the need.
-      env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-    )
+    try:
+      child = subprocess.run(
+        [*command_, str(file)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        # Memory is asked for as it is needed, so that the peak is the need.
+        env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        timeout=left if math.isfinite(left) else None,
+      )
+    except subprocess.TimeoutExpired:
+      return "out of time"
   for line in child.stdout.splitlines():
     if line.startswith("BENCH "):
       return json.loads(line.removeprefix("BENCH "))
@@ -280,13 +313,13 @@ def in_process(command_: list[str], case: Case) -> dict[str, Any] | str:
 
 
 def with_most_rows(
-  command_: list[str], case: Case, rows: list[int]
+  command_: list[str], case: Case, rows: list[int], until: float
 ) -> tuple[Case, dict[str, Any] | str]:
   """The report with the first number of rows that fits in memory."""
   found: dict[str, Any] | str = "no number of rows"
   for number in rows:
     case = case._replace(rows=number)
-    found = in_process(command_, case)
+    found = in_process(command_, case, until)
     memory = ("RESOURCE_EXHAUSTED", "out of memory", "OutOfMemory")
     if not (isinstance(found, str) and any(x in found for x in memory)):
       break
@@ -306,10 +339,11 @@ def line(name: str, case: Case, found: dict[str, Any] | str) -> str:
     f"loss {found['loss']:.3f}",
   ]
   key = (case.model, case.method)
-  if key in CEILING and not case.tiny:
-    ceiling = CEILING[key][case.document > 1024]
+  if not case.tiny:
     ship, proud = TARGETS[key]
-    parts.append(f"{tokens / ceiling:.0%} of the ceiling")
+    if key in CEILING:
+      ceiling = CEILING[key][case.document > 1024]
+      parts.append(f"{tokens / ceiling:.0%} of the ceiling")
     parts.append(f"{tokens / ship:.2f} / {tokens / proud:.2f} of the targets")
   return "  ".join(parts)
 
@@ -328,13 +362,26 @@ def main() -> None:
   add("--torch_python", default="", help="has torch and transformers; or none")
   add("--config", type=json.loads, default={}, help="JSON over our config")
   add("--tiny", action="store_true", help="small, to prove it on a CPU")
+  add("--json", type=Path, help="a line for each result is added to this file")
+  add("--until", type=float, default=math.inf, help="seconds since the epoch")
+  add("--laws", action="store_true", help="of attention, in place of steps")
   add("--run", type=Path, help=argparse.SUPPRESS)  # The child's.
   args = parser.parse_args()
   if args.run:
     case = json.loads(args.run.read_text())
     case = Case(*(case[name] for name in Case._fields))
-    print("BENCH " + json.dumps(ours(case, args.config)))
+    report = laws(case) if args.laws else ours(case, args.config)
+    print("BENCH " + json.dumps(report))
     return
+
+  def keep(name: str, case: Case, found: dict[str, Any] | str) -> None:
+    """A line that is on the disk before the next case begins."""
+    if args.json:
+      report = {"failed": found} if isinstance(found, str) else found
+      with args.json.open("a", encoding="utf-8") as file:
+        json.dump({"side": name} | case._asdict() | report, file)
+        file.write("\n")
+
   if args.tiny:
     args.documents, args.seq_len, args.rows = [16, 64], 64, [2]
     args.steps = 2
@@ -346,7 +393,13 @@ def main() -> None:
   versions: set[str] = set()
   for model in args.models:
     for method in args.methods:
-      if (model, method) not in CEILING:
+      if (model, method) not in TARGETS:
+        continue
+      if args.laws:
+        case = Case(model, method, 0, args.seq_len, 1, 0, args.tiny)
+        found = in_process([*own, "--laws", "--run"], case, args.until)
+        keep("laws", case, found)
+        print(f"laws     {model:5} {found}", flush=True)
         continue
       for document in args.documents:
         case = Case(
@@ -354,7 +407,10 @@ def main() -> None:
         )
         rates = []
         for name, command_ in sides.items():
-          measured, found = with_most_rows(command_, case, args.rows)
+          measured, found = with_most_rows(
+            *(command_, case, args.rows, args.until)
+          )
+          keep(name, measured, found)
           print(line(name, measured, found), flush=True)
           if not isinstance(found, str):
             versions.add(f"{found['versions']} on {found['device']}")

@@ -22,6 +22,7 @@ import transformers
 
 _CONFIGS = {
   "qwen2": transformers.Qwen2Config,
+  "qwen3": transformers.Qwen3Config,
   "llama": transformers.LlamaConfig,
 }
 
