@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 
 from sft_jax.common import sharding
 from sft_jax.common.batch import Batch
@@ -210,9 +209,7 @@ def test_packing_cutting_and_sharding_change_nothing(case):
     jax.value_and_grad(loss, (0, 1))(table, head, cut(rows))
     for rows in ([0, 3], [1, 2])
   ]
-  mesh = jax.make_mesh(
-    (4, 1, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 4
-  )
+  mesh = sharding.make_mesh(4, 1, 1, devices=jax.devices()[:4])
   rows = sharding.row_sharding(mesh)
   spread = jax.device_put(batch, rows)
   there = jax.jit(

@@ -26,7 +26,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sft_jax.common.flops import Chip
 from sft_jax.training.planning import cost_model
@@ -68,6 +68,7 @@ _FREE = {
   *("after-all", "partition-id", "replica-id", "opt-barrier", "domain"),
   *("add-dependency", "async-update"),
 }
+_PRODUCTS = ("convolution", "dot")
 
 
 class Operation(NamedTuple):
@@ -191,17 +192,13 @@ class _Reader:
         return
       now += seconds
       scopes = list(self.scopes(one))
-      where = self.source(one)
       self.operations.append(
         Operation(
-          one.name,
-          seconds * times,
-          times,
-          kind,
-          _first(_PARTS, scopes, "others"),
-          _first(_PASSES, scopes, "outside"),
-          where,
-          flops * times,
+          *(one.name, seconds * times, times, kind),
+          part=_first(_PARTS, scopes, "others"),
+          phase=_first(_PASSES, scopes, "outside"),
+          source=self.source(one),
+          flops=flops * times,
         )
       )
 
@@ -267,7 +264,8 @@ class _Reader:
     if size:
       return "collectives", size / self.rate
     # (operand, result, context): what arrives is the smaller of the two.
-    sizes = [_num_bytes(x) for x in _arrays(one.type)]
+    arrays = re.findall(r"\w+\[[\d,]*\]", one.type)
+    sizes = [cost_model.num_bytes(x) for x in arrays]
     return "copies", min(sizes[:2], default=0) / self.bandwidth
 
   def received(self, names: list[str]) -> int:
@@ -288,16 +286,18 @@ class _Reader:
         return name
     return None
 
+  def opened(self, one: _Instruction, body=None) -> Iterator[Any]:
+    """(instruction, the computation it is of): itself, then a fusion's."""
+    yield one, body
+    for name in cost_model.callees(one.line) if one.op == "fusion" else ():
+      inner = self.body(name)
+      for x in inner.values():
+        yield from self.opened(x, inner)
+
   def flops(self, one: _Instruction, body: dict[str, _Instruction]) -> float:
     """Of the products of an instruction, fusions opened."""
-    if one.op in ("convolution", "dot"):
-      return _product_flops(one, body)
-    if one.op != "fusion":
-      return 0.0
-    inner = (self.body(name) for name in cost_model.callees(one.line))
-    return sum(
-      self.flops(x, within) for within in inner for x in within.values()
-    )
+    found = (x for x in self.opened(one, body) if x[0].op in _PRODUCTS)
+    return sum((_product_flops(*x) for x in found), 0.0)
 
   def kernel_flops(self, one: _Instruction) -> float:
     """Of the causal blocks of splash attention; 0, noted, of other kernels.
@@ -320,13 +320,10 @@ class _Reader:
 
   def moved(self, one, body) -> float:
     """Bytes of memory that an instruction without an estimate moves."""
-    out = sum(map(_num_bytes, _arrays(one.type)))
-    sizes = [
-      sum(map(_num_bytes, _arrays(body[name].type)))
-      for name in one.operands
-      if name in body
-    ]
-    ops = self.ops(one)
+    out = cost_model.num_bytes(one.type)
+    operands = (body[name] for name in one.operands if name in body)
+    sizes = [cost_model.num_bytes(x.type) for x in operands]
+    ops = {x.op for x, _ in self.opened(one)}
     if "gather" in ops:
       return 2 * out
     if ops & {"scatter", "dynamic-update-slice"}:  # In place, where it can.
@@ -336,34 +333,18 @@ class _Reader:
       return (out + sum(sizes)) * rounds**2 / 8
     return out + sum(sizes)
 
-  def ops(self, one: _Instruction) -> set[str]:
-    found = {one.op}
-    if one.op == "fusion":
-      for name in cost_model.callees(one.line):
-        for inner in self.body(name).values():
-          found |= self.ops(inner)
-    return found
-
   def scopes(self, one: _Instruction) -> Iterator[str]:
     """Names of the operations in it, its own first, then those of products."""
-    if named := re.search(r'op_name="([^"]*)"', one.line):
-      yield named[1]
-    if one.op == "fusion":
-      for name in cost_model.callees(one.line):
-        inner = self.body(name).values()
-        for x in sorted(
-          inner, key=lambda x: x.op not in ("convolution", "dot")
-        ):
-          yield from self.scopes(x)
+    own, *inner = (x for x, _ in self.opened(one))
+    for x in (own, *sorted(inner, key=lambda x: x.op not in _PRODUCTS)):
+      if named := re.search(r'op_name="([^"]*)"', x.line):
+        yield named[1]
 
   def source(self, one: _Instruction) -> str:
-    frame = re.search(r"stack_frame_id=(\d+)", one.line)
-    if frame and (found := self.sources(int(frame[1]))):
-      return found
-    for name in cost_model.callees(one.line) if one.op == "fusion" else ():
-      for inner in self.body(name).values():
-        if found := self.source(inner):
-          return found
+    for x, _ in self.opened(one):
+      frame = re.search(r"stack_frame_id=(\d+)", x.line)
+      if frame and (found := self.sources(int(frame[1]))):
+        return found
     return ""
 
 
@@ -409,10 +390,6 @@ def _arrays(types: str) -> list[tuple[str, list[int]]]:
   return [(t, [int(n) for n in dims.split(",") if n]) for t, dims in found]
 
 
-def _num_bytes(array: tuple[str, list[int]]) -> int:
-  return cost_model.num_bytes(f"{array[0]}[{','.join(map(str, array[1]))}]")
-
-
 def _product_flops(one, body) -> float:
   """2 x the result's size x what is summed over; a TPU writes products as
   convolutions, whose batch dimensions are windows of one tap that counts."""
@@ -448,12 +425,8 @@ def _taps(window: str, n: int, size: int, count: int, length: int) -> float:
   low = int(of("pad", "0_0").split("_")[0])
   stride, dilated = int(of("stride", "1")), int(of("lhs_dilate", "1"))
   spread = int(of("rhs_dilate", "1"))
-  if (low, stride, dilated, spread) == (
-    0,
-    1,
-    1,
-    1,
-  ) and count + size - 1 == length:
+  plain = (low, stride, dilated, spread) == (0, 1, 1, 1)
+  if plain and count + size - 1 == length:
     return size  # Every tap meets one.
   hits = 0
   for place in range(count):

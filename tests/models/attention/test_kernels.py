@@ -124,8 +124,8 @@ from sft_jax.models.attention import parallel
 from sft_jax.models.attention.attention import attention
 
 chips = np.array(topologies.get_topology_desc("v5e:2x2", "tpu").devices)
-axes = ("data", "fsdp", "context", "tensor")
-mesh = Mesh(chips.reshape(2, 1, 1, 2), axes)
+axes = ("data", "fsdp", "expert", "context", "tensor")
+mesh = Mesh(chips.reshape(2, 1, 1, 1, 2), axes)
 
 def loss(q, k, v, positions, segments, sinks):
   out = parallel.attention(
