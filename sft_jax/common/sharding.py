@@ -1,6 +1,7 @@
 """The device mesh, and where parameters, optimizer state and batches are."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -30,40 +31,18 @@ RULES: Sequence[tuple[str, PartitionSpec]] = (
   (r"(embed|head)/embedding", PartitionSpec("tensor", "fsdp")),
   (r"positions/embedding", PartitionSpec(None, "fsdp")),
   # Heads leave a latent vector and enter none: the vector itself is whole.
-  (r"attn/(q|kv)_down/(kernel|lora_a0?)", PartitionSpec(None, "fsdp")),
-  (r"attn/(q|kv)_down/lora_b0?$", PartitionSpec()),
-  (r"attn/(q|kv)_up/(kernel|lora_b0?)", PartitionSpec(None, None, "tensor")),
-  (r"attn/(q|kv)_up/lora_a0?$", PartitionSpec()),
+  (r"attn/(q|kv)_down/kernel", PartitionSpec(None, "fsdp")),
+  (r"attn/(q|kv)_up/kernel", PartitionSpec(None, None, "tensor")),
   (r"moe/router/kernel$", PartitionSpec(None, "fsdp", None)),
   (r"moe/(gate|up)/kernel", PartitionSpec(None, "expert", "fsdp", "tensor")),
   (r"moe/down/kernel", PartitionSpec(None, "expert", "tensor", "fsdp")),
-  (r"moe/(gate|up)/lora_a0?$", PartitionSpec(None, "expert", "fsdp")),
-  (r"moe/(gate|up)/lora_b0?$", PartitionSpec(None, "expert", None, "tensor")),
-  (r"moe/down/lora_a0?$", PartitionSpec(None, "expert", "tensor")),
-  (r"moe/down/lora_b0?$", PartitionSpec(None, "expert", None, "fsdp")),
   (r"shared/share/kernel", PartitionSpec(None, "fsdp", None)),
-  (r"shared/share/lora_", PartitionSpec()),
   (
     r"(conv|delta|mamba)/(in|qkvz?|z|ba?|a)/kernel",
     PartitionSpec(None, "fsdp", "tensor"),
   ),
-  (r"(conv|delta|mamba)/out/kernel", PartitionSpec(None, "tensor", "fsdp")),
-  (
-    r"(conv|delta|mamba)/(in|qkvz?|z|ba?|a)/lora_a0?$",
-    PartitionSpec(None, "fsdp", None),
-  ),
-  (
-    r"(conv|delta|mamba)/(in|qkvz?|z|ba?|a)/lora_b0?$",
-    PartitionSpec(None, None, "tensor"),
-  ),
-  (r"(conv|delta|mamba)/out/lora_a0?$", PartitionSpec(None, "tensor", None)),
-  (r"(conv|delta|mamba)/out/lora_b0?$", PartitionSpec(None, None, "fsdp")),
   (r"(q|k|v|gate|up)/kernel", PartitionSpec(None, "fsdp", "tensor")),
-  (r"(o|down)/kernel", PartitionSpec(None, "tensor", "fsdp")),
-  (r"(q|k|v|gate|up)/lora_a0?$", PartitionSpec(None, "fsdp", None)),
-  (r"(q|k|v|gate|up)/lora_b0?$", PartitionSpec(None, None, "tensor")),
-  (r"(o|down)/lora_a0?$", PartitionSpec(None, "tensor", None)),
-  (r"(o|down)/lora_b0?$", PartitionSpec(None, None, "fsdp")),
+  (r"(o|down|out)/kernel", PartitionSpec(None, "tensor", "fsdp")),
   (r"lora_(m|rows)$", PartitionSpec()),
   (r"(bias|scale|sinks|correction|taps|A_log|D)$|/act/", PartitionSpec()),
 )
@@ -149,8 +128,12 @@ def place_parameter(path: str, shape: Sequence[int], mesh: Mesh) -> Placement:
 
   Raises ValueError: no rule matches the path.
   """
-  spec = trees.first_match(RULES, path, "sharding")
-  axes, whole = list(spec), []
+  # LoRA's [.., in, R] and [.., R, out] are divided where their kernel is.
+  kernel, factors = re.subn(r"lora_[ab]0?$", "kernel", path)
+  spec = trees.first_match(RULES, kernel, "sharding")
+  axes, whole = [*spec] + [None] * (len(shape) - len(spec)), []
+  if factors:
+    axes[-1 if "/lora_a" in path else -2] = None
   if mesh.shape["expert"] > 1 and "expert" not in axes:
     axes = [("fsdp", "expert") if axis == "fsdp" else axis for axis in axes]
   for i, axis in enumerate(axes):

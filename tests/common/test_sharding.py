@@ -61,6 +61,9 @@ def test_of_all_but_experts_two_axes_divide_what_one_would():
   place = lambda path, *shape: sharding.place_parameter(path, shape, mesh).spec
   expert = place("layers/moe/down/kernel", 2, 4, 6, 8)
   assert expert == PartitionSpec(None, "expert", "tensor", "fsdp")
+  factors = (place(f"layers/moe/down/lora_{x}", 2, 4, 6, 8) for x in "ab")
+  assert next(factors) == PartitionSpec(None, "expert", "tensor", None)
+  assert next(factors) == PartitionSpec(None, "expert", None, "fsdp")
   both = PartitionSpec(None, ("fsdp", "expert"), "tensor")
   assert place("layers/attn/q/kernel", 2, 8, 6) == both
   assert place("layers/moe/shared/up/kernel", 2, 8, 6) == both
