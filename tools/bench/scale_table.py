@@ -151,10 +151,10 @@ def head(*names: str) -> None:
 
 
 def machine_mesh(model: str, topology: str) -> dict[str, int]:
-  """`data` across slices, `fsdp` within; experts over eight devices."""
+  """`data` across slices, `fsdp` within; experts over four devices."""
   slices = int(topology.partition("*")[2] or 1)
   count = len(machines.find_machine(topology).devices)
-  expert = 8 if "A22B" in model else 1
+  expert = 4 if "A22B" in model else 1
   rest = {"tensor": 1, "context": 1, "expert": expert}
   return {"data": slices, "fsdp": count // slices // expert, **rest}
 
