@@ -17,14 +17,13 @@ from sft_jax.inference import sampler
 from sft_jax.models import transformer
 from sft_jax.models.config import parse_config
 from sft_jax.models.hf import load_save, peft_load, peft_save
+from sft_jax.models.layers.grouped import grouped_matmul, permute
 from sft_jax.models.lora import lora, quantize
 from sft_jax.models.lora.lora import LoraConfig
 from sft_jax.models.moe import (
   Moe,
   Routing,
   clipped_swiglu,
-  grouped_matmul,
-  permute,
   route,
 )
 from sft_jax.step import train_step

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from sft_jax.common import flops
-from sft_jax.models.moe import grouped_matmul
+from sft_jax.models.layers.grouped import grouped_matmul
 
 
 def seconds(fn: Callable[..., Any], *args: Any) -> float:

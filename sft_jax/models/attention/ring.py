@@ -58,7 +58,9 @@ def _ring(q, k, v, starts, sinks, static):
   return _forward(q, k, v, starts, sinks, static)[0]
 
 
-def _runs(starts: Array, layout: blockwise.Layout, axis: str, stop: Array | int):
+def _runs(
+  starts: Array, layout: blockwise.Layout, axis: str, stop: Array | int
+):
   """What each query sees of the shard that is here at this stop."""
   T, n = layout.T, lax.axis_size(axis)
   me = lax.axis_index(axis)
