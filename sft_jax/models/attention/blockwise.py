@@ -62,7 +62,7 @@ def attend(
     softcap: see `attention.attention`.
     block: slots in a block, at most.
   """
-  layout = Layout.of(*q.shape, k.shape[2], block)
+  layout = Layout.of(q, k, block)
   T, rows = q.shape[1], layout.rows
   own = jnp.broadcast_to(jnp.arange(T, dtype=starts.dtype), starts.shape)
   if sinks is not None:
@@ -86,8 +86,9 @@ class Layout(NamedTuple):
   size: int
 
   @classmethod
-  def of(cls, B: int, T: int, N: int, H: int, K: int, block: int) -> "Layout":
-    return cls(B, T, N, H, K, -(-T // -(-T // block)))
+  def of(cls, q: Array, k: Array, block: int) -> "Layout":
+    B, T, N, H = q.shape
+    return cls(B, T, N, H, k.shape[2], -(-T // -(-T // block)))
 
   @property
   def pad(self) -> int:

@@ -32,8 +32,9 @@ def divides(mesh: Mesh | None, B: int, T: int) -> bool:
 
 def is_ring(mesh: Mesh | None, num_heads: int) -> bool:
   """Whether the devices of a row are too many to divide its heads."""
-  context = mesh.shape["context"] if mesh is not None else 1
-  return context > 1 and num_heads % size(mesh, ("tensor", "context")) != 0
+  if mesh is None or mesh.shape["context"] == 1:
+    return False
+  return num_heads % size(mesh, ("tensor", "context")) != 0
 
 
 def check_model(mesh: Mesh | None, num_heads: int, num_experts: int) -> None:

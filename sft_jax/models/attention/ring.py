@@ -45,7 +45,7 @@ def attend(
     starts: the first slot that each query sees, counted in the whole row.
     axis: of a mesh, by hand; devices hold slots in order.
   """
-  layout = blockwise.Layout.of(*q.shape, k.shape[2], blockwise.BLOCK)
+  layout = blockwise.Layout.of(q, k, blockwise.BLOCK)
   if sinks is not None:
     sinks = sinks.astype(jnp.float32).reshape(k.shape[2], -1)
   rows = layout.rows
@@ -81,8 +81,8 @@ def _forward(q, k, v, starts, sinks, static):
   layout, softcap, axis = static
 
   def stop(i, keys, sinks=None) -> tuple[Array, Float32[Array, "M K X"]]:
-    runs = _runs(starts, layout, axis, i)
-    out, lse = blockwise.forward(q, *keys, runs, sinks, softcap)
+    (k, v), runs = keys, _runs(starts, layout, axis, i)
+    out, lse = blockwise.forward(q, k, v, runs, sinks, softcap)
     return out.astype(jnp.float32), lse
 
   def add(carry, i):
@@ -90,8 +90,8 @@ def _forward(q, k, v, starts, sinks, static):
     keys = _pass_on(keys, axis)
     more, its = stop(i, keys)
     total = jnp.logaddexp(lse, its)
-    parts = ((out, lse), (more, its))
-    out = sum(x * jnp.exp(y - total)[..., None] for x, y in parts)
+    before, now = (jnp.exp(x - total)[..., None] for x in (lse, its))
+    out = before * out + now * more
     return (keys, out, total), None
 
   # At the first stop, their own shard, each query sees itself.
@@ -111,8 +111,9 @@ def _backward(static, kept, d_out):
     """Keys go on with their gradients, which are home after the last stop."""
     (k, v, *into), dq = carry
     runs = _runs(starts, layout, axis, i)
-    rest = (runs, d_out, lse, common, tuple(into), softcap)
-    more, *into = blockwise.backward(q, k, v, *rest)
+    more, *into = blockwise.backward(
+      *(q, k, v, runs, d_out, lse, common, tuple(into), softcap)
+    )
     return (_pass_on((k, v, *into), axis), dq + more), None
 
   zeros = jnp.zeros(k.shape), jnp.zeros(v.shape)
