@@ -86,7 +86,9 @@ def opened(path: str, log: Callable[[str], None]) -> Iterator[None]:
   before = {name: getattr(jax.config, name) for name in settings}
   _apply(settings)
   cache: Any = lru_cache.LRUCache
-  put, cache.put = cache.put, _put_whole(log)
+  put, sized = cache.put, jax.config.jax_compilation_cache_max_size >= 0
+  if isinstance(folder, Path) and not sized:  # Stores keep objects whole.
+    cache.put = _put_whole(log)
   try:
     yield
   finally:

@@ -62,7 +62,7 @@ def _gather(port: int, count: int) -> None:
   here: dict[socket.socket, tuple[int, str]] = {}
   said = 1
   with contextlib.ExitStack() as closing, selectors.DefaultSelector() as waits:
-    closing.enter_context(server)
+    closing.enter_context(server).settimeout(_ANSWER)
     waits.register(server, selectors.EVENT_READ)
     while len(here) < count - 1:
       found: list[Any] = [key.fileobj for key, _ in waits.select(0.5)]
@@ -78,7 +78,7 @@ def _gather(port: int, count: int) -> None:
         f"hosts: of {count} processes {_short(missing)} did not come to "
         f"process 0 on {socket.gethostname()}, port {port}, in {passed:.0f} s"
       )
-      if passed > PATIENCE:
+      if missing and passed > PATIENCE:
         cure = ". Start them, or look at their output and at the network."
         _tell(here, "no", text + cure)
         raise ValueError(text + cure)
@@ -107,6 +107,8 @@ def _greet(
     line, _ = server.accept()
     line.settimeout(_ANSWER)
     process, others, host = json.loads(line.recv(_HELLO))
+    if not isinstance(process, int):
+      raise TypeError
   except (OSError, ValueError, TypeError, RecursionError):
     if line:
       line.close()

@@ -82,7 +82,7 @@ def test_strangers_and_who_ended_do_not_count(port, capsys):
   first = Process(port, 0, 3)
   said(capsys, "processes 1, 2 did not come")
   gone = json.dumps([1, 3, "gone"]).encode()
-  for text in (b"GET / HTTP/1.1\n\n", b"[1]", b"[" * 900, b"{}", gone):
+  for text in (b"GET / HTTP/1.1\n\n", b"[1]", b"[" * 900, b"[[1], 3, 0]", gone):
     with socket.create_connection(("localhost", port)) as line:
       line.sendall(text)
   second = Process(port, 2, 3)

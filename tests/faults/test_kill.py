@@ -252,7 +252,7 @@ def test_a_disk_that_is_full_in_every_phase(place, tmp_path):
       assert "ake room" in line, line
     check_same(place, "full")
   finally:
-    subprocess.run(["umount", str(disk)], check=True)
+    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_replay_shows_the_rows_of_a_step(place):
