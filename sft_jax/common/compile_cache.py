@@ -86,8 +86,8 @@ def opened(path: str, log: Callable[[str], None]) -> Iterator[None]:
   before = {name: getattr(jax.config, name) for name in settings}
   _apply(settings)
   cache: Any = lru_cache.LRUCache
-  put, sized = cache.put, jax.config.jax_compilation_cache_max_size >= 0
-  if isinstance(folder, Path) and not sized:  # Stores keep objects whole.
+  put, most = cache.put, jax.config.values["jax_compilation_cache_max_size"]
+  if isinstance(folder, Path) and most < 0:  # Stores keep objects whole.
     cache.put = _put_whole(log)
   try:
     yield
