@@ -11,7 +11,8 @@ turn: rounds alternate. First all train on the same few padded batches, and
 their losses must agree: else the table compares different work.
 
 Rivals run in the environments that `--trl_python` and `--tunix_python` name;
-one that is missing is said and left out. `--tuned_malloc` has every side keep
+one that is missing is said and left out. `--model` compares on a real model
+(of a family that the sides know). `--tuned_malloc` has every side keep
 the memory it frees, in huge pages: torch as it comes takes it anew every step.
 """
 
@@ -195,7 +196,10 @@ def compare(
   with tempfile.TemporaryDirectory() as temporary:
     folder = Path(temporary)
     file = str(bench_data.files(args.shared)[name])
-    write_model(folder / "model", args.shared, args.sizes)
+    if args.model:
+      (folder / "model").symlink_to(args.model.absolute())
+    else:
+      write_model(folder / "model", args.shared, args.sizes)
     lengths = write_rows(folder, [file], args.seq_len)
     settings = {
       "train": [file],
@@ -231,7 +235,7 @@ def check_losses(sides: list[Side]) -> None:
       continue
     apart = np.max(np.abs(np.array(side.losses) / ours - 1))
     losses = " ".join(f"{x:.4f}" for x in side.losses)
-    print(f"  {side.name:11} first losses {losses}")
+    print(f"  {side.name:11} first losses {losses}; {apart:.1e} apart")
     if apart > AGREEMENT:
       raise ValueError(
         f"{side.name}: its losses on the same batches are {side.losses}, "
@@ -303,6 +307,7 @@ def main() -> None:
   add("--batch_size", type=int, default=8)
   add("--gate", type=int, default=3, help="steps whose losses must agree")
   add("--matmul_size", type=int, default=2048)
+  add("--model", type=Path, help="a folder in place of the random Llama")
   add("--sizes", type=json.loads, default={}, help="JSON over config.json")
   add("--config", type=json.loads, default={}, help="JSON over our config")
   args = parser.parse_args()
