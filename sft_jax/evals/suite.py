@@ -5,6 +5,7 @@ side. Measurements are plain dicts, as they are written to `workdir/evals`.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -43,6 +44,11 @@ class Suite:
   # The batches of a stream, on the mesh.
   batches: Callable[[Stream], Iterable[Batch]]
   held_out: Stream | None  # Conversations not trained on; None: not measured.
+  # Of a held-out row at most. The last B * documents groups of the sums are
+  # those of each, and `by_document` keeps their nats and weights [B, documents]
+  # of the batches measured last. 0: not told apart.
+  documents: int = 0
+  by_document: list[list[np.ndarray]] = dataclasses.field(default_factory=list)
   general_text: Stream | None  # Raw text; None: not measured.
   items: Sequence[behaviors.Item]  # Prompts with checks; may be empty.
   # (params, conversations) -> one greedy reply each.
@@ -118,9 +124,16 @@ class Suite:
     own = self.own_loss_fn if is_base else None
     loss, total = own or self.loss_fn, None
     steps = stream.num_steps or 0
+    if name == "held_out":
+      self.by_document.clear()
     for batch in self._within(name, self.batches(stream), steps):
       sums = jax.device_get(loss(params, batch))
       sums = jax.tree.map(np.float64, sums)
+      if name == "held_out" and self.documents:
+        shape = (len(batch.tokens), self.documents)
+        both = (sums.groups.nats, sums.groups.weight)
+        cut = [x[-math.prod(shape) :].reshape(shape) for x in both]
+        self.by_document.append(cut)
       total = sums if total is None else jax.tree.map(np.add, total, sums)
     assert total is not None  # A Stream has at least one batch.
     if own:  # Every prediction is the base's.

@@ -45,11 +45,17 @@ def of(batch: Batch, num_roles: int) -> Int32[Array, "B T K"]:
     return jnp.stack(ids, axis=-1)
 
 
-def documents(batch: Batch, per_row: int) -> Int32[Array, "B T 1"]:
-  """The document of each token: row * per_row + its place there; -1: none."""
+def documents(
+  batch: Batch, per_row: int, first: int = 0
+) -> Int32[Array, "B T 1"]:
+  """The document of each token: first + row * per_row + its place there.
+
+  -1 is none.
+  """
   number = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32)[:, None]
   segments = jnp.asarray(batch.segment_ids)
-  ids = jnp.where(segments > 0, number * per_row + segments - 1, -1)
+  number = first + number * per_row
+  ids = jnp.where(segments > 0, number + segments - 1, -1)
   return ids[..., None]
 
 

@@ -5,8 +5,7 @@ import pytest
 
 import tiny
 from sft_jax.evals import row_losses
-from sft_jax.training.build import build
-from sft_jax.training.build.build import batches_on
+from sft_jax.training.build import build, evals
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +34,22 @@ def _alone(run: build.BuiltRun, i: int) -> tuple[float, float]:
   return float((weights * nll).sum()), float(weights.sum())
 
 
-def test_each_row_has_the_loss_it_has_alone(run):
-  stream = run.held_out
-  found = row_losses.by_change(
-    {**run.state.params, **run.state.frozen},
-    *(stream, run.tokenizer),
-    loss=run.document_loss,
-    batches=lambda stream: batches_on(run.mesh, stream),
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, run):
+  """By document, beside what the figures of the whole set are made of."""
+  folder = tmp_path_factory.mktemp("row_losses")
+  config = tiny.config(folder, "", "", data__seq_len=128)
+  suite = evals.make_suite(config, run)
+  figures = suite.losses({**run.state.params, **run.state.frozen})
+  return suite.by_document, figures["held_out/nats_per_token"]
+
+
+def test_each_row_has_the_loss_it_has_alone(run, measured):
+  stream, (by_document, mean) = run.held_out, measured
+  found = row_losses.by_change(stream, run.tokenizer, by_document)
+  total = sum(row["nats"] for row in found)
+  assert mean == pytest.approx(
+    total / sum(row["trained_tokens"] for row in found)
   )
   want = {
     stream.store.place(i): _alone(run, i)
@@ -65,14 +73,10 @@ def test_each_row_has_the_loss_it_has_alone(run):
   assert "What goes with" in text
 
 
-def test_what_rose_most_over_the_base_is_first(run):
+def test_what_rose_most_over_the_base_is_first(run, measured):
   """Not what was hard before: a row's own loss in the base is subtracted."""
   look = lambda before: row_losses.by_change(
-    {**run.state.params, **run.state.frozen},
-    *(run.held_out, run.tokenizer),
-    loss=run.document_loss,
-    batches=lambda stream: batches_on(run.mesh, stream),
-    before=before,
+    run.held_out, run.tokenizer, measured[0], before
   )
   after = look(None)
   rise = {row["row"]: float(i % 5) for i, row in enumerate(after)}

@@ -20,7 +20,7 @@ from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.evals import behaviors
 from sft_jax.models.lora import base_model
 from sft_jax.models.transformer import Model
-from sft_jax.step.loss import GroupSums, LossSums
+from sft_jax.step.loss import LossSums
 from sft_jax.step.train_step import TrainState, init_state
 from sft_jax.training.build import data as setup_data
 from sft_jax.training.build import model as setup_model
@@ -45,7 +45,6 @@ class BuiltRun(NamedTuple):
   loss_fn: Callable[[trees.Tree, Batch], LossSums]
   measure_fn: Callable[..., LossSums]
   trained: Callable[[str], bool]
-  document_loss: Callable[[trees.Tree, Batch, int], GroupSums]
   train_step: Callable
   num_steps: int
   flops_per_token: float

@@ -1,7 +1,7 @@
 """What a config says of evaluation: the suite that a run is measured by."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from sft_jax.data.chat.token_roles import TOKEN_ROLES
 from sft_jax.data.store.files import hash_text
 from sft_jax.data.store.store import Store
 from sft_jax.data.tokenizers import tokenizer as tokenizers
-from sft_jax.evals import memorization, row_losses, suite
+from sft_jax.evals import memorization, suite
 from sft_jax.inference import generate
 from sft_jax.training.build import build, data, sources, step
 from sft_jax.training.build import model as setup_model
@@ -33,12 +33,18 @@ def make_suite(
 ) -> suite.Suite:
   """What is measured before and after training."""
   model, loss = _in_float32(config, built)
+  documents, held_out = 0, built.held_out
+  if held_out:
+    steps = range(held_out.num_steps or 0)
+    documents = max(len(x) for i in steps for x in held_out.rows_of(i))
+    loss = functools.partial(loss, documents=documents)
   own_loss = functools.partial(loss, compare=False)
   return suite.Suite(
     loss_fn=loss,
     own_loss_fn=own_loss if config.eval.kl else None,
     batches=lambda stream: build.batches_on(built.mesh, stream),
-    held_out=built.held_out,
+    held_out=held_out,
+    documents=documents,
     general_text=built.general_text,
     items=built.items,
     group_names=step.group_names,
@@ -224,29 +230,6 @@ def answer_texts(
       texts.append(tokenizer.decode(example.tokens[start:end].tolist()))
       taken += len(texts[-1].split())
   return texts, len(order)
-
-
-def held_out_losses(
-  built: BuiltRun,
-  params: trees.Tree,
-  measured: tuple[int, int] | None = None,
-  before: Mapping[str, float] | None = None,
-) -> list[dict[str, Any]]:
-  """Held-out examples, those whose loss rose most first; see `row_losses`.
-
-  Args:
-    measured: how many batches, and of how many; None is all.
-    before: what each example's loss was.
-  """
-  if built.held_out is None:
-    return []
-  return row_losses.by_change(
-    *(params, built.held_out, built.tokenizer),
-    loss=built.document_loss,
-    batches=lambda stream: build.batches_on(built.mesh, stream),
-    most_batches=measured[0] if measured else None,
-    before=before,
-  )
 
 
 def sample_replies(

@@ -4,6 +4,7 @@ from typing import Any
 
 from sft_jax.common import trees
 from sft_jax.common.workdir import find_json, write_json, write_jsonl
+from sft_jax.evals import row_losses
 from sft_jax.evals import suite as evaluation
 from sft_jax.models.lora import base_model
 from sft_jax.training.build import evals, model
@@ -33,7 +34,7 @@ def before(
   with session.clock.on("evaluation"):
     found = suite(params, is_base=is_base and config.eval.kl)
     found |= evals.sample_replies(config, built, params)
-    rows = evals.held_out_losses(built, params, suite.measured.get("held_out"))
+    rows = _held_out_rows(built, suite)
     found["rows"] = {str(row["row"]): row["nats_per_token"] for row in rows}
   for line in suite.left_out():
     session.log(
@@ -65,13 +66,23 @@ def after(
     found = suite(_beside_base(session, built, params))
     params = base_model.own(params)
     found |= evals.sample_replies(session.config, built, params)
-    rows = evals.held_out_losses(
-      *(built, params, suite.measured.get("held_out"), earlier.get("rows"))
-    )
+    rows = _held_out_rows(built, suite, earlier.get("rows"))
   folder = session.workdir / "evals"
   write_json(folder / "after.json", found)
   write_jsonl(folder / "held_out_rows.jsonl", rows)
   return found, params
+
+
+def _held_out_rows(
+  built: BuiltRun,
+  suite: evaluation.Suite,
+  before: dict[str, float] | None = None,
+) -> list[dict[str, Any]]:
+  """Held-out examples as they were measured last; see `row_losses`."""
+  if built.held_out is None:
+    return []
+  args = (built.held_out, built.tokenizer, suite.by_document, before)
+  return row_losses.by_change(*args)
 
 
 def _beside_base(

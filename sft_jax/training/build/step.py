@@ -18,7 +18,7 @@ from sft_jax.models.transformer import Model
 from sft_jax.step import loss as losses
 from sft_jax.step import loss_groups, optimizer, preferences
 from sft_jax.step.distillation import Divergence, TopK
-from sft_jax.step.loss import GroupSums, HeadRows, Loss, LossSums, Objective
+from sft_jax.step.loss import HeadRows, Loss, LossSums, Objective
 from sft_jax.step.train_step import make_train_step
 from sft_jax.training.build.data import Config, pair_kind
 
@@ -30,14 +30,14 @@ class Step(NamedTuple):
     loss_fn: (all parameters, batch) -> sums over its trained tokens.
     measure_fn: the same of the data's own tokens, and how far from the base's
       the predictions are, unless compare=False, and where the parameters tell;
-      see `models.lora.base_model`.
+      see `models.lora.base_model`. With documents=n its last B * n groups are
+      the documents of each row, n at most, of pairs the chosen sides; see
+      `loss_groups.documents`.
     row_nats: (all parameters, batch [B, T]) -> nats of each row's trained
       tokens [B].
     trained: whether the parameter of a path is trained.
     tx: the optimizer over the trained parameters.
     train_step: (state, batch) -> (state, metrics), not yet compiled.
-    document_loss: (all parameters, batch, most documents of a row) -> sums of
-      each document; see `loss_groups.documents`.
   """
 
   loss_fn: Callable[..., LossSums]
@@ -46,7 +46,6 @@ class Step(NamedTuple):
   trained: Callable[[str], bool]
   tx: optax.GradientTransformation
   train_step: Callable
-  document_loss: Callable[[trees.Tree, Batch, int], GroupSums]
 
 
 def warmup_steps(config: Config, num_steps: int) -> int:
@@ -171,6 +170,8 @@ def make_step(
   names = [group_names(stream) for stream in streams if stream] or [
     loss_groups.names(TOKEN_ROLES, ())
   ]
+  # A stream's own sources come last: shorter lists are a prefix.
+  num_groups = max(map(len, names))
   own_terms = ("z_loss", "label_smoothing", "dft", "kl")
   objective = Objective(**{k: config.loss[k] for k in own_terms})
   if distill.get("teacher"):
@@ -213,6 +214,7 @@ def make_step(
     dropout_key: jax.Array | None = None,
     measure: bool = False,
     compare: bool = True,
+    documents: int = 0,
   ) -> LossSums:
     base = None
     compares = measure and compare and config.eval.kl
@@ -228,12 +230,18 @@ def make_step(
       base = preferences.of_the_other_side(base[0], batch), base[1]
     predicted = predict(params, batch, dropout_key)
     trains = preferences.chosen_only(batch) if paired else batch
+    groups, number = loss_groups.of(trains, len(TOKEN_ROLES)), num_groups
+    if documents:
+      segments = jnp.asarray(batch.segment_ids)
+      whole = batch._replace(segment_ids=(segments + paired) // (1 + paired))
+      each = loss_groups.documents(whole, documents, num_groups)
+      groups = jnp.concatenate([groups, each], axis=-1)
+      number += documents * len(batch.tokens)
     measured = partial(
       sums,
       *(*predicted, batch.targets, trains.loss_weights),
-      loss_groups.of(trains, len(TOKEN_ROLES)),
-      # A stream's own sources come last: shorter lists are a prefix.
-      num_groups=max(map(len, names)),
+      groups,
+      num_groups=number,
     )
     if choice:
       reference = None
@@ -254,27 +262,13 @@ def make_step(
     extras |= getattr(loss, "extras", lambda batch: {})(batch)
     return measured(objective=loss, extras=extras)
 
-  def document_loss(params: trees.Tree, batch: Batch, most: int) -> GroupSums:
-    """Of pairs, the chosen sides'."""
-    if paired:
-      pair = (jnp.asarray(batch.segment_ids) + 1) // 2
-      groups = loss_groups.documents(batch._replace(segment_ids=pair), most)
-      weights = preferences.chosen_only(batch).loss_weights
-    else:
-      groups, weights = loss_groups.documents(batch, most), batch.loss_weights
-    number = most * len(batch.tokens)
-    predicted = predict(params, batch)
-    return sums(
-      *predicted, batch.targets, weights, groups, num_groups=number
-    ).groups
-
   def row_nats(params: trees.Tree, batch: Batch) -> jax.Array:
-    return document_loss(params, batch, 1).nats
+    found = loss_fn(params, batch, measure=True, compare=False, documents=1)
+    return found.groups.nats[num_groups:]
 
   return Step(
     loss_fn=loss_fn,
     measure_fn=partial(loss_fn, measure=True),
-    document_loss=document_loss,
     row_nats=row_nats,
     trained=trained,
     tx=tx,
