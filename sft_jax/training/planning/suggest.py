@@ -1,8 +1,9 @@
 """Which learning rate: published sweeps, then a short probe of the run itself.
 
     prior   5e-5 (2000 / width)^p, 10 times that under LoRA    (`prior_rate`)
-    trials  the run's first k steps at rates around it, from the same start,
-            each followed by the held-out loss                 (`Trials`)
+    trials  the run's first k steps, cut into updates of fewer packs, at rates
+            around it, from the same start, each followed by the held-out loss
+                                                               (`Trials`)
     rate    the lowest point of a parabola through loss and log rate
                                                                (`find_rate`)
 
@@ -33,6 +34,10 @@ from sft_jax.training.build.data import NOTHING, Config, Log, Own
 COST = 0.05  # Share of the run's computation that trials may take.
 _SPACING = 10**0.5  # Between the rates of neighboring trials.
 _FORWARD = 1 / 3  # Of a training step.
+# Updates that a trial makes of a step's packs, at most: the best rate of one or
+# two whole steps is far above a run's, of as many packs in eight updates it is
+# near to it, see docs/learning_rate.md.
+_UPDATES = 8
 
 
 class Suggestion(NamedTuple):
@@ -118,7 +123,7 @@ def _times_rate() -> optax.GradientTransformation:
 
 
 class Trials:
-  """Runs of a few steps at any rate, all from the same parameters."""
+  """Runs on the packs of a few steps, at any rate, from the same parameters."""
 
   def __init__(
     self,
@@ -132,6 +137,7 @@ class Trials:
     steps: int,
     measured: int,
     own: Own = NOTHING,
+    updates: int = 1,
   ):
     """Compiles nothing yet.
 
@@ -142,8 +148,12 @@ class Trials:
       held_out: what a trial is judged by; None is the next training batches.
       steps: of a trial, under the run's schedule cut to so many.
       measured: batches that a trial is judged by.
+      updates: of each micro-batch's packs; 1 = steps as the run takes them.
     """
     self._config, self._mesh, self._steps = config, mesh, steps
+    self._parts = config.accum_steps * updates
+    self._accum = 1 if updates > 1 else config.accum_steps
+    steps *= self._parts // self._accum
     self._stream, self._held_out = stream, held_out
     self._measured = measured
     tx = optax.chain(
@@ -173,11 +183,14 @@ class Trials:
     state = self._init(self._start)
     inner, _ = state.opt_state
     state = state._replace(opt_state=(inner, _Rate(np.float32(rate))))
-    mine = sharding.own_rows(mesh, config.batch_size, parts=config.accum_steps)
+    mine = sharding.own_rows(mesh, config.batch_size, parts=self._parts)
     rows = sharding.row_sharding(mesh, leading_axes=1)
     for batch in itertools.islice(self._stream.batches(0, mine), self._steps):
-      cut = split_micro_batches(batch, config.accum_steps)
-      state = self._train(state, self._frozen, sharding.put_rows(cut, rows))
+      cut = split_micro_batches(batch, self._parts)
+      for i in range(0, self._parts, self._accum):
+        micro = jax.tree.map(lambda x, i=i: x[i : i + self._accum], cut)
+        placed = sharding.put_rows(micro, rows)
+        state = self._train(state, self._frozen, placed)
     params = trees.merge(state.params, self._frozen)
     own = sharding.own_rows(mesh, config.batch_size)
     judged = (self._held_out or self._stream).batches(
@@ -189,6 +202,13 @@ class Trials:
       sums = self._loss(params, sharding.put_rows(batch, rows))
       nats, weight = nats + float(sums.nats), weight + float(sums.weight)
     return nats / weight if math.isfinite(nats) and weight else math.inf
+
+
+def _updates(config: Config, mesh: Mesh) -> int:
+  """The most, up to `_UPDATES`, into which the mesh divides a step's packs."""
+  unit = config.accum_steps * mesh.shape["data"] * mesh.shape["fsdp"]
+  fits = lambda n: config.batch_size % (unit * n) == 0
+  return next(filter(fits, range(_UPDATES, 0, -1)), 1)
 
 
 def affordable(num_steps: int, measured: int) -> tuple[int, int]:
@@ -264,6 +284,7 @@ def find_rate(
     steps=steps,
     measured=measured,
     own=own,
+    updates=_updates(config, mesh),
   )
   rate, table = search(trial, prior, trials)
   return Suggestion(float(f"{rate:.3g}"), prior, steps, table)
