@@ -417,12 +417,10 @@ def _text_part(raw: Json, where: str) -> Json:
   shared = ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype")
   shared += ("dtype", "tie_word_embeddings", "quantization_config")
   top = {key: raw[key] for key in shared if raw.get(key) is not None}
-  # Whose head it is: the text's own field may be a default that means nothing.
-  tied = {k: x for k, x in top.items() if k == "tie_word_embeddings"}
   text = {k: v for k, v in text.items() if not str(k).startswith(other)}
   architecture = FAMILIES[types[inner]].architecture
   made = {"model_type": types[inner], "architectures": [architecture]}
-  return top | text | tied | made
+  return top | text | made
 
 
 def _reads(name: str) -> dict[str, Read]:
