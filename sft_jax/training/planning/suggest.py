@@ -154,6 +154,9 @@ class Trials:
     self._parts = config.accum_steps * updates
     self._accum = 1 if updates > 1 else config.accum_steps
     steps *= self._parts // self._accum
+    if config.optim.warmup_steps >= steps:  # Longer than a trial.
+      config = config.copy_and_resolve_references()
+      config.optim.warmup_steps = -1
     self._stream, self._held_out = stream, held_out
     self._measured = measured
     tx = optax.chain(
