@@ -131,7 +131,7 @@ class Suite:
       sums = jax.tree.map(np.float64, sums)
       if name == "held_out" and self.documents:
         shape = (len(batch.tokens), self.documents)
-        both = (sums.groups.nats, sums.groups.weight)
+        both: Any = (sums.groups.nats, sums.groups.weight)
         cut = [x[-math.prod(shape) :].reshape(shape) for x in both]
         self.by_document.append(cut)
       total = sums if total is None else jax.tree.map(np.add, total, sums)
