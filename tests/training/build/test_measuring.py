@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 
 import tiny
-from sft_jax.evals import row_losses
-from sft_jax.training.build import build, evals
+from sft_jax.training.build import build, evals, measuring
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> build.BuiltRun:
-  folder = tmp_path_factory.mktemp("row_losses")
+  folder = tmp_path_factory.mktemp("measuring")
   model = tiny.model_folder(folder / "model")
   rows = tiny.rows_file(folder / "rows.jsonl")
   config = tiny.config(
@@ -37,7 +36,7 @@ def _alone(run: build.BuiltRun, i: int) -> tuple[float, float]:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory, run):
   """By document, beside what the figures of the whole set are made of."""
-  folder = tmp_path_factory.mktemp("row_losses")
+  folder = tmp_path_factory.mktemp("measuring")
   config = tiny.config(folder, "", "", data__seq_len=128)
   suite = evals.make_suite(config, run)
   figures = suite.losses({**run.state.params, **run.state.frozen})
@@ -46,7 +45,7 @@ def measured(tmp_path_factory, run):
 
 def test_each_row_has_the_loss_it_has_alone(run, measured):
   stream, (by_document, mean) = run.held_out, measured
-  found = row_losses.by_change(stream, run.tokenizer, by_document)
+  found = measuring.by_change(stream, run.tokenizer, by_document)
   total = sum(row["nats"] for row in found)
   assert mean == pytest.approx(
     total / sum(row["trained_tokens"] for row in found)
@@ -75,7 +74,7 @@ def test_each_row_has_the_loss_it_has_alone(run, measured):
 
 def test_what_rose_most_over_the_base_is_first(run, measured):
   """Not what was hard before: a row's own loss in the base is subtracted."""
-  look = lambda before: row_losses.by_change(
+  look = lambda before: measuring.by_change(
     run.held_out, run.tokenizer, measured[0], before
   )
   after = look(None)
