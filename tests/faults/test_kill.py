@@ -226,9 +226,9 @@ def test_hangs_dead_readers_and_a_full_disk_end_the_run(place):
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_in_every_phase(place, tmp_path):
+def test_a_disk_that_is_full_in_every_phase(place):
   """A small one: each run says where and what to do, and the next goes on."""
-  disk = tmp_path / "disk"
+  disk = place / "full"
   disk.mkdir()
   mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(disk)]
   if not shutil.which("mount") or subprocess.run(mount).returncode:
@@ -238,7 +238,6 @@ def test_a_disk_that_is_full_in_every_phase(place, tmp_path):
       *("cache", "compiled", "start page", "records", "checkpoint"),
       *("evaluation", "measured", "export", "exporting", "report", "result"),
     )
-    (place / "full").symlink_to(disk)
     codes, error = drive(
       *(place, "full", *(f"full: {phase}" for phase in phases), "whole"),
       FAULTS_DISK=str(disk),
@@ -248,9 +247,8 @@ def test_a_disk_that_is_full_in_every_phase(place, tmp_path):
     said = [x for x in error.splitlines() if x.startswith("error: ")]
     assert len(said) == len(phases), error
     for line in said:
-      assert str(place / "full") in line or str(disk) in line, line
+      assert str(disk) in line, line
       assert "ake room" in line, line
-    check_same(place, "full")
   finally:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
