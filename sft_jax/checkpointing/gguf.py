@@ -23,7 +23,7 @@ from sft_jax.models import rope
 from sft_jax.models.config import ModelConfig, read_config
 from sft_jax.models.hf import load_save
 
-# And the names of files of them: that of a matrix is the last part.
+# Of matrices, and what llama.cpp calls a file of them; both end alike.
 DTYPES = {
   **{"float32": "ALL_F32", "bfloat16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 }

@@ -476,7 +476,7 @@ FAMILIES |= {
     "Lfm2MoeForCausalLM",
     names=tensors.LFM2_MOE,
     traits=fields.CORRECTED | {"qk_norm": "head"},
-    aliases=FAMILIES["qwen3_next"].aliases | FAMILIES["lfm2"].aliases,
+    aliases={**FAMILIES["qwen3_next"].aliases, **FAMILIES["lfm2"].aliases},
     dense=fields.first_dense,
     derived=fields.tied,
     harmless=frozenset({"tie_embedding", "num_dense_layers"}),

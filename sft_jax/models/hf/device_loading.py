@@ -45,7 +45,7 @@ class Source(NamedTuple):
   """
 
   tensor: Tensor | Decoded
-  cut: tuple[slice | int, ...]
+  cut: tuple[Any, ...]
   transpose: bool
 
   def read_into(self, out: np.ndarray, local: Slices) -> None:
