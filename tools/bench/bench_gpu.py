@@ -396,7 +396,8 @@ def main() -> None:
       if (model, method) not in TARGETS:
         continue
       if args.laws:
-        case = Case(model, method, 0, args.seq_len, 1, 0, args.tiny)
+        T = args.seq_len
+        case = Case(model, method, T, T, 1, 0, args.tiny)
         found = in_process([*own, "--laws", "--run"], case, args.until)
         keep("laws", case, found)
         print(f"laws     {model:5} {found}", flush=True)
