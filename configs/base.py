@@ -124,6 +124,9 @@ def get_config() -> ml_collections.ConfigDict:
   # Coefficient of KL(base || tuned) over trained tokens, in nats per token: a
   # forward pass of the base more per step; 0 = off. See docs/forgetting.md.
   loss.kl = 0.0
+  # trained | text: beside the cross-entropy of all tokens, or in place of that
+  # of raw text alone.
+  loss.kl_on = "trained"
 
   config.preference = preference = ml_collections.ConfigDict()
   # dpo | ipo | robust | simpo | orpo | kto, in place of cross-entropy: rows are
@@ -136,10 +139,13 @@ def get_config() -> ml_collections.ConfigDict:
   preference.sft = 0.0  # Weight of the chosen side's nats per token beside it.
 
   config.distill = distill = ml_collections.ConfigDict()
-  # base | self (the base, shown the answer in its prompt) | kept (by sft-jax
-  # teach) | the folder of another model of the same vocabulary; '' = off. See
-  # docs/distillation.md.
+  # base | average (of the weights, optim.ema) | self, self_average (these two,
+  # shown the answer in their prompt) | kept (by sft-jax teach) | the folder of
+  # another model of the same vocabulary; '' = off. See docs/distillation.md.
   distill.teacher = ""
+  # Steps after which the model answers the prompts of so many batches anew, and
+  # learns from its own replies in the place of answers; 0 = the rows' answers.
+  distill.every = 0
   distill.weight = 1.0  # Of the divergence from the teacher.
   distill.ce = 0.0  # Of the cross-entropy beside it.
   distill.divergence = "forward"  # forward | reverse | jsd.
@@ -178,6 +184,8 @@ def get_config() -> ml_collections.ConfigDict:
   # Decay of an average of the weights, which is measured and exported in place
   # of the last ones: 0.99 is over some hundred steps; 0 = off.
   optim.ema = 0.0
+  # Decay towards the first weights, as weight_decay is towards 0; 0 = off.
+  optim.anchor = 0.0
 
   config.mesh = mesh = ml_collections.ConfigDict()
   mesh.data = -1  # Copies of the model; -1 = the remaining devices.

@@ -25,6 +25,7 @@ from jaxtyping import Int64
 
 from sft_jax.common.batch import Batch
 from sft_jax.data import packing as packer
+from sft_jax.data.encoding.encode import Example
 from sft_jax.data.store.stats import DatasetStats, EpochStats, Mixed
 from sft_jax.data.store.store import Store
 
@@ -197,25 +198,31 @@ class Stream:
       )
     block = len(wanted)
     steps = _ENDLESS if self.num_steps is None else self.num_steps
-    teacher = self.store.teacher
 
     def row(i: int) -> Batch:
       step, row = divmod(i, block)
       ids = self._pack(step * self.batch_size + int(wanted[row]))
-      return packer.pack_row(
-        [self.store.example(int(k)) for k in ids],
-        self.seq_len,
-        normalize=self._normalize,
-        scales=self._scales[ids].tolist(),
-        sources=self.store.source[ids].tolist(),
-        pairs=self._pairs,
-        teachers=[self.store.taught(int(k)) for k in ids] if teacher else (),
-        top=teacher.top if teacher else 0,
-      )
+      return self.row(ids, [self.store.example(int(k)) for k in ids])
 
     dataset = grain.MapDataset.range(steps * block).map(row)
     dataset = dataset.batch(block, batch_fn=packer.stack_rows)[start_step:]
     return iter(dataset.to_iter_dataset(_READ))
+
+  def row(
+    self, ids: Int64[np.ndarray, " documents"], examples: Sequence[Example]
+  ) -> Batch:
+    """The examples of these ids, or what stands in their places, as a row."""
+    teacher = self.store.teacher
+    return packer.pack_row(
+      examples,
+      self.seq_len,
+      normalize=self._normalize,
+      scales=self._scales[ids].tolist(),
+      sources=self.store.source[ids].tolist(),
+      pairs=self._pairs,
+      teachers=[self.store.taught(int(k)) for k in ids] if teacher else (),
+      top=teacher.top if teacher else 0,
+    )
 
   def rows_of(self, step: int) -> list[list[int]]:
     """Ids of the store's examples in each row of the global batch of a step.

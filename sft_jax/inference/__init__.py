@@ -2,5 +2,6 @@
 
 Reading order: generate (conversations to replies), sampler (prompts of token
 ids through a batch that is refilled), decode (what runs on the device),
-sampling (the choice of the next token). logprobs scores text that is given.
+sampling (the choice of the next token). logprobs scores text that is given;
+on_policy makes training batches of replies.
 """

@@ -124,7 +124,7 @@ def stream(
     # Texts only grow, so the first that has one is found by halving.
     return bisect.bisect_left(range(len(tokens)), True, key=found)
 
-  pieces = _sample(
+  pieces = sample(
     model, params, tokenizer, prompts,
     max_new_tokens=max_new_tokens, cut=cut if stop_strings else None,
     batch_size=min(batch_size, max(len(prompts), 1)), every=every, **choices,
@@ -146,7 +146,7 @@ def stream(
     yield Piece(index, text, reply)
 
 
-def _sample(
+def sample(
   model: Any,
   params: Any,
   tokenizer: Tokenizer,
@@ -267,7 +267,7 @@ def answer_rows(
     row = {"where": store.place(i), "prompt": decode(tokens[:first])}
     found.append(row | {"row": decode(tokens[first:end])})
   choices = {"max_new_tokens": max_new_tokens, "mesh": mesh}
-  for piece in _sample(model, params, tokenizer, prompts, **choices):
+  for piece in sample(model, params, tokenizer, prompts, **choices):
     if reply := piece.reply:
       said = {"reply": decode(reply.tokens), "stopped": reply.stopped}
       found[piece.index] |= said

@@ -102,6 +102,7 @@ def make(
   clip_norm: float,
   rates: Sequence[tuple[str, float]] = (),
   ema: float = 0.0,
+  anchor: float = 0.0,
   **moments: Any,
 ) -> optax.GradientTransformation:
   """The chain of this module's first lines around one of `OPTIMIZERS`.
@@ -114,6 +115,8 @@ def make(
       matches multiplies the learning rate, of the decay too. LoRA+ is
       (('lora_b$', 16.0),) (Hayou et al. 2024, arXiv 2402.12354).
     ema: decay of an average of the weights, see `Average`; 0 = none.
+    anchor: decay of the change w - w0, as weight_decay is of w (L2-SP, Li et
+      al. 2018, arXiv 1802.01483), of all that trains; 0 = none.
     moments: the fields of `Moments`.
 
   Raises ValueError: narrow moments of an optimizer that does not have them.
@@ -133,9 +136,27 @@ def make(
     optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
     OPTIMIZERS[name](settings),
     optax.add_decayed_weights(weight_decay, mask=decays),
+    *([_anchored(anchor)] if anchor else []),
     *([_scale_by_path(rates)] if rates else []),
     optax.scale_by_learning_rate(learning_rate),
     *([_average(ema)] if ema else []),
+  )
+
+
+class Anchor(NamedTuple):
+  """`weights`: the first ones, float32, in the tree of the trained ones."""
+
+  weights: Any
+
+
+def _anchored(strength: float) -> optax.GradientTransformation:
+  def update(updates, state, params=None):
+    pull = lambda u, w, w0: u + strength * (w.astype(jnp.float32) - w0)
+    return jax.tree.map(pull, updates, params, state.weights), state
+
+  # Copies: a step gives its old arrays away.
+  return optax.GradientTransformation(
+    lambda params: Anchor(jax.tree.map(jnp.copy, params)), update
   )
 
 
@@ -153,7 +174,6 @@ def _average(decay: float) -> optax.GradientTransformation:
     mix = lambda a, w, u: decay * a + (1 - decay) * (w.astype(jnp.float32) + u)
     return updates, Average(jax.tree.map(mix, state.weights, params, updates))
 
-  # Copies: a step gives its old arrays away.
   return optax.GradientTransformation(
     lambda params: Average(jax.tree.map(jnp.copy, params)), update
   )

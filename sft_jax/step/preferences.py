@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32
 
 from sft_jax.common.batch import Batch
 from sft_jax.step import loss_groups
@@ -126,18 +126,20 @@ def chosen_only(batch: Batch) -> Batch:
 
 
 def of_the_other_side(
-  hidden: Float[Array, "B T D"], batch: Batch
+  hidden: Float[Array, "B T D"], batch: Batch, alone: Bool[Array, "B T"]
 ) -> Float[Array, "B T D"]:
   """At the trained tokens of chosen sides, what stands at the others'.
 
   Where both sides of every pair train the same tokens, as those of an answer
-  without and with itself in the prompt: the n-th of a row is the n-th.
+  without and with itself in the prompt: the n-th of a row is the n-th. Tokens
+  that are `alone`, of a document without another side, keep their own.
   """
-  trained = jnp.asarray(batch.loss_weights) != 0
+  trained = (jnp.asarray(batch.loss_weights) != 0) & ~alone
   chosen = jnp.asarray(batch.segment_ids) % 2 > 0
   others = jnp.argsort(~(trained & ~chosen), axis=1, stable=True)
   number = jnp.maximum(jnp.cumsum(trained & chosen, axis=1) - 1, 0)
   at = jnp.take_along_axis(others, number, axis=1)
+  at = jnp.where(alone, jnp.arange(at.shape[1]), at)
   return jnp.take_along_axis(hidden, at[..., None], axis=1)
 
 

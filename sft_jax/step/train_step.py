@@ -70,6 +70,7 @@ def make_train_step(
   seed: int | None = None,
   group_names: Sequence[str] = (),
   rounding_seed: int | None = None,
+  average: str = "",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns `train_step(state, batch, loss_limit=inf) -> (state, metrics)`.
 
@@ -90,7 +91,9 @@ def make_train_step(
   a function of the state, so a resumed run draws what it would have drawn, and
   another for every micro-batch a. So with dropout, and only then, the cut
   matters. Gradients and updates are float32 whatever the parameters are; with a
-  `rounding_seed` parameters in bfloat16 are rounded stochastically.
+  `rounding_seed` parameters in bfloat16 are rounded stochastically. With
+  `average` the loss finds under that name `model_params` of the state before
+  the step, a teacher that follows the weights (arXiv 1703.01780).
 
   Metrics are (sum, weight) pairs, to be added over steps and divided last:
   loss/nats_per_token (of plain nll, whatever the objective), acc/token,
@@ -109,8 +112,11 @@ def make_train_step(
       key = jax.random.fold_in(jax.random.key(seed), state.step)
       keys = (jax.random.fold_in(key, index),)
 
+    teacher = {average: model_params(state)} if average else {}
+
     def objective(params):
-      sums = loss_fn(trees.merge(params, state.frozen), batch, *keys)
+      every = trees.merge(params, state.frozen) | teacher
+      sums = loss_fn(every, batch, *keys)
       return sums.objective, sums
 
     differentiate = jax.value_and_grad(objective, has_aux=True)

@@ -117,16 +117,22 @@ class LossConfig:
   # Coefficient of KL(base || tuned) over trained tokens, in nats per token: a
   # forward pass of the base more per step; 0 = off. See docs/forgetting.md.
   kl: float = 0.0
+  # trained | text: beside the cross-entropy of all tokens, or in place of that
+  # of raw text alone.
+  kl_on: str = "trained"
 
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
   """distill.*"""
 
-  # base | self (the base, shown the answer in its prompt) | kept (by sft-jax
-  # teach) | the folder of another model of the same vocabulary; '' = off. See
-  # docs/distillation.md.
+  # base | average (of the weights, optim.ema) | self, self_average (these two,
+  # shown the answer in their prompt) | kept (by sft-jax teach) | the folder of
+  # another model of the same vocabulary; '' = off. See docs/distillation.md.
   teacher: str = ""
+  # Steps after which the model answers the prompts of so many batches anew, and
+  # learns from its own replies in the place of answers; 0 = the rows' answers.
+  every: int = 0
   weight: float = 1.0  # Of the divergence from the teacher.
   ce: float = 0.0  # Of the cross-entropy beside it.
   divergence: str = "forward"  # forward | reverse | jsd.
@@ -182,6 +188,8 @@ class OptimizerConfig:
   # Decay of an average of the weights, which is measured and exported in place
   # of the last ones: 0.99 is over some hundred steps; 0 = off.
   ema: float = 0.0
+  # Decay towards the first weights, as weight_decay is towards 0; 0 = off.
+  anchor: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

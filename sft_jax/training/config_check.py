@@ -38,6 +38,7 @@ _CHOICES = {
   "data.merge": " turns system all",
   "data.on_bad_row": "error skip",
   "loss.normalize": "token example",
+  "loss.kl_on": "trained text",
   "distill.divergence": " ".join(distillation.KINDS),
   "preference.loss": " " + " ".join(preferences.LOSSES),
   "optim.name": " ".join(optimizer.OPTIMIZERS),
@@ -271,6 +272,17 @@ def _wrong_pairs(c: Mapping[str, Any]) -> Iterator[str]:
       "0, or a model that knows something"
     )
   pairs, teacher = c["preference"]["loss"], c["distill"]["teacher"]
+  every = c["distill"]["every"]
+  if every and teacher in ("", "kept"):
+    yield (
+      f"distill.every: got {every} with distill.teacher={teacher!r}, expected "
+      "0, or a teacher that can be asked about new replies"
+    )
+  if teacher in ("average", "self_average") and not optim["ema"]:
+    yield (
+      f"distill.teacher: got {teacher!r} with optim.ema=0, expected an average "
+      "to learn from; 0.99 is over some hundred steps"
+    )
   of_pairs, taught = (
     f"preference.loss={pairs!r}",
     f"distill.teacher={teacher!r}",
@@ -291,7 +303,12 @@ def _wrong_pairs(c: Mapping[str, Any]) -> Iterator[str]:
     ),
     (teacher, taught, {"preference.loss": ("",), "loss.kl": (0,)}),
     (teacher in ("base", "self"), taught, whole),
-    (teacher == "self", taught, uncut | {"data.train_on": ("last_turn",)}),
+    (
+      teacher.startswith("self"),
+      taught,
+      uncut | {"data.train_on": ("last_turn",)},
+    ),
+    (every, f"distill.every={every}", {"distill.ce": (0,)}),
     (
       teacher == "kept",
       taught,

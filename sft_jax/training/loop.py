@@ -9,10 +9,12 @@ import jax
 
 from sft_jax.checkpointing.manager import Checkpoints
 from sft_jax.checkpointing.resume import Resumed, split_stored
-from sft_jax.common import distributed, sharding
+from sft_jax.common import distributed, sharding, trees
 from sft_jax.common.batch import Batch
 from sft_jax.data.audit.summary import step_rows
 from sft_jax.evals.suite import Suite
+from sft_jax.inference import on_policy
+from sft_jax.models.lora import base_model
 from sft_jax.reporting import profiling, terminal
 from sft_jax.step.train_step import (
   TrainState,
@@ -156,6 +158,16 @@ class _Loop:
     own = sharding.own_rows(
       built.mesh, self._config.batch_size, parts=self._config.accum_steps
     )
+    self._own_rows, self._on_policy = own, None
+    # Not in older workdirs.
+    if every := self._config.get("distill", {}).get("every", 0):
+      self._on_policy = on_policy.OnPolicy(
+        *(built.stream, built.model, built.tokenizer),
+        every=every,
+        seed=self._config.seed,
+        folder=session.workdir / "on_policy",
+        mesh=built.mesh,
+      )
     self._batches = built.stream.batches(self._start, own)
     state = LoopState(**resumed.loop)
     self._records.check_chain(state.chain)
@@ -169,7 +181,7 @@ class _Loop:
     )
     self._watchdog = Watchdog(faults.hang_seconds)
     with self._watchdog, session.clock.on("data_wait"):
-      self._batch = self._next_batch()
+      self._batch = self._next_batch(resumed.state, self._start)
     self.runner = self._compile(resumed.state, state.chain)
     self._agreement = distributed.Agreement(
       built.mesh, behind=step_runner.IN_FLIGHT
@@ -234,8 +246,16 @@ class _Loop:
       or self.runner.halted is not None
     )
 
-  def _next_batch(self) -> Batch:
-    cut = split_micro_batches(next(self._batches), self._config.accum_steps)
+  def _next_batch(self, state: TrainState, number: int) -> Batch:
+    """The batch after so many steps, which led to this state."""
+    if self._on_policy:
+      params = trees.merge(state.params, state.frozen)
+      batch = self._on_policy.batch(
+        number, base_model.own(params), self._own_rows
+      )
+    else:
+      batch = next(self._batches)
+    cut = split_micro_batches(batch, self._config.accum_steps)
     rows = sharding.row_sharding(self._built.mesh, leading_axes=1)
     return sharding.put_rows(cut, rows)
 
@@ -251,7 +271,7 @@ class _Loop:
     self._stopping = self._agreement(self._session.stop.requested)
     if not self._last:
       with self._records.throughput.waiting():
-        self._batch = self._next_batch()
+        self._batch = self._next_batch(self.runner.state, self.runner.number)
     self._due = self._find_due(self.runner.number)
 
   def _find_due(self, step: int) -> _Due:

@@ -373,3 +373,18 @@ def test_an_average_of_the_weights_follows_every_step():
     assert found == pytest.approx(average if ema else values[-1], rel=1e-6)
   assert made[0.0] == made[0.9]
   assert len(set(made[0.0])) == 4
+
+
+def test_an_anchor_pulls_towards_the_first_weights():
+  """w <- w - rate (g + strength (w - w0)); the first step does not feel it."""
+  tx = optimizer.make(
+    "sgd", lambda step: 0.1, b1=0.0, b2=0.0, eps=1e-8, weight_decay=0.0,
+    decay_patterns=(), clip_norm=0.0, anchor=2.0,
+  )  # fmt: skip
+  params = {"kernel": jnp.full(3, 2.0)}
+  state, value = tx.init(params), 2.0
+  for _ in range(4):
+    updates, state = tx.update({"kernel": jnp.ones(3)}, state, params)
+    params = optax.apply_updates(params, updates)
+    value -= 0.1 * (1 + 2 * (value - 2.0))
+    np.testing.assert_allclose(params["kernel"], value, rtol=1e-6)

@@ -1,5 +1,6 @@
 """Runs that learn from a teacher: another model, itself shown the answer."""
 
+import json
 import shutil
 
 import jax
@@ -11,7 +12,9 @@ import sft_jax
 import tiny
 from sft_jax.commands import score
 from sft_jax.common import trees
+from sft_jax.data.chat.token_roles import TOKEN_ROLES
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
+from sft_jax.inference import on_policy
 from sft_jax.models.hf import load_save
 from sft_jax.training.build import build
 
@@ -99,6 +102,122 @@ def test_a_model_shown_the_answer_teaches_itself_without_it(tmp_path, folders):
   assert float(sums.weight) == tokens
   assert kl / tokens > 1e-4
   assert float(sums.objective) == pytest.approx(kl, rel=1e-3)
+
+
+class Broken(Exception):
+  pass
+
+
+def test_own_replies_are_learnt_from_and_resumed_within_a_round(
+  tmp_path, folders
+):
+  """As GKD has it: the data's prompts, the student's replies."""
+  student, teacher = folders
+  made = config(
+    *(tmp_path, student),
+    distill__teacher=str(teacher),
+    distill__every=4,
+    checkpoint__every=2,
+  )
+  made.workdir = str(tmp_path / "whole")
+  records = []
+  sft_jax.train(made, on_record=records.append)
+  made.workdir = str(tmp_path / "broken")
+
+  def fails(record):
+    if record["step"] == 3:
+      raise Broken
+
+  with pytest.raises(Broken):
+    sft_jax.train(made, on_record=fails)
+  rounds = tmp_path / "broken" / "on_policy"
+  resumed = []
+  sft_jax.train(made, on_record=resumed.append)
+  for name in ("data/chain", "loss/kl"):
+    assert resumed[-1][name] == records[-1][name]
+  # Replies of step 4 are of other weights, and of one's own.
+  assert sorted(x.name for x in rounds.iterdir()) == [
+    *("replies_0.json", "replies_4.json")
+  ]
+  run = build.build_run(made, lambda line: None)
+  own = on_policy.OnPolicy(
+    *(run.stream, run.model, run.tokenizer),
+    **{"every": 4, "seed": made.seed, "folder": rounds},
+  )
+  params = trees.merge(run.state.params, run.state.frozen)
+  batch = own.batch(0, params, [0, 3])
+  found = json.loads((rounds / "replies_0.json").read_text())
+  for row, number in enumerate([0, 3]):
+    for document, i in enumerate(run.stream.rows_of(0)[number]):
+      there = batch.segment_ids[row] == document + 1
+      tokens = batch.tokens[row][there]
+      example = run.stream.store.example(i)
+      start = np.flatnonzero(example.loss_weights)[0]
+      assert (tokens[:start] == example.tokens[:start]).all()
+      reply, stopped = found[f"0 {number} {document}"]
+      stop = example.tokens[example.loss_weights > 0][-1:]
+      whole = [*reply, *stop[: int(stopped)]]
+      assert tokens[start:].tolist() == whole[: len(tokens) - start]
+      assert len(tokens) > start
+      weights = batch.loss_weights[row][there]
+      assert np.flatnonzero(weights).tolist() == list(
+        range(start - 1, len(tokens) - 1)
+      )
+  replies = [tuple(reply) for reply, _ in found.values()]
+  assert len(set(replies)) == len(replies) > 16
+
+
+def test_an_average_of_the_weights_teaches(tmp_path, folders):
+  """At first it is the student, so its divergence begins at 0 and grows."""
+  made = config(
+    *(tmp_path, folders[0]),
+    distill__teacher="average",
+    distill__ce=1.0,
+    optim__ema=0.9,
+  )
+  records = []
+  sft_jax.train(made, on_record=records.append)
+  kl = [one["loss/kl"] for one in records if "loss/kl" in one]
+  assert kl[0] == pytest.approx(0, abs=1e-6)
+  assert kl[-1] > 1e-4
+
+
+def test_raw_text_keeps_what_the_base_says_of_it(tmp_path, folders):
+  """Beside rows that are shown their answer, and where loss.kl is on text."""
+  rows = [*tiny.ROWS[:4], *({"text": f"{x} and {x}"} for x in tiny.WORDS)]
+  path = tiny.rows_file(tmp_path / "mixed.jsonl", rows)
+  made = config(tmp_path, folders[0], distill__teacher="self", lora__rank=2)
+  made.data.train = str(path)
+  run, batch, sums = first_loss(made)
+  texts = np.asarray(batch.roles) == TOKEN_ROLES.index("text")
+  assert texts.any()
+  alone = batch._replace(loss_weights=batch.loss_weights * texts)
+  params = trees.merge(run.state.params, run.state.frozen)
+  assert float(jax.jit(run.loss_fn)(params, alone).objective) == pytest.approx(
+    0, abs=1e-4
+  )
+  assert float(sums.objective) > 1e-2
+  made = config(tmp_path, folders[0], loss__kl=2.0)
+  made.data.train = str(path)
+  found = {}
+  for on in ("trained", "text"):
+    made.loss.kl_on = on
+    run = build.build_run(made, lambda line: None)
+    params = trees.merge(run.state.params, run.state.frozen)
+    moved = jax.tree.map(lambda x: 1.1 * x, params)
+    moved["base"] = params["base"]
+    one = jax.jit(run.loss_fn)
+    for name, weights in (("text", texts), ("rest", ~texts)):
+      part = batch._replace(loss_weights=batch.loss_weights * weights)
+      sums = one(moved, part)
+      found[on, name] = float(sums.objective), float(sums.nats)
+  objective, nats = found["trained", "text"]
+  assert found["text", "text"] == pytest.approx(
+    (objective - nats, nats), rel=1e-3
+  )
+  objective, nats = found["trained", "rest"]
+  assert found["text", "rest"] == pytest.approx((nats, nats), rel=1e-4)
+  assert objective > nats + 0.01
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(tmp_path, folders):

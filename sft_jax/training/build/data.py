@@ -101,12 +101,13 @@ def load_stores(
 
   train = train_sources(config, own.rows)
   examples = store(train, "train")
-  if pair_kind(config) and (texts := examples.index["text"]).any():
+  texts = examples.index["text"]
+  paired = pair_kind(config) in ("both", "any")
+  if paired and texts.any():
     raise ValueError(
       f"{examples.place(int(texts.argmax()))}: got raw text with preference."
-      f"loss={config.preference.loss!r} and distill.teacher="
-      f"{config.distill.teacher!r}, expected rows of answers. Leave such rows "
-      "out of data.train."
+      f"loss={config.preference.loss!r}, expected rows of answers. Leave such "
+      "rows out of data.train."
     )
   held_out = None
   if own_files:
@@ -276,7 +277,7 @@ def make_render_options(config: Config) -> RenderOptions:
 def pair_kind(config: Config) -> str:
   """Which pairs a run's rows are; see `RenderOptions.pairs`."""
   # Neither is in older workdirs.
-  if config.get("distill", {}).get("teacher", "") == "self":
+  if config.get("distill", {}).get("teacher", "").startswith("self"):
     return "shown"
   loss = config.get("preference", {}).get("loss", "")
   return loss and ("any" if loss == "kto" else "both")

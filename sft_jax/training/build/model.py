@@ -208,7 +208,7 @@ def load_model(
 def teacher_config(config: Config) -> Config | None:
   """The config of distill.teacher where it is another model, else None."""
   path = config.get("distill", {}).get("teacher", "")
-  if path in ("", "base", "self", "kept"):
+  if path in ("", "base", "self", "average", "self_average", "kept"):
     return None
   config = config.copy_and_resolve_references()
   config.model.path = str(hub.find_model(path).folder)

@@ -23,6 +23,13 @@ from sft_jax.step.train_step import make_train_step
 from sft_jax.training.build.data import Config, pair_kind
 
 
+def _is_text(batch: Batch) -> jax.Array:
+  """Which targets [B, T] are raw text."""
+  if batch.roles is None:  # Of made-up batches.
+    return jnp.zeros(batch.tokens.shape, bool)
+  return jnp.asarray(batch.roles) == TOKEN_ROLES.index("text")
+
+
 class Step(NamedTuple):
   """What of a run depends on neither data nor weights; see `make_step`.
 
@@ -106,7 +113,9 @@ def make_optimizer(
     weight_decay=optim.weight_decay,
     decay_patterns=optim.decay,
     clip_norm=optim.clip_norm,
-    ema=optim.get("ema", 0.0),  # Not in older workdirs.
+    # Neither is in older workdirs.
+    ema=optim.get("ema", 0.0),
+    anchor=optim.get("anchor", 0.0),
     rates=rates,
     rounding_seed=optimizer.rounding_seed(optim.rounding, config.seed),
     **{name: optim[name] for name in moments},
@@ -180,6 +189,10 @@ def make_step(
       kl=distill.weight, ce=distill.ce, divergence=Divergence(*kind)
     )
 
+  kl_on_text = config.loss.get("kl_on") == "text" and objective.kl
+  averages = distill.get("teacher") in ("average", "self_average")
+  teacher = model if averages else teacher
+
   def predict(
     params: trees.Tree, batch: Batch, dropout_key: jax.Array | None = None
   ) -> tuple[jax.Array, jax.Array | HeadRows]:
@@ -223,11 +236,13 @@ def make_step(
       base = None if base is None else predict(base, batch)
     if teacher and not measure:
       row = (batch.tokens, batch.positions, batch.segment_ids)
-      theirs = params[base_model.TEACHER]
+      # The average of weights that no step has changed is these.
+      theirs = params.get(base_model.TEACHER, params if averages else None)
       base = teacher.hidden(theirs, *row), teacher.head(theirs)
     if paired and not choice and not measure:
       assert base is not None  # `hold_base` sees to it.
-      base = preferences.of_the_other_side(base[0], batch), base[1]
+      own = preferences.of_the_other_side(base[0], batch, _is_text(batch))
+      base = own, base[1]
     predicted = predict(params, batch, dropout_key)
     trains = preferences.chosen_only(batch) if paired else batch
     groups, number = loss_groups.of(trains, len(TOKEN_ROLES)), num_groups
@@ -239,8 +254,9 @@ def make_step(
       number += documents * len(batch.tokens)
     measured = partial(
       sums,
-      *(*predicted, batch.targets, trains.loss_weights),
-      groups,
+      *(*predicted, batch.targets),
+      weights=trains.loss_weights,
+      groups=groups,
       num_groups=number,
     )
     if choice:
@@ -256,8 +272,20 @@ def make_step(
       )
     if measure:
       return measured(base=base)
-    if loss is None:
+    if loss is None and not kl_on_text:
       return measured(base=base, objective=objective)
+    if loss is None:
+      # Sums of raw text, by the base, and of all else, by the rows.
+      text = _is_text(batch)
+      weighed = lambda keep: jnp.where(keep, trains.loss_weights, 0)
+      by_base = measured(
+        weights=weighed(text), base=base, objective=objective._replace(ce=0)
+      )
+      by_rows = measured(
+        weights=weighed(~text), objective=objective._replace(kl=0.0)
+      )
+      both = (by_rows, by_base._replace(base=None))
+      return jax.tree.map(jnp.add, *both)._replace(base=by_base.base)
     extras = {k: x for k, x in batch._asdict().items() if x is not None}
     extras |= getattr(loss, "extras", lambda batch: {})(batch)
     return measured(objective=loss, extras=extras)
@@ -279,6 +307,7 @@ def make_step(
       seed=config.seed if model.lora and model.lora.dropout else None,
       group_names=names[0],
       rounding_seed=rounding_seed,
+      average=base_model.TEACHER if averages else "",
     ),
   )
 
