@@ -154,7 +154,6 @@ class _Loop:
     self._session, self._config = session, session.config
     self._built, self._checkpoints, self._suite = built, checkpoints, suite
     self._start = self._saved = int(resumed.state.step)
-    self._records = Records(session, built, resume_step=self._start)
     own = sharding.own_rows(
       built.mesh, self._config.batch_size, parts=self._config.accum_steps
     )
@@ -170,7 +169,6 @@ class _Loop:
       )
     self._batches = built.stream.batches(self._start, own)
     state = LoopState(**resumed.loop)
-    self._records.check_chain(state.chain)
     self._patience = make_patience(self._config, state)
     faults = self._config.faults
     self._detector = SpikeDetector(
@@ -182,6 +180,8 @@ class _Loop:
     self._watchdog = Watchdog(faults.hang_seconds)
     with self._watchdog, session.clock.on("data_wait"):
       self._batch = self._next_batch(resumed.state, self._start)
+    self._records = Records(session, built, resume_step=self._start)
+    self._records.check_chain(state.chain)
     self.runner = self._compile(resumed.state, state.chain)
     self._agreement = distributed.Agreement(
       built.mesh, behind=step_runner.IN_FLIGHT

@@ -88,14 +88,16 @@ class Records:
 
   def flush(self) -> None:
     """Hands the caller all that was recorded of a step, once."""
-    if self._record and self._on_record and jax.process_index() == 0:
-      self._on_record(self._record)
-    self._record = {}
+    record, self._record = self._record, {}
+    if record and self._on_record and jax.process_index() == 0:
+      self._on_record(record)
 
   def close(self, done: bool = False) -> None:
     """Closes all; `done` says that the run has taken all its steps."""
-    self.flush()
-    self.throughput.close()
-    self._file.close()
-    with self._clock.on("log"):
-      self._copies.close(done)
+    try:
+      self.flush()
+    finally:
+      self.throughput.close()
+      self._file.close()
+      with self._clock.on("log"):
+        self._copies.close(done)
