@@ -16,6 +16,7 @@ import tiny
 from sft_jax.common import sharding
 from sft_jax.models.config import read_config
 from sft_jax.reporting.metrics import read_jsonl
+from sft_jax.training.build import data, model
 from sft_jax.training.interrupts import Stopped
 from sft_jax.training.planning import suggest
 
@@ -105,6 +106,30 @@ def test_a_parabola_is_found_exactly(at, steep, trials):
 def test_what_explodes_is_not_taken():
   found, _ = suggest.search(lambda r: math.inf if r > 2e-3 else 1 / r, 1e-3, 5)
   assert found == pytest.approx(1e-3)
+
+
+def test_a_step_in_updates_is_steps_of_fewer_packs(tmp_path):
+  folder = tiny.model_folder(tmp_path / "model")
+  rows = tiny.rows_file(tmp_path / "rows.jsonl")
+  mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+  def trial(packs, steps, updates):
+    config = tiny.config(
+      *(tmp_path, folder, rows),
+      **{"batch_size": packs, "optim__learning_rate": "auto"},
+      **{"mesh__data": 1, "steps": 4},
+    )
+    tokenizer = data.load_tokenizer(config, config.model.path)
+    stream = data.load_data(config, tokenizer, print).stream
+    made, params = model.load_model(config, mesh, print)
+    return suggest.Trials(
+      *(config, made, mesh, params, stream, None),
+      **{"steps": steps, "measured": steps, "updates": updates},
+    )(1e-2)
+
+  whole, cut = trial(4, 1, 1), trial(4, 1, 2)
+  assert cut == pytest.approx(trial(2, 2, 1), rel=1e-5)
+  assert abs(whole - cut) > 1e-3
 
 
 @pytest.mark.parametrize(
