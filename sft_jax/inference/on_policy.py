@@ -156,12 +156,13 @@ class OnPolicy:
       roles = np.full(len(tokens), _ANSWER, np.uint8)
       roles[len(reply) :] = _STOP
       weights = np.full(len(tokens), side.loss_weights[start])
-      both = (
-        (side.tokens[:start], tokens),
-        (0 * side.loss_weights[:start], weights),
-        (side.roles[:start], roles),
+      made.append(
+        Example(
+          np.concatenate((side.tokens[:start], tokens)),
+          np.concatenate((0 * side.loss_weights[:start], weights)),
+          np.concatenate((side.roles[:start], roles)),
+        )
       )
-      made.append(Example(*map(np.concatenate, both)))
     fields = ("tokens", "loss_weights", "roles")
     joined = [
       np.concatenate([getattr(x, name) for x in made]) for name in fields
