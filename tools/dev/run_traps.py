@@ -31,6 +31,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
@@ -46,6 +47,8 @@ ROOT = Path(__file__).parents[2]
 TRAPS = ROOT / "tests" / "mutations"
 _COPIED = ("sft_jax", "tests", "tools", "configs", "docs", "pyproject.toml")
 _TIMEOUT = 600  # Seconds of a trap; a loop without end is a finding too.
+# Python 3.11 counts the depth of all threads' parsing together.
+_PARSER = threading.Lock()
 # What a change says that is no program any more; no proof of any test.
 _BROKEN = ("SyntaxError", "NameError", "ImportError", "ModuleNotFoundError")
 
@@ -112,7 +115,7 @@ def patched(trap: Trap, root: Path = ROOT) -> str:
     )
   changed = text.replace(trap.old, trap.new)
   try:
-    same = ast.dump(ast.parse(changed)) == _program(text)
+    same = _parsed(changed) == _program(text)
   except SyntaxError as error:
     raise ValueError(
       f"{trap.name}: got {trap.file} with {error}; expected a program. Mend "
@@ -128,7 +131,12 @@ def patched(trap: Trap, root: Path = ROOT) -> str:
 @functools.cache
 def _program(text: str) -> str:
   """What is left of a file without its layout and comments."""
-  return ast.dump(ast.parse(text))
+  return _parsed(text)
+
+
+def _parsed(text: str) -> str:
+  with _PARSER:
+    return ast.dump(ast.parse(text))
 
 
 class Copy:
