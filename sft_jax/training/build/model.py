@@ -145,8 +145,9 @@ def measure_attention(
   """The fastest attention for this run where 'auto' meets a GPU, else None."""
   devices = mesh.local_devices
   on_gpu = bool(devices) and devices[0].platform in ("gpu", "cuda")
-  rings = parallel.is_ring(mesh, shape.num_heads)
-  if config.model.attention != "auto" or rings or not on_gpu:
+  if config.model.attention != "auto" or not on_gpu:
+    return None
+  if parallel.is_ring(mesh, shape.num_heads):
     return None
   rows = sharding.size(mesh) * config.accum_steps
   heads = mesh.shape["tensor"] * mesh.shape["context"]
