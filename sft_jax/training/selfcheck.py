@@ -220,7 +220,10 @@ def measurer(
     del state, params
     return jax.tree.map(jnp.zeros_like, gradient), sketch(gradient)
 
-  begin = lambda params: sketch(jax.tree.map(jnp.zeros_like, params))
+  # Of shapes alone: one by one, sums over many devices may wait for each other.
+  begin = lambda params: jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sketch, params)
+  )
   # Optax names the arguments of its protocol.
   make: Any = optax.GradientTransformation
   tx = make(begin, keep)
