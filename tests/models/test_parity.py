@@ -229,9 +229,10 @@ def test_a_fresh_model_equals_transformers(case):
   """Other sizes, ratios of heads, windows and weights than the golden's."""
   make_goldens, parity = tools()
   gap = parity.measure(make_goldens.CASES[case], seed=2)
-  # The delta rule inverts a triangle of each chunk, whose rounding in float32
-  # grows with the chunk: 3e-4 of logits was seen, at 2e-7 of the loss.
-  bound = 5e-4 if case.startswith(("qwen3_5", "qwen3_next")) else 1e-4
+  # The delta rule inverts a triangle of each chunk, and a router passes on what
+  # Mamba-2 rounds: 3e-4 of logits was seen in float32, at 2e-7 of the loss.
+  rounds = ("qwen3_5", "qwen3_next", "granitemoehybrid_moe")
+  bound = 5e-4 if case.startswith(rounds) else 1e-4
   assert gap.logits < bound
   assert gap.loss < 1e-4
   assert gap.gradient < bound
