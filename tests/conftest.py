@@ -34,11 +34,20 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import hypothesis
 import jax
 import jaxtyping
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile(
+  "tests",
+  deadline=None,
+  suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("tests")
 
 _ROOT = Path(__file__).parent.parent
 _TYPED = [

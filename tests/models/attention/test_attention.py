@@ -113,7 +113,8 @@ def test_skipping_blocks_above_the_diagonal_changes_nothing(T):
 
   step = jax.jit(jax.value_and_grad(loss, (0, 1, 2)), static_argnums=3)
   want, got = step(q, k, v, False), step(q, k, v, True)
-  np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+  # A sum of 4,160 sines.
+  np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=2e-5)
   for x, y in zip(got[1], want[1], strict=True):
     np.testing.assert_allclose(x, y, atol=1e-5)
 
