@@ -52,16 +52,19 @@ def _vanish(one):
     line.close()
 
 
+def _said(told, victim) -> list[str]:
+  """What the others are told: all of them of this process, which is not."""
+  others = [told[i].get(timeout=10) for i in range(3) if i != victim]
+  assert all(x.startswith(f"process {victim} of 3, on ") for x in others)
+  assert told[victim].empty()
+  return others
+
+
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_the_others_name_who_is_gone(lines, victim):
   made, told = lines
   _vanish(made[victim])
-  for i in range(3):
-    if i != victim:
-      said = told[i].get(timeout=10)
-      assert said.startswith(f"process {victim} of 3, on ")
-      assert "its connection is closed" in said
-  assert told[victim].empty()
+  assert all("(its connection is closed)" in x for x in _said(told, victim))
 
 
 def test_who_says_goodbye_is_not_missed(lines):
@@ -77,13 +80,9 @@ def test_who_leaves_says_why_and_the_code_of_the_others(lines, victim):
   made, told = lines
   made[victim].leave("stopped by a signal", 75)
   _vanish(made[victim])
-  for i in range(3):
-    if i != victim:
-      said = told[i].get(timeout=10)
-      assert said.startswith(f"process {victim} of 3, on ")
-      assert "(stopped by a signal)" in said
-      assert said.endswith(" 75")
-  assert told[victim].empty()
+  for sentence in _said(told, victim):
+    assert "(stopped by a signal)" in sentence
+    assert sentence.endswith(" 75")
 
 
 def test_who_is_stopped_is_missed(lines, monkeypatch):
