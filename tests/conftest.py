@@ -41,12 +41,14 @@ import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# How long an example takes says how busy the machine is.
-hypothesis.settings.register_profile(
-  "tests",
-  deadline=None,
-  suppress_health_check=[hypothesis.HealthCheck.too_slow],
+# How long an example takes says how busy the machine is. The suite draws the
+# same examples each time, so that it says what a change broke; others are
+# looked for by `pytest --hypothesis-profile=search`.
+_PATIENT = hypothesis.settings(
+  deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
+hypothesis.settings.register_profile("tests", _PATIENT, derandomize=True)
+hypothesis.settings.register_profile("search", _PATIENT)
 hypothesis.settings.load_profile("tests")
 
 _ROOT = Path(__file__).parent.parent

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sft_jax.data.chat.options import RenderOptions
@@ -261,6 +261,8 @@ CONTROL = st.lists(
 @given(asked=CONTROL, answer=CONTROL)
 @pytest.mark.parametrize("kind", ["byte_level", "sentence_piece", "metaspace"])
 def test_escaped_control_tokens_are_text(tiny, kind, asked, answer):
+  # A turn that ends so is a rendered prompt, and refused as one.
+  assume(not asked.rstrip().endswith("<|im_start|>assistant"))
   one = tiny[kind]
   row = chat(f"u:{asked}", f"a:the {answer}", "u:Bye", "a:Goodbye.")
   options = RenderOptions(control_tokens="escape")
