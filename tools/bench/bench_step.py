@@ -205,7 +205,7 @@ def compare(
       "train": [file],
       "seq_len": args.seq_len,
       "batch_size": args.batch_size,
-      "learning_rate": 1e-3,
+      "learning_rate": args.learning_rate,
       "gate": args.gate,
       "warm_up": 2,
       "matmul_size": args.matmul_size,
@@ -305,6 +305,7 @@ def main() -> None:
   add("--seconds", type=float, default=15.0, help="of a round of one side")
   add("--seq_len", type=int, default=512)
   add("--batch_size", type=int, default=8)
+  add("--learning_rate", type=float, default=1e-3)
   add("--gate", type=int, default=3, help="steps whose losses must agree")
   add("--matmul_size", type=int, default=2048)
   add("--model", type=Path, help="a folder in place of the random Llama")
