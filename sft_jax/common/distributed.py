@@ -25,9 +25,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sft_jax.common import lifeline, meeting
 
-# Seconds without a sign of life after which JAX ends all processes: after
-# the lifeline, which names the one that gave none.
-_HEARTBEAT = 45
+# Seconds without a sign of life after which JAX ends all processes: half of
+# it has to be more than the lifeline's silence, which names who gave none (of
+# 45 s, JAX took 31).
+_HEARTBEAT = 100
 # Seconds in which it names a process for want of which a sum has failed.
 _NEWS = 5
 # Seconds that processes at their end wait for one another.

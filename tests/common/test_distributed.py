@@ -11,7 +11,7 @@ import pytest
 import sft_jax
 import tiny
 from host_runs import finish, records, start, wait_for, wait_for_step
-from sft_jax.common import distributed, trees
+from sft_jax.common import distributed, lifeline, trees
 from sft_jax.models.hf import load_save
 
 HELD_OUT = [
@@ -170,6 +170,11 @@ def test_what_two_processes_began_one_finishes(tmp_path, inputs):
   assert not (workdir / "checkpoints_rejected").exists()
 
 
+def test_the_lifeline_speaks_before_jax():
+  """JAX asks twice in its time, and ends without a name at the first."""
+  assert distributed._HEARTBEAT / 2 > lifeline.SILENCE + 2 * lifeline.BEAT
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("victim", [0, 1])
@@ -185,7 +190,7 @@ def test_when_one_is_gone_the_other_names_it(tmp_path, inputs, victim, how):
     processes[victim].kill()  # A stopped one does not end by itself.
     (_, said) = finish(processes, workdir, 0)[1 - victim]
   assert time.monotonic() - begin < 60
-  assert code == 1
+  assert code == 1, said
   assert f"error: process {victim} of 2, on " in said, said
   assert "is gone" in said
 
