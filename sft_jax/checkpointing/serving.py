@@ -318,92 +318,79 @@ def _until(prompt: list[int], tokens: list[int], stops: set[int]) -> Reply:
 
 # -- Rules that vLLM and SGLang load by ------------------------------------
 
-
-def rules(
-  folder: Path, tokenizer: Tokenizer, adapter: str | Path | None = None
-) -> Iterator[Verdict]:
-  """What a folder, and the adapter beside it, would be loaded as."""
-  raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-  config, tensors = read_config(folder), load_save.model_tensors(folder)
-
-  def verdict(name: str, problem: str, fine: str) -> Verdict:
-    state = DIFFERS if problem else SAME
-    return Verdict("vLLM, SGLang", name, state, f"{problem or fine}.")
-
-  path = folder / "generation_config.json"
-  listed: Any = None
-  if path.is_file():
-    listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-  stops = sorted({listed} if isinstance(listed, int) else listed or [])
-  problem = f"generation_config.json stops at {stops}, not at "
-  problem += str(list(tokenizer.stop_ids))
-  right = stops == list(tokenizer.stop_ids)
-  yield verdict("stop ids", "" if right else problem, f"{stops}")
-  held = {
-    tensor.dtype.name
-    for name, tensor in tensors.items()
-    if not name.endswith(parameter_map.FLOAT32)
-  }
-  said = raw.get("dtype", raw.get("torch_dtype"))
-  problem = f"config.json says {said}, the tensors are {sorted(held)}"
-  fine = f"{said}"
-  if said == "float32":
-    fine += ", which both serve in 16 bits unless --dtype float32 is given"
-  yield verdict("dtype", "" if held == {said} else problem, fine)
-  embed, head = "model.embed_tokens.weight", "lm_head.weight"
-  problem = ""
-  if config.tie_embeddings and head in tensors:
-    if not np.array_equal(tensors[head].read(), tensors[embed].read()):
-      problem = f"{head} differs from the embedding that it is tied to"
-  elif not config.tie_embeddings and head not in tensors:
-    problem = f"{head} is missing though it is not tied"
-  yield verdict("head", problem, "tied" if config.tie_embeddings else "own")
-  rows = tensors[embed].shape[0] if embed in tensors else config.vocab_size
-  problem = ""
-  if rows != config.vocab_size or rows < tokenizer.vocab_size:
-    problem = f"{rows} rows for vocab_size {config.vocab_size} and "
-    problem += f"{tokenizer.vocab_size} tokens"
-  yield verdict("vocabulary", problem, f"{rows} rows")
-  inner = folder / "tokenizer_config.json"
-  settings = json.loads(inner.read_text()) if inner.is_file() else {}
-  file = folder / "chat_template.jinja"
-  apart = settings.get("chat_template") and file.is_file()
-  problem = ""
-  if apart and settings["chat_template"] != file.read_text(encoding="utf-8"):
-    problem = "chat_template.jinja differs from tokenizer_config.json"
-  yield verdict("template", problem, "one")
-  if adapter is not None and (Path(adapter) / peft_save.CONFIG).is_file():
-    found = _adapter_problem(Path(adapter), config.tie_embeddings)
-    yield verdict("adapter", found, f"{adapter}")
-
-
+# Of an adapter's settings the first they refuse, patterns they do not read.
+_UNSERVED = (
+  *("modules_to_save", "use_dora", "trainable_token_indices", "bias"),
+  *("target_parameters", "rank_pattern", "alpha_pattern"),
+)
+_TABLES = {"lm_head", "embed_tokens"}
 _TARGETS = {
   *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
   *("gate_proj", "up_proj", "down_proj", "gate_up_proj"),
 }
 
 
-def _adapter_problem(adapter: Path, tied: bool) -> str:
-  """Why a server would refuse or misread a PEFT folder; '' if neither."""
-  read = json.loads((adapter / peft_save.CONFIG).read_text(encoding="utf-8"))
-  # The first they refuse; of patterns they read neither.
-  for field in (
-    *("modules_to_save", "use_dora", "trainable_token_indices"),
-    *("target_parameters", "rank_pattern", "alpha_pattern"),
-  ):
-    if read.get(field):
-      return f"{field}={read[field]!r} is not served; serve the merged folder"
-  targets = {name.rpartition(".")[2] for name in read["target_modules"] or ()}
-  for name in sorted(targets & {"lm_head", "embed_tokens"}):
-    where = "is tied to the other" if tied else "is not adapted by all of them"
-    return (
-      f"target_modules holds {name}, which {where}; serve the merged folder"
-    )
-  if odd := sorted(targets - _TARGETS):
-    return f"target_modules holds {odd}, expected those of {sorted(_TARGETS)}"
-  if read.get("bias", "none") != "none":
-    return f"bias={read['bias']!r} is not served; serve the merged folder"
-  return ""
+def rules(
+  folder: Path, tokenizer: Tokenizer, adapter: str | Path | None = None
+) -> Iterator[Verdict]:
+  """What a folder, and the adapter beside it, would be loaded as."""
+
+  def read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+
+  config, tensors = read_config(folder), load_save.model_tensors(folder)
+  stops = read(folder / "generation_config.json").get("eos_token_id", [])
+  embed, head = (
+    tensors.get(parameter_map.table_name(name, config))
+    for name in ("embed", "head")
+  )
+  heads = "own" if head else "missing"
+  if config.tie_embeddings:
+    tied = not head or np.array_equal(head.read(), embed.read())
+    heads = "tied" if tied else "tied, with other values"
+  rows = embed.shape[0] if embed else 0
+  sizes = {rows, max(rows, tokenizer.vocab_size)}
+  template = folder / "chat_template.jinja"
+  texts = {read(folder / "tokenizer_config.json").get("chat_template")}
+  texts |= {template.read_text("utf-8")} if template.is_file() else set()
+  wide = parameter_map.FLOAT32
+  held = {x.dtype.name for k, x in tensors.items() if not k.endswith(wide)}
+  # What is checked; in which file; what is there; what must be.
+  table: list[tuple[str, str, Any, Any]] = [
+    (
+      *("stop ids", "generation_config.json"),
+      sorted(stops if isinstance(stops, list) else [stops]),
+      list(tokenizer.stop_ids),
+    ),
+    (
+      *("dtype", "config.json"),
+      [config.raw.get("dtype", config.raw.get("torch_dtype"))],
+      sorted(held),
+    ),
+    (
+      *("head", "*.safetensors", heads),
+      "tied" if config.tie_embeddings else "own",
+    ),
+    ("vocabulary", "*.safetensors", sorted(sizes), [config.vocab_size]),
+    ("templates", "tokenizer_config.json", max(1, len(texts - {None})), 1),
+  ]
+  if settings := read(Path(adapter or folder) / peft_save.CONFIG):
+    names = {x.rpartition(".")[2] for x in settings["target_modules"] or ()}
+    odd = {x: v for x in _UNSERVED if (v := settings.get(x)) and v != "none"}
+    table += [
+      ("adapter", peft_save.CONFIG, odd, {}),
+      ("adapter on tables", peft_save.CONFIG, sorted(names & _TABLES), []),
+      (
+        *("adapter targets", peft_save.CONFIG, sorted(names - _TABLES)),
+        sorted(names & _TARGETS),
+      ),
+    ]
+  for check, file, got, want in table:
+    wrong = "" if got == want else f", expected {want}"
+    if wrong and file == peft_save.CONFIG:
+      wrong += "; serve the merged folder"
+    state = DIFFERS if wrong else SAME
+    yield Verdict("vLLM, SGLang", check, state, f"{file}: {got}{wrong}.")
 
 
 def verdict_lines(verdicts: Sequence[Any]) -> list[tuple[str, str, str, str]]:

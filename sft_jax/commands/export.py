@@ -2,9 +2,11 @@
 
     sft-jax export --workdir=runs/demo --out=my_model
     sft-jax export --workdir=runs/demo --out=my_model --gguf=q8_0 --check
+    sft-jax export --workdir=runs/demo --out=my_model --push=me/my_model
 
 writes a verified Hugging Face folder, and a file for llama.cpp; --check has
-other tools load them.
+other tools load them. --push uploads both, with a model card in OUT/README.md:
+a card that is there stays, so write it by --dry-run, fill it in, and push.
 
     sft-jax merge --models A B C --out=merged
     sft-jax merge --method=ties --models A B --base=BASE --out=merged
@@ -29,6 +31,7 @@ import ml_collections
 
 from sft_jax.checkpointing import gguf, serving
 from sft_jax.checkpointing.resume import restore
+from sft_jax.common import hub
 from sft_jax.common.buckets import remote_workdir, storage
 from sft_jax.common.workdir import read_json
 from sft_jax.data.encoding import encode
@@ -36,7 +39,7 @@ from sft_jax.data.formats import formats
 from sft_jax.data.readers import files
 from sft_jax.evals import forgetting
 from sft_jax.models.hf import merging
-from sft_jax.reporting import terminal
+from sft_jax.reporting import final_summary, run_files, terminal
 from sft_jax.training.build import build, load_run, outputs
 from sft_jax.training.build.data import make_render_options
 
@@ -62,10 +65,21 @@ def main() -> None:
     help="a folder, perhaps multimodal: written is a copy of it in "
     "which only the text model's weights change",
   )
+  parser.add_argument(
+    "--push", metavar="OWNER/NAME", help="a repository of the hub to upload to"
+  )
+  parser.add_argument(
+    "--dry-run", action="store_true", help="show what --push would upload"
+  )
   args = parser.parse_args()
   out = terminal.console()
   log = out.print
-  workdir = Path(args.workdir)
+  workdir, card = Path(args.workdir), Path(args.out) / "README.md"
+  if args.dry_run and not args.push:
+    parser.error("--dry-run: expected --push=OWNER/NAME with it")
+  # Before the work: who has no token learns it now.
+  target = hub.push_target(args.push) if args.push else ""
+  written = card.read_text(encoding="utf-8") if card.is_file() else ""
   with remote_workdir.copied(args.workdir) as copy:
     read = read_json(copy / "config.json")
   config: Any = ml_collections.ConfigDict(read, type_safe=False)
@@ -85,7 +99,8 @@ def main() -> None:
     config.export_dtype = args.dtype
   if args.into:
     config.export_into = args.into
-  log(f"Writing step {int(state.step)} to {args.out} ...")
+  step = int(state.step)
+  log(f"Writing step {step} to {args.out} ...")
   del state  # The moments make room for the folder's parameters.
   options = make_render_options(config)
 
@@ -100,11 +115,11 @@ def main() -> None:
       made = gguf.modelfile(file.name, run.tokenizer, run.model.config, options)
       (file.parent / "Modelfile").write_text(made, encoding="utf-8")
       log(f"{args.out}-gguf: {len(wide)} matrices stay in float32.")
-    if not args.check:
-      return
-    verdicts = outputs.check_served(
-      config, run, params, folder, workdir / "adapter", file
-    )
+    verdicts = []
+    if args.check:
+      verdicts = outputs.check_served(
+        config, run, params, folder, workdir / "adapter", file
+      )
     for verdict in verdicts:
       log(str(verdict))
     if any(verdict.state == serving.DIFFERS for verdict in verdicts):
@@ -112,6 +127,30 @@ def main() -> None:
         f"{args.out}: would not be served as it was trained; expected the same "
         "everywhere. See the lines above."
       )
+    if args.push:
+      more = [file, file.with_name("Modelfile")] if file else []
+      push(folder, more, verdicts)
+
+  def push(
+    folder: Path, more: list[Path], verdicts: list[serving.Verdict]
+  ) -> None:
+    if final_summary.CARD_TAG in written:
+      log(f"{card}: stays as it was; remove it for one of this run.")
+      text = written
+    else:
+      found = run_files.read(args.workdir)
+      served = {"served": [verdict._asdict() for verdict in verdicts]}
+      found["result"] = found.get("result", {}) | (served if verdicts else {})
+      text = final_summary.model_card(found, args.push.partition("/")[2])
+      log(f"{card}: its license is to be filled in.")
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    files = [*sorted(folder.iterdir()), *more]
+    sizes = {file.name: f"{file.stat().st_size:,} bytes" for file in files}
+    terminal.facts(out, f"To {target}", sizes)
+    if args.dry_run:
+      return log("Nothing was uploaded: --dry-run.")
+    title = f"Step {step} of a run of sft_jax"
+    log(f"{hub.push(args.push, files, title)}: uploaded.")
 
   if not storage.is_remote(args.out):
     return write(Path(args.out))

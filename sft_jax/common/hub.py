@@ -1,16 +1,18 @@
 """Folders of the Hugging Face hub, fetched once and known by their commit.
 
     'org/name' or 'org/name@revision' -> Snapshot(folder, 'org/name', commit)
+    push: folders -> the repository 'org/name' of a model
 
 Only files that a caller's patterns name are downloaded, and never pickles nor
 code. Everything else (cache, resuming, tokens, offline mode) is the business
 of `huggingface_hub`, which the [hub] extra installs.
 """
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from sft_jax.common.buckets import storage
 
@@ -109,16 +111,10 @@ def fetch(
       "'org/name@revision'. Correct it, or give a local path."
     )
   name, revision = match.groups()
-  try:
-    import huggingface_hub
-  except ImportError as error:
-    raise ValueError(
-      f"{repo_id}: no such local path, and for ids of the hub huggingface_hub "
-      "is expected. Correct the path, or pip install 'sft_jax[hub]'."
-    ) from error
+  library = _library(repo_id)
   models_only = _NEVER_OF_MODELS if kind == "model" else ()
   try:
-    folder = huggingface_hub.snapshot_download(
+    folder = library.snapshot_download(
       name,
       repo_type=kind,
       revision=revision,
@@ -142,3 +138,82 @@ def fetch(
     )
   # The cache names a snapshot's folder after its commit.
   return Snapshot(folder, name, folder.name)
+
+
+_PUSH_CURES = {
+  401: "a token that may write: hf auth login, or HF_TOKEN",
+  403: "a token that may write there: ask its owner, or push to your own name",
+  None: "a hub that answers: check network, proxy and HF_ENDPOINT",
+}
+
+
+def push_target(repo_id: str) -> str:
+  """What would be pushed to, and as whom, in words; raises as `push` does."""
+  with _pushing(repo_id) as api:
+    user = api.whoami()["name"]
+    kind = "exists" if api.repo_exists(repo_id) else "is new, so private"
+  return f"{repo_id}, which {kind}, as {user}"
+
+
+def push(repo_id: str, files: Sequence[Path], message: str) -> str:
+  """Uploads files to the top of a model's repository; a new one is private.
+
+  Weights there that are not among the files are removed, since some tools load
+  every *.safetensors that they find.
+
+  Returns the address of the repository.
+
+  Raises ValueError: not an id, no huggingface_hub, no token, no right to write
+  or no network.
+  """
+  with _pushing(repo_id) as api:
+    url = api.create_repo(repo_id, private=True, exist_ok=True)
+    stale: list[str] | None = ["*.safetensors", "*.safetensors.index.json"]
+    for folder in dict.fromkeys(file.parent for file in files):
+      api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        allow_patterns=[file.name for file in files if file.parent == folder],
+        delete_patterns=stale,
+        commit_message=message,
+      )
+      stale = None  # What the first folder wrote stays.
+    return str(url)
+
+
+@contextlib.contextmanager
+def _pushing(repo_id: str) -> Iterator[Any]:
+  """huggingface_hub's HfApi; what it raises becomes a line with its cure."""
+  match = _ID.fullmatch(repo_id)
+  if match is None or match[2]:
+    raise ValueError(
+      f"hub: got {repo_id!r} to push to; expected 'org/name'. Correct it."
+    )
+  library = _library(repo_id)
+  try:
+    yield library.HfApi()
+  except Exception as error:
+    # Of a large file the library says at first only that it did not go.
+    why = error.__cause__ if isinstance(error, RuntimeError) else error
+    status = getattr(getattr(why, "response", None), "status_code", None)
+    if type(why).__name__ == "LocalTokenNotFoundError":
+      status = 401
+    cure = "what the hub takes; correct it"
+    if status in _PUSH_CURES and not isinstance(why, ValueError):
+      cure = _PUSH_CURES[status]
+    said = re.sub("For more information check: .*", "", str(why))
+    said = " ".join(f"{type(why).__name__}: {said}".split())[:300]
+    raise ValueError(
+      f"{repo_id}: was not pushed ({said}); expected {cure}."
+    ) from error
+
+
+def _library(repo_id: str) -> Any:
+  try:
+    import huggingface_hub
+  except ImportError as error:
+    raise ValueError(
+      f"{repo_id}: no such local path, and for ids of the hub huggingface_hub "
+      "is expected. Correct the path, or pip install 'sft_jax[hub]'."
+    ) from error
+  return huggingface_hub

@@ -1,5 +1,7 @@
-"""What a run shows at its end: the result, where things are, the report."""
+"""What a run shows at its end: the result, the report, the model's card."""
 
+import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,9 +12,12 @@ from rich.console import Console
 from rich.text import Text
 
 from sft_jax.checkpointing import export
+from sft_jax.common import hub
 from sft_jax.common.buckets import storage
+from sft_jax.data.store.stats import DatasetStats
 from sft_jax.reporting import run_files, terminal
 from sft_jax.reporting.html import figures, run_page
+from sft_jax.reporting.html.elements import Table, text
 
 # Of result.json, what the terminal has its own place for.
 _ELSEWHERE = ("Where the time went",)
@@ -43,19 +48,8 @@ def stop_line(records: Sequence[Mapping[str, Any]]) -> str:
 
 def show_result(out: Console, result: dict[str, Any], samples: int) -> None:
   """Prints the before -> after table, the losses and some replies."""
-  share = "{:4.0%}  [{:.0%}, {:.0%}]".format
-  rows = [
-    (row["group"], row["n"], share(*row["before"]), share(*row["after"]),
-     f"{row['stopped']:.0%}")
-    for row in result["behaviors"]
-  ]  # fmt: skip
-  if rows:
-    head = ("behavior", "n", "before", "after", "stops by itself")
-    title = "Behavior, share passed with 95 % interval"
-    terminal.print_table(out, title, head, rows)
-  for one in figures.of_result(result):
-    if one.title not in _ELSEWHERE:
-      terminal.print_table(out, one.title, [*map(str, one.head)], one.rows)
+  for one in _tables(result):
+    terminal.print_table(out, one.title, [*map(str, one.head)], one.rows)
   if "export" in result:
     evidence = export.Evidence(**result["export"])
     out.print(Text(f"{terminal.visible(evidence.path)}: {evidence}"))
@@ -63,6 +57,21 @@ def show_result(out: Console, result: dict[str, Any], samples: int) -> None:
     sides = {side: _reply(sample[side]) for side in ("before", "after")}
     said = {"prompt": _line(sample["prompt"]), **sides}
     terminal.facts(out, sample["group"], said)
+
+
+def _tables(result: Mapping[str, Any]) -> list[Table]:
+  """Behaviors, and all figures but the times."""
+  share = "{:4.0%}  [{:.0%}, {:.0%}]".format
+  rows = [
+    (row["group"], row["n"], share(*row["before"]), share(*row["after"]),
+     f"{row['stopped']:.0%}")
+    for row in result.get("behaviors", ())
+  ]  # fmt: skip
+  head = ("behavior", "n", "before", "after", "stops by itself")
+  title = "Behavior, share passed with 95 % interval"
+  tables = [Table(title, head, rows)] if rows else []
+  others = figures.of_result(result)
+  return tables + [one for one in others if one.title not in _ELSEWHERE]
 
 
 def _reply(reply: Mapping[str, Any]) -> str:
@@ -107,3 +116,90 @@ def write_report(workdir: Path, result: dict[str, Any] | None = None) -> None:
   if jax.process_index() == 0:
     run = run_files.read(workdir) | ({"result": result} if result else {})
     run_page.write(workdir / "report.html", run)
+
+
+CARD_TAG = "sft_jax"  # Every card written here has it.
+_CARD = """\
+---
+{header}
+---
+# {name}
+
+{base}, tuned by supervised fine-tuning. Everything below was written by sft_jax
+from the files of the run.
+
+## License
+
+To fill in, here and in the header: what those of the base and the data allow.
+
+{tables}
+
+## How it was trained
+
+```
+{command}
+```
+
+{versions}
+"""
+
+
+def model_card(run: Mapping[str, Any], name: str) -> str:
+  """README.md of a folder of the hub, from what `run_files.read` gives.
+
+  The header names the base and data sets that the hub has; of local ones only
+  the names of files are told. What no run knows is left to fill in.
+
+  Args:
+    run: of it, what there is.
+    name: of the model.
+  """
+  start, ledger = run.get("start", {}), run.get("ledger")
+  facts = start.get("facts", {})
+  origin = facts.get("Model", {}).get("from", "")
+  base, _, commit = origin.partition("@")
+  base = base if hub.is_id(origin) and commit else ""
+  data, tables = [], []
+  if ledger:
+    sources = DatasetStats.from_json(ledger).short_names()
+    for source in (one.partition("#")[0] for one in sources):
+      named = source.removeprefix("hf://").partition("@")[0]
+      if hub.is_id(named) and not (Path(named).suffix or Path(named).exists()):
+        data.append(named)
+    counted = figures.of_ledger(ledger)["tables"][0]
+    rows = [[sources.get(of, of), *rest] for of, *rest in counted.rows]
+    tables.append(Table("Data", counted.head, rows))
+  tables += _tables(run.get("result", {}))
+  plan = {**facts.get("Model", {}), **facts.get("Plan", {})}
+  shown = ("shape", "parameters", "steps", "epochs", "fill", "learning rate")
+  rows = [[key, plan[key]] for key in shown if key in plan]
+  tables.append(Table("Training", ("", ""), rows))
+  header = {
+    **({"base_model": base} if base else {}),
+    "library_name": "transformers",
+    "pipeline_tag": "text-generation",
+    "license": "unknown",
+    **({"datasets": data} if data else {}),
+    "tags": ["sft", CARD_TAG],
+  }
+  versions = start.get("versions", {})
+  return _CARD.format(
+    header="\n".join(f"{key}: {json.dumps(x)}" for key, x in header.items()),
+    name=name,
+    base=f"`{origin if base else Path(origin).name}`",
+    tables="\n\n".join(map(_markdown, tables)),
+    command=start.get("command", "").replace(str(Path.home()), "~"),
+    versions=", ".join(f"{key} {x}" for key, x in versions.items()),
+  )
+
+
+def _markdown(table: Table) -> str:
+  """A table; what data and models say cannot end a cell or make a tag."""
+
+  def line(cells: Sequence[object]) -> str:
+    said = (re.sub(r"([\\|<`*\[])", r"\\\1", text(cell)) for cell in cells)
+    return f"| {' | '.join(' '.join(one.split()) for one in said)} |"
+
+  rule = "|---" * len(table.head) + "|"
+  lines = [line(table.head), rule, *map(line, table.rows)]
+  return f"## {table.title}\n\n" + "\n".join(lines)

@@ -82,28 +82,53 @@ def template(folder):
 def adapter(**changes):
   def write(folder):
     (folder / "adapter").mkdir()
-    settings = {"target_modules": ["q_proj", "v_proj"], "r": 4}
+    settings = {"target_modules": ["q_proj", "v_proj"], "bias": "none"}
     edit(folder / "adapter/adapter_config.json", **(settings | changes))
 
   return write
 
 
+# What is planted, and the check that must see it.
 FAULTS = {
-  "dropped stop": lambda f: edit(f / "generation_config.json", eos_token_id=2),
-  "no stop": lambda f: (f / "generation_config.json").unlink(),
-  "edited template": template,
-  "second template": lambda f: edit(
-    f / "tokenizer_config.json", chat_template="{{ messages }}"
+  "dropped stop": (
+    "stop ids",
+    lambda f: edit(f / "generation_config.json", eos_token_id=2),
   ),
-  "adapter on the head": adapter(target_modules=["q_proj", "lm_head"]),
-  "ranks by pattern": adapter(rank_pattern={"q_proj": 8}),
-  "modules to save": adapter(modules_to_save=["embed_tokens"]),
-  "untied head": untied,
-  "another head": other_head,
-  "wrong rope": lambda f: edit(f / "config.json", rope_theta=500.0),
-  "wrong dtype": lambda f: edit(f / "config.json", torch_dtype="bfloat16"),
-  "padded vocabulary": lambda f: edit(f / "config.json", vocab_size=512),
-  "values of other heads": noisy,
+  "no stop": (
+    "stop ids",
+    lambda f: (f / "generation_config.json").unlink(),
+  ),
+  "edited template": ("replies", template),
+  "second template": (
+    "templates",
+    lambda f: edit(f / "tokenizer_config.json", chat_template="{{ messages }}"),
+  ),
+  "adapter on the head": (
+    "adapter on tables",
+    adapter(target_modules=["q_proj", "lm_head"]),
+  ),
+  "adapter on a mixer": (
+    "adapter targets",
+    adapter(target_modules=["q_proj", "model.layers.0.mamba.in_proj"]),
+  ),
+  "ranks by pattern": ("adapter", adapter(rank_pattern={"q_proj": 8})),
+  "modules to save": ("adapter", adapter(modules_to_save=["embed_tokens"])),
+  "biases beside adapters": ("adapter", adapter(bias="all")),
+  "untied head": ("head", untied),
+  "another head": ("head", other_head),
+  "wrong rope": (
+    "replies",
+    lambda f: edit(f / "config.json", rope_theta=500.0),
+  ),
+  "wrong dtype": (
+    "dtype",
+    lambda f: edit(f / "config.json", torch_dtype="bfloat16"),
+  ),
+  "padded vocabulary": (
+    "vocabulary",
+    lambda f: edit(f / "config.json", vocab_size=512),
+  ),
+  "values of other heads": ("replies", noisy),
 }
 
 
@@ -112,12 +137,15 @@ def test_what_would_be_served_otherwise_is_refused(fault, served, tmp_path):
   folder, trained = served
   shutil.copytree(folder, tmp_path / "tiny")
   (tmp_path / "tiny" / CHECKSUMS).unlink(missing_ok=True)
-  FAULTS[fault](tmp_path / "tiny")
-  found = serving.check(
-    tmp_path / "tiny", trained, adapter=tmp_path / "tiny/adapter"
-  )
+  check, plant = FAULTS[fault]
+  plant(tmp_path / "tiny")
+  beside = tmp_path / "tiny/adapter"
+  if check == "replies":
+    found = serving.check(tmp_path / "tiny", trained, adapter=beside)
+  else:  # What the check begins with, and compiles nothing.
+    found = [*serving.rules(tmp_path / "tiny", trained.tokenizer, beside)]
   differs = [v for v in found if v.state == serving.DIFFERS]
-  assert differs, [str(v) for v in found]
+  assert check in {v.check for v in differs}, [str(v) for v in found]
   assert all(len(v.note) > 20 for v in differs)
 
 

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 
+import fake_hub
 from configs import base
 from sft_jax.common import hub
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
@@ -157,3 +158,48 @@ def test_every_door_takes_an_id(asked):
     with pytest.raises(ValueError, match=COMMIT):
       door("org/name")
   assert len(asked) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=")  # The library's own.
+def test_a_push_leaves_no_weights_of_before(monkeypatch, tmp_path):
+  """All files of the last push are there, and of others what is no weights."""
+  names = ("config.json", "model.safetensors", "more/model.gguf")
+  (tmp_path / "more").mkdir()
+  for name in names:
+    (tmp_path / name).write_text(name)
+  files = [tmp_path / name for name in names]
+  with fake_hub.opened(monkeypatch) as there:
+    assert (
+      hub.push_target("me/model") == "me/model, which is new, so private, as me"
+    )
+    assert hub.push("me/model", files, "first") == f"{there.url}/me/model"
+    assert there.private
+    old = ("model-00001-of-00002.safetensors", "model.safetensors.index.json")
+    there.files |= dict.fromkeys((*old, "notes.md"), b"old")
+    files[0].write_text("{}")
+    assert "exists" in hub.push_target("me/model")
+    hub.push("me/model", files, "second")
+  want = {file.name: file.read_bytes() for file in files}
+  assert there.files == want | {"notes.md": b"old"}
+
+
+def test_who_may_not_push_is_told_why(monkeypatch, tmp_path):
+  (tmp_path / "config.json").write_text("{}")
+  monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "nowhere")
+  files = [tmp_path / "config.json"]
+  with fake_hub.opened(monkeypatch):
+    for target, token, said in (
+      ("other/model", fake_hub.TOKEN, "403.*may write there"),
+      ("me/model", "hf_wrong", "401.*a token that may write: hf auth login"),
+      ("me/model@v1", fake_hub.TOKEN, "expected 'org/name'"),
+    ):
+      monkeypatch.setenv("HF_TOKEN", token)
+      with pytest.raises(ValueError, match=said) as found:
+        hub.push(target, files, "")
+      assert "\n" not in str(found.value)
+    monkeypatch.setenv("HF_TOKEN", "")
+    with pytest.raises(ValueError, match=r"no token found.*hf auth login"):
+      hub.push_target("me/model")
+  monkeypatch.setenv("HF_TOKEN", fake_hub.TOKEN)
+  with pytest.raises(ValueError, match=r"ConnectError.*check network"):
+    hub.push_target("me/model")

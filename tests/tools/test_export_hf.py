@@ -2,12 +2,16 @@
 
 import filecmp
 import importlib.util
+import re
+import shutil
 import sys
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from safetensors.numpy import load_file
 
+import fake_hub
 import sft_jax
 import tiny
 from sft_jax.commands import export
@@ -48,21 +52,29 @@ def test_the_newest_checkpoint_is_written(run, tmp_path, monkeypatch, capsys):
   assert model.lora is None
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content=")  # The library's own.
 def test_a_folder_is_copied_with_the_weights_of_the_run(
   run, tmp_path, monkeypatch
 ):
-  """Every file but the weights is byte for byte that folder's."""
+  """Every file but the weights is byte for byte that folder's; so pushed, with
+  the card that was filled in."""
   source, out = run.workdir.parent / "model", tmp_path / "out"
   (source / "preprocessor_config.json").write_text("{}  ")
+  shutil.copytree(source, out)
+  card = '---\nlicense: "mit"\ntags: ["sft_jax"]\n---\nMine.\n'
+  (out / "README.md").write_text(card)
   monkeypatch.setattr(
     sys,
     "argv",
     [
       *("export_hf.py", f"--workdir={run.workdir}"),
-      *(f"--out={out}", f"--into={source}"),
+      *(f"--out={out}", f"--into={source}", f"--push={fake_hub.NAME}"),
     ],
   )
-  export.main()
+  with fake_hub.opened(monkeypatch) as hub:
+    export.main()
+  assert hub.files == {p.name: p.read_bytes() for p in out.iterdir()}
+  assert hub.files["README.md"] == card.encode()
   names = [p.name for p in source.iterdir() if p.name != "SHA256SUMS"]
   _, changed, missing = filecmp.cmpfiles(source, out, names, shallow=False)
   assert (changed, missing) == (["model.safetensors"], [])
@@ -73,7 +85,8 @@ def test_a_folder_is_copied_with_the_weights_of_the_run(
 
 
 def test_a_dtype_can_be_asked_for(run, tmp_path, monkeypatch, capsys):
-  """Other tools load what was written, and say what the model says."""
+  """Other tools load what was written, and say what the model says; a dry run
+  shows what would be pushed."""
   more = ["--gguf=float32"] * bool(importlib.util.find_spec("gguf"))
   monkeypatch.setattr(
     sys,
@@ -81,13 +94,24 @@ def test_a_dtype_can_be_asked_for(run, tmp_path, monkeypatch, capsys):
     [
       *("export_hf.py", f"--workdir={run.workdir}"),
       *(f"--out={tmp_path / 'out'}", "--dtype=bfloat16", "--check", *more),
+      *(f"--push={fake_hub.NAME}", "--dry-run"),
     ],
   )
-  export.main()
+  with fake_hub.opened(monkeypatch) as hub:
+    export.main()
+  assert hub.files is None
   said = " ".join(capsys.readouterr().out.split())
-  assert "vLLM, SGLang, stop ids: same. [2, 4]." in said
+  assert "vLLM, SGLang, stop ids: same. generation_config.json: [2, 4]." in said
   assert "sft_jax, replies: " in said
+  assert "To me/model, which is new, so private, as me" in said
+  assert re.search(r"model\.safetensors \d[\d,]+ bytes", said)
+  card = ModelCard((tmp_path / "out" / "README.md").read_text())
+  assert (card.data.license, card.data.base_model) == ("unknown", None)
+  assert "| rows.jsonl | 16 | 16 |" in card.text
+  assert "| vLLM, SGLang | stop ids | same |" in card.text
+  assert str(tmp_path.parent) not in card.text.partition("## How it")[0]
   if more:
+    assert "model-float32.gguf" in said
     made = (tmp_path / "out-gguf" / "Modelfile").read_text()
     assert made.startswith("FROM ./model-float32.gguf\n")
   tensors = load_file(tmp_path / "out" / "model.safetensors")

@@ -1,16 +1,20 @@
 """Times sampling against transformers.generate with its cache, on this CPU.
 
     taskset -c 0 python tools/bench/bench_sampler.py [--prompts=48] [--tiny]
+    taskset -c 0 python tools/bench/bench_sampler.py --families [NAME ...]
 
 Random weights in the shape of the stories model (--tiny: of the demo's base),
 prompts of unequal lengths, greedy, 16 rows at a time, and two kinds of
 replies: all of --new tokens, and each ending where it meets one of V / 48 ids
 drawn as stop tokens. The two take turns on the same cores, so that what else
 the machine does falls on both; the best of each counts, by the clock and by
-the processor's time. Needs torch and transformers.
+the processor's time. With --families a line of each family instead: a case of
+make_goldens at width 128 and V 2,048, prompts of one length, as transformers
+pads those of recurrent layers otherwise. Needs torch and transformers.
 """
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -104,6 +108,63 @@ def best(
   return found
 
 
+def load(path: Path) -> tuple[Any, Any, Any]:
+  """(our model, its parameters, the reference) of a folder."""
+  model, params = load_save.load_pretrained(path)
+  reference = transformers.AutoModelForCausalLM.from_pretrained(
+    path, dtype=torch.float32
+  )
+  return model, params, reference.eval()
+
+
+def compare(
+  loaded: tuple[Any, Any, Any], prompts: Replies, stops: list[int], args: Any
+) -> tuple[Replies, float, dict[str, tuple[float, float]]]:
+  """(our replies, the share that the reference gives too, see `best`)."""
+  model, params, reference = loaded
+  runs = {
+    "ours": lambda: ours(model, params, prompts, stops, args.new),
+    "theirs": lambda: theirs(reference, prompts, stops, args.new),
+  }
+  mine, others = (run() for run in runs.values())  # Compiles, warms up.
+  agreed = np.mean([a == b for a, b in zip(mine, others, strict=True)])
+  return mine, float(agreed), best(runs, args.repeats)
+
+
+def families(args: Any) -> None:
+  """Prints a line for each family, or for those that are named."""
+  sys.path.append(str(Path(__file__).parents[1] / "dev"))
+  import make_goldens
+
+  first = {
+    case.family: name for name, case in [*make_goldens.CASES.items()][::-1]
+  }
+  rng = np.random.default_rng(0)
+  print("| family | tokens/s | of transformers | by the clock / CPU | same |")
+  print("|---|---|---|---|---|")
+  for name in args.families or sorted(first.values()):
+    case = make_goldens.CASES[name]
+    fields = make_goldens.SIZES | case.fields
+    sizes = {"vocab_size": 2048, "hidden_size": 128, "num_attention_heads": 16}
+    if fields["num_key_value_heads"]:
+      latent = "kv_lora_rank" in fields
+      sizes["num_key_value_heads"] = 16 if latent else 4
+    if fields["intermediate_size"]:
+      sizes["intermediate_size"] = 384
+    case = case._replace(fields=case.fields | sizes)
+    with tempfile.TemporaryDirectory() as folder:
+      made = make_goldens.make_model(case, 0)
+      make_goldens.write_model(made, case, Path(folder))
+      loaded = load(Path(folder))
+    prompts = rng.integers(3, 2048, (args.prompts, 16)).tolist()
+    mine, agreed, took = compare(loaded, prompts, [], args)
+    tokens = sum(map(len, mine))
+    speeds = [tokens / took[side][0] for side in ("ours", "theirs")]
+    clock, work = np.divide(took["theirs"], took["ours"])
+    line = f"| {name} | {speeds[0]:,.0f} | {speeds[1]:,.0f} "
+    print(f"{line}| {clock:.1f} / {work:.1f} | {agreed:.0%} |", flush=True)
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   add = parser.add_argument
@@ -113,9 +174,12 @@ def main() -> None:
   add("--threads", type=int, help="of torch; its own choice by default")
   add("--repeats", type=int, default=3, help="of each; the best counts")
   add("--tiny", action="store_true", help="the demo's shape, V 2,048")
+  add("--families", nargs="*", help="all, or those named", metavar="NAME")
   args = parser.parse_args()
   if args.threads:
     torch.set_num_threads(args.threads)
+  if args.families is not None:
+    return families(args)
   shape = TINY if args.tiny else SHAPE
   with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "model"
@@ -123,26 +187,17 @@ def main() -> None:
     load_save.save_pretrained(
       path, model, jax.jit(model.init)(jax.random.key(0))
     )
-    model, params = load_save.load_pretrained(path)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(
-      path, dtype=torch.float32
-    ).eval()
+    loaded = load(path)
   rng, V = np.random.default_rng(0), shape["vocab_size"]
   lengths = rng.integers(args.longest // 8, args.longest + 1, args.prompts)
   prompts = [rng.integers(3, V, n).tolist() for n in lengths]
   for stops in ([], rng.choice(V, V // 48, replace=False).tolist()):
-    runs = {
-      "ours": lambda s=stops: ours(model, params, prompts, s, args.new),
-      "theirs": lambda s=stops: theirs(reference, prompts, s, args.new),
-    }
-    mine, others = (run() for run in runs.values())  # Compiles, warms up.
-    agreed = np.mean([a == b for a, b in zip(mine, others, strict=True)])
+    mine, agreed, took = compare(loaded, prompts, stops, args)
     tokens = sum(map(len, mine))
     print(
       f"{'own lengths' if stops else 'equal lengths'}: {tokens} tokens in "
       f"{len(mine)} replies, {agreed:.1%} of them the same"
     )
-    took = best(runs, args.repeats)
     for name, (clock, work) in took.items():
       print(
         f"  {name}: {tokens / clock:,.0f} tokens/s, {work:.1f} s of processor"
