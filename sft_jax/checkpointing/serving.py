@@ -339,6 +339,7 @@ def rules(
     return json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
   config, tensors = read_config(folder), load_save.model_tensors(folder)
+  raw = read(folder / "config.json")
   stops = read(folder / "generation_config.json").get("eos_token_id", [])
   embed, head = (
     tensors.get(parameter_map.table_name(name, config))
@@ -364,7 +365,7 @@ def rules(
     ),
     (
       *("dtype", "config.json"),
-      [config.raw.get("dtype", config.raw.get("torch_dtype"))],
+      [raw.get("dtype", raw.get("torch_dtype"))],
       sorted(held),
     ),
     (

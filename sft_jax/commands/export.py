@@ -74,12 +74,12 @@ def main() -> None:
   args = parser.parse_args()
   out = terminal.console()
   log = out.print
-  workdir, card = Path(args.workdir), Path(args.out) / "README.md"
+  workdir, card = Path(args.workdir), storage.join(args.out, "README.md")
   if args.dry_run and not args.push:
     parser.error("--dry-run: expected --push=OWNER/NAME with it")
   # Before the work: who has no token learns it now.
   target = hub.push_target(args.push) if args.push else ""
-  written = card.read_text(encoding="utf-8") if card.is_file() else ""
+  written = Path(card).read_text("utf-8") if Path(card).is_file() else ""
   with remote_workdir.copied(args.workdir) as copy:
     read = read_json(copy / "config.json")
   config: Any = ml_collections.ConfigDict(read, type_safe=False)

@@ -194,7 +194,7 @@ def _pushing(repo_id: str) -> Iterator[Any]:
     yield library.HfApi()
   except Exception as error:
     # Of a large file the library says at first only that it did not go.
-    why = error.__cause__ if isinstance(error, RuntimeError) else error
+    why = (isinstance(error, RuntimeError) and error.__cause__) or error
     status = getattr(getattr(why, "response", None), "status_code", None)
     if type(why).__name__ == "LocalTokenNotFoundError":
       status = 401

@@ -156,7 +156,7 @@ def families(args: Any) -> None:
       made = make_goldens.make_model(case, 0)
       make_goldens.write_model(made, case, Path(folder))
       loaded = load(Path(folder))
-    prompts = rng.integers(3, 2048, (args.prompts, 16)).tolist()
+    prompts = rng.integers(3, 2048, (args.prompts, 32)).tolist()
     mine, agreed, took = compare(loaded, prompts, [], args)
     tokens = sum(map(len, mine))
     speeds = [tokens / took[side][0] for side in ("ours", "theirs")]
