@@ -338,8 +338,8 @@ def rules(
   def read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
-  config, tensors = read_config(folder), load_save.model_tensors(folder)
-  raw = read(folder / "config.json")
+  config, raw = read_config(folder), read(folder / "config.json")
+  tensors: dict[str, Any] = load_save.model_tensors(folder)
   stops = read(folder / "generation_config.json").get("eos_token_id", [])
   embed, head = (
     tensors.get(parameter_map.table_name(name, config))
