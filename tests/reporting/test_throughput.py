@@ -140,6 +140,10 @@ def test_a_measured_peak_has_another_name(time):
   values = one.take(tokens=10, trained_tokens=1)
   assert values["speed/peak_share"] == pytest.approx(10 * 3 / 200)
   assert "speed/mfu" not in values
+  # The machine was busy when it was measured.
+  one.step(())
+  time.now += 1
+  assert "speed/peak_share" not in one.take(tokens=67, trained_tokens=1)
   one.close()
 
 
