@@ -51,8 +51,10 @@ class Suite:
   by_document: list[list[np.ndarray]] = dataclasses.field(default_factory=list)
   general_text: Stream | None  # Raw text; None: not measured.
   items: Sequence[behaviors.Item]  # Prompts with checks; may be empty.
-  # (params, conversations) -> one greedy reply each.
-  generate: Callable[[Tree, list[Conversation]], list[Reply]]
+  # (params, conversations, progress) -> one greedy reply each.
+  generate: Callable[
+    [Tree, list[Conversation], Callable[[int], None]], list[Reply]
+  ]
   # What to call the groups of a stream's tokens.
   group_names: Callable[[Stream], Sequence[str]] = lambda stream: ()
   # Rows that are trained on, about as many as are held out.
@@ -67,7 +69,7 @@ class Suite:
   # then and in every later measurement. 0: no bound.
   max_seconds: float = 0.0
   prompts_at_once: int = 64  # Answered between two looks at the clock.
-  # Called after each batch and each group of prompts.
+  # Called after each batch, and as replies grow.
   progress: Progress = lambda what, done, of: None
   # {set: (how much of it is measured, how much there is)}, batches of text and
   # prompts, once the first measurement has chosen. Set it to go on measuring
@@ -191,8 +193,10 @@ class Suite:
       order, size = order[: chosen[0] if chosen else None], len(order)
     parts = [order[i : i + size] for i in range(0, len(order), size)]
     replies: dict[int, Reply] = {}
+    report = lambda n: self.progress(name, len(replies) + n, len(order))
     for part in self._within(name, parts, len(items), len):
-      made = self.generate(params, [items[i].prompt for i in part])
+      prompts = [items[i].prompt for i in part]
+      made = self.generate(params, prompts, report)
       replies |= zip(part, made, strict=True)
     order, made = sorted(replies), [replies[i] for i in sorted(replies)]
     return behaviors.run([items[i] for i in order], lambda prompts: made)

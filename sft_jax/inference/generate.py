@@ -8,7 +8,7 @@ that training rows are made of.
 import bisect
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,9 +65,13 @@ def generate(
   conversations: Sequence[Conversation],
   *,
   max_new_tokens: int,
+  progress: Callable[[int], None] = lambda done: None,
   **choices: Any,
 ) -> list[Reply]:
   """Answers each conversation, in order; the arguments are those of `stream`.
+
+  Args:
+    progress: called with how many replies are done, as they grow.
 
   Raises:
     RowError: a conversation that cannot be a prompt.
@@ -76,7 +80,11 @@ def generate(
   """
   choices["max_new_tokens"] = max_new_tokens
   pieces = stream(model, params, tokenizer, conversations, **choices)
-  done = {piece.index: piece.reply for piece in pieces if piece.reply}
+  done: dict[int, Reply] = {}
+  for piece in pieces:
+    if piece.reply:
+      done[piece.index] = piece.reply
+    progress(len(done))
   return [done[i] for i in sorted(done)]
 
 

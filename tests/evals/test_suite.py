@@ -32,7 +32,7 @@ def suite_of(loss_fn, streams=None, items=(), generate=None, **choices):
     general_text=made.get("general_text"),
     train_rows=made.get("train_rows"),
     items=items,
-    generate=generate or (lambda params, prompts: pytest.fail("no prompts")),
+    generate=generate or (lambda *asked: pytest.fail("no prompts")),
     **choices,
   )
 
@@ -127,7 +127,7 @@ def measured(batch_size):
     held_out=stream,
     general_text=None,
     items=[],
-    generate=lambda params, prompts: pytest.fail("nothing to generate"),
+    generate=lambda *asked: pytest.fail("nothing to generate"),
   )
   nats = sum(t for tokens, w in rows for t, on in zip(tokens, w, strict=True)
              if on) / 1000  # fmt: skip
@@ -186,7 +186,8 @@ def test_what_does_not_fit_is_left_out_now_and_later(monkeypatch):
   def loss_fn(params, batch):
     return tiny.loss_sums(params * 3, batch.loss_weights.sum())
 
-  def generate(params, conversations):
+  def generate(params, conversations, progress):
+    progress(1)
     asked.append([one.messages[0].content for one in conversations])
     clock[0] += len(conversations)
     return [
@@ -214,6 +215,8 @@ def test_what_does_not_fit_is_left_out_now_and_later(monkeypatch):
   assert suite.measured == {"held_out": (3, 10), "behaviors": (6, 12)}
   assert first["measured"] == suite.measured
   assert reports[2] == ("held_out", 3, 3)
+  # While replies grow, and after each group of prompts.
+  assert reports[5:7] == [("behaviors", 3, 12), ("behaviors", 4, 12)]
   # One of each group in turn.
   assert asked == [["a 0", "b 8"], ["a 1", "b 9"], ["a 2", "b 10"]]
   assert len(suite.left_out()) == 2

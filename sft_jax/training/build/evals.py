@@ -55,12 +55,13 @@ def make_suite(
     max_seconds=max_seconds(config, built),
     prompts_at_once=config.eval.batch_size,
     progress=progress,
-    generate=lambda params, conversations: generate.generate(
+    generate=lambda params, conversations, progress: generate.generate(
       model,
       params,
       built.tokenizer,
       conversations,
       max_new_tokens=config.eval.max_new_tokens,
+      progress=progress,
       options=data.make_render_options(config),
       batch_size=config.eval.batch_size,
       mesh=built.mesh,
