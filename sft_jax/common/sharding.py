@@ -30,6 +30,7 @@ AXES = ("data", "fsdp", "expert", "context", "tensor")
 RULES: Sequence[tuple[str, PartitionSpec]] = (
   (r"(embed|head)/embedding", PartitionSpec("tensor", "fsdp")),
   (r"positions/embedding", PartitionSpec(None, "fsdp")),
+  (r"per_layer/project/kernel", PartitionSpec("fsdp", "tensor")),
   # Heads leave a latent vector and enter none: the vector itself is whole.
   (r"attn/(q|kv)_down/kernel", PartitionSpec(None, "fsdp")),
   (r"attn/(q|kv)_up/kernel", PartitionSpec(None, None, "tensor")),
@@ -44,7 +45,10 @@ RULES: Sequence[tuple[str, PartitionSpec]] = (
   (r"(q|k|v|gate|up)/kernel", PartitionSpec(None, "fsdp", "tensor")),
   (r"(o|down|out)/kernel", PartitionSpec(None, "tensor", "fsdp")),
   (r"lora_(m|rows)$", PartitionSpec()),
-  (r"(bias|scale|sinks|correction|taps|A_log|D)$|/act/", PartitionSpec()),
+  (
+    r"(bias|scale|sinks|correction|taps|A_log|D|layer_scalar)$|/act/",
+    PartitionSpec(),
+  ),
 )
 
 

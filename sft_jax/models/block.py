@@ -22,7 +22,7 @@ from sft_jax.models import kv_cache, rope
 from sft_jax.models.attention import parallel
 from sft_jax.models.attention.attention import attention, attention_mask, choose
 from sft_jax.models.attention.latent import LatentAttention
-from sft_jax.models.config import ModelConfig
+from sft_jax.models.config import ATTENTION, ModelConfig
 from sft_jax.models.layers.delta_net import DeltaNet
 from sft_jax.models.layers.linear import Linear
 from sft_jax.models.layers.mamba2 import Mamba2
@@ -49,11 +49,14 @@ class RMSNorm(nn.Module):
 
   eps: float
   offset: float = 0.0
+  use_scale: bool = True
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
 
   @nn.compact
   def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+    if not self.use_scale:
+      return jax.checkpoint(self._normalise)(x, jnp.ones(()))
     init = nn.initializers.constant(1 - self.offset)
     scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
     return jax.checkpoint(self._normalise)(x, scale)
@@ -164,7 +167,7 @@ def embedding_table(
 
 
 class Shared(NamedTuple):
-  """What layers of one kind share; stacked, if there are several kinds.
+  """What layers of one kind share; stacked, if their mixer has several.
 
   Attributes:
     q_rotation: cosine and sine that rotate queries.
@@ -182,6 +185,7 @@ class Context(NamedTuple):
   """What all layers share, computed once, whatever their number.
 
   Attributes:
+    shared: of each mixer that is attention; `of_kind` selects one.
     starts: [B, T], the first token of each document.
     valid: [B, T], False of padding.
   """
@@ -190,15 +194,15 @@ class Context(NamedTuple):
   kv_positions: jax.Array
   q_segment_ids: jax.Array
   kv_segment_ids: jax.Array
-  shared: Shared
+  shared: Any
   starts: jax.Array
   valid: jax.Array
 
-  def of_kind(self, config: ModelConfig, kind) -> "Context":
+  def of_kind(self, config: ModelConfig, mixer: str, kind) -> "Context":
     """What layers of a kind share; `kind` may be traced."""
-    if len(config.kinds) == 1:
-      return self
-    mine = jax.tree.map(lambda x: x[kind], self.shared)
+    mine = self.shared[mixer]
+    if len(config.kinds_of(mixer)) > 1:
+      mine = jax.tree.map(lambda x: x[kind], mine)
     return self._replace(shared=mine)
 
 
@@ -243,20 +247,20 @@ def make_context(
   if cache_unrotated_keys(config):
     q_lengths = _lengths(q_segment_ids, kv_segment_ids, kv_positions)
     k_lengths = _lengths(kv_segment_ids, kv_segment_ids, kv_positions)
-  every = []
-  for window, by, *_ in config.kinds:
-    turned = config.rope_dim or config.head_dim
+  every: dict[str, list[Shared]] = {}
+  for window, by, _, mixer, _ in config.kinds:
+    turned = config.rope_dim or config.kv_shape(mixer)[1]
     rotation = partial(rope.rotation, rope=by, head_dim=turned)
     q_rotation = k_rotation = rotation(own, q_lengths)
     if cached and cache_unrotated_keys(config):
       k_rotation = rotation(kv_positions, k_lengths)
     q_rotation = rope.query_rotation(q_rotation, own, by)
     mask = attention_mask(backend, *ids, window)
-    every.append(Shared(q_rotation, k_rotation, mask))
-  if len(every) == 1:
-    return Context(*ids, every[0], *marks)
-  stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *every)
-  return Context(*ids, stacked, *marks)
+    one = Shared(q_rotation, k_rotation, mask)
+    every.setdefault(mixer, []).append(one)
+  stack = lambda x, *more: jnp.stack((x, *more)) if more else x
+  shared = {name: jax.tree.map(stack, *x) for name, x in every.items()}
+  return Context(*ids, shared, *marks)
 
 
 def _lengths(
@@ -277,41 +281,54 @@ class Attention(nn.Module):
   backend: str
   mesh: Mesh | None
   param_dtype: Dtype
+  mixer: str = "attn"
+  shares: bool = False
 
   @nn.compact
-  def __call__(self, x, context: Context, kv, layer, kind):
+  def __call__(self, x, context: Context, kv: Any, layer, kind):
     c = self.config
-    B, T, _ = x.shape
-    N, K, H = c.num_heads, c.num_kv_heads, c.head_dim
-    q = self.linear(N * H * (1 + c.attn_gate), c.qkv_bias, name="q")(x)
-    gate = None
-    if c.attn_gate:
-      q, gate = jnp.split(q.reshape(B, T, N, 2 * H), 2, axis=-1)
-    k = self.linear(K * H, c.qkv_bias, name="k")(x)
-    v = self.linear(K * H, c.qkv_bias, name="v")(x).reshape(B, T, K, H)
-    if c.qk_norm == "all":
-      q, k = self.norm(name="q_norm")(q), self.norm(name="k_norm")(k)
-    q, k = q.reshape(B, T, N, H), k.reshape(B, T, K, H)
-    if c.qk_norm == "head":
-      q, k = self.norm(name="q_norm")(q), self.norm(name="k_norm")(k)
+    (B, T, _), N = x.shape, c.num_heads
+    K, H = c.kv_shape(self.mixer)
     shared = context.shared
     rotate = partial(rope.apply, pairs=c.rope_pairs)
     if c.learned_positions:
       rotate = lambda x, at: x
-    unrotated = kv is not None and cache_unrotated_keys(c)
-    q = rotate(q, shared.q_rotation)
-    k = k if unrotated else rotate(k, shared.k_rotation)
-    if c.qk_norm == "rotated":
-      q, k = self.norm(name="q_norm")(q), self.norm(name="k_norm")(k)
+    cached = kv is not None and "k" in kv
+    unrotated = cached and cache_unrotated_keys(c)
+
+    def turned(x, name: str, heads: int, at: rope.Rotation | None):
+      """Norm and rotation of queries or keys."""
+      norm = lambda x, when: self.norm(name=name)(x) if c.qk_norm == when else x
+      x = norm(norm(x, "all").reshape(B, T, heads, H), "head")
+      return norm(x if at is None else rotate(x, at), "rotated")
+
+    q = self.linear(N * H * (1 + c.attn_gate), c.qkv_bias, name="q")(x)
+    gate = None
+    if c.attn_gate:
+      q, gate = jnp.split(q.reshape(B, T, N, 2 * H), 2, axis=-1)
+    q = turned(q, "q_norm", N, shared.q_rotation)
+    k: Any = None
+    v: Any = None
+    if not self.shares:
+      k = self.linear(K * H, c.qkv_bias, name="k")(x)
+      v = k
+      if self.mixer == "attn" or not c.global_k_is_v:
+        v = self.linear(K * H, c.qkv_bias, name="v")(x)
+      v = v.reshape(B, T, K, H)
+      if c.v_norm:
+        v = self.norm(use_scale=False)(v)
+      k = turned(k, "k_norm", K, None if unrotated else shared.k_rotation)
     sinks = None
     if c.attn_sinks:
       normal = nn.initializers.normal(c.init_std)
       sinks = self.param("sinks", normal, (N,), self.param_dtype)
     options = {"scale": c.attn_scale, "softcap": c.attn_softcap, "sinks": sinks}
-    if kv is not None:
-      kv = kv_cache.write(kv, k, v, layer, context.q_positions)
+    if cached:
+      at = (layer, self.mixer)
+      if not self.shares:
+        kv = kv_cache.write(kv, k, v, *at, positions=context.q_positions)
       later = partial(rotate, at=shared.k_rotation) if unrotated else None
-      y = kv_cache.attend(q, kv, layer, shared.mask, rotate=later, **options)
+      y = kv_cache.attend(q, kv, *at, shared.mask, rotate=later, **options)
     else:
       attend = partial(
         parallel.attention,
@@ -328,7 +345,12 @@ class Attention(nn.Module):
       )
       chosen = choose(self.backend, T, in_order=True, mesh=self.mesh)
       if chosen == "splash":
-        attend = _with_window(attend, [one.window for one in c.kinds], kind)
+        windows = [one.window for one in c.kinds_of(self.mixer)]
+        attend = _with_window(attend, windows, kind)
+      if self.shares:
+        k, v = kv[self.mixer]
+      elif kv is not None:  # Later layers read them.
+        kv = kv | {self.mixer: (k, v)}
       y = attend(q, k, v)
     if gate is not None:
       y = y * nn.sigmoid(gate)
@@ -413,6 +435,7 @@ def _experts(
   lora: LoraConfig | None,
   mesh: Mesh | None,
   shared: Callable[[], nn.Module],
+  norm: Callable[..., Norm],
   **dtypes: Dtype,
 ) -> Moe:
   """The experts that take the place of the MLP."""
@@ -437,6 +460,7 @@ def _experts(
     activation=jax.checkpoint(activation),
     correction=c.router_correction,
     shared=shared if c.d_ff_shared else None,
+    router_norm=norm if c.mlp_beside else None,
     use_bias=c.mlp_bias,
     init_std=c.init_std,
     out_std=c.out_std,
@@ -454,10 +478,39 @@ _MIXERS: dict[str, Callable[..., Any]] = {
 }
 
 
+class PerLayer(nn.Module):
+  """What each layer reads of a token beside the residual: P numbers.
+
+  (norm(W x / sqrt(D)) + sqrt(P) table[token]) / sqrt(2), where x are the
+  embeddings (Gemma 4).
+  """
+
+  config: ModelConfig
+  dtype: Dtype
+  param_dtype: Dtype
+
+  @nn.compact
+  def __call__(
+    self, tokens: Int[Array, "B T"], x: Float[Array, "B T D"]
+  ) -> Float[Array, "L B T P"]:
+    c = self.config
+    L, P = c.num_layers, c.per_layer_dim
+    dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    of_token = Embed(
+      c.per_layer_vocab, L * P, c.init_std, **dtypes, name="embed"
+    )(tokens)
+    linear = Linear(L * P, False, c.init_std, **dtypes, name="project")
+    y = (linear(x) * c.d_model**-0.5).reshape(*tokens.shape, L, P)
+    y = RMSNorm(c.norm_eps, c.norm_offset, **dtypes, name="norm")(y)
+    of_token = of_token * jnp.asarray(P**0.5, self.dtype)
+    y = (y + of_token.reshape(y.shape)) * 2**-0.5
+    return jnp.moveaxis(y, 2, 0)
+
+
 class Block(nn.Module):
   """One layer: x + mixer(norm(x)), then x + mlp(norm(x)).
 
-  Families add a norm after each, or have that one alone. `sort` names the two
+  Families add a norm after each, or have that one alone. `sort` names the
   modules, see `ModelConfig.sorts`.
   """
 
@@ -467,10 +520,10 @@ class Block(nn.Module):
   mesh: Mesh | None
   dtype: Dtype
   param_dtype: Dtype
-  sort: tuple[str, str] = ("attn", "mlp")
+  sort: tuple[str, ...] = ("attn", "mlp")
 
   @nn.compact
-  def __call__(self, x, context: Context, kv, slot, kind):
+  def __call__(self, x, context: Context, kv, slot, kind, own=None):
     c = self.config
     dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     norm: Callable[..., Norm] = norm_of(c, **dtypes)
@@ -489,12 +542,14 @@ class Block(nn.Module):
       return x + (y if c.residual_scale == 1 else y * c.residual_scale)
 
     x = checkpoint_name(x, BLOCK_INPUT)
-    mixer, rest = self.sort
+    mixer, *rest = self.sort
     with jax.named_scope(mixer):
       y = normed = before(x, "attn_norm")
       where = (self.backend, self.mesh)
-      context = context.of_kind(c, kind)
-      if mixer != "attn":
+      base = mixer.removeprefix("reuse_")
+      if base in ATTENTION:
+        context = context.of_kind(c, base, kind)
+      if mixer in _MIXERS:
         of = _MIXERS[mixer](c, linear, self.mesh, **dtypes, name=mixer)
         y, kv = of(y, context, kv, slot)
       elif c.kv_rank:
@@ -505,20 +560,35 @@ class Block(nn.Module):
         )
         y, kv = attn(y, context, kv, slot)
       else:
-        attn = Attention(
-          c, linear, head_norm, *where, self.param_dtype, name="attn"
-        )
+        where += (self.param_dtype, base, base != mixer)
+        attn = Attention(c, linear, head_norm, *where, name=mixer)
         y, kv = attn(y, context, kv, slot, kind)
       x = add(x, y, "attn_post_norm")
     with jax.named_scope("mlp"):
       mlp = partial(Mlp, c, linear)
-      if rest == "moe":
-        own = (c.d_ff_shared, self.param_dtype, c.shared_gate)
-        shared = partial(mlp, *own, name="shared")
-        wide = _experts(c, self.lora, self.mesh, shared, **dtypes)
-      else:
-        width = c.d_ff_dense if c.num_experts else c.d_ff
-        wide = mlp(width, self.param_dtype, name="mlp")
-      y = wide(normed if c.parallel else before(x, "mlp_norm"))
+      y = normed if c.parallel else before(x, "mlp_norm")
+      width = c.d_ff_dense if c.num_experts else c.d_ff
+      for name, times in (("mlp", 1), ("wide_mlp", 2)):
+        if name in rest:
+          y = mlp(times * width, self.param_dtype, name=name)(y)
+      if "moe" in rest:
+        sizes = (c.d_ff_shared, self.param_dtype, c.shared_gate)
+        shared = partial(mlp, *sizes, name="shared")
+        experts = _experts(c, self.lora, self.mesh, shared, norm, **dtypes)
+        if c.mlp_beside:
+          z = experts(norm(name="moe_norm")(x), x)
+          z = norm(name="moe_post_norm")(z)
+          y = norm(name="mlp_own_norm")(y) + z
+        else:
+          y = experts(y)
       x = add(x, y, "mlp_post_norm")
+    if own is not None:
+      gate = linear(c.per_layer_dim, name="per_layer_gate")(x)
+      y = _ACTIVATIONS[c.activation](gate) * own
+      y = linear(c.d_model, name="per_layer_out")(y)
+      x = x + norm(name="per_layer_norm")(y)
+    if c.layer_scalar:
+      ones = nn.initializers.ones
+      scalar = self.param("layer_scalar", ones, (1,), self.param_dtype)
+      x = x * scalar.astype(self.dtype)
     return x, kv

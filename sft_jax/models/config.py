@@ -39,6 +39,9 @@ FIELDS: dict[str, Json] = json.loads(
   .read_text()
 )
 
+# Mixers that are attention: of all layers, or in some with heads of their own.
+ATTENTION = ("attn", "global_attn")
+
 # Sizes beyond these are mistakes, and shapes made of them would be slow or
 # overflow before the tensors could contradict.
 _MOST = {
@@ -55,14 +58,22 @@ class LayerKind(NamedTuple):
     window: a token sees this many, itself and those before; None: all.
     rope: its rotary embedding; None: queries and keys are not rotated.
     dense: an MLP of `d_ff_dense` in a model of experts.
-    mixer: what mixes tokens: 'attn', or a layer of `layers`: 'conv', 'delta',
-      'mamba'. Its parameters are under this name.
+    mixer: what mixes tokens: one of ATTENTION, or a layer of `layers`: 'conv',
+      'delta', 'mamba'. Its parameters are under this name.
+    shares: it reads the keys and values of the last layer before that has some,
+      of the same mixer. Its parameters are under 'reuse_' and that name.
   """
 
   window: int | None
   rope: Rope | None
   dense: bool = False
   mixer: str = "attn"
+  shares: bool = False
+
+  @property
+  def of_attention(self) -> "LayerKind":
+    """What attention looks at."""
+    return self._replace(dense=False, shares=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +148,18 @@ class ModelConfig:
     mixer_by_head: projections of q, k, v and z are stored head by head.
     attn_gate: attention's output is multiplied by sigmoid of a gate, which
       lies after each head's query.
+    global_kv_heads: K of 'global_attn'.
+    global_head_dim: H of it.
+    global_k_is_v: its values are its keys before their norm and rotation.
+    v_norm: RMSNorm of v, of each head, without a scale.
+    mlp_beside: layers have an MLP of `d_ff_dense` beside their experts, each
+      with norms of its own; the router reads the residual through one more,
+      and multiplies what an expert says by a factor of the expert's.
+    wide_mlp: layers that share keys and values have MLPs of twice the width.
+    per_layer_dim: P, numbers that each layer reads of a token beside the
+      residual, see `block.PerLayer`; 0: none.
+    per_layer_vocab: rows of their table.
+    layer_scalar: what leaves a layer is multiplied by a constant of its own.
   """
 
   family: str
@@ -204,6 +227,15 @@ class ModelConfig:
   mixer_width: int = 0
   mixer_by_head: bool = False
   attn_gate: bool = False
+  global_kv_heads: int = 0
+  global_head_dim: int = 0
+  global_k_is_v: bool = False
+  v_norm: bool = False
+  mlp_beside: bool = False
+  wide_mlp: bool = False
+  per_layer_dim: int = 0
+  per_layer_vocab: int = 0
+  layer_scalar: bool = False
 
   @property
   def conv_channels(self) -> int:
@@ -220,18 +252,38 @@ class ModelConfig:
   @property
   def kinds(self) -> tuple[LayerKind, ...]:
     """The kinds of attention there are; most models have one."""
-    found = (kind for kind in self.layers if kind.mixer == "attn")
-    kinds = tuple(dict.fromkeys(kind._replace(dense=False) for kind in found))
+    kinds = sum(map(self.kinds_of, ATTENTION), ())
     return kinds or (LayerKind(None, None),)
 
+  def kinds_of(self, mixer: str) -> tuple[LayerKind, ...]:
+    """Those of the layers with a mixer."""
+    found = (kind for kind in self.layers if kind.mixer == mixer)
+    return tuple(dict.fromkeys(kind.of_attention for kind in found))
+
+  def kv_shape(self, mixer: str) -> tuple[int, int]:
+    """K and H of a mixer that is attention."""
+    if mixer == "global_attn":
+      return self.global_kv_heads, self.global_head_dim
+    return self.num_kv_heads, self.head_dim
+
   @property
-  def sorts(self) -> tuple[tuple[str, str], ...]:
-    """The modules of each layer: its mixer, and its 'mlp' or 'moe'.
+  def sorts(self) -> tuple[tuple[str, ...], ...]:
+    """The modules of each layer: its mixer, and its 'mlp' or 'moe' or both.
 
     Layers of one sort have the same parameters.
     """
-    wide = "moe" if self.num_experts else "mlp"
-    return tuple((k.mixer, "mlp" if k.dense else wide) for k in self.layers)
+    wide = ("moe",) if self.num_experts else ("mlp",)
+    wide = ("mlp", "moe") if self.mlp_beside else wide
+
+    def modules(kind: LayerKind) -> tuple[str, ...]:
+      rest = ("mlp",) if kind.dense else wide
+      if not kind.shares:
+        return (kind.mixer, *rest)
+      wider = "wide_" * self.wide_mlp
+      rest = (wider + name if name == "mlp" else name for name in rest)
+      return (f"reuse_{kind.mixer}", *rest)
+
+    return tuple(map(modules, self.layers))
 
   @property
   def period(self) -> int:
@@ -239,6 +291,15 @@ class ModelConfig:
     sorts, n = self.sorts, self.num_layers
     repeats = (p for p in range(1, n) if n % p == 0)
     return next((p for p in repeats if sorts == sorts[:p] * (n // p)), n)
+
+  def with_vocab(self, size: int) -> "ModelConfig":
+    """The same with so many rows for tokens, as its file would say too."""
+    rows = self.per_layer_dim and max(size, self.per_layer_vocab)
+    raw = self.raw | {"vocab_size": size}
+    raw |= {"vocab_size_per_layer_input": rows} if rows else {}
+    return dataclasses.replace(
+      self, vocab_size=size, per_layer_vocab=rows, raw=raw
+    )
 
   @property
   def position_limit(self) -> int | None:
@@ -485,8 +546,7 @@ def layer_kinds(
   right = isinstance(types, list) and len(types) == n
   if right := right and all(isinstance(kind, str) for kind in types):
     types = [_OLD_TYPES.get(kind, kind) for kind in types]
-  mixers = dict(family.mixers) or {SLIDING: "attn"}
-  mixers[FULL] = "attn"
+  mixers = {FULL: "attn", **(family.mixers or {SLIDING: "attn"})}
   if not right or any(kind not in mixers for kind in types):
     raise refuse(where, "layer_types", types, f"{n} of {', '.join(mixers)}")
   window = raw.get("sliding_window")
@@ -504,14 +564,19 @@ def layer_kinds(
   # A cache of such a rope holds keys as they were before it.
   if (late or family.latent) and ropes[FULL].by_length:
     raise refuse(where, "rope_parameters", ropes[FULL].type, "a fixed one")
+  known = "num_kv_shared_layers" in FIELDS[name]  # And `derived` checked it.
+  own = n - raw["num_kv_shared_layers"] if known else n
   return tuple(
     LayerKind(
       window if kind == SLIDING else None,
       ropes.get(kind) if use else None,
       plain,
       mixers[kind],
+      i >= own,
     )
-    for kind, use, plain in zip(types, rotated, dense, strict=True)
+    for i, (kind, use, plain) in enumerate(
+      zip(types, rotated, dense, strict=True)
+    )
   )
 
 
@@ -555,6 +620,7 @@ _HARMLESS = {
 _ANYWHERE: Json = {
   **{"partial_rotary_factor": 1, "is_encoder_decoder": False},
   **{"add_cross_attention": False, "pruned_heads": {}},
+  "per_layer_config": {},
 }
 
 

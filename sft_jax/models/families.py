@@ -11,7 +11,7 @@ from typing import Any
 
 from sft_jax.models.hf import family_fields as fields
 from sft_jax.models.hf import tensor_names as tensors
-from sft_jax.models.hf.family_fields import LINEAR, Json, Read
+from sft_jax.models.hf.family_fields import FULL, LINEAR, SLIDING, Json, Read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +76,11 @@ class Family:
     return "layers/attn/kv_up" in self.names
 
   @property
+  def experts_bare(self) -> bool:
+    """Experts are parameters in the file as in memory, not modules."""
+    return self.names.get("layers/moe/gate", "").endswith(".gate_up_proj")
+
+  @property
   def experts_apart(self) -> bool:
     """Each expert has tensors of its own; else a layer's are one tensor."""
     return self.names.get("layers/moe/gate", "").count("{}") == 2
@@ -105,6 +110,7 @@ _LLAMA3_8: Json = {
 # text have the same position on all of them.
 MULTIMODAL: dict[str, dict[str, str]] = {
   "gemma3": {"gemma3_text": "gemma3_text"},
+  "gemma4": {"gemma4_text": "gemma4_text"},
   "mistral3": {"mistral": "mistral", "ministral3": "ministral3"},
   "qwen3_5": {"qwen3_5_text": "qwen3_5_text"},
   "qwen3_5_moe": {"qwen3_5_moe_text": "qwen3_5_moe_text"},
@@ -151,6 +157,30 @@ FAMILIES: dict[str, Family] = {
     layer_types=fields.full_each("sliding_window_pattern", 6),
     harmless=frozenset({"sliding_window_pattern", "_sliding_window_pattern"}),
     local_rope="rope_local_base_freq",
+  ),
+  "gemma4_text": Family(
+    "Gemma4ForCausalLM",
+    tensors.GEMMA4,
+    traits={
+      **{"scale_embeddings": True, "post_norm": True, "qk_norm": "head"},
+      **{"v_norm": True, "attn_scale": 1.0, "layer_scalar": True},
+    },
+    reads={
+      "attention_k_eq_v": Read(("global_k_is_v",)),
+      "enable_moe_block": Read(("mlp_beside",)),
+      "use_double_wide_mlp": Read(("wide_mlp",)),
+    },
+    defaults={
+      "rope_theta": 1_000_000.0,
+      f"rope_parameters.{SLIDING}": 10_000.0,
+    },
+    rope={"rope_type": "proportional", "partial_rotary_factor": 0.25},
+    layer_types=fields.full_at_the_end,
+    mixers={FULL: "global_attn", SLIDING: "attn"},
+    derived=fields.gemma4,
+    # Those that `derived` reads, and what is of no use without a switch.
+    harmless=fields.GEMMA4,
+    local_rope=f"rope_parameters.{SLIDING}",
   ),
   "olmo2": Family(
     "Olmo2ForCausalLM",

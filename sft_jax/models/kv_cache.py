@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from sft_jax.models.attention.attention import weighed
-from sft_jax.models.config import ModelConfig
+from sft_jax.models.config import ATTENTION, ModelConfig
 
 Cache = dict[str, jax.Array]
 # A cache without its positions, which all layers share.
@@ -40,11 +40,8 @@ def init(
       0.53 of bfloat16's.
   """
   c = config
-  count = Counter(kind.mixer for kind in c.layers)
-  convs = c.num_layers - count["attn"]
-  shape = (count["attn"], batch, c.num_kv_heads, length, c.head_dim)
-  if c.kv_rank:
-    shape = (count["attn"], batch, 1, length, c.kv_rank + c.rope_dim)
+  count = Counter(kind.mixer for kind in c.layers if not kind.shares)
+  convs = sum(n for mixer, n in count.items() if mixer not in ATTENTION)
   cache = {"positions": jnp.full((batch, length), -1, jnp.int32)}
   if convs:
     state = (convs, batch, c.conv_width - 1, c.conv_channels)
@@ -53,11 +50,22 @@ def init(
     K, G = c.mixer_groups, c.mixer_heads // c.mixer_groups
     state = (convs, batch, K, G, c.mixer_state, c.mixer_width)
     cache["state"] = jnp.zeros(state, jnp.float32)
-  for name in ("k",) if c.kv_rank else ("k", "v"):
-    cache[name] = jnp.zeros(shape, jnp.int8 if int8 else dtype)
-    if int8:
-      cache[f"{name}_scale"] = jnp.zeros(shape[:4], jnp.float32)
+  for mixer in ATTENTION if count["global_attn"] else ATTENTION[:1]:
+    K, H = c.kv_shape(mixer)
+    shape = (count[mixer], batch, K, length, H)
+    if c.kv_rank:
+      shape = (count[mixer], batch, 1, length, c.kv_rank + c.rope_dim)
+    for name in ("k",) if c.kv_rank else ("k", "v"):
+      name = _own(mixer, name)
+      cache[name] = jnp.zeros(shape, jnp.int8 if int8 else dtype)
+      if int8:
+        cache[f"{name}_scale"] = jnp.zeros(shape[:4], jnp.float32)
   return cache
+
+
+def _own(mixer: str, name: str) -> str:
+  """What a mixer has: ('global_attn', 'k') -> 'global_k'."""
+  return mixer.removesuffix("attn") + name
 
 
 def slots_of(
@@ -76,6 +84,7 @@ def write(
   k: Float[Array, "B T K H"],
   v: Float[Array, "B T K H"] | None,
   layer: int | Int32[Array, ""],
+  mixer: str,
   positions: Int[Array, "B T"],
 ) -> Slots:
   """The slots with a layer's new keys and values in them.
@@ -86,13 +95,14 @@ def write(
   """
   given = {"k": k} if v is None else {"k": k, "v": v}
   new = dict(given)
-  if "k_scale" in slots:
+  if _own(mixer, "k_scale") in slots:
     for name, x in given.items():
       new[name], new[f"{name}_scale"] = _to_int8(x)
-  rows, at = slots_of(positions, slots["k"].shape[3])
+  own = {_own(mixer, name): x for name, x in new.items()}
+  rows, at = slots_of(positions, slots[_own(mixer, "k")].shape[3])
   return slots | {
     name: slots[name].at[layer, rows, :, at].set(x, mode="drop")
-    for name, x in new.items()
+    for name, x in own.items()
   }
 
 
@@ -100,6 +110,7 @@ def attend(
   q: Float[Array, "B T N H"],
   slots: Slots,
   layer: int | Int32[Array, ""],
+  mixer: str,
   bias: Float32[Array, "B 1 1 T S"],
   *,
   scale: float | None = None,
@@ -113,14 +124,19 @@ def attend(
   Args:
     q: queries, rotated.
     slots: of all layers.
-    layer: which.
+    layer: which, of those with this mixer.
+    mixer: of the layer.
     bias: the mask, see `attention.mask_bias`.
     scale, softcap, sinks: as there.
     rotate: for keys [B, S, K, H] that are kept unrotated; None: they are
       rotated.
     values: where there are no values, how many first numbers of a key are one.
   """
-  own = {name: slots[name][layer] for name in slots.keys() & _KEYS_AND_VALUES}
+  own = {
+    name: slots[_own(mixer, name)][layer]
+    for name in _KEYS_AND_VALUES
+    if _own(mixer, name) in slots
+  }
   k = own["k"]
   if rotate is not None:
     # A rotation is linear, so a scale may come after it.

@@ -113,12 +113,14 @@ class Weights(NamedTuple):
     bias: [E, out] or None.
     a: LoRA's [E, in, R] or None.
     b: LoRA's [E, R, out] or None.
+    factor: [E] or None; shares of an expert are multiplied by its own.
   """
 
   kernel: Any
   bias: Any = None
   a: Any = None
   b: Any = None
+  factor: Any = None
 
 
 class ExpertLinear(nn.Module):
@@ -170,6 +172,8 @@ class Moe(nn.Module):
     activation: of the results of `gate` and `up`, [M, F] each.
     correction: axes of the router's correction in the files; 0: it has none.
     shared: makes the expert that every token passes, beside the others.
+    router_norm: of what the router reads, times D ** -0.5 too (Gemma 4); then
+      an expert's shares are multiplied by a factor of its own.
     use_bias: router and experts have biases.
     init_std: scale of fresh weights.
     out_std: scale of fresh `down` weights.
@@ -185,6 +189,7 @@ class Moe(nn.Module):
   activation: Callable[[jax.Array, jax.Array], jax.Array]
   correction: int = 0
   shared: Callable[[], nn.Module] | None = None
+  router_norm: Callable[..., nn.Module] | None = None
   use_bias: bool = False
   init_std: float = 0.02
   out_std: float = 0.02
@@ -194,7 +199,10 @@ class Moe(nn.Module):
   param_dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+  def __call__(
+    self, x: Float[Array, "B T D"], seen: Float[Array, "B T D"] | None = None
+  ) -> Float[Array, "B T D"]:
+    """What the experts say of x; the router reads `seen`, or x."""
     (B, T, D), E, F = x.shape, self.num_experts, self.d_ff
     dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     x = x.astype(self.dtype)
@@ -203,7 +211,10 @@ class Moe(nn.Module):
       **dtypes,
       name="router",
     )
-    logits, correction = router(x)
+    read: Any = x if seen is None else seen
+    if self.router_norm:
+      read = self.router_norm(name="router_norm")(read) * D**-0.5
+    logits, correction = router(read)
 
     def linear(name, features, init_std):
       return ExpertLinear(
@@ -219,6 +230,10 @@ class Moe(nn.Module):
     gate = linear("gate", F, self.init_std)(D)
     up = linear("up", F, self.init_std)(D)
     down = linear("down", D, self.out_std)(F)
+    if self.router_norm:
+      ones = nn.initializers.ones
+      factor = self.param("per_expert_scale", ones, (E,), self.param_dtype)
+      down = down._replace(factor=factor)
     routed = partial(route, routing=self.routing, correction=correction)
     mix = partial(_mix, routed=routed, act=self.activation)
     if self.mesh is not None and _divides(self.mesh, B, T, E, F):
@@ -287,6 +302,8 @@ def _mix(
   others are sorted to the end and get 0.
   """
   shares, experts = routed(logits)
+  if down.factor is not None:
+    shares = shares * down.factor.astype(jnp.float32)[experts]
   k, (B, T, _), experts = shares.shape[-1], x.shape, experts.reshape(-1)
   own = None
   if first is not None:
@@ -342,6 +359,7 @@ def _on_mesh(mix, mesh: Mesh, gate: Weights, up: Weights, down: Weights):
     bias=PartitionSpec("expert"),
     a=PartitionSpec("expert", "tensor"),
     b=PartitionSpec("expert"),
+    factor=PartitionSpec(),
   )
 
   def specs(weights: Weights, where: Weights) -> Weights:

@@ -35,7 +35,8 @@ class Rope:
 
   Attributes:
     theta: the base of the frequencies.
-    type: 'default', 'linear', 'dynamic', 'ntk', 'yarn', 'llama3' or 'longrope'.
+    type: 'default', 'linear', 'dynamic', 'ntk', 'yarn', 'llama3', 'longrope'
+      or 'proportional'.
     factor: how much longer than the original context; alpha of ntk.
     low_freq_factor: llama3 only.
     high_freq_factor: llama3 only.
@@ -50,7 +51,8 @@ class Rope:
     scale: multiplies cosine and sine, so scores grow by its square.
     score_scale: multiplies the scores of latent attention, of which a part
       alone is rotated.
-    fraction: share of a head's dimensions, the first, that are rotated.
+    fraction: share of a head's dimensions, the first, that are rotated; of
+      'proportional' share of its pairs, which reach over the whole head.
     query_beta: queries grow by 1 + query_beta * log(1 + floor(position /
       original_max_positions)) (Llama 4, Ministral 3).
   """
@@ -86,9 +88,12 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
   high_freq_factor, and blends between (Llama 3.1). 'yarn' blends likewise
   between dimensions that turn beta_slow and beta_fast times (Peng et al. 2023,
   arXiv:2309.00071). 'ntk' stretches theta once by factor^(dims / (dims - 2))
-  (Hunyuan). Those of 'dynamic' and 'longrope' are for short documents.
+  (Hunyuan). 'proportional' keeps the frequencies of a whole head and turns the
+  first pairs alone (Gemma 4). Those of 'dynamic' and 'longrope' are for short
+  documents.
   """
-  dims = int(head_dim * rope.fraction)
+  proportional = rope.type == "proportional"
+  dims = head_dim if proportional else int(head_dim * rope.fraction)
   exponent = np.arange(0, dims, 2, dtype=np.float64) / dims
   theta = rope.theta
   if rope.type == "ntk":
@@ -118,6 +123,9 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     frequency = frequency * (1 - divide + divide / rope.factor)
   elif rope.type == "longrope":
     frequency = frequency / np.array(rope.short_factor)
+  elif proportional:
+    turns = np.arange(dims // 2) < rope.fraction * head_dim // 2
+    frequency = frequency * turns / rope.factor
   return frequency.astype(np.float32)
 
 
@@ -259,6 +267,7 @@ _NEEDS: dict[str, tuple[str, ...]] = {
   "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL),
   "yarn": ("factor", "beta_fast", "beta_slow", _ORIGINAL),
   "longrope": (_ORIGINAL,),
+  "proportional": (),
 }
 _USUAL = {"beta_fast": 32.0, "beta_slow": 1.0}
 # The others that some type reads; that it is multimodal changes no text.
@@ -356,7 +365,13 @@ def _one_rope(
   fraction = rope.get("partial_rotary_factor")
   if fraction is None:
     fraction = family.defaults.get("partial_rotary_factor", 1.0)
-  if fraction != 1:
+  if kind == "proportional":
+    factor = rope.get("factor")
+    ours["factor"] = number("factor", 1.0 if factor is None else factor)
+    ours["fraction"] = number("partial_rotary_factor", fraction)
+    if fraction > 1:
+      raise refuse(where, f"{name}.partial_rotary_factor", fraction, "a share")
+  elif fraction != 1:
     if "partial_rotary_factor" not in family.rope_fields:
       raise refuse(where, f"{name}.partial_rotary_factor", fraction, 1)
     part = int(head_dim * min(number("partial_rotary_factor", fraction), 2.0))

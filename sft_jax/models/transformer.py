@@ -30,11 +30,12 @@ from sft_jax.models.block import (
   Context,
   Dtype,
   Embed,
+  PerLayer,
   embedding_table,
   make_context,
   norm_of,
 )
-from sft_jax.models.config import ModelConfig, layers_of
+from sft_jax.models.config import ATTENTION, ModelConfig, layers_of
 from sft_jax.models.kv_cache import Cache
 from sft_jax.models.lora import lora as lora_lib
 from sft_jax.models.remat import check_level, checkpointed
@@ -127,14 +128,18 @@ def build(
   rows = lora.token_rows if lora else ()
   embed = Embed(c.vocab_size, c.d_model, c.init_std, **dtypes, token_rows=rows)
   positions_embed = Embed(c.max_positions, c.d_model, c.init_std, **dtypes)
+  per_layer = PerLayer(c, **dtypes)
   final_norm = norm_of(c, **dtypes)()
   kind_of = [
-    c.kinds.index(kind._replace(dense=False)) if kind.mixer == "attn" else 0
-    for kind in c.layers
+    c.kinds_of(kind.mixer).index(kind.of_attention) for kind in c.layers
   ]
-  mixers = [kind.mixer for kind in c.layers]
   # Of the layers with the same mixer, which: where a cache has its state.
-  slot_of = [mixers[:i].count(mixer) for i, mixer in enumerate(mixers)]
+  holders = [None if kind.shares else kind.mixer for kind in c.layers]
+  slot_of = [
+    holders[:i].count(kind.mixer) - kind.shares
+    for i, kind in enumerate(c.layers)
+  ]
+  sharing = None in holders
 
   def init(key: jax.Array) -> Tree:
     """Fresh parameters: normal(init_std); the projections that write to the
@@ -146,11 +151,15 @@ def build(
     embed_key, head_key, layer_key, lora_key = jax.random.split(key, 4)
 
     keys = jax.random.split(layer_key, c.num_layers)
+    # What a layer may read of others.
+    own = jnp.zeros((1, 1, c.per_layer_dim)) if c.per_layer_dim else None
+    both = lambda mixer: (jnp.zeros((1, 1, *c.kv_shape(mixer)), dtype),) * 2
+    kv = {mixer: both(mixer) for mixer in ATTENTION} if sharing else None
 
     found: dict[str, list[Any]] = {}
     for sort, block in blocks.items():
       plain = block.clone(backend="xla")
-      one = lambda key: plain.init(key, x, context, None, 0, 0)["params"]  # noqa: B023
+      one = lambda key: plain.init(key, x, context, kv, 0, 0, own)["params"]  # noqa: B023
       at = np.array([i for i, s in enumerate(c.sorts) if s == sort])
       for name, part in jax.vmap(one)(keys[at]).items():
         found.setdefault(name, []).append((at, part))
@@ -170,6 +179,9 @@ def build(
     }
     if not c.tie_embeddings:
       params["head"] = embed.init(head_key, token)["params"]
+    if c.per_layer_dim:
+      key = jax.random.fold_in(embed_key, 2)
+      params["per_layer"] = per_layer.init(key, token, x)["params"]
     if c.learned_positions:
       key = jax.random.fold_in(embed_key, 1)
       params["positions"] = positions_embed.init(key, token)["params"]
@@ -183,12 +195,12 @@ def build(
     """Embeds, runs the blocks, norms; threads the cache through."""
 
     def step(carry, layer, sort=c.sorts[0]):
-      (x, kv), (weights, index, kind, slot) = carry, layer
+      (x, kv), (weights, index, kind, slot, *own) = carry, layer
       rngs = {}
       if dropout_key is not None:
         rngs["dropout"] = jax.random.fold_in(dropout_key, index)
       x, kv = blocks[sort].apply(
-        {"params": weights}, x, context, kv, slot, kind, rngs=rngs
+        {"params": weights}, x, context, kv, slot, kind, *own, rngs=rngs
       )
       return (parallel.constrain(x, mesh, sharding.SLOTS), kv), None
 
@@ -198,6 +210,7 @@ def build(
         sort: checkpointed(remat, step, scan=scan)
         for sort, step in steps.items()
       }
+      kv = {} if sharing else None
     # Those of `width` layers in a row that have a module.
     lacked, own = layers_of(c), {}
     for name in params["layers"]:
@@ -233,9 +246,15 @@ def build(
         leaves = parallel.gather_table(params["positions"], mesh)
         x = x + positions_embed.apply({"params": leaves}, at)
       x = parallel.constrain(x, mesh, sharding.SLOTS)
+      layer_numbers = list(range(c.num_layers))
+      numbers: tuple[Any, ...] = (layer_numbers, kind_of, slot_of)
+      if c.per_layer_dim:
+        leaves = params["per_layer"]
+        table = parallel.gather_table(leaves["embed"], mesh)
+        leaves = {**leaves, "embed": table}
+        numbers += (per_layer.apply({"params": leaves}, tokens, x),)
     carry = (x, kv)
     with jax.named_scope("layers"):
-      numbers = (list(range(c.num_layers)), kind_of, slot_of)
       if scan:
         layers = (params["layers"], *map(jnp.array, numbers))
         body = steps[c.sorts[0]]

@@ -152,6 +152,11 @@ def test_published_files_mean_what_transformers_reads(name, tmp_path):
   theirs = transformers.AutoConfig.from_pretrained(tmp_path).get_text_config()
   ours, head = parse_config(WILD[name]), theirs.hidden_size
   head //= theirs.num_attention_heads
+  if theirs.is_heterogeneous:
+    assert [ours.kv_shape(kind.mixer) for kind in ours.layers] == [
+      (one.num_key_value_heads, one.head_dim) for one in theirs.per_layer_config
+    ]
+    theirs.allow_global_per_layer_attribute_access = True
   heads = theirs.num_attention_heads
   assert (
     *(ours.vocab_size, ours.d_model, ours.num_layers, ours.num_heads),
@@ -349,6 +354,17 @@ def test_yarn_and_longrope_scale_by_their_papers():
     ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation"),
     ("gemma2", {"use_bidirectional_attention": True}, "bidirectional"),
     ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_soft"),
+    ("gemma4_text", {"num_kv_shared_layers": 6}, "num_kv_shared_layers"),
+    ("gemma4_text", {"vocab_size_per_layer_input": 9}, "per_layer_input"),
+    ("gemma4_text", {"enable_moe_block": True}, "num_experts"),
+    ("gemma4_text", {"use_bidirectional_attention": "all"}, "bidirectional"),
+    ("gemma4_text", {"layer_types": [FULL, SLIDING] * 3}, "of the last"),
+    ("gemma4_text", {"rope_theta": 1e4}, "rope_parameters of each type"),
+    (
+      "gemma4_text",
+      {"per_layer_config": {"5": {"head_dim": 8, "sliding_window": 3}}},
+      "per_layer_config",
+    ),
     (
       "llama",
       {"rope_parameters": {"llama_4_scaling_beta": 0.1}},

@@ -17,7 +17,7 @@ import tiny
 from sft_jax.models.hf import load_save
 
 GOLDENS = Path(__file__).parent / "goldens"
-CASES = ("lfm2", "qwen3_5", "granitemoehybrid")
+CASES = ("lfm2", "qwen3_5", "granitemoehybrid", "gemma4_text_shared")
 EACH = pytest.mark.parametrize("case", CASES)
 
 TOKENS = np.random.default_rng(0).integers(1, 61, (4, 16)).astype(np.int32)
@@ -90,6 +90,19 @@ def test_decoding_is_the_full_pass_wherever_padding_lies(case):
   _, after = model.decode(params, prompt[:, :1], nothing, cache)
   for name, x in cache.items():
     np.testing.assert_array_equal(after[name], x, err_msg=name)
+
+
+def test_heads_of_two_shapes_are_cached_in_few_bits():
+  """And layers that share keys and values have no slots of their own."""
+  model, params = load("gemma4_text_shared")
+  cache = model.init_cache(4, 16, int8=True)
+  assert cache["k"].shape == (2, 4, 2, 16, 6)
+  assert cache["global_k"].shape == (1, 4, 2, 16, 12)
+  assert cache["global_v"].dtype == np.int8
+  positions = np.broadcast_to(np.arange(16), (4, 16))
+  got, _ = model.decode(params, TOKENS, positions, cache)
+  gap = np.asarray(got - model.hidden(params, TOKENS))
+  assert 0 < np.sqrt(np.mean(gap**2)) < 0.05 * np.std(got)
 
 
 @pytest.mark.slow

@@ -171,6 +171,42 @@ _VISION = {
   **{"num_hidden_layers": 27, "patch_size": 14, "vision_use_head": False},
 }
 
+
+def _gemma4(d, f, n, h, k, **text) -> Json:
+  return {
+    **{"architectures": ["Gemma4ForConditionalGeneration"]},
+    **{"audio_config": None, "audio_token_id": 258881, "dtype": "bfloat16"},
+    **{"eos_token_id": [1, 106], "image_token_id": 258880},
+    **{"model_type": "gemma4", "tie_word_embeddings": True},
+    "text_config": {
+      **{"attention_bias": False, "attention_dropout": 0.0},
+      **{"bos_token_id": 2, "dtype": "bfloat16", "enable_moe_block": False},
+      **{"eos_token_id": 1, "final_logit_softcapping": 30.0},
+      **{"global_head_dim": 512, "head_dim": 256, "hidden_size": d},
+      **{"hidden_activation": "gelu_pytorch_tanh", "intermediate_size": f},
+      **{"hidden_size_per_layer_input": 0, "initializer_range": 0.02},
+      **{"max_position_embeddings": 262144, "model_type": "gemma4_text"},
+      **{"moe_intermediate_size": None, "num_attention_heads": h},
+      **{"num_experts": None, "num_hidden_layers": n},
+      **{"num_key_value_heads": k, "num_kv_shared_layers": 0},
+      **{"pad_token_id": 0, "rms_norm_eps": 1e-06, "top_k_experts": None},
+      "rope_parameters": {
+        "full_attention": {
+          **{"partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
+          "rope_type": "proportional",
+        },
+        "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+      },
+      **{"tie_word_embeddings": True, "use_cache": True},
+      **{"use_bidirectional_attention": "vision", "vocab_size": 262144},
+      **{"use_double_wide_mlp": False, "vocab_size_per_layer_input": 262144},
+    }
+    | text,
+    "transformers_version": "5.5.0.dev0",
+    "vision_config": {"model_type": "gemma4_vision"},
+  }
+
+
 WILD: dict[str, Json] = {
   "Llama-2-7b-hf": _llama(
     32000, 4096, 11008, 32, 32, 32, _name_or_path="meta-llama/Llama-2-7b-hf"
@@ -420,6 +456,27 @@ WILD: dict[str, Json] = {
     },
     **{"transformers_version": "4.50.0.dev0", "vision_config": _VISION},
   },
+  "gemma-4-31B-it": _gemma4(
+    *(5376, 21504, 60, 32, 16),
+    **{"attention_k_eq_v": True, "num_global_key_value_heads": 4},
+    layer_types=(["sliding_attention"] * 5 + ["full_attention"]) * 10,
+    sliding_window=1024,
+  ),
+  "gemma-4-26B-A4B-it": _gemma4(
+    *(2816, 2112, 30, 16, 8),
+    **{"attention_k_eq_v": True, "num_global_key_value_heads": 2},
+    **{"enable_moe_block": True, "moe_intermediate_size": 704},
+    **{"num_experts": 128, "top_k_experts": 8, "sliding_window": 1024},
+    layer_types=(["sliding_attention"] * 5 + ["full_attention"]) * 5,
+  ),
+  "gemma-4-E2B-it": _gemma4(
+    *(1536, 6144, 35, 8, 1),
+    **{"attention_k_eq_v": False, "num_global_key_value_heads": None},
+    **{"hidden_size_per_layer_input": 256, "num_kv_shared_layers": 20},
+    **{"sliding_window": 512, "use_bidirectional_attention": None},
+    layer_types=(["sliding_attention"] * 4 + ["full_attention"]) * 7,
+    use_double_wide_mlp=True,
+  ),
   "OLMo-2-0425-1B": _of(
     *("olmo2", "Olmo2ForCausalLM", 100352, 2048, 8192, 16, 16, 16),
     *(4096, 500000),

@@ -127,6 +127,19 @@ GRANITE_HYBRID = {
   **MAMBA,
   **GRANITE,
 }
+GEMMA4 = {
+  "num_hidden_layers": 4,
+  "layer_types": [LOCAL_LAYER, FULL_LAYER] * 2,
+  **{"head_dim": 6, "global_head_dim": 12, "sliding_window": 7},
+  **{"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+  "final_logit_softcapping": 5.0,
+  "rope_parameters": {
+    LOCAL_LAYER: rope(theta=100.0),
+    FULL_LAYER: rope("proportional", partial_rotary_factor=0.5),
+  },
+  "hidden_size_per_layer_input": 0,
+  **TIED,
+}
 DELTA = {
   **{"head_dim": 12, "linear_num_key_heads": 2, "linear_key_head_dim": 6},
   "linear_value_head_dim": 5,
@@ -222,6 +235,26 @@ CASES: dict[str, Case] = {
       "final_logit_softcapping": 5.0,
       "rope_parameters": TWO_ROPES,
       **TIED,
+    },
+  ),
+  "gemma4_text": Case("gemma4_text", GEMMA4),
+  "gemma4_text_moe": Case(
+    "gemma4_text",
+    {
+      **GEMMA4,
+      "enable_moe_block": True,
+      **{"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
+    },
+  ),
+  "gemma4_text_shared": Case(
+    "gemma4_text",
+    {
+      **GEMMA4,
+      "num_hidden_layers": 5,
+      "layer_types": [FULL_LAYER, *[LOCAL_LAYER] * 3, FULL_LAYER],
+      **{"num_kv_shared_layers": 2, "use_double_wide_mlp": True},
+      **{"attention_k_eq_v": False, "num_global_key_value_heads": None},
+      **{"hidden_size_per_layer_input": 12, "vocab_size_per_layer_input": 96},
     },
   ),
   "olmo2": Case(
@@ -505,14 +538,16 @@ def make_model(case: Case, seed: int) -> Any:
   rng = np.random.default_rng(seed)
   # Norms of some families add 1 to their weights.
   offset = case.family.startswith(("gemma", "qwen3_5", "qwen3_next"))
+  offset &= case.family != "gemma4_text"
   with torch.no_grad():
     corrections = [
       (key, buffer)
       for key, buffer in model.named_buffers()
-      if "correction" in key or "expert_bias" in key
+      if key.endswith(("correction_bias", "expert_bias", "layer_scalar"))
     ]
     for key, weight in [*model.named_parameters(), *corrections]:
-      norm = "norm" in key or ".ln_" in key
+      ones = ("norm", ".ln_", "layer_scalar", "per_expert_scale")
+      norm = any(name in key for name in ones)
       about = float(norm and (not offset or "linear_attn" in key))
       fresh = rng.standard_normal(weight.shape) * 0.3 + about
       weight.copy_(torch.tensor(fresh).bfloat16().float())

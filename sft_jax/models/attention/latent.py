@@ -76,8 +76,9 @@ class LatentAttention(nn.Module):
       absorbed = jnp.einsum("btnh,cnh->btnc", plain, kernel[..., :-V])
       q = jnp.concatenate((absorbed, turned), axis=-1)
       held = jnp.concatenate((latent[:, :, None], key), axis=-1)
-      kv = kv_cache.write(kv, held, None, layer, context.q_positions)
-      y = kv_cache.attend(q, kv, layer, shared.mask, scale=scale, values=C)
+      at = (layer, "attn")
+      kv = kv_cache.write(kv, held, None, *at, positions=context.q_positions)
+      y = kv_cache.attend(q, kv, *at, shared.mask, scale=scale, values=C)
       y = jnp.einsum("btnc,cnv->btnv", y, kernel[..., -V:])
     else:
       both = up(latent).reshape(B, T, N, -1)

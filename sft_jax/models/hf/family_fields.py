@@ -80,6 +80,11 @@ def full_each(field: str, period: int) -> Callable[[Json, int], list[str]]:
   return layer_types
 
 
+def full_at_the_end(raw: Json, n: int) -> list[str]:
+  """Every sixth layer, and the last (Gemma 4)."""
+  return [*full_each("", 6)(raw, n)[: n - 1], FULL]
+
+
 def from_layer(raw: Json, n: int) -> list[str]:
   """The layers from `max_window_layers` on (Qwen)."""
   if not raw.get("use_sliding_window"):
@@ -226,6 +231,67 @@ def granite_hybrid(raw: Json, where: str) -> Json:
     raise refuse(where, "num_experts_per_tok", k, f"at most {E}")
   routed = {"num_experts": E, "experts_per_token": k}
   return mamba(raw, where) | routed | {"d_ff_shared": width}
+
+
+def gemma4(raw: Json, where: str) -> Json:
+  """Heads of full layers, as published or as transformers 5 writes them; what
+  layers share, read beside the residual, and have beside their MLP."""
+
+  def number(field: str, least: int = 1) -> int:
+    return whole_number(where, field, raw[field], least)
+
+  n, field = number("num_hidden_layers"), "num_kv_shared_layers"
+  types = raw["layer_types"] or full_at_the_end(raw, min(n, 10_000))
+  if not isinstance(types, list) or types[-1] != FULL:
+    raise refuse(where, "layer_types", types, f"{FULL} of the last")
+  own = n - number(field, 0)
+  if own < 1 or any(kind not in types[:own] for kind in types):
+    expected = "layers that come after one of each type"
+    raise refuse(where, field, raw[field], expected)
+  for field, right, expected in (
+    ("rope_theta", (None,), "rope_parameters of each type"),
+    ("rope_scaling", (None,), "rope_parameters of each type"),
+    ("use_bidirectional_attention", (None, "vision"), "null or 'vision'"),
+  ):
+    if raw.get(field) not in right:
+      raise refuse(where, field, raw[field], expected)
+  heads = raw["num_key_value_heads"]
+  global_heads = raw.get("num_global_key_value_heads")
+  if not raw["attention_k_eq_v"] or global_heads is None:
+    global_heads = heads
+  wide = {
+    "head_dim": raw.get("global_head_dim", 512),
+    "num_key_value_heads": global_heads,
+  }
+  if (by_layer := raw.get("per_layer_config")) is not None:
+    full = {str(i) for i, kind in enumerate(types) if kind == FULL}
+    known = isinstance(by_layer, Mapping) and by_layer.keys() == full
+    first = by_layer[min(full)] if known else None
+    same = known and all(x == first for x in by_layer.values())
+    if not same or not isinstance(first, Mapping) or first.keys() - wide.keys():
+      expected = f"one {' and '.join(wide)} of all full layers"
+      raise refuse(where, "per_layer_config", by_layer, expected)
+    wide = {field: raw[field] for field in wide} | dict(first)
+  H = whole_number(where, "global_head_dim", wide["head_dim"])
+  K = wide["num_key_value_heads"]
+  whole_number(where, "num_global_key_value_heads", K)
+  if H % 2:
+    raise refuse(where, "global_head_dim", H, "an even number, for RoPE")
+  if raw["num_attention_heads"] % K:
+    expected = f"a divisor of num_attention_heads={raw['num_attention_heads']}"
+    raise refuse(where, "num_global_key_value_heads", K, expected)
+  fields = {"global_head_dim": H, "global_kv_heads": K}
+  if beside := number("hidden_size_per_layer_input", 0):
+    rows = number("vocab_size_per_layer_input", number("vocab_size"))
+    fields |= {"per_layer_dim": beside, "per_layer_vocab": rows}
+  if raw["enable_moe_block"]:
+    E, k = number("num_experts"), number("top_k_experts")
+    if k > E:
+      raise refuse(where, "top_k_experts", k, f"at most {E}")
+    fields |= {"num_experts": E, "experts_per_token": k}
+    fields |= {"d_ff_dense": number("intermediate_size")}
+    fields |= {"d_ff": number("moe_intermediate_size")}
+  return fields
 
 
 def layers_without_experts(raw: Json, n: int, where: str) -> list[bool]:
@@ -391,6 +457,14 @@ INTERVAL = frozenset({"full_attention_interval"})
 # Those that `mamba` reads, and of a kernel.
 MAMBA = frozenset(
   ("mamba_d_head", "mamba_expand", "time_step_limit", "mamba_chunk_size")
+)
+GEMMA4 = frozenset(
+  {
+    *("global_head_dim", "num_global_key_value_heads", "per_layer_config"),
+    *("hidden_size_per_layer_input", "vocab_size_per_layer_input"),
+    *("num_kv_shared_layers", "use_bidirectional_attention"),
+    *("num_experts", "top_k_experts", "moe_intermediate_size"),
+  }
 )
 MHA = {"num_key_value_heads": lambda raw: raw["num_attention_heads"]}
 GEMMA: Json = {"norm_offset": 1.0, "scale_embeddings": True}

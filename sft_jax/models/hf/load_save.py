@@ -102,8 +102,7 @@ def load_pretrained(
   # Of the shapes in the files; the model's vocabulary may be larger.
   old = transformer.build(config, param_dtype=param_dtype)
   if vocab_size > config.vocab_size:
-    raw = config.raw | {"vocab_size": vocab_size}
-    config = dataclasses.replace(config, vocab_size=vocab_size, raw=raw)
+    config = config.with_vocab(vocab_size)
   choices |= {"param_dtype": param_dtype, "lora": lora, "mesh": mesh}
   model = transformer.build(config, **choices)
   key = jax.random.key(0) if key is None else key
@@ -114,8 +113,8 @@ def load_pretrained(
 
   def prepare(path: str, x: jax.Array) -> dict[str, jax.Array]:
     """What a leaf of the folder becomes."""
-    if path in lora_lib.TABLES and len(x) < config.vocab_size:
-      own = jax.random.fold_in(key, lora_lib.TABLES.index(path))
+    if path in lora_lib.BY_TOKEN and len(x) < config.vocab_size:
+      own = jax.random.fold_in(key, lora_lib.BY_TOKEN.index(path))
       x = token_rows.grow(own, x, config.vocab_size, new_rows)
     return adapt(path, x)
 
@@ -311,6 +310,16 @@ def open_folder(
       notes += (
         f"{len(beyond)} tensors that predict further tokens not loaded",
       )
+  shared = tuple(
+    f"model.layers.{i}.self_attn.{name}_"
+    for i, kind in enumerate(config.layers)
+    if kind.shares
+    for name in "kv"
+  )
+  unused = [name for name in tensors if name.startswith(shared)]
+  tensors = {k: x for k, x in tensors.items() if k not in unused}
+  if unused:
+    notes += (f"{len(unused)} tensors of layers that share keys not loaded",)
   apart = FAMILIES[config.family].experts_apart
   least = config.num_layers * (max(1, config.num_experts) if apart else 1)
   if len(tensors) < least:

@@ -76,17 +76,19 @@ def table_name(table: str, config: ModelConfig) -> str:
   return f"{FAMILIES[config.family].names[table]}.weight"
 
 
-def fused_modules(config: ModelConfig) -> dict[str, list[str]]:
-  """{module of theirs: those of ours that are in it, in the table's order}.
+def fused_modules(config: ModelConfig) -> list[tuple[str, list[str]]]:
+  """[(module of theirs, those of ours that are in it, in the table's order)].
 
-  Of experts and an MLP those that some layer has: they may share a name.
+  Of experts and an MLP those that some layer has. What is in different layers,
+  as they and kinds of attention are, may share a name and no tensor.
   """
-  found: dict[str, list[str]] = {}
-  absent = {"mlp", "moe"} - {rest for _, rest in config.sorts}
+  found: dict[tuple[str, str], list[str]] = {}
+  absent = {"mlp", "moe"} - {name for sort in config.sorts for name in sort}
   for ours, theirs in FAMILIES[config.family].names.items():
-    if absent.isdisjoint(ours.split("/")[1:2]):
-      found.setdefault(theirs, []).append(ours)
-  return found
+    sort = ours.split("/")[1] if "/" in ours else ours
+    if sort not in absent:
+      found.setdefault((theirs, sort), []).append(ours)
+  return [(theirs, ours) for (theirs, _), ours in found.items()]
 
 
 def tensor_slices(
@@ -104,7 +106,8 @@ def tensor_slices(
       for i, name in found.items()
     ]
   # Ours that share a tensor are along its output axis, in the table's order.
-  fused = fused_modules(config)[family.names[module]]
+  groups = (ours for _, ours in fused_modules(config) if module in ours)
+  fused = [module] if elsewhere else next(groups)
   if family.experts_in_turns and module in _EXPERTS:
     # Experts [E, in, out] or biases [E, out] of a layer: in turns.
     *rest, width = shape
@@ -119,6 +122,7 @@ def tensor_slices(
   stack: tuple[int, ...] = ()
   if module in _EXPERTS and not family.experts_apart:
     stack, shape = shape[:1], shape[1:]
+    elsewhere = family.experts_bare
   start, total = 0, shape[-1]
   if len(fused) > 1:
     widths = [_width(m, config) for m in fused]

@@ -221,7 +221,7 @@ def _of_modules(
 ) -> Iterator[_Found]:
   """Takes out the adapters of what is a module to PEFT, or the weight of one,
   which goes into `weights`."""
-  for ours in parameter_map.fused_modules(config).values():
+  for _, ours in parameter_map.fused_modules(config):
     kernels = [f"{module}/kernel" for module in ours]
     if kernels[0] not in shapes:
       continue

@@ -121,7 +121,7 @@ def from_peft(
 
 def named_like_an_expert(theirs: str, config: ModelConfig) -> bool:
   """Whether PEFT takes a module for experts, by the end of its name."""
-  if not config.num_experts:
+  if not config.num_experts or FAMILIES[config.family].experts_bare:
     return False
   names = FAMILIES[config.family].names
   return theirs.rpartition(".")[2] in {
@@ -135,7 +135,9 @@ def _block(config: ModelConfig) -> str:
   router = family.names.get("layers/moe/router", "model.layers.{}.mlp.gate")
   block = router.split(".")[3]
   moved = block == "block_sparse_moe" and family.experts_apart
-  return "mlp.experts" if moved else f"{block}.experts"
+  # Gemma's router is beside the experts.
+  block = f"{block}.experts".removeprefix("router.")
+  return "mlp.experts" if moved else block
 
 
 def _wrappers(

@@ -71,7 +71,8 @@ def save_adapter(
     rank_pattern[target] = rank
     alpha_pattern[target] = _grown(lora, lora.alpha, rank / lora.rank)
     targets.append(target)
-  for theirs, ours in parameter_map.fused_modules(config).items():
+  _check_layers(flat, lora, config)
+  for theirs, ours in parameter_map.fused_modules(config):
     trained = [m for m in ours if _trains_whole(lora, flat, m)]
     if trained and peft_moe.MODULES.intersection(ours):
       raise ValueError(
@@ -146,6 +147,27 @@ def save_adapter(
   replace_folder(Path(path), CONFIG, write)
 
 
+def _check_layers(
+  flat: dict[str, Any], lora: LoraConfig, config: ModelConfig
+) -> None:
+  """Refuses adapters of one name that are not alike in layers of all kinds."""
+  there, seen = {path.rpartition("/")[0] for path in flat}, {}
+  for theirs, ours in parameter_map.fused_modules(config):
+    shorts = [m.removeprefix("layers/") for m in ours if m in there]
+    own = [
+      (lora.rank_of(m), lora.alpha_of(m))
+      if f"layers/{m}/lora_a" in flat
+      else None
+      for m in shorts
+    ]
+    if shorts and seen.setdefault(theirs, own) != own:
+      raise ValueError(
+        f"save_adapter: {shorts} has (rank, alpha) {own} and the like of it in "
+        f"other layers {seen[theirs]}; expected the same, as PEFT has one name "
+        "for both. Change lora.targets, or export the merged model."
+      )
+
+
 def _within_layer(theirs: str) -> str:
   """'model.layers.{}.self_attn.q_proj' -> 'self_attn.q_proj'."""
   return theirs.rpartition("{}.")[2]
@@ -158,7 +180,7 @@ def _shortest(adapted: list[str], config: ModelConfig) -> list[str]:
   """
   last = lambda module: module.rpartition(".")[2]
   modules = parameter_map.fused_modules(config)
-  others = {last(t) for t in modules if t not in adapted}
+  others = {last(t) for t, _ in modules if t not in adapted}
   return sorted(
     {_within_layer(t) if last(t) in others else last(t) for t in adapted}
   )

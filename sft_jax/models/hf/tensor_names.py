@@ -15,16 +15,15 @@ def _layers(
 
 
 _PROJ = "gate: gate_proj, up: up_proj, down: down_proj"
+_ATTENTION = """q: q_proj, k: k_proj, v: v_proj, o: o_proj,
+  q_norm: q_norm, k_norm: k_norm"""
+_SHARING = "q: q_proj, o: o_proj, q_norm: q_norm"
 _GATE_UP = "mlp/gate: mlp.gate_up_proj, mlp/up: mlp.gate_up_proj"
 _SPARSE = {
   **{"embed": "model.embed_tokens", "final_norm": "model.norm"},
   "head": "lm_head",
   **_layers("attn_norm: input_layernorm, mlp_norm: post_attention_layernorm"),
-  **_layers(
-    """q: q_proj, k: k_proj, v: v_proj, o: o_proj,
-    q_norm: q_norm, k_norm: k_norm""",
-    *("attn/", "self_attn."),
-  ),
+  **_layers(_ATTENTION, "attn/", "self_attn."),
 }
 
 LLAMA = _SPARSE | _layers(_PROJ, "mlp/", "mlp.")
@@ -32,6 +31,27 @@ POST_NORM = LLAMA | _layers("""
   attn_post_norm: post_attention_layernorm,
   mlp_norm: pre_feedforward_layernorm,
   mlp_post_norm: post_feedforward_layernorm""")
+GEMMA4 = {
+  **POST_NORM,
+  **_layers(_ATTENTION, "global_attn/", "self_attn."),
+  **_layers(_SHARING, "reuse_attn/", "self_attn."),
+  **_layers(_SHARING, "reuse_global_attn/", "self_attn."),
+  **_layers(_PROJ, "wide_mlp/", "mlp."),
+  "per_layer/embed": "model.embed_tokens_per_layer",
+  "per_layer/project": "model.per_layer_model_projection",
+  "per_layer/norm": "model.per_layer_projection_norm",
+  **_layers("""per_layer_gate: per_layer_input_gate,
+    per_layer_out: per_layer_projection,
+    per_layer_norm: post_per_layer_input_norm"""),
+  **_layers("""layer_scalar: layer_scalar,
+    mlp_own_norm: post_feedforward_layernorm_1,
+    moe_norm: pre_feedforward_layernorm_2,
+    moe_post_norm: post_feedforward_layernorm_2, moe/router: router.proj,
+    moe/router_norm/scale: router.scale,
+    moe/per_expert_scale: router.per_expert_scale,
+    moe/gate: experts.gate_up_proj, moe/up: experts.gate_up_proj,
+    moe/down: experts.down_proj"""),
+}
 FUSED = LLAMA | _layers(f"""{_GATE_UP}, attn/q: self_attn.qkv_proj,
   attn/k: self_attn.qkv_proj, attn/v: self_attn.qkv_proj""")
 GLM4 = LLAMA | _layers(f"""{_GATE_UP}, attn_post_norm: post_self_attn_layernorm,

@@ -30,10 +30,12 @@ from sft_jax.models.lora import quantize
 
 PRESETS = {
   "all-linear": (r"^layers/.*/kernel$",),
-  "attention": (r"^layers/attn/.*/kernel$",),
+  "attention": (r"^layers/\w*attn/.*/kernel$",),
 }
 INITS = ("zero", "pissa")
 TABLES = ("embed/embedding", "head/embedding")
+# Those whose rows are tokens.
+BY_TOKEN = (*TABLES, "per_layer/embed/embedding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +126,10 @@ def module_of(path: str) -> str:
 
 def is_constant(path: str) -> bool:
   """True for leaves of a checkpoint that no training changes: what is fixed
-  of an activation, and a router's correction, which no gradient reaches."""
-  return path.endswith(("/act/beta", "/act/eps", "/correction"))
+  of an activation or a layer, and a router's correction, which no gradient
+  reaches."""
+  ends = ("/act/beta", "/act/eps", "/correction", "/layer_scalar")
+  return path.endswith(ends)
 
 
 def trained(lora: LoraConfig | None) -> Callable[[str], bool]:

@@ -157,7 +157,7 @@ def measure_attention(
       config.data.seq_len,
       max(1, shape.num_heads // heads),
       max(1, shape.num_kv_heads // heads),
-      shape.head_dim,
+      max(shape.head_dim, shape.global_head_dim),
       config.model.dtype,
       tuple(sorted({x.window for x in shape.layers}, key=lambda w: w or 0)),
       shape.attn_softcap,
@@ -185,8 +185,7 @@ def load_model(
     unit = math.lcm(64, mesh.shape["tensor"])
     size = -(-tokenizer.vocab_size // unit) * unit
     log(f"The vocabulary grows from {shape.vocab_size:,} to {size:,} rows.")
-    raw = shape.raw | {"vocab_size": size}
-    shape = dataclasses.replace(shape, vocab_size=size, raw=raw)
+    shape = shape.with_vocab(size)
   built = build_model(config, shape, mesh, rows)
   model, key = built.model, jax.random.key(config.seed)
   if config.model.from_scratch:

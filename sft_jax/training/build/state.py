@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sft_jax.common import flops, sharding, trees
+from sft_jax.models.config import ATTENTION
 from sft_jax.models.lora import base_model
 from sft_jax.models.transformer import Model
 from sft_jax.step.train_step import TrainState, init_state
@@ -79,10 +80,12 @@ def flops_per_token(
   num_trained, num_frozen = flops.matmul_params(
     base_model.own(params), step.trained, experts_per_token=c.experts_per_token
   )
+  # Wider heads count as more of what they see.
   pairs = [
     flops.mean_context(lengths, kind.window)
+    * (c.kv_shape(kind.mixer)[1] / c.head_dim)
     for kind in c.layers
-    if kind.mixer == "attn"
+    if kind.mixer in ATTENTION
   ]
   # Products with a state [H, P] of each head: it is written and read, and by
   # the delta rule read once more.

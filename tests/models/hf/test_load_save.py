@@ -442,6 +442,27 @@ def test_known_extras_change_nothing(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, params, load("qwen3")[1])
 
 
+def test_a_model_with_two_tables_by_token_as_published(tmp_path):
+  """Keys of layers that share those of others, and rows for new tokens."""
+
+  def add(tensors):
+    for name in ("k_proj", "v_proj", "k_norm"):
+      key = "model.layers.{}.self_attn." + name + ".weight"
+      tensors[key.format(3)] = tensors[key.format(2)].copy()
+
+  folder = tampered(tmp_path, edit_tensors(add), "gemma4_text_shared")
+  model, params = load_save.load_pretrained(folder, vocab_size=128)
+  assert "3 tensors of layers that share keys not loaded" in model.config.notes
+  assert model.config.raw["vocab_size_per_layer_input"] == 128
+  want = load("gemma4_text_shared")[1]
+  for at, rows in ((("embed",), 61), (("per_layer", "embed"), 96)):
+    table, old = params, want
+    for name in at:
+      table, old = table[name], old[name]
+    assert table["embedding"].shape[0] == 128
+    np.testing.assert_array_equal(table["embedding"][:rows], old["embedding"])
+
+
 PUBLISHED_GPT2 = {
   "activation_function": "gelu_new",
   "architectures": ["GPT2LMHeadModel"],

@@ -24,6 +24,12 @@ SIGLIP = {
   **{"intermediate_size": 16, "num_hidden_layers": 1, "image_size": 28},
   **{"num_attention_heads": 2, "patch_size": 14},
 }
+GEMMA4_VISION = {
+  **{"model_type": "gemma4_vision", "hidden_size": 16, "head_dim": 8},
+  **{"intermediate_size": 16, "num_hidden_layers": 1, "patch_size": 4},
+  **{"num_attention_heads": 2, "num_key_value_heads": 2},
+  "position_embedding_size": 16,
+}
 PIXTRAL = {
   **{"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16},
   **{"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28},
@@ -44,6 +50,15 @@ CASES = {
     {**TEXT, "sliding_window": 7, "query_pre_attn_scalar": 8},
     {"vision_config": SIGLIP, "mm_tokens_per_image": 4},
     "Gemma3ForCausalLM",
+  ),
+  "gemma4": (
+    {
+      **{**TEXT, "sliding_window": 7, "global_head_dim": 12},
+      **{"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+      "hidden_size_per_layer_input": 0,
+    },
+    {"vision_config": GEMMA4_VISION},
+    "Gemma4ForCausalLM",
   ),
   "mistral3": (
     {**TEXT, "model_type": "mistral", "sliding_window": None},

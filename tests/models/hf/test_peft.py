@@ -155,6 +155,7 @@ FAMILIES = (
   *("apertus", "olmoe", "minimax_m2", "lfm2_moe", "granitemoehybrid_moe"),
   *("glm4_moe", "ernie4_5_moe", "deepseek_v2", "glm4_moe_lite"),
   *("qwen3_next", "qwen3_5_moe"),
+  *("gemma4_text", "gemma4_text_moe", "gemma4_text_shared"),
 )
 
 
