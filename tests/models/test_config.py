@@ -416,6 +416,9 @@ def test_fields_that_families_read_in_their_own_way():
   old = {"rope_theta": 10_000.0, "rope_scaling": scaling}
   (hunyuan,) = parse_config(HUNYUAN | old).kinds
   assert hunyuan.rope == Rope(10_000.0, "ntk", 1000.0)
+  # transformers writes no overrides of layers whose heads are alike.
+  alike = parse_config(folder("gemma4_text", per_layer_config={}))
+  assert [alike.kv_shape(kind.mixer) for kind in alike.kinds] == [(2, 8)] * 2
 
 
 @pytest.mark.parametrize(

@@ -265,8 +265,9 @@ def gemma4(raw: Json, where: str) -> Json:
   }
   if (by_layer := raw.get("per_layer_config")) is not None:
     full = {str(i) for i, kind in enumerate(types) if kind == FULL}
-    known = isinstance(by_layer, Mapping) and by_layer.keys() == full
-    first = by_layer[min(full)] if known else None
+    # Empty where heads are alike.
+    known = isinstance(by_layer, Mapping) and by_layer.keys() in (full, set())
+    first = by_layer.get(min(full), {}) if known else None
     same = known and all(x == first for x in by_layer.values())
     if not same or not isinstance(first, Mapping) or first.keys() - wide.keys():
       expected = f"one {' and '.join(wide)} of all full layers"
