@@ -293,7 +293,7 @@ class Attention(nn.Module):
     rotate = partial(rope.apply, pairs=c.rope_pairs)
     if c.learned_positions:
       rotate = lambda x, at: x
-    cached = kv is not None and "k" in kv
+    cached = "k" in (kv or {})
     unrotated = cached and cache_unrotated_keys(c)
 
     def turned(x, name: str, heads: int, at: rope.Rotation | None):
