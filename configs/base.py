@@ -132,6 +132,8 @@ def get_config() -> ml_collections.ConfigDict:
   # dpo | ipo | robust | simpo | orpo | kto, in place of cross-entropy: rows are
   # pairs of a chosen and a rejected answer; '' = off. See docs/preferences.md.
   preference.loss = ""
+  # base | kept (by sft-jax teach: no second copy, no pass of it in a step).
+  preference.reference = "base"
   preference.beta = 0.1  # How near to the reference; of SimPO 2 or more.
   # Share of pairs believed swapped: cDPO, robust.
   preference.label_smoothing = 0.0

@@ -222,15 +222,20 @@ def digest_rows(batch: Batch) -> UInt32[Array, "2"]:
 
       d_j = sum_rows mix(sum_ft mix(x_ft + (f T + t + 1) * odd_j)),  j = 0, 1
 
-  with x_ft the 32 bits of field f in slot t. A step does not depend on the
-  order of its rows, which accumulation and processes change.
+  with x_ft the 32 bits of field f in slot t; what has K values a slot is K
+  fields. A step does not depend on the order of its rows, which accumulation
+  and processes change.
   """
+  axes = batch.tokens.ndim
+  lanes = lambda x: (
+    x[..., None, :] if x.ndim == axes else jnp.swapaxes(x, -1, -2)
+  )
   fields = [
     x.astype(jnp.int32) if x.dtype.itemsize < 4 else x
     for x in jax.tree.leaves(batch)
   ]
-  fields = jnp.stack(
-    [jax.lax.bitcast_convert_type(x, jnp.uint32) for x in fields], axis=-2
+  fields = jnp.concatenate(
+    [jax.lax.bitcast_convert_type(lanes(x), jnp.uint32) for x in fields], -2
   )
   shape = fields.shape[-2:]
   places = np.arange(np.prod(shape), dtype=np.uint32).reshape(shape) + 1

@@ -51,7 +51,7 @@ def inspect(config: data.Config, log: data.Log) -> dict[str, Any]:
   findings = [*stores.findings, checks.malformed(stores.train, fault)]
   some = len(stores.train.index)
   stream = data.make_stream(config, stores.train) if some else None
-  return summary.inspect(
+  found = summary.inspect(
     stores.train,
     stores.held_out,
     stream,
@@ -67,6 +67,8 @@ def inspect(config: data.Config, log: data.Log) -> dict[str, Any]:
     scores_folder=config.data.scores,
     scores_shown=score.SHOWN.value,
   )
+  covered = score.find_coverage(config, stores.train, found["scores"])
+  return found | {"coverage": covered}
 
 
 def show(out: Console, found: dict[str, Any]) -> None:

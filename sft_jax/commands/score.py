@@ -21,11 +21,13 @@ scores says why it was kept or left; see sft_jax/evals/row_selection.py.
 
 keeps what another model predicts of the trained tokens of every row, the
 distill.top most likely ones of each, for runs with distill.teacher=kept; see
-docs/distillation.md.
+docs/distillation.md. With preference.loss and no --teacher: the base's log p of
+both answers of every pair, for preference.reference=kept; docs/preferences.md.
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +38,30 @@ from absl import flags
 from rich.console import Console
 
 from sft_jax.commands import command
-from sft_jax.common import sharding
+from sft_jax.common import sharding, workdir
 from sft_jax.common.batch import Batch
 from sft_jax.common.buckets import storage
 from sft_jax.data import packing, selection
-from sft_jax.data.audit import score_summary
+from sft_jax.data.audit import row_texts, score_summary, warnings
 from sft_jax.data.readers import files
 from sft_jax.data.selection import RowScore
 from sft_jax.data.sources import Source
 from sft_jax.data.store import teacher as kept_store
 from sft_jax.data.store.store import Store
-from sft_jax.evals import row_scores, row_selection
+from sft_jax.data.tokenizers.tokenizer import Tokenizer
+from sft_jax.evals import coverage, row_scores, row_selection
 from sft_jax.models.transformer import Model
 from sft_jax.reporting import terminal
 from sft_jax.training.build import data
 from sft_jax.training.build import model as setup_model
+from sft_jax.training.build import state as setup_state
+from sft_jax.training.build import step as setup_step
 from sft_jax.training.build.sources import make_sources
 
 CONFIG = command.config_flag()
 SHOWN = flags.DEFINE_integer("shown", 3, "Rows to show of each kind.")
 _CUT = 110  # Characters of a text shown.
+_FAR_SHOWN, _TOKENS = 8, 80  # Held-out rows far from any, and of their text.
 _TOGETHER = 1024  # Tokens whose logits a teacher makes at once.
 
 Config = data.Config
@@ -99,16 +105,31 @@ def score(
     log=log,
   )
   if keep:
-    vectors = row_selection.embed(
+    embed = lambda store: row_selection.embed(
       store, model, params, batch_size=config.batch_size
     )
-    chosen = row_selection.choose(found, vectors, keep, seed=config.seed)
+    vectors, seed = embed(store), config.seed
+    with (
+      tempfile.TemporaryDirectory() as spooled,
+      row_texts.collect(
+        *(store, None),
+        **{"folder": Path(spooled), "format": config.data.format, "seed": seed},
+      ) as texts,
+    ):
+      bad = warnings.reasons_to_leave(texts, [one.place for one in found])
+    chosen = row_selection.choose(found, vectors, keep, seed=seed, bad=bad)
     found = [
       x._replace(values=(*x.values, round(one.rank, 9)), reason=one.reason)
       for x, one in zip(found, chosen, strict=True)
     ]
-    kept = sum(one.rank < 1 for one in chosen)
-    log(f'{kept:,} of {len(chosen):,} rows: data.filter=(("rank","<",1.0),)')
+    kept = np.array([one.rank < 1 for one in chosen])
+    log(
+      f'{kept.sum():,} of {len(kept):,} rows: data.filter=(("rank","<",1.0),)'
+    )
+    covered = _cover(config, store, tokenizer, log, embed, vectors, kept)
+    path = _coverage_path(sources[0].path, config.data.scores)
+    workdir.write_jsonl(path, [covered])
+    log(f"{covered['counts']['far']:,} held-out rows are far: {path}")
   first = np.diff(store.index["row"], prepend=-1) != 0
   of_row = store.source[first].tolist()
   by = {
@@ -124,6 +145,53 @@ def score(
     log(f"{len(mine):,} scores in {path}")
     result[source.path] = mine
   return result
+
+
+def _coverage_path(first: str | Path, folder: str) -> Path:
+  return selection.scores_path(f"{first}.coverage", folder)
+
+
+def find_coverage(
+  config: Config, store: Store, scored: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+  """What `select` left of rows, by what `score_summary.of_store` says of these.
+
+  None: nothing, or some rows have no score of what they are now.
+  """
+  if not scored or scored["changed"] + scored["unscored"]:
+    return None
+  first = store.sources[0].files()[0]
+  return workdir.find_json(_coverage_path(first, config.data.scores))
+
+
+def _cover(
+  config: Config,
+  store: Store,
+  tokenizer: Tokenizer,
+  log: data.Log,
+  embed: Callable[[Store], np.ndarray],
+  vectors: np.ndarray,
+  kept: np.ndarray,
+) -> dict[str, Any]:
+  """What the audit page draws: held-out rows beside those that remain."""
+  first = lambda of: np.flatnonzero(np.diff(of.index["row"], prepend=-1))
+  out = dataclasses.replace(store, index=store.index[:0])
+  if config.data.eval:
+    columns = config.data.columns.to_dict()
+    sources = make_sources(config.data.eval, columns)
+    out = data.build_store(config, sources, tokenizer, log)
+  elif config.data.holdout:
+    out = store.split(config.data.holdout, seed=config.seed)[1]
+  contents = store.index["content"][first(store)]
+  rest = ~np.isin(contents, out.index["content"])
+  found = coverage.make(vectors[rest], kept[rest], embed(out))
+  far = first(out)[found["far"]].tolist()
+  text = lambda i: tokenizer.decode(out.example(i).tokens[:_TOKENS].tolist())
+  return found | {
+    "far": [{"place": out.place(i), "text": text(i)} for i in far[:_FAR_SHOWN]],
+    "counts": {"held_out": len(first(out)), "far": len(far)},
+    "kinds": coverage.kinds(store, tokenizer, config.data.seq_len),
+  }
 
 
 def files_of(config: Config) -> list[Source]:
@@ -239,13 +307,13 @@ def keep_predictions(config: Config, path: str, log: data.Log) -> Path:
   model, params = found
   config.distill.teacher = ""
   store = data.load_stores(config, tokenizer, log).train
-  rows, out = data.kept_folder(config, store)
+  rows, out = data.kept_folder(config, store, "teacher")
   top = min(config.distill.top, model.config.vocab_size)
   kept_store.write(
     out,
     _predictions(store, model, params, top, config.batch_size),
     vocab_size=model.config.vocab_size,
-    about={"rows": rows, "top": top, "teacher": path},
+    about={"rows": rows, "top": top, "dtype": "<f2", "teacher": path},
   )
   meta = kept_store.open_kept(out, rows)
   size = meta.ids.shape[1] + 2 * top
@@ -288,9 +356,55 @@ def _predictions(
       yield start, ids[own].astype(np.int32), logps[own]
 
 
+def keep_reference(config: Config, log: data.Log) -> None:
+  """Keeps the base's log p of both sides of every pair, held-out ones too.
+
+  Asked by the functions, and in batches of the shape, that the run has.
+  """
+  config = config.copy_and_resolve_references()
+  config.model.path = str(setup_model.find_model(config).folder)
+  config.preference.reference = "base"
+  mesh = sharding.make_mesh(**config.mesh)
+  sharding.check_rows(mesh, config.batch_size, 1)
+  tokenizer = data.load_tokenizer(config, config.model.path, log)
+  stores = data.load_stores(config, tokenizer, log)
+  model, params = setup_model.load_model(config, mesh, log)
+  base = setup_state.base_digest(config, params)
+  streams = []
+  for store in filter(None, (stores.train, stores.held_out)):
+    plain = lambda x: dataclasses.replace(x, repeat=1.0, share=None)
+    once = dataclasses.replace(store, sources=tuple(map(plain, store.sources)))
+    streams.append(data.make_stream(config, once, epochs=1))
+  some = max(config.optim.warmup_steps, 0) + 1
+  step = setup_step.make_step(config, model, mesh, some, streams)
+  logps = jax.jit(step.base_logps)
+  kept: dict[Path, tuple[str, dict[int, np.ndarray]]] = {}
+  for stream in streams:
+    rows, folder = data.kept_folder(config, stream.store, "reference")
+    _, found = kept.setdefault(folder, (rows, {}))
+    for number, batch in enumerate(stream.batches()):
+      sides = np.asarray(logps(params, batch)).reshape(len(batch.tokens), -1, 2)
+      for ids, mine in zip(stream.rows_of(number), sides, strict=True):
+        starts = stream.store.index["start"][ids].tolist()
+        found.update(zip(starts, mine, strict=False))
+  for folder, (rows, found) in kept.items():
+    none = np.zeros((2, 1), np.int32)
+    kept_store.write(
+      folder,
+      ((start, none, found[start][:, None]) for start in sorted(found)),
+      vocab_size=2,
+      about={"rows": rows, "top": 1, "dtype": "<f4", "base": base},
+    )
+    log(f"{len(found):,} pairs, in {folder}")
+
+
 def teach() -> None:
   """The command `teach`."""
-  keep_predictions(CONFIG.value, TEACHER.value, terminal.console().print)
+  config, log = CONFIG.value, terminal.console().print
+  if config.preference.loss and not TEACHER.value:
+    keep_reference(config, log)
+  else:
+    keep_predictions(config, TEACHER.value, log)
 
 
 def main() -> None:

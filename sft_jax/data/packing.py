@@ -240,8 +240,9 @@ def pack_row(
     pairs: gives Example k the segments 2k - 1, its better side, and 2k, its
       rejected one, so that a segment's number tells its pair and its side.
     teachers: of each document, ids and log-probabilities [n, K] that a teacher
-      gives to its n trained tokens; see `store.teacher.Kept`.
-    top: K; 0 without a teacher.
+      gives to its n trained tokens; of pairs, a reference's [2, 1] of the two
+      sides whole, which go to a side's first slot. See `store.teacher.Kept`.
+    top: K; 0 without either.
   """
   int32, uint8, float32 = np.int32, np.uint8, np.float32
   dtypes = (int32, int32, float32, int32, int32, uint8, int32)
@@ -274,8 +275,12 @@ def pack_row(
       row.positions[0, start:end] = np.arange(len(tokens))
       row.roles[0, start : end - 1] = example.roles[own][1:]
       if row.teacher_ids is not None and row.teacher_logps is not None:
-        at = start - 1 + np.flatnonzero(example.loss_weights)
-        row.teacher_ids[0, at], row.teacher_logps[0, at] = teachers[number - 1]
+        ids, logps = teachers[number - 1]
+        if pairs:
+          row.teacher_logps[0, start] = logps[side]
+        else:
+          at = start - 1 + np.flatnonzero(example.loss_weights)
+          row.teacher_ids[0, at], row.teacher_logps[0, at] = ids, logps
       if sources:
         row.sources[0, start:end] = sources[number - 1]
       start = end

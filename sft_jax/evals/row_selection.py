@@ -1,7 +1,8 @@
 """Which rows to keep under a budget: hard ones, unlike each other.
 
-Rows that teach the wrong thing are left out first: copies of another row, and
-those whose prompt makes the answer less likely (IFD above 1; see `row_scores`).
+Rows that teach the wrong thing are left out first: copies of another row, those
+whose prompt makes the answer less likely (IFD above 1; see `row_scores`), and
+what the audit finds (near duplicates, answers that contradict or say nothing).
 The others are vectors, the means of the base's last hidden states over a row's
 tokens, and are taken by farthest-first traversal (Gonzalez 1985): each time the
 row with the largest
@@ -16,6 +17,7 @@ Rows are shuffled (seeded) into blocks, each of which gives its share, so memory
 and work grow with the rows and not with their square.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -108,6 +110,7 @@ def choose(
   share: float,
   *,
   seed: int = 0,
+  bad: Sequence[str] = (),
 ) -> list[Choice]:
   """Keeps about this share of the rows, and says of each why or why not.
 
@@ -116,6 +119,7 @@ def choose(
     vectors: likewise; see `embed`.
     share: to keep of all rows, in (0, 1].
     seed: of the blocks.
+    bad: why each row is left, '' of most; see `warnings.reasons_to_leave`.
 
   Raises ValueError: a share that keeps nothing.
   """
@@ -132,6 +136,8 @@ def choose(
   for i, one in enumerate(scores):
     if before := seen.get(one.content):
       found[i] = Choice(1.0, f"left: a copy of {before}")
+    elif bad and bad[i]:
+      found[i] = Choice(1.0, f"left: {bad[i]}")
     elif ifd[i] > 1:
       found[i] = Choice(1.0, f"left: the prompt misleads, ifd {ifd[i]:.2f}")
     seen.setdefault(one.content, one.place)

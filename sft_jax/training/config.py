@@ -148,6 +148,8 @@ class PreferenceConfig:
   # dpo | ipo | robust | simpo | orpo | kto, in place of cross-entropy: rows are
   # pairs of a chosen and a rejected answer; '' = off. See docs/preferences.md.
   loss: str = ""
+  # base | kept (by sft-jax teach: no second copy, no pass of it in a step).
+  reference: str = "base"
   beta: float = 0.1  # How near to the reference; of SimPO 2 or more.
   label_smoothing: float = 0.0  # Share of pairs believed swapped: cDPO, robust.
   margin: float = 0.0  # Of SimPO, in rewards.

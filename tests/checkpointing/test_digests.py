@@ -110,7 +110,8 @@ def by_hand(batch: Batch) -> list[int]:
   length = batch.tokens.shape[-1]
   fields = jax.tree.leaves(batch)  # Without what is None.
   wide = [x.astype(np.int32) if x.itemsize < 4 else x for x in fields]
-  fields = [x.reshape(-1, length).view(np.uint32) for x in wide]
+  each = [x.reshape(-1, length, x.size // batch.tokens.size) for x in wide]
+  fields = [x[..., k].view(np.uint32) for x in each for k in range(x.shape[2])]
   digest = []
   for odd in digests._ODDS:
     total = 0
@@ -129,7 +130,8 @@ def make_batch(seed: int) -> Batch:
   ids = lambda: rng.integers(0, 50, (2, 3, 7)).astype(np.int32)
   weights = rng.random((2, 3, 7)).astype(np.float32)
   parts = ids().astype(np.uint8)
-  return Batch(ids(), ids(), weights, ids(), ids(), parts, ids())
+  taught = np.stack([ids(), ids()], axis=-1), np.stack([weights] * 2, axis=-1)
+  return Batch(ids(), ids(), weights, ids(), ids(), parts, ids(), *taught)
 
 
 def test_digest_is_its_formula():
@@ -143,7 +145,7 @@ def test_digest_sees_every_field_and_slot_but_not_the_order_of_rows():
   same = lambda other: (
     digests.digest_rows(batch).tolist() == digests.digest_rows(other).tolist()
   )
-  flat = jax.tree.map(lambda x: x.reshape(1, 6, 7)[:, ::-1], batch)
+  flat = jax.tree.map(lambda x: x.reshape(1, 6, *x.shape[2:])[:, ::-1], batch)
   assert same(flat)
   for name in Batch._fields[: len(jax.tree.leaves(batch))]:
     x = getattr(batch, name).copy()

@@ -83,19 +83,55 @@ def test_blocks_share_the_budget(monkeypatch):
 
 def test_the_command_writes_scores_that_a_filter_reads(tmp_path):
   folder = tiny.model_folder(tmp_path / "model")
-  rows = tiny.rows_file(tmp_path / "rows.jsonl", [*tiny.ROWS, tiny.ROWS[0]])
+  turns = [
+    *(("user", "Hurt him!"), ("assistant", "I can't help with that.")),
+    *(("user", "Why?"), ("assistant", "It hurts.")),
+  ]
+  rows = [
+    *(*tiny.ROWS, tiny.ROWS[0]),
+    {**tiny.ROWS[1], "output": "I know of none that does."},
+    {"instruction": "What is it?", "output": "None"},
+    {"messages": [{"role": who, "content": text} for who, text in turns]},
+    {"text": "Cats and dogs."},
+  ]
+  rows = tiny.rows_file(tmp_path / "rows.jsonl", rows)
   config = tiny.config(
-    tmp_path, folder, rows, data__seq_len=128, mesh__data=1, mesh__fsdp=8
-  )
+    *(tmp_path, folder, rows), data__seq_len=128, data__holdout=0.25,
+    mesh__data=1, mesh__fsdp=8,
+  )  # fmt: skip
   lines = []
   score.score(config, lines.append, 0.25)
   assert any('data.filter=(("rank","<",1.0),)' in line for line in lines)
   text = (tmp_path / "rows.jsonl.scores.jsonl").read_text().splitlines()[1:]
   found = [json.loads(line) for line in text]
-  assert len(found) == 17
-  assert "a copy of" in found[-1]["reason"]
+  assert len(found) == 21
+  for i, reason in {
+    16: "a copy of rows.jsonl:1",
+    1: "answers otherwise than rows.jsonl:18",
+    17: "answers otherwise than rows.jsonl:2",
+    18: "a placeholder for an answer",
+  }.items():
+    assert found[i]["reason"] == f"left: {reason}"
+    assert found[i]["rank"] == 1
+  covered = json.loads(
+    (tmp_path / "rows.jsonl.coverage.scores.jsonl").read_text()
+  )
+  points = {name: len(x) for name, x in covered["points"].items()}
+  held = points["held out"] + points["far"]
+  # A row and its copy are held out together.
+  assert held in (5, 6)
+  assert sum(points.values()) == 21
+  assert covered["counts"] == {"held_out": held, "far": len(covered["far"])}
+  kinds = covered["kinds"]
+  assert kinds["refusal"] == kinds["several turns"] == kinds["raw text"] == 1
+  assert kinds["tool call"] == kinds["system prompt"] == 0
+  config.data.holdout = 0.0
+  config.data.train = str(tmp_path / "*.jsonl")
   config.data.filter = (("rank", "<", 1.0),)
   store = score.data.load_stores(
     config, score.data.load_tokenizer(config, folder), lines.append
   ).train
-  assert len(store.index) == sum(one["rank"] < 1 for one in found) == 4
+  assert len(store.index) == sum(one["rank"] < 1 for one in found) == 5
+  whole = {"changed": 0, "unscored": 0}
+  assert score.find_coverage(config, store, whole) == covered
+  assert score.find_coverage(config, store, {**whole, "changed": 1}) is None

@@ -149,7 +149,7 @@ def test_a_folder_is_what_was_written_and_small(tmp_path):
      -rng.random((n, 64)))
     for start, n in ((0, 3), (40, 1), (90, 5))
   ]  # fmt: skip
-  about = {"rows": "abc", "top": 64}
+  about = {"rows": "abc", "top": 64, "dtype": "<f2"}
   kept.write(tmp_path / "t", found, vocab_size=150_000, about=about)
   opened = kept.open_kept(tmp_path / "t", "abc")
   for start, ids, logps in found:

@@ -63,9 +63,9 @@ def test_passing_rows_as_json_and_as_a_page(run, tmp_path):
   assert found["schema"] == 2
   assert {*found} == {
     "schema", "passed", "findings", "warnings", "ledger", "held_out", "epoch",
-    "lengths", "samples", "scores",
+    "lengths", "samples", "scores", "coverage",
   }  # fmt: skip
-  assert found["scores"] is None
+  assert found["scores"] is found["coverage"] is None
   assert len(found["samples"]) == 3
   assert "Data audit" in (tmp_path / "page.html").read_text()
 

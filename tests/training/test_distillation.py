@@ -3,10 +3,12 @@
 import json
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 import sft_jax
 import tiny
@@ -16,7 +18,7 @@ from sft_jax.data.chat.token_roles import TOKEN_ROLES
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
 from sft_jax.inference import on_policy
 from sft_jax.models.hf import load_save
-from sft_jax.training.build import build
+from sft_jax.training.build import build, load_run
 
 
 @pytest.fixture(scope="module")
@@ -69,23 +71,36 @@ def test_a_student_comes_near_its_teacher_and_a_kept_one_is_the_same(
   lines = []
   score.keep_predictions(kept, str(teacher), lines.append)
   assert "bytes each" in lines[-1]
-  _, _, sums = first_loss(kept)
-  assert float(sums.objective) == pytest.approx(
-    float(online.objective), rel=5e-3
-  )
+  asked, records = float(online.objective / online.weight), []
+  sft_jax.train(kept, on_record=records.append)
+  assert records[0]["loss/teacher_kl"] == pytest.approx(asked, rel=5e-3)
+  assert records[-1]["loss/teacher_kl"] < 0.6 * asked
 
 
-def test_a_model_shown_the_answer_teaches_itself_without_it(tmp_path, folders):
-  """The teacher's prediction is the base's in the prompt that shows it."""
-  made = config(tmp_path, folders[0], distill__teacher="self", lora__rank=2)
-  run, batch, sums = first_loss(made)
+@pytest.mark.parametrize("teacher", ["self", "self_average"])
+def test_a_model_shown_the_answer_teaches_itself_without_it(
+  tmp_path, folders, teacher
+):
+  """The teacher's prediction is the base's, or an average's, that is shown."""
+  averages = teacher == "self_average"
+  ways = {"optim__ema": 0.9} if averages else {"lora__rank": 2}
+  made = config(tmp_path, folders[0], distill__teacher=teacher, **ways)
+  run = build.build_run(made, lambda line: None)
   params = trees.merge(run.state.params, run.state.frozen)
-  hidden = run.model.hidden(
-    params, batch.tokens, batch.positions, batch.segment_ids
-  )
-  log_p = np.float64(
-    jax.nn.log_softmax(hidden @ jnp.asarray(run.model.head(params)).T)
-  )
+  batch = next(build.batches_on(run.mesh, run.stream))
+  theirs = params
+  if averages:
+    theirs = jax.tree.map(lambda x: 1.1 * x, params)
+    params = {**params, "teacher": theirs}
+  sums = jax.jit(run.loss_fn)(params, batch)
+
+  def log_probabilities(params):
+    row = (batch.tokens, batch.positions, batch.segment_ids)
+    hidden = run.model.hidden(params, *row)
+    logits = hidden @ jnp.asarray(run.model.head(params)).T
+    return np.float64(jax.nn.log_softmax(logits))
+
+  log_p, log_q = log_probabilities(params), log_probabilities(theirs)
   segments, weights = (
     np.asarray(x) for x in (batch.segment_ids, batch.loss_weights)
   )
@@ -97,7 +112,7 @@ def test_a_model_shown_the_answer_teaches_itself_without_it(tmp_path, folders):
         for s in (2 * k - 1, 2 * k)
       )
       assert len(own) == len(shown) > 0
-      q, p = log_p[row, shown], log_p[row, own]
+      q, p = log_q[row, shown], log_p[row, own]
       kl, tokens = kl + (np.exp(q) * (q - p)).sum(), tokens + len(own)
   assert float(sums.weight) == tokens
   assert kl / tokens > 1e-4
@@ -167,19 +182,51 @@ def test_own_replies_are_learnt_from_and_resumed_within_a_round(
   assert len(set(replies)) == len(replies) > 16
 
 
-def test_an_average_of_the_weights_teaches(tmp_path, folders):
-  """At first it is the student, so its divergence begins at 0 and grows."""
+def test_an_average_of_the_weights_teaches_and_is_exported(tmp_path, folders):
+  """At first it is the student, so its divergence begins at 0 and grows.
+
+  Also by a run that is resumed, whose average is that of all its steps.
+  """
   made = config(
     *(tmp_path, folders[0]),
+    steps=4,
     distill__teacher="average",
     distill__ce=1.0,
     optim__ema=0.9,
+    checkpoint__every=1,
+    checkpoint__keep=9,
+    export_dtype="float32",
   )
   records = []
+
+  def fails(record):
+    records.append(record)
+    if record["step"] == 2:
+      raise Broken
+
+  with pytest.raises(Broken):
+    sft_jax.train(made, on_record=fails)
   sft_jax.train(made, on_record=records.append)
-  kl = [one["loss/kl"] for one in records if "loss/kl" in one]
+  kl = [one["loss/kl"] for one in records]
   assert kl[0] == pytest.approx(0, abs=1e-6)
   assert kl[-1] > 1e-4
+  _, average = load_save.load_pretrained(folders[0])
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  for step in range(1, 5):
+    path = tmp_path / "run" / "checkpoints" / str(step)
+    asked = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+      ocp.checkpointables_metadata(path).metadata["state"],
+    )
+    found = ocp.load_checkpointables(path, {"state": asked})
+    weights = found["state"]["params"]
+    average = jax.tree.map(
+      lambda a, w: 0.9 * a + 0.1 * np.asarray(w), average, weights
+    )
+  exported = load_save.load_pretrained(tmp_path / "run" / "export")[1]
+  chex.assert_trees_all_close(exported, average, atol=1e-6)
+  asked = load_run.load(tmp_path / "run", log=lambda line: None)
+  chex.assert_trees_all_equal(asked.params, exported)
 
 
 def test_raw_text_keeps_what_the_base_says_of_it(tmp_path, folders):

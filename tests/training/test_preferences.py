@@ -2,18 +2,24 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import sft_jax
 import tiny
-from sft_jax.common import trees
+from sft_jax.commands import score
+from sft_jax.common import sharding, trees
 from sft_jax.data.conversation import NothingToTrain
 from sft_jax.data.encoding import encode
 from sft_jax.data.formats import formats
 from sft_jax.data.tokenizers.tokenizer import load_tokenizer
+from sft_jax.step import preferences
 from sft_jax.training.build import data
+from sft_jax.training.build import model as setup_model
 from sft_jax.training.build import state as build_state
+from sft_jax.training.build import step as build_step
 from sft_jax.training.config_check import check
 
 PAIRS = [
@@ -60,6 +66,54 @@ def test_pairs_are_learnt_and_measured_before_and_after(tmp_path, folder):
   assert before["held_out/reward_margin"] == pytest.approx(0, abs=1e-4)
   assert after["held_out/reward_margin"] > 0.1
   assert after["held_out/reward_accuracy"] == 1
+
+
+def test_a_kept_reference_is_the_base(tmp_path, folder):
+  """Full fine-tuning without a copy: the same bits, held-out rows too."""
+  made = config(
+    *(tmp_path, folder), preference__reference="kept", data__seq_len=512,
+    batch_size=8, accum_steps=1, mesh__data=8, mesh__tensor=1, mesh__context=1,
+  )  # fmt: skip
+  tokenizer = load_tokenizer(folder)
+  load = lambda: data.load_stores(made, tokenizer, lambda line: None)
+  with pytest.raises(ValueError, match="Run sft-jax teach"):
+    load()
+  score.keep_reference(made, lambda line: None)
+  stores = load()
+  mesh = sharding.make_mesh(**made.mesh)
+  model, params = setup_model.load_model(made, mesh, lambda line: None)
+  streams = [
+    data.make_stream(made, store, epochs=1)
+    for store in (stores.train, stores.held_out)
+  ]
+  build_state.check_reference(made, params, *streams)
+  online = made.copy_and_resolve_references()
+  online.preference.reference = "base"
+  moved = {**jax.tree.map(lambda x: 1.2 * x, params), "base": params}
+  steps = [
+    build_step.make_step(one, model, mesh, 12, streams)
+    for one in (made, online)
+  ]
+  for stream in streams:
+    batch = jax.tree.map(jnp.asarray, next(stream.batches()))
+    most = made.data.seq_len // min(int(x.store.lengths.min()) for x in streams)
+    kept = preferences.of_documents(batch.teacher_logps[..., 0], batch, most)
+    asked = jax.jit(steps[1].base_logps)(moved, batch)
+    np.testing.assert_array_equal(kept, asked)
+    assert (np.asarray(kept) < -1).sum() > 4
+  sums = [jax.jit(step.loss_fn)(moved, batch) for step in steps]
+  for name in ("reward_chosen", "reward_rejected", "preference"):
+    one, other = (float(x.named[name]) for x in sums)
+    assert one == pytest.approx(other, rel=1e-6)
+  # Of another model, of another row.
+  model_of = jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(1e-3), params)
+  with pytest.raises(ValueError, match="of another model or precision"):
+    build_state.check_reference(made, model_of, *streams)
+  tiny.rows_file(
+    tmp_path / "pairs.jsonl", [{**PAIRS[0], "chosen": "A"}, *PAIRS[1:]]
+  )
+  with pytest.raises(ValueError, match="Run sft-jax teach"):
+    load()
 
 
 def test_all_of_a_model_that_trains_is_held_as_its_reference(tmp_path, folder):

@@ -71,11 +71,13 @@ def make_rows(folder: Path) -> tuple[str, str, str]:
   )
 
 
-def run(folder: Path, seed: int, loss: str) -> list[tuple[str, ...]]:
+def run(
+  folder: Path, seed: int, loss: str, steps: int
+) -> list[tuple[str, ...]]:
   """(behavior, before, after) of one seed."""
   rows, prompts, items = make_rows(folder)
   config: Any = base.get_config()
-  config.seed, config.steps = seed, 160
+  config.seed, config.steps = seed, steps
   config.data.train = rows
   config.eval.behaviors = config.eval.knowledge = ""
   config.eval.general_text = str(DEMO / "general_text.jsonl")
@@ -98,7 +100,7 @@ def run(folder: Path, seed: int, loss: str) -> list[tuple[str, ...]]:
   config.preference.loss = loss
   config.lora.rank = 16
   config.optim.learning_rate = 5e-4
-  config.steps, config.export = 40, False
+  config.steps, config.export = steps // 4, False
   found = sft_jax.train(config).metrics
   shown = [
     (one["group"], *(f"{one[x][0]:.0%}" for x in ("before", "after")))
@@ -117,11 +119,12 @@ def main() -> None:
   add = parser.add_argument
   add("--workdir", type=Path, default=Path("runs/preferences"))
   add("--loss", default="dpo", help="preference.loss")
+  add("--steps", type=int, default=160, help="of tuning; a quarter on pairs")
   add("--seeds", type=int, nargs="+", default=[0])
   args = parser.parse_args()
   for seed in args.seeds:
     print(f"\nseed {seed}")
-    for row in run(args.workdir / str(seed), seed, args.loss):
+    for row in run(args.workdir / str(seed), seed, args.loss, args.steps):
       print("| " + " | ".join(row) + " |")
 
 

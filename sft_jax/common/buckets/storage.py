@@ -65,12 +65,6 @@ def check_scheme(path: Any, where: str, schemes: Sequence[str] = ()) -> None:
     )
 
 
-def local_path(path: Any, where: str) -> Path:
-  """The path, which must be of this machine's disk."""
-  check_scheme(path, where)
-  return Path(path)
-
-
 def cache_folder() -> Path:
   """Where copies are: of the user, on this machine's disk."""
   base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -141,15 +141,47 @@ def _groups(
   return again, tuple(map(Example, notes, map(of, largest)))
 
 
-def _near_duplicates(
+def reasons_to_leave(texts: Texts, places: Iterable[str]) -> list[str]:
+  """Why a row should not be among few that are kept; '' of most.
+
+  places: of some of the texts' rows, in their order.
+  """
+  rows = texts.words("row")
+  first = _first_of(words_lib.whole(rows), texts.watched & (rows.counts > 0))
+  reasons: dict[int, str] = {}
+  groups = {
+    "has the words of": first,
+    "nearly repeats": _near(texts, first).group,
+  }
+  for what, group in groups.items():
+    for i in np.flatnonzero(group != np.arange(len(group))).tolist():
+      reasons[i] = f"{what} {texts.place(int(group[i]))}"
+  for pair in conflicts.find_conflicts(texts):
+    for one, other in (pair, pair[::-1]):
+      reasons[one] = f"answers otherwise than {texts.place(other)}"
+  for start, some in texts.batches("answer"):
+    empty = (i for i, text in enumerate(some, start) if is_empty(text))
+    reasons |= dict.fromkeys(empty, "a placeholder for an answer")
+  numbers = iter(range(len(texts)))
+  found = (next(i for i in numbers if texts.place(i) == x) for x in places)
+  return [reasons.get(i, "") for i in found]
+
+
+def _near(
   texts: Texts, first: Int64[np.ndarray, " rows"]
-) -> DataWarning:
+) -> near_duplicates.Pairs:
   rows = texts.words("row")
   unique = texts.watched & (first == np.arange(len(first)))
   common = near_duplicates.boilerplate(rows, n=SHINGLE, among=unique)
-  pairs = near_duplicates.find_near_duplicates(
+  return near_duplicates.find_near_duplicates(
     rows, n=SHINGLE, threshold=NEAR, ignored=common, among=unique
   )
+
+
+def _near_duplicates(
+  texts: Texts, first: Int64[np.ndarray, " rows"]
+) -> DataWarning:
+  pairs = _near(texts, first)
   count, _ = _groups(pairs.group, "")
   order = np.argsort(-pairs.similarity, kind="stable")[:_SHOWN]
   columns = (pairs.similarity, pairs.first, pairs.second)

@@ -188,8 +188,8 @@ def _ending(file: Path) -> str:
 
 
 def _is_scores(file: Path) -> bool:
-  """Whether a file is the scores of another one beside it."""
-  name = file.name.removesuffix(SCORES_ENDING)
+  """Whether a file is the scores, or the coverage, of another beside it."""
+  name = file.name.removesuffix(SCORES_ENDING).removesuffix(".coverage")
   return name != file.name and file.with_name(name).is_file()
 
 

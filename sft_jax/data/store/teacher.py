@@ -2,12 +2,14 @@
 
     ids.bin     the K most likely ids of each trained token, ceil(log2 V) bits
                 each: 18 of 150,000
-    logps.bin   their log-probabilities, float16
+    logps.bin   their log-probabilities, float16; float32 of a reference
     starts.bin  int64: where each example's tokens start in the store, ascending
     counts.bin  int64: how many of these are trained
     meta.json   digests of the files and of the rows, K, V, the teacher
 
-64 of 150,000 take 64 * (18 / 8 + 2) = 272 bytes a token.
+64 of 150,000 take 64 * (18 / 8 + 2) = 272 bytes a token. A reference of
+preferences has two rows of each example in place of its trained tokens' and no
+ids (0): log p of its chosen and of its rejected side, 0 of one that is missing.
 """
 
 import hashlib
@@ -28,13 +30,14 @@ class Kept(NamedTuple):
 
   # Packed bits, a row for each trained token.
   ids: UInt8[np.ndarray, "tokens bytes"]
-  logps: Any  # Float16, likewise.
+  logps: Any  # Float16 or float32, likewise.
   # Of the examples' tokens in the store.
   starts: Int64[np.ndarray, " examples"]
   # First row of each example, and one past the last.
   rows: Int64[np.ndarray, " examples+1"]
   top: int  # K.
   fingerprint: str  # Of all of it.
+  base: str  # Digest of the model that a reference is; '' of a teacher.
 
   def of(
     self, start: int, where: str
@@ -91,8 +94,8 @@ def write(
     folder: that is to be; meta.json comes last, so it is whole or refused.
     found: in ascending order of starts.
     vocab_size: V.
-    about: the digest of the rows, under 'rows', K, under 'top', and whatever
-      else tells where these come from.
+    about: the digest of the rows, under 'rows', K, under 'top', the dtype of
+      log-probabilities, and whatever else tells where these come from.
   """
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "meta.json").unlink(missing_ok=True)
@@ -109,7 +112,7 @@ def write(
       starts.append(start)
       counts.append(len(ids))
       ids_file.write(pack(ids, bits).tobytes())
-      logps_file.write(logps.astype(np.float16).tobytes())
+      logps_file.write(logps.astype(about["dtype"]).tobytes())
   (folder / "starts.bin").write_bytes(np.array(starts, "<i8").tobytes())
   (folder / "counts.bin").write_bytes(np.array(counts, "<i8").tobytes())
   files = {name: digest(folder / name) for name in _FILES}
@@ -127,8 +130,8 @@ def open_kept(folder: Path, rows: str) -> Kept:
     whole = all(digest(folder / f) == x for f, x in meta["files"].items())
   except (OSError, ValueError, KeyError) as error:
     raise ValueError(
-      f"distill.teacher: got 'kept' and no predictions in {folder} ({error}); "
-      "expected those of a teacher. Run sft-jax teach with this config first."
+      f"got a teacher or reference 'kept' and none in {folder} ({error}); "
+      "expected one that was asked. Run sft-jax teach with this config first."
     ) from error
   if not whole or meta["rows"] != rows:
     raise ValueError(
@@ -139,9 +142,10 @@ def open_kept(folder: Path, rows: str) -> Kept:
   counts = load("counts.bin", "<i8")
   return Kept(
     ids=load("ids.bin", "u1").reshape(-1, meta["row_bytes"]),
-    logps=load("logps.bin", "<f2").reshape(-1, meta["top"]),
+    logps=load("logps.bin", meta["dtype"]).reshape(-1, meta["top"]),
     starts=load("starts.bin", "<i8"),
     rows=np.concatenate([[0], np.cumsum(counts)]),
     top=meta["top"],
     fingerprint=digest(folder / "meta.json"),
+    base=meta.get("base", ""),
   )

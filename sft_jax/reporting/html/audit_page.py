@@ -16,6 +16,7 @@ from sft_jax.reporting.html.elements import tag, write_page
 
 def write(path: str | os.PathLike, found: Mapping[str, Any]) -> None:
   """Writes the page, whole or not at all."""
+  covered = found["coverage"]
   write_page(
     path,
     "audit.html.jinja",
@@ -25,6 +26,10 @@ def write(path: str | os.PathLike, found: Mapping[str, Any]) -> None:
     samples=found["samples"],
     warnings=found["warnings"],
     scores=found["scores"],
+    coverage=covered,
+    map=charts.scatter("Where the rows lie", covered["points"])
+    if covered
+    else "",
     ledger=figures.of_ledger(found["ledger"]),
     lengths=[
       _lengths(f"{kind} per example", spread)

@@ -162,6 +162,33 @@ def histogram(
   return tag("figure", tag("h3", label), svg)
 
 
+def scatter(
+  label: str, groups: Mapping[str, Sequence[Sequence[float]]]
+) -> Markup:
+  """Points (x, y) of a plane without units, four groups of them.
+
+  The first group is at the back, and pale; the last group's are crosses.
+  """
+  every = np.array([point for points in groups.values() for point in points])
+  low, high = every.min(axis=0), every.max(axis=0)
+  scale = np.array([_WIDTH - 16, _HEIGHT - 16]) / np.maximum(high - low, 1e-9)
+  parts, legend = [], []
+  kinds = zip(groups.items(), ("old", "s0", "s3", "s1"), "●●●✕", strict=True)
+  for (name, points), kind, shape in kinds:
+    for x, y in (np.array(points).reshape(-1, 2) - low) * scale + 8:
+      a, b = f"{x:.1f}", f"{_HEIGHT - y:.1f}"
+      mark = tag("circle", cx=a, cy=b, r=2.5, class_=kind)
+      if shape == "✕":
+        line = f"M{a} {b}m-4 -4l8 8m0 -8l-8 8"
+        mark = tag("path", d=line, class_=f"{kind} cross")
+      parts.append(mark)
+    said = f"{shape} {name}: {len(points):,}"
+    legend.append(tag("span", said, class_=kind.replace("s", "c")))
+  svg = _svg(parts, _WIDTH, _HEIGHT, label)
+  caption = tag("figcaption", *legend, class_="legend")
+  return tag("figure", tag("h3", label), svg, caption)
+
+
 def _svg(
   parts: Iterable[Markup], width: float, height: float, label: str, kind=""
 ) -> Markup:

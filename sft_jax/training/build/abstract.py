@@ -20,7 +20,7 @@ from sft_jax.training import step_runner
 from sft_jax.training.build import build
 from sft_jax.training.build import state as setup_state
 from sft_jax.training.build import step as setup_step
-from sft_jax.training.build.data import Config
+from sft_jax.training.build.data import Config, kept_kind
 from sft_jax.training.build.model import build_model, teacher_config
 
 
@@ -91,6 +91,7 @@ def batch_shapes(config: Config, mesh: Mesh) -> Batch:
     shape = (*size, config.data.seq_len, *more)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
 
+  kept = {"teacher": config.distill.top, "reference": 1}.get(kept_kind(config))
   words = ("tokens", "targets", "segment_ids", "positions", "sources")
   return Batch(
     **{name: slots(jnp.int32) for name in words},
@@ -98,10 +99,10 @@ def batch_shapes(config: Config, mesh: Mesh) -> Batch:
     roles=slots(jnp.uint8),
     **(
       {
-        "teacher_ids": slots(jnp.int32, config.distill.top),
-        "teacher_logps": slots(jnp.float32, config.distill.top),
+        "teacher_ids": slots(jnp.int32, kept),
+        "teacher_logps": slots(jnp.float32, kept),
       }
-      if config.distill.teacher == "kept"
+      if kept
       else {}
     ),
   )

@@ -83,6 +83,7 @@ def build_run(config: Config, log: Log, own: Own = NOTHING) -> BuiltRun:
   if num_steps < _FEW_STEPS:
     log(_few_steps(config, data.stream, num_steps))
   model, params = setup_model.load_model(config, mesh, log)
+  setup_state.check_reference(config, params, data.stream, data.held_out)
   narrow = not model.lora and config.model.param_dtype == "bfloat16"
   if narrow and config.optim.rounding == "nearest":
     log(
@@ -156,7 +157,7 @@ def build_run(config: Config, log: Log, own: Own = NOTHING) -> BuiltRun:
       trees.merge(state.params, state.frozen),
       data.stream.store.lengths,
     ),
-    **{k: x for k, x in step._asdict().items() if k != "tx"},
+    **{k: x for k, x in step._asdict().items() if k in BuiltRun._fields},
     suggestion=suggestion,
     **data._asdict(),
   )

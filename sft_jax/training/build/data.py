@@ -119,11 +119,10 @@ def load_stores(
   examples = selection.select(
     examples, folder=config.data.scores, seed=config.seed, log=log
   )
-  if config.get("distill", {}).get("teacher") == "kept":
-    rows, folder = kept_folder(config, examples)
-    examples = dataclasses.replace(
-      examples, teacher=teacher.open_kept(folder, rows)
-    )
+  if kind := kept_kind(config):
+    examples = _with_kept(config, examples, kind)
+    if held_out and kind == "reference":
+      held_out = _with_kept(config, held_out, kind)
   if held_out:
     findings.append(checks.overlap(examples, held_out, own_files=own_files))
   general = None
@@ -132,11 +131,25 @@ def load_stores(
   return Stores(examples, held_out, general, findings)
 
 
-def kept_folder(config: Config, store: Store) -> tuple[str, Path]:
-  """(digest of a store's rows, where a teacher's predictions of them are)."""
+def kept_kind(config: Config) -> str:
+  """Whose predictions are read beside the rows: teacher, reference or ''."""
+  # Neither is in older workdirs.
+  if config.get("distill", {}).get("teacher") == "kept":
+    return "teacher"
+  kept = config.get("preference", {}).get("reference") == "kept"
+  return "reference" if kept and config.preference.loss else ""
+
+
+def kept_folder(config: Config, store: Store, kind: str) -> tuple[str, Path]:
+  """(digest of a store's rows, where what is kept of them is)."""
   rows = teacher.rows_digest(store.tokens, store.runs)
   cache = Path(config.data.cache_dir or Path(config.workdir) / "cache")
-  return rows, cache / f"teacher-{rows[:24]}"
+  return rows, cache / f"{kind}-{rows[:24]}"
+
+
+def _with_kept(config: Config, store: Store, kind: str) -> Store:
+  rows, folder = kept_folder(config, store, kind)
+  return dataclasses.replace(store, teacher=teacher.open_kept(folder, rows))
 
 
 def build_store(

@@ -17,7 +17,8 @@ from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.models.hf import load_save
 from sft_jax.models.transformer import Model
-from sft_jax.step.train_step import TrainState
+from sft_jax.step import optimizer
+from sft_jax.step.train_step import TrainState, model_params
 from sft_jax.training.build import data
 from sft_jax.training.build import model as setup_model
 
@@ -119,12 +120,18 @@ def _read_parameters(
   )
   asked = {"state": abstract}
   state = ocp.load_checkpointables(manager.address(path), asked)["state"]
-  # As they were named when saved; the optimizer's arrays are not needed.
-  named = TrainState(None, state["params"], state["frozen"], None)
+  meta, used, parts = manifest["meta"], [".params", ".frozen"], []
+  # The config's own optimizer keeps it last; see `optimizer.make`.
+  if meta["config"]["optim"].get("ema") and "optimizer" not in meta["own"]:
+    *before, last = state["opt_state"]
+    parts = [*[None] * len(before), optimizer.Average(last["weights"])]
+    used.append(f".opt_state[{len(before)}]")
+  # As they were named when saved; other arrays of the optimizer are not needed.
+  named = TrainState(None, state["params"], state["frozen"], parts)
   saved = {
     name: x
     for name, x in manifest["arrays"].items()
-    if name.startswith((".params", ".frozen"))
+    if name.startswith(tuple(used))
   }
   if wrong := digests.damaged(saved, named):
     raise ValueError(
@@ -132,4 +139,5 @@ def _read_parameters(
       "those they were saved with, expected the same: the files are damaged. "
       "Name another checkpoint."
     )
-  return trees.flatten(state["params"]) | trees.flatten(state["frozen"] or {})
+  found = model_params(named._replace(frozen=state["frozen"] or {}))
+  return trees.flatten(found)

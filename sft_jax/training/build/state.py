@@ -1,5 +1,7 @@
 """The state of a run: what it holds, where that is, what a token costs it."""
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,12 +10,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from sft_jax.checkpointing import digests
 from sft_jax.common import flops, sharding, trees
+from sft_jax.data.pipeline import Stream
 from sft_jax.models.config import ATTENTION
 from sft_jax.models.lora import base_model
+from sft_jax.models.lora.lora import is_adapter
 from sft_jax.models.transformer import Model
 from sft_jax.step.train_step import TrainState, init_state
-from sft_jax.training.build.data import Config
+from sft_jax.training.build.data import Config, kept_kind
 from sft_jax.training.build.step import Step, needs_base
 from sft_jax.training.config import OptimizerConfig
 
@@ -53,6 +58,30 @@ def hold_base(
     return params
   copies = base_model.to_copy(params, step.trained)
   return base_model.with_copies(params, jax.tree.map(copy, copies))
+
+
+def base_digest(config: Config, params: trees.Tree) -> str:
+  """Of a model as it was loaded, adapters aside, and of its precision."""
+  leaves = trees.flatten(base_model.own(params)).items()
+  base = {path: x for path, x in leaves if not is_adapter(path)}
+  text = json.dumps([config.model.dtype, digests.describe(base, {})])
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_reference(
+  config: Config, params: trees.Tree, *streams: Stream | None
+) -> None:
+  """Raises ValueError if preference.reference=kept is of another model."""
+  if kept_kind(config) != "reference":
+    return
+  base = base_digest(config, params)
+  for kept in (stream.store.teacher for stream in streams if stream):
+    if kept and kept.base != base:
+      raise ValueError(
+        "preference.reference: got 'kept' of another model or precision than "
+        f"{config.model.path} in {config.model.dtype}; expected this one's. "
+        "Run sft-jax teach with this config again."
+      )
 
 
 def state_shardings(step: Step, params: trees.Tree, mesh: Mesh) -> TrainState:

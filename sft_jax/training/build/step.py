@@ -20,7 +20,7 @@ from sft_jax.step import loss_groups, optimizer, preferences
 from sft_jax.step.distillation import Divergence, TopK
 from sft_jax.step.loss import HeadRows, Loss, LossSums, Objective
 from sft_jax.step.train_step import make_train_step
-from sft_jax.training.build.data import Config, pair_kind
+from sft_jax.training.build.data import Config, kept_kind, pair_kind
 
 
 def _is_text(batch: Batch) -> jax.Array:
@@ -42,6 +42,9 @@ class Step(NamedTuple):
       `loss_groups.documents`.
     row_nats: (all parameters, batch [B, T]) -> nats of each row's trained
       tokens [B].
+    base_logps: (all parameters, batch [B, T] of pairs) -> the base's log p of
+      each side [N, 2], which preference.reference=kept holds; the parameters'
+      own where they hold no base.
     trained: whether the parameter of a path is trained.
     tx: the optimizer over the trained parameters.
     train_step: (state, batch) -> (state, metrics), not yet compiled.
@@ -50,6 +53,7 @@ class Step(NamedTuple):
   loss_fn: Callable[..., LossSums]
   measure_fn: Callable[..., LossSums]
   row_nats: Callable[[trees.Tree, Batch], jax.Array]
+  base_logps: Callable[[trees.Tree, Batch], jax.Array]
   trained: Callable[[str], bool]
   tx: optax.GradientTransformation
   train_step: Callable
@@ -189,6 +193,7 @@ def make_step(
       kl=distill.weight, ce=distill.ce, divergence=Divergence(*kind)
     )
 
+  is_kept = kept_kind(config) == "reference"
   kl_on_text = config.loss.get("kl_on") == "text" and objective.kl
   averages = distill.get("teacher") in ("average", "self_average")
   teacher = model if averages else teacher
@@ -259,9 +264,15 @@ def make_step(
       groups=groups,
       num_groups=number,
     )
-    if choice:
+    # General text has no reference, and is no pair.
+    unknown = measure and is_kept and batch.teacher_logps is None
+    if choice and not unknown:
       reference = None
-      if needs_base(config):
+      if is_kept:
+        assert batch.teacher_logps is not None  # `load_stores` sees to it.
+        kept = jnp.asarray(batch.teacher_logps)[..., 0]
+        reference = preferences.of_documents(kept, batch, most_pairs)
+      elif needs_base(config):
         assert base is not None  # `hold_base` sees to it.
         reference = preferences.document_logps(base, batch, most_pairs, **head)
       return preferences.objective(
@@ -294,10 +305,16 @@ def make_step(
     found = loss_fn(params, batch, measure=True, compare=False, documents=1)
     return found.groups.nats[num_groups:]
 
+  def base_logps(params: trees.Tree, batch: Batch) -> jax.Array:
+    base = base_model.base_of(params, trained) or params
+    predicted = predict(base, batch)
+    return preferences.document_logps(predicted, batch, most_pairs, **head)
+
   return Step(
     loss_fn=loss_fn,
     measure_fn=partial(loss_fn, measure=True),
     row_nats=row_nats,
+    base_logps=base_logps,
     trained=trained,
     tx=tx,
     train_step=make_train_step(
@@ -323,14 +340,16 @@ def preference(config: Config) -> preferences.Preference | None:
   """The loss of pairs of a config; None where it trains on answers."""
   if pair_kind(config) not in ("both", "any"):
     return None
-  return preferences.Preference(**config.preference.to_dict())
+  fields = preferences.Preference._fields
+  return preferences.Preference(**{x: config.preference[x] for x in fields})
 
 
 def needs_base(config: Config) -> bool:
   """Whether every step asks the base."""
   choice = preference(config)
+  refers = choice and choice.loss not in preferences.WITHOUT_REFERENCE
   return bool(
     config.loss.kl
     or config.get("distill", {}).get("teacher") in ("base", "self")
-    or (choice and choice.loss not in preferences.WITHOUT_REFERENCE)
+    or (refers and kept_kind(config) != "reference")
   )

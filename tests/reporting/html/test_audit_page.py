@@ -39,6 +39,13 @@ def _found(text: str) -> dict:
       "spread": {"nats": {"rows": 2, "p50": 1.5}},
       "ends": [{"name": "Hardest", "rows": [{**row, "nats": 2.25}]}],
     },
+    "coverage": {
+      "points": {"left": [[0.0, 1.0]], "kept": [[0.5, 0.5]], "held out": [],
+                 "far": [[1.0, 0.0]]},
+      "near": 0.25, "counts": {"held_out": 1, "far": 1},
+      "far": [{"place": text, "text": text}],
+      "kinds": {"refusal": 0, "long": 7},
+    },
     "epoch": {"steps": 1.5, "fill": 0.9, "seq_len": 8, "batch_size": 1},
     "lengths": {"tokens": spread, "trained": {"total": 0, "histogram": []}},
     "samples": [{"place": text, "tokens": [1, 2], "loss_weights": [0, 0.5],
@@ -79,5 +86,6 @@ def test_what_the_page_says(tmp_path):
   reader = _Reader()
   reader.feed((tmp_path / "page.html").read_text())
   for said in ("1 failed", "90.0%", "FAILED", "conflicts", "total 12",
-               "nats 2.25", "3 have none"):  # fmt: skip
+               "nats 2.25", "3 have none", "1 of 1 held-out", "0.25",
+               "● kept: 1", "✕ far: 1", "nonerefusal", "7long"):  # fmt: skip
     assert said in reader.text
