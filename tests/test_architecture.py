@@ -115,7 +115,6 @@ ALONE = {
   "commands/replay.py": "a command",
   "data/audit/languages.py": "the only user of a library",
   "data/readers/memory.py": "a reader, beside those of files",
-  "evals/checks/refusals.py": "lists of words, beside the other checks",
   "reporting/html/audit_page.py": "a page, beside the others",
   "training/build/host_consistency.py": "what hosts must share, tested alone",
 }
