@@ -206,7 +206,8 @@ def _add_tokens(
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_scores(scores)
-    writer.add_bool("tokenizer.ggml.add_space_prefix", _prepends(read))
+    prepends = '"Prepend"' in json.dumps(read.get("normalizer"))
+    writer.add_bool("tokenizer.ggml.add_space_prefix", prepends)
   else:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_pre_tokenizer(folder, read))
@@ -238,11 +239,6 @@ def _add_tokens(
   writer.add_add_bos_token(False)
   if tokenizer.chat_template:
     writer.add_chat_template(tokenizer.chat_template)
-
-
-def _prepends(read: dict[str, Any]) -> bool:
-  """Whether a tokenizer puts a space before its text."""
-  return '"Prepend"' in json.dumps(read.get("normalizer"))
 
 
 def _pre_tokenizer(folder: Path, read: dict[str, Any]) -> str:
@@ -305,22 +301,6 @@ def modelfile(
     f"PARAMETER num_ctx {config.max_positions}",
   ]
   return "\n".join(lines) + "\n"
-
-
-def read_back(path: str | Path) -> dict[str, np.ndarray]:
-  """The tensors of a GGUF file by its names, decoded to float32."""
-  gguf = _package()
-  return {
-    tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    for tensor in gguf.GGUFReader(path).tensors
-  }
-
-
-def stop_ids(path: str | Path) -> set[int]:
-  """The ids at which a GGUF file says that generation stops."""
-  fields = _package().GGUFReader(path).fields
-  names = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
-  return {int(fields[name].contents()) for name in names if name in fields}
 
 
 def _package() -> Any:
