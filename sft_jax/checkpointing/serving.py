@@ -339,7 +339,7 @@ def rules(
     return json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
   config, raw = read_config(folder), read(folder / "config.json")
-  tensors: dict[str, Any] = load_save.model_tensors(folder)
+  tensors = load_save.model_tensors(folder)
   stops = read(folder / "generation_config.json").get("eos_token_id", [])
   embed, head = (
     tensors.get(parameter_map.table_name(name, config))
@@ -347,7 +347,8 @@ def rules(
   )
   heads = "own" if head else "missing"
   if config.tie_embeddings:
-    tied = not head or np.array_equal(head.read(), embed.read())
+    alike = head and embed and np.array_equal(head.read(), embed.read())
+    tied = not head or alike
     heads = "tied" if tied else "tied, with other values"
   rows = embed.shape[0] if embed else 0
   sizes = {rows, max(rows, tokenizer.vocab_size)}
