@@ -534,11 +534,13 @@ class Block(nn.Module):
         features, use_bias, init_std, self.lora, **dtypes, name=name
       )
 
+    norms = c.norms(self.sort)
+
     def before(x, name):
-      return norm(name=name)(x) if c.pre_norm else x
+      return norm(name=name)(x) if name in norms else x
 
     def add(x, y, name):
-      y = norm(name=name)(y) if c.post_norm else y
+      y = norm(name=name)(y) if name in norms else y
       return x + (y if c.residual_scale == 1 else y * c.residual_scale)
 
     x = checkpoint_name(x, BLOCK_INPUT)

@@ -98,6 +98,8 @@ class ModelConfig:
       checkpoint that of its text part.
     part_of: `model_type` of the multimodal checkpoint that it is in; '': none.
     notes: what a person should know of how it was read, one line each.
+    stored: {name: rows} of the tensors of the folder it came from, where
+      those of the family have several names; an export has the same.
     activation: of the MLP, 'silu', 'gelu_tanh' or 'xielu'.
     glu_alpha: that of `moe.clipped_swiglu`, which takes its place; None: none.
     glu_limit: that of `moe.clipped_swiglu`.
@@ -123,6 +125,8 @@ class ModelConfig:
     norm_offset: norms multiply by this much more than their scale.
     pre_norm: a norm before attention and MLP.
     post_norm: a norm after each, before the residual is added.
+    pre_norm_mixer: layers of this mixer have the first alone, whatever the
+      others have; '': none.
     parallel: the MLP reads what attention reads, its norm too.
     qk_norm: RMSNorm of q and k before RoPE: 'none', over the H of each
       'head', or over 'all' heads at once; 'rotated': of each head, after RoPE.
@@ -146,6 +150,10 @@ class ModelConfig:
     mixer_state: width of q and k.
     mixer_width: width of v.
     mixer_by_head: projections of q, k, v and z are stored head by head.
+    mixer_apart: those of q, k and v are three.
+    mixer_beta: what the delta rule overwrites is multiplied by this; at 2
+      what a key held may change its sign.
+    mixer_norm_eps: of the norm after a recurrence; 0: `norm_eps`.
     attn_gate: attention's output is multiplied by sigmoid of a gate, which
       lies after each head's query.
     global_kv_heads: K of 'global_attn'.
@@ -178,6 +186,9 @@ class ModelConfig:
   raw: Json = dataclasses.field(compare=False, repr=False)
   part_of: str = dataclasses.field(default="", compare=False)
   notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+  stored: Mapping[str, int] = dataclasses.field(
+    default_factory=dict, compare=False, repr=False
+  )
   activation: str = "silu"
   glu_alpha: float | None = None
   glu_limit: float = math.inf
@@ -206,6 +217,7 @@ class ModelConfig:
   norm_offset: float = 0.0
   pre_norm: bool = True
   post_norm: bool = False
+  pre_norm_mixer: str = ""
   parallel: bool = False
   qk_norm: str = "none"
   rope_pairs: bool = False
@@ -226,6 +238,9 @@ class ModelConfig:
   mixer_state: int = 0
   mixer_width: int = 0
   mixer_by_head: bool = False
+  mixer_apart: bool = False
+  mixer_beta: float = 1.0
+  mixer_norm_eps: float = 0.0
   attn_gate: bool = False
   global_kv_heads: int = 0
   global_head_dim: int = 0
@@ -285,6 +300,14 @@ class ModelConfig:
 
     return tuple(map(modules, self.layers))
 
+  def norms(self, sort: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the norms of a layer that has these modules."""
+    early = sort[0] == self.pre_norm_mixer
+    places = [""] * (self.pre_norm or early)
+    places += ["post_"] * (self.post_norm and not early)
+    parts = ("attn", "mlp")[: len(sort)]
+    return tuple(f"{part}_{at}norm" for part in parts for at in places)
+
   @property
   def period(self) -> int:
     """After how many layers the sorts repeat; `num_layers` if never."""
@@ -314,7 +337,7 @@ def layers_of(config: ModelConfig) -> dict[str, np.ndarray]:
   """
   found: dict[str, list[int]] = {}
   for i, sort in enumerate(config.sorts):
-    for module in sort:
+    for module in (*sort, *config.norms(sort)):
       found.setdefault(module, []).append(i)
   n = config.num_layers
   return {name: np.array(at) for name, at in found.items() if len(at) < n}
@@ -403,6 +426,8 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
     raise refuse(where, "num_key_value_heads", num_kv_heads, num_heads)
   fields = dict(family.traits)
   for field, read in _reads(name).items():
+    if derived.keys() >= set(read.into):
+      continue
     value = _read(field, read, theirs.get(field), FIELDS[name], where)
     fields |= dict.fromkeys(read.into, value)
   if family.experts:
@@ -414,10 +439,11 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
   num_layers = need("num_hidden_layers")
   if family.dense:
     fields["d_ff_dense"] = theirs["intermediate_size"]
-  groups = fields.get("mixer_groups")
-  if groups and fields["mixer_heads"] % groups:
+  recurrent = fields | derived
+  groups, heads = (recurrent.get(f"mixer_{x}") for x in ("groups", "heads"))
+  if groups and heads % groups:
     expected = f"a multiple of the {groups} of queries and keys"
-    raise refuse(where, "heads of values", fields["mixer_heads"], expected)
+    raise refuse(where, "heads of values", heads, expected)
   tied = derived.pop("tie_embeddings", get("tie_word_embeddings"))
   if not isinstance(tied, bool):
     raise refuse(where, "tie_word_embeddings", tied, "true or false")

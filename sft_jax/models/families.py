@@ -46,6 +46,8 @@ class Family:
     experts: layers have a router and experts in place of an MLP.
     experts_in_turns: experts are [E, in, out], and columns of gate and up
       take turns.
+    stored: (in files, in `names`): parts of names that files spell in another
+      way. What comes to one name is side by side along the first axis.
     buffers: endings of tensors that old files hold and that follow from the
       config; they are not read.
   """
@@ -68,6 +70,7 @@ class Family:
   conv1d: bool = False
   experts: bool = False
   experts_in_turns: bool = False
+  stored: tuple[tuple[str, str], ...] = ()
   buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
 
   @property
@@ -491,6 +494,39 @@ FAMILIES |= {
     | {"rope_theta": 500_000.0, "rope_local_base_freq": 500_000.0},
     layer_types=fields.full_each("", 4),
     local_rope="rope_local_base_freq",
+  ),
+  "olmo_hybrid": _like(
+    "olmo2",
+    "OlmoHybridForCausalLM",
+    names=tensors.OLMO_HYBRID,
+    traits={
+      **FAMILIES["olmo2"].traits,
+      **{"pre_norm_mixer": "delta", "mixer_apart": True},
+      "mixer_norm_eps": 1e-5,
+    },
+    reads={
+      # The activation of its convolutions too.
+      "hidden_act": Read(("activation",), {"silu": "silu"}),
+      "linear_allow_neg_eigval": Read(
+        ("mixer_beta",), lambda on: 2.0 if on else 1.0
+      ),
+    },
+    layer_types=fields.olmo_hybrid_types,
+    rotated=fields.all_if_based,
+    mixers={LINEAR: "delta"},
+    derived=fields.olmo_hybrid,
+    # Of fresh weights.
+    harmless=frozenset(
+      {
+        *("linear_a_log_min", "linear_a_log_max", "linear_dt_min"),
+        *("linear_dt_max", "linear_dt_init_floor"),
+      }
+    ),
+    stored=(
+      *(("q_conv1d", "conv1d"), ("k_conv1d", "conv1d")),
+      *(("v_conv1d", "conv1d"), ("attention_layer_norm", "input_layernorm")),
+      ("feedforward_layer_norm", "post_attention_layernorm"),
+    ),
   ),
   "exaone4": _like(
     "olmo2",

@@ -176,6 +176,7 @@ def test_published_files_mean_what_transformers_reads(name, tmp_path):
     found = {kind.rope for kind in ours.layers} - {None}
     rope = rope if FULL in rope else {FULL: rope}
     want = {(one["rope_theta"], one["rope_type"]) for one in rope.values()}
+    want = {(theta, kind) for theta, kind in want if theta is not None}
     assert {(one.theta, one.type) for one in found} == {
       (theta, "default" if kind == "mrope" else kind) for theta, kind in want
     }
@@ -396,6 +397,11 @@ HUNYUAN = GLM4 | {
   "architectures": ["HunYuanDenseV1ForCausalLM"],
 }
 
+OLMO_HYBRID = BASE | {
+  **{"model_type": "olmo_hybrid", "num_hidden_layers": 4},
+  "architectures": ["OlmoHybridForCausalLM"],
+}
+
 
 def test_fields_that_families_read_in_their_own_way():
   """As published files have them, and as the reference reads them."""
@@ -412,6 +418,21 @@ def test_fields_that_families_read_in_their_own_way():
   assert parse_config(EXAONE4 | named).layers == (local, full) * 2
   none = parse_config(EXAONE4 | {"sliding_window": None})
   assert none.layers == (LayerKind(None, Rope(10_000.0)),) * 4
+  # Heads and widths follow from others; a base that is null is no rope.
+  olmo = parse_config(OLMO_HYBRID)
+  sizes = (olmo.mixer_groups, olmo.mixer_heads)
+  assert (*sizes, olmo.mixer_state, olmo.mixer_width) == (4, 4, 6, 12)
+  assert [kind.mixer for kind in olmo.layers] == ["delta"] * 3 + ["attn"]
+  assert olmo.kinds[0].rope == Rope(10_000.0)
+  assert (olmo.mixer_beta, olmo.mixer_norm_eps) == (2.0, 1e-5)
+  for null in (
+    {"rope_theta": None},
+    {"rope_parameters": {"rope_theta": None, "rope_type": "default"}},
+  ):
+    assert parse_config(OLMO_HYBRID | null).kinds == (full,)
+  one = {"linear_allow_neg_eigval": False, "linear_key_head_dim": 3}
+  olmo = parse_config(OLMO_HYBRID | one)
+  assert (olmo.mixer_beta, olmo.mixer_width) == (1.0, 6)
   scaling = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}
   old = {"rope_theta": 10_000.0, "rope_scaling": scaling}
   (hunyuan,) = parse_config(HUNYUAN | old).kinds

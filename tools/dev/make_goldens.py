@@ -24,6 +24,8 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
+from sft_jax.models.hf import parameter_map
+
 # Matrices this small are slower on several threads.
 torch.set_num_threads(1)
 
@@ -360,6 +362,17 @@ CASES: dict[str, Case] = {
       **{"linear_num_value_heads": 4, **DELTA, **TIED},
     },
   ),
+  "olmo_hybrid": Case(
+    "olmo_hybrid",
+    {
+      **{"num_hidden_layers": 3, "rms_norm_eps": 1e-3},
+      "layer_types": [LINEAR_LAYER, FULL_LAYER, LINEAR_LAYER],
+      **{"linear_num_key_heads": 2, "linear_key_head_dim": 6},
+      **{"linear_num_value_heads": 4, "linear_value_head_dim": 5},
+      "rope_parameters": rope(),
+      **UNTIED,
+    },
+  ),
   "qwen3_next": Case(
     "qwen3_next", {"linear_num_value_heads": 4, **DELTA_MOE, **UNTIED}
   ),
@@ -582,7 +595,7 @@ def compute(model: Any, case: Case) -> dict[str, Any]:
 
 
 def _gradients(model: Any) -> dict[str, np.ndarray]:
-  """By the names of tensors in files: in memory all experts are one."""
+  """By the names of the family's table: in memory all experts are one."""
   state = {
     key: weight.grad
     for key, weight in model.named_parameters()
@@ -591,7 +604,11 @@ def _gradients(model: Any) -> dict[str, np.ndarray]:
   with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(folder, state_dict=state)
     tensors = load_file(Path(folder) / "model.safetensors")
-  return {f"gradient/{key}": x for key, x in tensors.items()}
+  found = parameter_map.by_table_name(tensors, model.config.model_type)
+  return {
+    f"gradient/{key}": np.concatenate(parts) if len(parts) > 1 else parts[0]
+    for key, parts in found.items()
+  }
 
 
 def norms(golden: dict[str, Any]) -> dict[str, Any]:

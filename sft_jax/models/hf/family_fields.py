@@ -120,6 +120,12 @@ def all_if_named(raw: Json, types: list[str], where: str) -> list[bool]:
   return [raw["position_embedding_type"] == "rope"] * len(types)
 
 
+def all_if_based(raw: Json, types: list[str], where: str) -> list[bool]:
+  """All, unless the file says that theta is null (OLMo Hybrid)."""
+  rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+  return [(raw | rope).get("rope_theta", 0) is not None] * len(types)
+
+
 def rope_layers(raw: Json, types: list[str], where: str) -> list[bool]:
   """The layers that the file names, or all but every k-th (SmolLM3)."""
   n = len(types)
@@ -175,6 +181,29 @@ def shared_expert(raw: Json, where: str) -> Json:
   """An expert for every token, of a width of its own (Qwen)."""
   field = "shared_expert_intermediate_size"
   return {"d_ff_shared": whole_number(where, field, raw[field])}
+
+
+def olmo_hybrid_types(raw: Json, n: int) -> list[str]:
+  """Every fourth layer is full; of fewer the last."""
+  return [FULL if i % 4 == 3 or i == n - 1 < 3 else LINEAR for i in range(n)]
+
+
+def olmo_hybrid(raw: Json, where: str) -> Json:
+  """Heads and their widths, which follow from others where files lack them."""
+
+  def read(name: str, usual: int) -> int:
+    field = f"linear_{name}"
+    value = usual if raw[field] is None else raw[field]
+    return whole_number(where, field, value)
+
+  heads = raw["num_attention_heads"]
+  groups, N = read("num_key_heads", heads), read("num_value_heads", heads)
+  state = read("key_head_dim", 3 * raw["hidden_size"] // (4 * groups))
+  width = read("value_head_dim", 2 * state)
+  return {
+    **{"mixer_groups": groups, "mixer_heads": N},
+    **{"mixer_state": state, "mixer_width": width},
+  }
 
 
 def first_dense(raw: Json, n: int, where: str) -> list[bool]:

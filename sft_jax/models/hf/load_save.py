@@ -98,7 +98,10 @@ def load_pretrained(
   files.check_checksums(folder)
   config = read_config(folder)
   tensors, notes = open_folder(folder, config)
-  config = dataclasses.replace(config, notes=config.notes + notes)
+  held = [part for x in tensors.values() for part in getattr(x, "parts", (x,))]
+  stored = {part.name: part.shape[0] for part in held if part and part.shape}
+  notes = config.notes + notes
+  config = dataclasses.replace(config, notes=notes, stored=stored)
   # Of the shapes in the files; the model's vocabulary may be larger.
   old = transformer.build(config, param_dtype=param_dtype)
   if vocab_size > config.vocab_size:
@@ -205,7 +208,7 @@ def write_folder(
   gone = ("quantization_config", "auto_map")
   raw = {k: v for k, v in model.config.raw.items() if k not in gone}
   raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = dtype.name
-  tensors = _pending(model, params, dtype)
+  tensors = _as_stored(_pending(model, params, dtype), model.config)
   if jax.process_index():
     files.write_tensors(None, tensors, max_shard_bytes=max_shard_bytes)
     return
@@ -239,7 +242,8 @@ def write_into(folder: Path, source: Path, model: Model, params: Tree) -> None:
   head, embed = (parameter_map.table_name(x, c) for x in ("head", "embed"))
   for new in tensors:
     old = there.get(new.name)
-    if old is None or old.shape != new.shape or old.dtype not in _FLOATS:
+    fits = isinstance(old, Tensor) and old.shape == new.shape
+    if not fits or old.dtype not in _FLOATS:
       found = "nothing" if old is None else f"{old.dtype} {old.shape}"
       raise ValueError(
         f"{source}: {new.name} is {found}; expected {new.shape} in float32, "
@@ -267,7 +271,7 @@ def model_tensors(folder: Path) -> dict[str, Tensor]:
   config, tensors = read_config(folder), files.open_tensors(folder)
   if config.part_of:
     tensors = parameter_map.text_tensors(tensors)
-  return parameter_map.official_names(tensors, config)
+  return _as_named(tensors, config)
 
 
 def export_dtype(params: Tree, dtype: Any = None) -> np.dtype:
@@ -329,7 +333,25 @@ def open_folder(
       f"num_hidden_layers={config.num_layers}{experts}. Check config.json "
       "against the weights."
     )
-  return parameter_map.official_names(tensors, config), notes
+  return _as_named(tensors, config), notes
+
+
+def _as_named(
+  tensors: Mapping[str, Any], config: ModelConfig
+) -> dict[str, Any]:
+  """By the names of the family's table; those that share one, as one."""
+
+  def joined(first: Tensor | Decoded, *rest: Tensor) -> Tensor | Decoded:
+    if not rest or any(x.shape[1:] != first.shape[1:] for x in rest):
+      return first
+    parts = (first, *rest)
+    shape = (sum(x.shape[0] for x in parts), *first.shape[1:])
+    whole = lambda *xs: np.concatenate(xs)
+    return Decoded(first.path, first.name, shape, whole, parts, first.dtype)
+
+  found = parameter_map.by_table_name(tensors, config.family)
+  named = {name: joined(*parts) for name, parts in found.items()}
+  return parameter_map.official_names(named, config)
 
 
 def _check_tensors(
@@ -430,6 +452,22 @@ def _pending(model: Model, params: Tree, dtype: np.dtype) -> Iterator[Pending]:
 
   for name, ((_, place), *_) in parts.items():
     yield Pending(name, dtype_of(name), place.shape, partial(make, name))
+
+
+def _as_stored(
+  tensors: Iterator[Pending], config: ModelConfig
+) -> Iterator[Pending]:
+  """The tensors as files of the family have them."""
+  for x in tensors:
+    names = parameter_map.names_in_folder(x.name, (*x.shape, 1)[0], config)
+    if len(names) == 1:
+      yield x._replace(name=next(iter(names)))
+      continue
+    start = 0
+    for name, rows in names.items():
+      make = lambda x=x, at=slice(start, start + rows): np.asarray(x.make())[at]
+      yield Pending(name, x.dtype, (rows, *x.shape[1:]), make)
+      start += rows
 
 
 def _to_host(x: jax.Array) -> np.ndarray:

@@ -184,6 +184,37 @@ def official_names(
   }
 
 
+def by_table_name(
+  tensors: Mapping[str, _T], family: str
+) -> dict[str, list[_T]]:
+  """Tensors of files by the names of the family's table, in its order where
+  several are one there."""
+  left, found = dict(tensors), {}
+  for theirs, ours in (*FAMILIES[family].stored, ("", "")):
+    for name in [name for name in left if theirs in name]:
+      found.setdefault(name.replace(theirs, ours), []).append(left.pop(name))
+  return found
+
+
+def names_in_folder(
+  name: str, rows: int, config: ModelConfig
+) -> dict[str, int]:
+  """What files call a tensor [rows, ...]: {name: rows}, if several in order.
+
+  Those of the folder that the model came from; else as transformers writes it.
+  """
+  stored, c = FAMILIES[config.family].stored, config
+  usual = [
+    name.replace(ours, theirs) for theirs, ours in stored if ours in name
+  ]
+  held = [x for x in (*usual, name) if x in c.stored] or usual or [name]
+  each = -(-rows // len(held))
+  if len(held) == 1:
+    return {held[0]: rows}
+  cut = enumerate(held)
+  return {x: c.stored.get(x, min(each, rows - i * each)) for i, x in cut}
+
+
 def _width(module: str, config: ModelConfig) -> int:
   """Output features of a projection that shares its tensor."""
   c = config

@@ -83,6 +83,13 @@ QWEN3_5 = LLAMA | _layers("""
   delta/qkv: linear_attn.in_proj_qkv, delta/z: linear_attn.in_proj_z,
   delta/b: linear_attn.in_proj_b, delta/a: linear_attn.in_proj_a,
   delta/qkvz: linear_attn.in_proj_qkvz, delta/ba: linear_attn.in_proj_ba""")
+OLMO_HYBRID = QWEN3_5 | _layers("""
+  attn_post_norm: post_attention_layernorm,
+  mlp_post_norm: post_feedforward_layernorm,
+  delta/q: linear_attn.q_proj, delta/k: linear_attn.k_proj,
+  delta/v: linear_attn.v_proj, delta/z: linear_attn.g_proj,
+  delta/b: linear_attn.b_proj, delta/a: linear_attn.a_proj,
+  delta/norm: linear_attn.o_norm, delta/out: linear_attn.o_proj""")
 _MAMBA = LLAMA | _layers("""
   mamba: mamba, mamba/in: mamba.in_proj, mamba/conv: mamba.conv1d,
   mamba/norm: mamba.norm, mamba/out: mamba.out_proj""")

@@ -20,7 +20,7 @@ from sft_jax.models.layers.short_conv import Mixer
 
 
 class DeltaNet(Mixer):
-  """The mixer of Qwen3-Next and Qwen3.5.
+  """The mixer of Qwen3-Next, Qwen3.5 and OLMo Hybrid.
 
   K = `mixer_groups` heads of q and k and N = `mixer_heads` of v.
   """
@@ -39,7 +39,11 @@ class DeltaNet(Mixer):
       ba = self.linear(2 * N, name="ba")(x).reshape(B, T, K, -1)
       b, a = jnp.split(ba, 2, axis=-1)
     else:
-      qkv = self.linear(2 * K * H + N * P, name="qkv")(x)
+      widths = {"q": K * H, "k": K * H, "v": N * P}
+      if not c.mixer_apart:
+        widths = {"qkv": sum(widths.values())}
+      qkv = [self.linear(width, name=name)(x) for name, width in widths.items()]
+      qkv = jnp.concatenate(qkv, axis=-1)
       z = self.linear(N * P, name="z")(x)
       b = self.linear(N, name="b")(x).reshape(heads)
       a = self.linear(N, name="a")(x).reshape(heads)
@@ -56,14 +60,16 @@ class DeltaNet(Mixer):
       q, k = (_unit(y.reshape(B, T, K, H)) for y in (q, k))
       a, b, log_rate, dt = (y.astype(jnp.float32) for y in (a, b, log_rate, dt))
       log_rate, dt = (y.reshape(heads[2:]) for y in (log_rate, dt))
-      g, beta = -jnp.exp(log_rate) * nn.softplus(a + dt), nn.sigmoid(b)
+      g = -jnp.exp(log_rate) * nn.softplus(a + dt)
+      beta = c.mixer_beta * nn.sigmoid(b)
       v = v.reshape(*heads, P).astype(jnp.float32) * beta[..., None]
       return q * H**-0.5, k, v, g, beta
 
     q, k, v, g, beta = jax.checkpoint(inputs)(qkv, a, b, log_rate, dt)
     y, kv = recur(q, k, v, g, beta, context, kv, slot, self.mesh)
     own = (self.dtype, self.param_dtype)
-    norm = GatedNorm(c.norm_eps, (P,), False, *own, name="norm")
+    eps = c.mixer_norm_eps or c.norm_eps
+    norm = GatedNorm(eps, (P,), False, *own, name="norm")
     y = norm(y, z.reshape(y.shape)).reshape(B, T, N * P)
     return self.linear(c.d_model, init_std=c.out_std, name="out")(y), kv
 

@@ -520,6 +520,26 @@ def test_transformers_reads_published_gpt2_exported_again(tmp_path, caplog):
   assert_transformers_agrees(tmp_path / "out", "gpt2", logits, caplog)
 
 
+def test_olmo_hybrid_has_the_form_of_its_folder(tmp_path):
+  """The published one's is not that of transformers, as which goldens are."""
+  at = "model.layers.1.feedforward_layer_norm.weight"
+
+  def published(tensors):
+    tensors["model.layers.1.post_attention_layernorm.weight"] = tensors.pop(at)
+    for i in (0, 2):
+      names = [f"model.layers.{i}.linear_attn.{x}_conv1d.weight" for x in "qkv"]
+      whole = np.concatenate([tensors[name] for name in names])
+      parts = np.split(whole, [12, 24])
+      tensors |= dict(zip(names, map(np.ascontiguousarray, parts), strict=True))
+
+  folder = tampered(tmp_path, edit_tensors(published), "olmo_hybrid")
+  assert read_tensors(folder) != read_tensors(GOLDENS / "olmo_hybrid")
+  model, params = load_save.load_pretrained(folder)
+  jax.tree.map(np.testing.assert_array_equal, params, load("olmo_hybrid")[1])
+  load_save.save_pretrained(tmp_path / "out", model, params, dtype="bfloat16")
+  assert read_tensors(tmp_path / "out") == read_tensors(folder)
+
+
 def test_names_are_bare_all_or_none(tmp_path):
   def half(folder):
     as_published(folder)

@@ -154,7 +154,7 @@ FAMILIES = (
   *("glm4", "seed_oss", "exaone4", "ernie4_5", "hunyuan_v1_dense", "cohere2"),
   *("apertus", "olmoe", "minimax_m2", "lfm2_moe", "granitemoehybrid_moe"),
   *("glm4_moe", "ernie4_5_moe", "deepseek_v2", "glm4_moe_lite"),
-  *("qwen3_next", "qwen3_5_moe"),
+  *("qwen3_next", "qwen3_5_moe", "olmo_hybrid"),
   *("gemma4_text", "gemma4_text_moe", "gemma4_text_shared"),
 )
 
