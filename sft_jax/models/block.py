@@ -37,6 +37,7 @@ Dtype = Any
 _ACTIVATIONS = {
   "silu": nn.silu,
   "gelu_tanh": partial(nn.gelu, approximate=True),
+  "relu2": lambda x: jnp.square(nn.relu(x)),
 }
 
 
@@ -440,7 +441,10 @@ def _experts(
 ) -> Moe:
   """The experts that take the place of the MLP."""
 
-  def activation(gate: jax.Array, up: jax.Array) -> jax.Array:
+  def activation(*inner: jax.Array) -> jax.Array:
+    if not c.gated_mlp:
+      return _ACTIVATIONS[c.activation](*inner)
+    gate, up = inner
     if c.glu_alpha is not None:
       return clipped_swiglu(gate, up, alpha=c.glu_alpha, limit=c.glu_limit)
     return _ACTIVATIONS[c.activation](gate) * up
@@ -458,6 +462,7 @@ def _experts(
     ),
     d_ff=c.d_ff,
     activation=jax.checkpoint(activation),
+    gated=c.gated_mlp,
     correction=c.router_correction,
     shared=shared if c.d_ff_shared else None,
     router_norm=norm if c.mlp_beside else None,
@@ -510,8 +515,8 @@ class PerLayer(nn.Module):
 class Block(nn.Module):
   """One layer: x + mixer(norm(x)), then x + mlp(norm(x)).
 
-  Families add a norm after each, or have that one alone. `sort` names the
-  modules, see `ModelConfig.sorts`.
+  Families add a norm after each, or have that one alone, or one part alone.
+  `sort` names the modules, see `ModelConfig.sorts`.
   """
 
   config: ModelConfig
@@ -545,45 +550,50 @@ class Block(nn.Module):
 
     x = checkpoint_name(x, BLOCK_INPUT)
     mixer, *rest = self.sort
+    lone = mixer in ("mlp", "moe")
+    rest = [mixer] if lone else rest
     with jax.named_scope(mixer):
       y = normed = before(x, "attn_norm")
-      where = (self.backend, self.mesh)
-      base = mixer.removeprefix("reuse_")
-      if base in ATTENTION:
-        context = context.of_kind(c, base, kind)
-      if mixer in _MIXERS:
-        of = _MIXERS[mixer](c, linear, self.mesh, **dtypes, name=mixer)
-        y, kv = of(y, context, kv, slot)
-      elif c.kv_rank:
-        # The reference gives these norms no other eps.
-        rank_norm = partial(RMSNorm, 1e-6, **dtypes)
-        attn = LatentAttention(
-          c, linear, rank_norm, *where, self.lora, name="attn"
-        )
-        y, kv = attn(y, context, kv, slot)
-      else:
-        where += (self.param_dtype, base, base != mixer)
-        attn = Attention(c, linear, head_norm, *where, name=mixer)
-        y, kv = attn(y, context, kv, slot, kind)
-      x = add(x, y, "attn_post_norm")
-    with jax.named_scope("mlp"):
-      mlp = partial(Mlp, c, linear)
-      y = normed if c.parallel else before(x, "mlp_norm")
-      width = c.d_ff_dense if c.num_experts else c.d_ff
-      for name, times in (("mlp", 1), ("wide_mlp", 2)):
-        if name in rest:
-          y = mlp(times * width, self.param_dtype, name=name)(y)
-      if "moe" in rest:
-        sizes = (c.d_ff_shared, self.param_dtype, c.shared_gate)
-        shared = partial(mlp, *sizes, name="shared")
-        experts = _experts(c, self.lora, self.mesh, shared, norm, **dtypes)
-        if c.mlp_beside:
-          z = experts(norm(name="moe_norm")(x), x)
-          z = norm(name="moe_post_norm")(z)
-          y = norm(name="mlp_own_norm")(y) + z
+    if not lone:
+      with jax.named_scope(mixer):
+        where = (self.backend, self.mesh)
+        base = mixer.removeprefix("reuse_")
+        if base in ATTENTION:
+          context = context.of_kind(c, base, kind)
+        if mixer in _MIXERS:
+          of = _MIXERS[mixer](c, linear, self.mesh, **dtypes, name=mixer)
+          y, kv = of(y, context, kv, slot)
+        elif c.kv_rank:
+          # The reference gives these norms no other eps.
+          rank_norm = partial(RMSNorm, 1e-6, **dtypes)
+          attn = LatentAttention(
+            c, linear, rank_norm, *where, self.lora, name="attn"
+          )
+          y, kv = attn(y, context, kv, slot)
         else:
-          y = experts(y)
-      x = add(x, y, "mlp_post_norm")
+          where += (self.param_dtype, base, base != mixer)
+          attn = Attention(c, linear, head_norm, *where, name=mixer)
+          y, kv = attn(y, context, kv, slot, kind)
+        x = add(x, y, "attn_post_norm")
+    if rest:
+      with jax.named_scope("mlp"):
+        mlp = partial(Mlp, c, linear)
+        y = normed if c.parallel or lone else before(x, "mlp_norm")
+        width = c.d_ff_dense if c.num_experts else c.d_ff
+        for name, times in (("mlp", 1), ("wide_mlp", 2)):
+          if name in rest:
+            y = mlp(times * width, self.param_dtype, name=name)(y)
+        if "moe" in rest:
+          sizes = (c.d_ff_shared, self.param_dtype, c.shared_gate)
+          shared = partial(mlp, *sizes, name="shared")
+          experts = _experts(c, self.lora, self.mesh, shared, norm, **dtypes)
+          if c.mlp_beside:
+            z = experts(norm(name="moe_norm")(x), x)
+            z = norm(name="moe_post_norm")(z)
+            y = norm(name="mlp_own_norm")(y) + z
+          else:
+            y = experts(y)
+        x = add(x, y, "mlp_post_norm")
     if own is not None:
       gate = linear(c.per_layer_dim, name="per_layer_gate")(x)
       y = _ACTIVATIONS[c.activation](gate) * own

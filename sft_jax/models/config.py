@@ -59,7 +59,8 @@ class LayerKind(NamedTuple):
     rope: its rotary embedding; None: queries and keys are not rotated.
     dense: an MLP of `d_ff_dense` in a model of experts.
     mixer: what mixes tokens: one of ATTENTION, or a layer of `layers`: 'conv',
-      'delta', 'mamba'. Its parameters are under this name.
+      'delta', 'mamba'. Its parameters are under this name. Of layers of one
+      part it may be 'mlp' or 'moe'.
     shares: it reads the keys and values of the last layer before that has some,
       of the same mixer. Its parameters are under 'reuse_' and that name.
   """
@@ -100,10 +101,10 @@ class ModelConfig:
     notes: what a person should know of how it was read, one line each.
     stored: {name: rows} of the tensors of the folder it came from, where
       those of the family have several names; an export has the same.
-    activation: of the MLP, 'silu', 'gelu_tanh' or 'xielu'.
+    activation: of the MLP, 'silu', 'gelu_tanh', 'xielu' or 'relu2'.
     glu_alpha: that of `moe.clipped_swiglu`, which takes its place; None: none.
     glu_limit: that of `moe.clipped_swiglu`.
-    gated_mlp: down(act(gate(x)) * up(x)), else down(act(up(x))).
+    gated_mlp: down(act(gate(x)) * up(x)), else down(act(up(x))); experts too.
     qkv_bias: q, k and v projections have a bias.
     o_bias: the attention's output projection has a bias.
     mlp_bias: the projections of the MLP have a bias, a router too.
@@ -127,6 +128,7 @@ class ModelConfig:
     post_norm: a norm after each, before the residual is added.
     pre_norm_mixer: layers of this mixer have the first alone, whatever the
       others have; '': none.
+    one_part: a layer is its mixer alone, or an MLP or experts alone.
     parallel: the MLP reads what attention reads, its norm too.
     qk_norm: RMSNorm of q and k before RoPE: 'none', over the H of each
       'head', or over 'all' heads at once; 'rotated': of each head, after RoPE.
@@ -154,6 +156,7 @@ class ModelConfig:
     mixer_beta: what the delta rule overwrites is multiplied by this; at 2
       what a key held may change its sign.
     mixer_norm_eps: of the norm after a recurrence; 0: `norm_eps`.
+    mixer_least_step: steps of Mamba-2 are at least so long.
     attn_gate: attention's output is multiplied by sigmoid of a gate, which
       lies after each head's query.
     global_kv_heads: K of 'global_attn'.
@@ -218,6 +221,7 @@ class ModelConfig:
   pre_norm: bool = True
   post_norm: bool = False
   pre_norm_mixer: str = ""
+  one_part: bool = False
   parallel: bool = False
   qk_norm: str = "none"
   rope_pairs: bool = False
@@ -241,6 +245,7 @@ class ModelConfig:
   mixer_apart: bool = False
   mixer_beta: float = 1.0
   mixer_norm_eps: float = 0.0
+  mixer_least_step: float = 0.0
   attn_gate: bool = False
   global_kv_heads: int = 0
   global_head_dim: int = 0
@@ -291,6 +296,8 @@ class ModelConfig:
     wide = ("mlp", "moe") if self.mlp_beside else wide
 
     def modules(kind: LayerKind) -> tuple[str, ...]:
+      if self.one_part:
+        return (kind.mixer,)
       rest = ("mlp",) if kind.dense else wide
       if not kind.shares:
         return (kind.mixer, *rest)

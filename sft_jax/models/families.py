@@ -86,7 +86,7 @@ class Family:
   @property
   def experts_apart(self) -> bool:
     """Each expert has tensors of its own; else a layer's are one tensor."""
-    return self.names.get("layers/moe/gate", "").count("{}") == 2
+    return self.names.get("layers/moe/down", "").count("{}") == 2
 
 
 # -- The table -----------------------------------------------------------
@@ -323,6 +323,34 @@ FAMILIES: dict[str, Family] = {
     harmless=fields.MAMBA
     | {"attn_layer_indices", "z_loss_coefficient", "num_logits_to_keep"},
     rope_fields=frozenset({"partial_rotary_factor"}),
+  ),
+  "nemotron_h": Family(
+    "NemotronHForCausalLM",
+    tensors.NEMOTRON_H,
+    traits=fields.CORRECTED | {"one_part": True, "gated_mlp": False},
+    reads=fields.GROUPS
+    | {
+      "attention_bias": None,
+      "mamba_proj_bias": None,
+      "mlp_hidden_act": Read(("activation",), fields.ACTIVATIONS),
+      "ssm_state_size": Read(("mixer_state",), int),
+      "mamba_num_heads": Read(("mixer_heads",), int),
+      "mamba_head_dim": Read(("mixer_width",), int),
+      "n_groups": Read(("mixer_groups",), int),
+      "conv_kernel": Read(("conv_width",), int),
+      "use_conv_bias": Read(("conv_bias",)),
+      "use_bias": Read(("mixer_bias",)),
+      "time_step_min": Read(("mixer_least_step",)),
+    },
+    defaults=fields.MHA
+    | {"num_hidden_layers": lambda raw: len(fields.nemotron_types(raw, 0))},
+    aliases={"rms_norm_eps": "layer_norm_epsilon"},
+    layer_types=fields.nemotron_types,
+    rotated=lambda raw, types, where: [False] * len(types),
+    mixers={LINEAR: "mamba", "mlp": "mlp", "moe": "moe"},
+    derived=fields.nemotron,
+    harmless=fields.NEMOTRON,
+    stored=(("backbone.", "model."),),
   ),
   "mixtral": Family(
     "MixtralForCausalLM",

@@ -41,7 +41,7 @@ def init(
   """
   c = config
   count = Counter(kind.mixer for kind in c.layers if not kind.shares)
-  convs = sum(n for mixer, n in count.items() if mixer not in ATTENTION)
+  convs = sum(count[mixer] for mixer in ("conv", "delta", "mamba"))
   cache = {"positions": jnp.full((batch, length), -1, jnp.int32)}
   if convs:
     state = (convs, batch, c.conv_width - 1, c.conv_channels)

@@ -163,13 +163,15 @@ class ExpertLinear(nn.Module):
 
 
 class Moe(nn.Module):
-  """sum over the k chosen experts of share * down(activation(gate, up)).
+  """sum over the k chosen experts of share * down(activation(gate, up)),
+  or without a gate of share * down(activation(up)).
 
   Attributes:
     num_experts: E.
     routing: see `route`.
     d_ff: F, width of each expert.
     activation: of the results of `gate` and `up`, [M, F] each.
+    gated: there is a gate.
     correction: axes of the router's correction in the files; 0: it has none.
     shared: makes the expert that every token passes, beside the others.
     router_norm: of what the router reads, times D ** -0.5 too (Gemma 4); then
@@ -186,7 +188,8 @@ class Moe(nn.Module):
   num_experts: int
   routing: Routing
   d_ff: int
-  activation: Callable[[jax.Array, jax.Array], jax.Array]
+  activation: Callable[..., jax.Array]
+  gated: bool = True
   correction: int = 0
   shared: Callable[[], nn.Module] | None = None
   router_norm: Callable[..., nn.Module] | None = None
@@ -227,17 +230,17 @@ class Moe(nn.Module):
         name=name,
       )
 
-    gate = linear("gate", F, self.init_std)(D)
-    up = linear("up", F, self.init_std)(D)
-    down = linear("down", D, self.out_std)(F)
+    names = ("gate", "up") if self.gated else ("up",)
+    weights = [linear(name, F, self.init_std)(D) for name in names]
+    weights.append(linear("down", D, self.out_std)(F))
     if self.router_norm:
       ones = nn.initializers.ones
       factor = self.param("per_expert_scale", ones, (E,), self.param_dtype)
-      down = down._replace(factor=factor)
+      weights[-1] = weights[-1]._replace(factor=factor)
     routed = partial(route, routing=self.routing, correction=correction)
     mix = partial(_mix, routed=routed, act=self.activation)
     if self.mesh is not None and _divides(self.mesh, B, T, E, F):
-      mix = _on_mesh(mix, self.mesh, gate, up, down)
+      mix = _on_mesh(mix, self.mesh, weights)
 
     def decoded(x, logits, *weights: Weights):
       """Kernels as they multiply, whatever they are kept as."""
@@ -245,10 +248,10 @@ class Moe(nn.Module):
       pairs = zip(weights, kernels, strict=True)
       return mix(x, logits, *(w._replace(kernel=k) for w, k in pairs))
 
-    if isinstance(gate.kernel, tuple):
+    if isinstance(weights[0].kernel, tuple):
       # As in `linear`: or the decoded kernels wait for the backward pass.
       decoded = jax.checkpoint(decoded)
-    y = decoded(x, logits, gate, up, down).astype(self.dtype)
+    y = decoded(x, logits, *weights).astype(self.dtype)
     return y + self.shared()(x) if self.shared else y
 
 
@@ -288,12 +291,9 @@ class Router(nn.Module):
 def _mix(
   x: Float[Array, "B T D"],
   logits: Float32[Array, "B T E"],
-  gate: Weights,
-  up: Weights,
-  down: Weights,
-  *,
+  *weights: Weights,
   routed: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
-  act: Callable[[jax.Array, jax.Array], jax.Array],
+  act: Callable[..., jax.Array],
   first: jax.Array | None = None,
 ) -> Float32[Array, "B T D"]:
   """Sorts tokens by expert, multiplies, sorts back and adds; see above.
@@ -301,6 +301,8 @@ def _mix(
   With `first`, the weights are of the experts from there on alone: tokens of
   others are sorted to the end and get 0.
   """
+  *inner, down = weights
+  E = len(down.kernel)
   shares, experts = routed(logits)
   if down.factor is not None:
     shares = shares * down.factor.astype(jnp.float32)[experts]
@@ -308,11 +310,11 @@ def _mix(
   own = None
   if first is not None:
     experts = experts - first
-    own = (experts >= 0) & (experts < len(gate.kernel))
-    experts = jnp.where(own, experts, len(gate.kernel))
+    own = (experts >= 0) & (experts < E)
+    experts = jnp.where(own, experts, E)
   order = jnp.argsort(experts, stable=True)
   inverse = jnp.argsort(order)
-  sizes = jnp.bincount(experts, length=len(gate.kernel))
+  sizes = jnp.bincount(experts, length=E)
 
   def linear(x, w: Weights):
     y = grouped_matmul(x, w.kernel, sizes)
@@ -325,7 +327,7 @@ def _mix(
 
   rows = jnp.repeat(x.reshape(B * T, -1), k, axis=0)
   rows = permute(rows, order, inverse)
-  rows = linear(act(linear(rows, gate), linear(rows, up)), down)
+  rows = linear(act(*(linear(rows, w) for w in inner)), down)
   rows = permute(rows, inverse, order)
   if own is not None:  # Of the rows past the last group anything may be left.
     rows = jnp.where(own[:, None], rows, 0)
@@ -339,7 +341,7 @@ def _divides(mesh: Mesh, B: int, T: int, E: int, F: int) -> bool:
   return even and parallel.divides(mesh, B, T)
 
 
-def _on_mesh(mix, mesh: Mesh, gate: Weights, up: Weights, down: Weights):
+def _on_mesh(mix, mesh: Mesh, weights: list[Weights]):
   """`mix`, each device with its own tokens and its own part of F.
 
   Where `expert` divides the experts, its n devices gather their tokens, give
@@ -366,18 +368,19 @@ def _on_mesh(mix, mesh: Mesh, gate: Weights, up: Weights, down: Weights):
     pairs = zip(weights, where, strict=True)
     return Weights(*(None if w is None else spec for w, spec in pairs))
 
-  def local(x, logits, gate, up, down):
+  def local(x, logits, *weights):
+    *inner, down = weights
     if down.bias is not None:
       # The parts are added up; one of them brings the bias.
       first = jax.lax.axis_index("tensor") == 0
       down = down._replace(bias=jnp.where(first, down.bias, 0))
     if n == 1:
-      return jax.lax.psum(mix(x, logits, gate, up, down), "tensor")
+      return jax.lax.psum(mix(x, logits, *inner, down), "tensor")
     x, logits = (
       jax.lax.all_gather(a, "expert", tiled=True) for a in (x, logits)
     )
-    first = jax.lax.axis_index("expert") * len(gate.kernel)
-    y = mix(x, logits, gate, up, down, first=first)
+    first = jax.lax.axis_index("expert") * len(down.kernel)
+    y = mix(x, logits, *inner, down, first=first)
     return jax.lax.psum(jax.lax.psum_scatter(y, "expert", tiled=True), "tensor")
 
   return jax.shard_map(
@@ -385,7 +388,8 @@ def _on_mesh(mix, mesh: Mesh, gate: Weights, up: Weights, down: Weights):
     mesh=mesh,
     in_specs=(
       *(sharding.SLOTS, sharding.SLOTS),
-      *(specs(gate, wide), specs(up, wide), specs(down, tall)),
+      *(specs(w, wide) for w in weights[:-1]),
+      specs(weights[-1], tall),
     ),
     out_specs=sharding.SLOTS,
     check_vma=False,

@@ -401,6 +401,11 @@ OLMO_HYBRID = BASE | {
   **{"model_type": "olmo_hybrid", "num_hidden_layers": 4},
   "architectures": ["OlmoHybridForCausalLM"],
 }
+NEMOTRON_H = BASE | {
+  **{"model_type": "nemotron_h", "num_hidden_layers": None},
+  **{"num_key_value_heads": 2, "hybrid_override_pattern": "ME*-"},
+  "architectures": ["NemotronHForCausalLM"],
+}
 
 
 def test_fields_that_families_read_in_their_own_way():
@@ -430,6 +435,17 @@ def test_fields_that_families_read_in_their_own_way():
     {"rope_parameters": {"rope_theta": None, "rope_type": "default"}},
   ):
     assert parse_config(OLMO_HYBRID | null).kinds == (full,)
+  # Layers by letters, or by name; their number follows.
+  nemotron = parse_config(NEMOTRON_H)
+  assert nemotron.sorts == (("mamba",), ("moe",), ("attn",), ("mlp",))
+  assert (nemotron.d_ff, nemotron.d_ff_dense) == (7688, 64)
+  assert nemotron.kinds == (full,)
+  dense = parse_config(
+    NEMOTRON_H
+    | {"layers_block_type": ["mamba", "mlp"], "hybrid_override_pattern": "*"}
+  )
+  assert dense.sorts == (("mamba",), ("mlp",))
+  assert (dense.num_layers, dense.num_experts, dense.d_ff) == (2, 0, 64)
   one = {"linear_allow_neg_eigval": False, "linear_key_head_dim": 3}
   olmo = parse_config(OLMO_HYBRID | one)
   assert (olmo.mixer_beta, olmo.mixer_width) == (1.0, 6)
@@ -447,6 +463,12 @@ def test_fields_that_families_read_in_their_own_way():
   [
     (HUNYUAN | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
     (GLM4 | {"rope_scaling": {"type": "linear", "alpha": 2.0}}, "alpha"),
+    (NEMOTRON_H | {"hybrid_override_pattern": "MX"}, "layer_types"),
+    (NEMOTRON_H | {"num_hidden_layers": 3}, "layer_types"),
+    (NEMOTRON_H | {"mamba_d_conv": 3}, "mamba_d_conv=3"),
+    (NEMOTRON_H | {"moe_latent_size": 8}, "moe_latent_size=8"),
+    (NEMOTRON_H | {"mlp_bias": True}, "mlp_bias=True"),
+    (NEMOTRON_H | {"time_step_limit": [0.0, 1.0]}, "time_step_limit"),
     (EXAONE4 | {"sliding_window_pattern": "LG"}, "sliding_window_pattern='LG'"),
     (
       EXAONE4

@@ -18,7 +18,7 @@ from sft_jax.models.hf import load_save
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = ("lfm2", "qwen3_5", "granitemoehybrid", "gemma4_text_shared")
-CASES += ("olmo_hybrid",)
+CASES += ("olmo_hybrid", "nemotron_h")
 EACH = pytest.mark.parametrize("case", CASES)
 
 TOKENS = np.random.default_rng(0).integers(1, 61, (4, 16)).astype(np.int32)

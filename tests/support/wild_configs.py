@@ -146,6 +146,32 @@ def _gpt2(d, n, h, **more) -> Json:
   } | more
 
 
+def _nemotron_h(v, d, f, heads, width, ctx, pattern, **more) -> Json:
+  code = "configuration_nemotron_h.NemotronHConfig"
+  return {
+    **{"architectures": ["NemotronHForCausalLM"], "attention_bias": False},
+    **{"attention_dropout": 0.0, "auto_map": {"AutoConfig": code}},
+    **{"bos_token_id": 1, "chunk_size": 128, "conv_kernel": 4},
+    **{"eos_token_id": 2, "expand": 2, "head_dim": 128, "hidden_dropout": 0.0},
+    **{"hidden_size": d, "hybrid_override_pattern": pattern},
+    **{"initializer_range": 0.02, "intermediate_size": f},
+    **{"layer_norm_epsilon": 1e-05, "mamba_head_dim": width},
+    **{"mamba_hidden_act": "silu", "mamba_num_heads": heads},
+    **{"mamba_proj_bias": False, "max_position_embeddings": ctx},
+    **{"mlp_bias": False, "mlp_hidden_act": "relu2"},
+    **{"model_type": "nemotron_h", "num_attention_heads": 32},
+    **{"num_key_value_heads": 8, "num_logits_to_keep": 1, "pad_token_id": 0},
+    **{"rescale_prenorm_residual": True, "residual_in_fp32": False},
+    **{"rms_norm_eps": 1e-05, "sliding_window": None, "ssm_state_size": 128},
+    **{"tie_word_embeddings": False, "time_step_floor": 0.0001},
+    **{"time_step_limit": [0.0, float("inf")], "time_step_max": 0.1},
+    **{"time_step_min": 0.001, "time_step_rank": 256},
+    **{"torch_dtype": "bfloat16", "transformers_version": "4.48.0.dev0"},
+    **{"use_bias": False, "use_cache": True, "use_conv_bias": True},
+    **{"vocab_size": v, **more},
+  }
+
+
 def _llama3_rope(factor: float) -> Json:
   return {
     **{"factor": factor, "high_freq_factor": 4.0, "low_freq_factor": 1.0},
@@ -498,6 +524,21 @@ WILD: dict[str, Json] = {
     },
     sliding_window=4096,
     tie_word_embeddings=False,
+  ),
+  "Nemotron-H-8B-Base-8K": _nemotron_h(
+    *(131072, 4096, 21504, 128, 64, 8192),
+    "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
+    **{"attention_head_dim": 128, "num_hidden_layers": 52, "n_groups": 8},
+  ),
+  "Nemotron-3-Nano-30B-A3B": _nemotron_h(
+    *(131072, 2688, 1856, 64, 64, 262144),
+    "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+    **{"moe_intermediate_size": 1856, "n_group": 1, "n_groups": 8},
+    **{"moe_shared_expert_intermediate_size": 3712, "n_routed_experts": 128},
+    **{"n_shared_experts": 1, "norm_topk_prob": True, "num_hidden_layers": 52},
+    **{"num_experts_per_tok": 6, "partial_rotary_factor": 1.0},
+    **{"routed_scaling_factor": 2.5, "topk_group": 1, "rope_theta": 10000},
+    **{"num_key_value_heads": 2, "use_mamba_kernels": True},
   ),
   "Olmo-Hybrid-7B": _of(
     *("olmo_hybrid", "OlmoHybridForCausalLM", 100352, 3840, 11008, 32, 30, 30),

@@ -418,6 +418,23 @@ CASES: dict[str, Case] = {
       **UNTIED,
     },
   ),
+  "nemotron_h": Case(
+    "nemotron_h",
+    {
+      "layers_block_type": [
+        LINEAR_LAYER,
+        "moe",
+        FULL_LAYER,
+        LINEAR_LAYER,
+        "mlp",
+      ],
+      **{"head_dim": 10, "mamba_num_heads": 4, "mamba_head_dim": 5},
+      **{"n_groups": 2, "ssm_state_size": 7, "use_bias": True},
+      **{"time_step_min": 0.6, **ROUTED},
+      "moe_shared_expert_intermediate_size": 12,
+      **UNTIED,
+    },
+  ),
   "granite": Case("granite", {"attention_bias": True, **GRANITE}),
   "mixtral": Case(
     "mixtral",

@@ -229,10 +229,50 @@ def mamba(raw: Json, where: str) -> Json:
   width = expand * raw["hidden_size"] // heads
   if raw["mamba_d_head"] not in ("auto", width):
     raise refuse(where, "mamba_d_head", raw["mamba_d_head"], width)
+  _check_unlimited(raw, where)
+  return {"mixer_width": width}
+
+
+def _check_unlimited(raw: Json, where: str) -> None:
   limit = raw["time_step_limit"]
   if limit not in (None, *([0.0, x] for x in _INFINITE)):
     raise refuse(where, "time_step_limit", limit, [0.0, math.inf])
-  return {"mixer_width": width}
+
+
+_PATTERN = {"M": LINEAR, "*": FULL, "-": "mlp", "E": "moe"}
+
+
+def nemotron_types(raw: Json, n: int) -> list[str]:
+  """Layers by name, or in older files by a letter each (Nemotron-H)."""
+  named = raw.get("layer_types") or raw["layers_block_type"]
+  if named is None:
+    named = raw.get("hybrid_override_pattern", "ME*-")
+    if isinstance(named, str):
+      named = [_PATTERN.get(x, x) for x in named]
+  if not isinstance(named, list):
+    raise refuse("config.json", "layers_block_type", named, "a list of layers")
+  return named
+
+
+def nemotron(raw: Json, where: str) -> Json:
+  """The sizes of experts, where a layer has them, and of an MLP beside."""
+  _check_unlimited(raw, where)
+  for old, new in _NEMOTRON_OLD.items():
+    if raw.get(old) not in (None, raw[new]):
+      raise refuse(where, old, raw[old], f"the value of {new}")
+  fields: Json = {"tie_embeddings": False}  # The reference ties none.
+  if "moe" not in nemotron_types(raw, 0):
+    return fields
+  if raw["mlp_bias"]:
+    raise refuse(where, "mlp_bias", raw["mlp_bias"], "false, beside experts")
+  grouped(raw, where)
+  widths = {
+    **{"d_ff_dense": "intermediate_size", "d_ff": "moe_intermediate_size"},
+    "d_ff_shared": "moe_shared_expert_intermediate_size",
+  }
+  fields |= {k: whole_number(where, f, raw[f]) for k, f in widths.items()}
+  fields["experts_per_token"] = raw["num_experts_per_tok"]
+  return fields | {"num_experts": raw["n_routed_experts"]}
 
 
 def bamba_types(raw: Json, n: int) -> list[str]:
@@ -423,6 +463,7 @@ ACTIVATIONS = {
   "gelu_pytorch_tanh": "gelu_tanh",
   "gelu_new": "gelu_tanh",
   "xielu": "xielu",
+  "relu2": "relu2",
 }
 # Of every family whose configuration class has the field.
 READS: dict[str, Read] = {
@@ -496,5 +537,23 @@ GEMMA4 = frozenset(
     *("num_experts", "top_k_experts", "moe_intermediate_size"),
   }
 )
+# Older names, by which the reference still reads them.
+_NEMOTRON_OLD = {
+  **{"mamba_n_groups": "n_groups", "mamba_d_conv": "conv_kernel"},
+  **{"mamba_conv_bias": "use_conv_bias", "mamba_dt_min": "time_step_min"},
+}
+# Those that `nemotron` and `nemotron_types` read, those of a kernel, of
+# fresh weights, of generation and of layers that predict further tokens; and
+# what the reference does not read.
+NEMOTRON = frozenset(_NEMOTRON_OLD) | {
+  *("layers_block_type", "hybrid_override_pattern", "time_step_limit"),
+  *("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"),
+  *("moe_shared_expert_intermediate_size", "n_shared_experts", "expand"),
+  *("chunk_size", "use_mamba_kernels", "mamba_ssm_cache_dtype"),
+  *("time_step_max", "time_step_floor", "rescale_prenorm_residual"),
+  *("num_logits_to_keep", "moe_shared_expert_overlap"),
+  *("num_nextn_predict_layers", "mtp_layers_block_type"),
+  "mtp_hybrid_override_pattern",
+}
 MHA = {"num_key_value_heads": lambda raw: raw["num_attention_heads"]}
 GEMMA: Json = {"norm_offset": 1.0, "scale_embeddings": True}

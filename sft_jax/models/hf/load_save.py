@@ -242,8 +242,8 @@ def write_into(folder: Path, source: Path, model: Model, params: Tree) -> None:
   head, embed = (parameter_map.table_name(x, c) for x in ("head", "embed"))
   for new in tensors:
     old = there.get(new.name)
-    fits = isinstance(old, Tensor) and old.shape == new.shape
-    if not fits or old.dtype not in _FLOATS:
+    kept = isinstance(old, Tensor) and old.dtype in _FLOATS
+    if old is None or not kept or old.shape != new.shape:
       found = "nothing" if old is None else f"{old.dtype} {old.shape}"
       raise ValueError(
         f"{source}: {new.name} is {found}; expected {new.shape} in float32, "
@@ -306,8 +306,10 @@ def open_folder(
   if method:
     tensors = dequantized(tensors, config.raw["quantization_config"])
     notes += (f"weights dequantized from {method} while loading",)
-  if "num_mtp_layers" in FIELDS[config.family]:
+  fields = ("num_mtp_layers", "num_nextn_predict_layers")
+  if any(field in FIELDS[config.family] for field in fields):
     last = [f"model.layers.{config.num_layers + i}." for i in range(8)]
+    last.append("mtp.")
     beyond = [name for name in tensors if name.startswith(tuple(last))]
     tensors = {k: x for k, x in tensors.items() if k not in beyond}
     if beyond:
@@ -325,7 +327,8 @@ def open_folder(
   if unused:
     notes += (f"{len(unused)} tensors of layers that share keys not loaded",)
   apart = FAMILIES[config.family].experts_apart
-  least = config.num_layers * (max(1, config.num_experts) if apart else 1)
+  each = config.num_experts if apart else 1
+  least = sum(each if "moe" in sort else 1 for sort in config.sorts)
   if len(tensors) < least:
     experts = f" of {config.num_experts} experts" if config.num_experts else ""
     raise ValueError(
@@ -341,7 +344,7 @@ def _as_named(
 ) -> dict[str, Any]:
   """By the names of the family's table; those that share one, as one."""
 
-  def joined(first: Tensor | Decoded, *rest: Tensor) -> Tensor | Decoded:
+  def joined(first: Any, *rest: Tensor) -> Tensor | Decoded:
     if not rest or any(x.shape[1:] != first.shape[1:] for x in rest):
       return first
     parts = (first, *rest)

@@ -41,14 +41,15 @@ def to_peft(
   Yields (the parameter within a layer, the rank of each expert, {name within
   PEFT's folder, but for its prefix: tensor}).
   """
+  parameters = _parameters(config)
   held = {
     name: [module for module in ours if module in pairs]
-    for name, ours in _PARAMETERS.items()
+    for name, ours in parameters.items()
   }
   present = [name for name in held if held[name]]
   for name, within in _wrappers(present, config):
     a = np.concatenate([pairs[module][0] for module in held[name]], axis=-1)
-    width = len(_PARAMETERS[name]) * pairs[held[name][0]][1].shape[-1]
+    width = len(parameters[name]) * pairs[held[name][0]][1].shape[-1]
     halves = []
     for module in held[name]:
       half = pairs[module][1]
@@ -91,7 +92,8 @@ def from_peft(
   Raises ValueError: a parameter that is no stack of experts; a stack that is
   declared and not there, or whose shape is not that of the experts.
   """
-  targets = {f"{_block(config)}.{name}": name for name in _PARAMETERS}
+  parameters = _parameters(config)
+  targets = {f"{_block(config)}.{name}": name for name in parameters}
   names, E = set(), config.num_experts
   for target in declared:
     mine = [t for t in targets if f"model.layers.0.{t}".endswith(f".{target}")]
@@ -102,7 +104,7 @@ def from_peft(
         "peft and load the merged model."
       )
     names.add(targets[mine[0]])
-  present = [name for name in _PARAMETERS if name in names]
+  present = [name for name in parameters if name in names]
   for name, within in _wrappers(present, config):
     a, b = (take(f"{within}.lora_{half}.weight") for half in "AB")
     if a is None or b is None or a.shape[1] % E or b.shape[2] != a.shape[1]:
@@ -114,7 +116,7 @@ def from_peft(
     L, rows, width = a.shape
     a = a.reshape(L, E, rows // E, width).swapaxes(2, 3)
     b = b.reshape(L, b.shape[1], rows // E, E).transpose(0, 3, 2, 1)
-    for module in _PARAMETERS[name]:
+    for module in parameters[name]:
       own = b[..., _outputs(name, module, b.shape[-1], config)]
       yield module, f"{_block(config)}.{name}", a, own
 
@@ -125,8 +127,15 @@ def named_like_an_expert(theirs: str, config: ModelConfig) -> bool:
     return False
   names = FAMILIES[config.family].names
   return theirs.rpartition(".")[2] in {
-    names[module].rpartition(".")[2] for module in MODULES
+    names.get(module, "").rpartition(".")[2] for module in MODULES
   }
+
+
+def _parameters(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+  if config.gated_mlp:
+    return _PARAMETERS
+  down = "down_proj"
+  return {"up_proj": ("layers/moe/up",), down: _PARAMETERS[down]}
 
 
 def _block(config: ModelConfig) -> str:
@@ -151,7 +160,7 @@ def _wrappers(
 def _outputs(name: str, module: str, width: int, config: ModelConfig) -> slice:
   """Which of the outputs of its parameter are a module's: gate and up lie one
   after the other, or, in gpt_oss, in turns."""
-  sharing = _PARAMETERS[name]
+  sharing = _parameters(config)[name]
   place, size = sharing.index(module), width // len(sharing)
   if FAMILIES[config.family].experts_in_turns:
     return slice(place, None, len(sharing))

@@ -126,6 +126,22 @@ QWEN_HYBRID_MOE = {
   **_layers(_PROJ, "moe/shared/", "mlp.shared_expert."),
   **_layers("moe/shared/share: mlp.shared_expert_gate"),
 }
+NEMOTRON_H = {
+  **{"embed": "model.embeddings", "final_norm": "model.norm_f"},
+  "head": "lm_head",
+  **_layers("""attn_norm: norm, attn/q: mixer.q_proj, attn/k: mixer.k_proj,
+    attn/v: mixer.v_proj, attn/o: mixer.o_proj, mamba: mixer,
+    mamba/in: mixer.in_proj, mamba/conv: mixer.conv1d,
+    mamba/norm: mixer.norm, mamba/out: mixer.out_proj"""),
+  **_layers("up: up_proj, down: down_proj", "mlp/", "mixer."),
+  **_layers(
+    "up: up_proj, down: down_proj", "moe/shared/", "mixer.shared_experts."
+  ),
+  **_layers(
+    "router: gate, up: experts.{}.up_proj, down: experts.{}.down_proj",
+    *("moe/", "mixer."),
+  ),
+}
 MIXTRAL = _SPARSE | _layers(
   f"router: gate, {_EXPERTS_W123}", "moe/", "block_sparse_moe."
 )

@@ -18,7 +18,7 @@ from sft_jax.models.layers.short_conv import Mixer
 
 
 class Mamba2(Mixer):
-  """The mixer of Granite 4.0 and Bamba.
+  """The mixer of Granite 4.0, Bamba and Nemotron-H.
 
   K = `mixer_groups` of N = `mixer_heads`.
   """
@@ -43,6 +43,7 @@ class Mamba2(Mixer):
       x, k, q = jnp.split(xbc, np.cumsum([N * P, K * H]), axis=-1)
       q, k = (y.reshape(B, T, K, H) for y in (q, k))
       dt = nn.softplus(dt.astype(jnp.float32) + bias.astype(jnp.float32))
+      dt = jnp.maximum(dt, c.mixer_least_step)
       g = -jnp.exp(log_rate.astype(jnp.float32)) * dt
       dt, g = dt.reshape(heads), g.reshape(heads)
       return q, k, x.reshape(*heads, P).astype(jnp.float32), g, dt

@@ -463,6 +463,20 @@ def test_a_model_with_two_tables_by_token_as_published(tmp_path):
     np.testing.assert_array_equal(table["embedding"][:rows], old["embedding"])
 
 
+@pytest.mark.parametrize(
+  ("case", "name"),
+  [
+    ("deepseek_v3", "model.layers.2.eh_proj.weight"),
+    ("nemotron_h", "mtp.layers.0.mixer.up_proj.weight"),
+  ],
+)
+def test_layers_that_predict_further_tokens_are_left_out(case, name, tmp_path):
+  add = lambda tensors: tensors.update({name: np.ones((2, 2), np.float32)})
+  folder = tampered(tmp_path, edit_tensors(add), case)
+  model, _ = load_save.load_pretrained(folder)
+  assert "1 tensors that predict further tokens" in model.config.notes[-1]
+
+
 PUBLISHED_GPT2 = {
   "activation_function": "gelu_new",
   "architectures": ["GPT2LMHeadModel"],
