@@ -153,7 +153,10 @@ def case():
 @pytest.mark.parametrize("choice", CHOICES, ids=NAMES)
 def test_a_loss_is_its_formula_and_its_gradient_the_slope(case, choice):
   batch, table, head, old = case
+  if choice.loss == "kto":  # The other way round its origin is below 0.
+    (table, head), old = old, (table, head)
   want, weight, found, z0 = brute_force(choice, batch, table, head, old)
+  assert z0 > 0.1 or choice.loss != "kto"
 
   def value(table, head):
     sums = run(choice, batch, table, head, old)
@@ -194,8 +197,8 @@ def test_a_loss_is_its_formula_and_its_gradient_the_slope(case, choice):
     }
     for name, x in wanted.items():
       assert float(sums.named[name]) == pytest.approx(x, rel=1e-4, abs=1e-5)
-    chosen = preferences.chosen_only(batch).loss_weights
-    assert float(sums.weight) == pytest.approx(float(chosen.sum()))
+    chosen = batch.loss_weights[batch.segment_ids % 2 == 1].sum()
+    assert float(sums.weight) == pytest.approx(chosen)
 
 
 def test_packing_cutting_and_sharding_change_nothing(case):
