@@ -80,7 +80,7 @@ def test_logits_and_gradients_equal_the_reference(case, attention, monkeypatch):
   # Softmax does not see a bias of keys: the gradient of one is rounding.
   rounding = 1e-7 * sum(squares.values()) ** 0.5
   # What the delta rule rounds differs by release of JAX: 2e-4 was seen.
-  bound = 3e-4 if case.startswith("qwen3_5") else 1e-4
+  bound = 3e-4 if case.startswith(("qwen3_5", "olmo_hybrid")) else 1e-4
   for name, square in squares.items():
     np.testing.assert_allclose(
       square**0.5, want[f"gradient/{name}"], bound, rounding, err_msg=name
@@ -233,7 +233,7 @@ def test_a_fresh_model_equals_transformers(case):
   gap = parity.measure(make_goldens.CASES[case], seed=2)
   # The delta rule inverts a triangle of each chunk, and a router passes on what
   # Mamba-2 rounds: 3e-4 of logits was seen in float32, at 2e-7 of the loss.
-  rounds = ("qwen3_5", "qwen3_next", "granitemoehybrid_moe")
+  rounds = ("qwen3_5", "qwen3_next", "olmo_hybrid", "granitemoehybrid_moe")
   bound = 5e-4 if case.startswith(rounds) else 1e-4
   assert gap.logits < bound
   assert gap.loss < 1e-4
