@@ -162,8 +162,8 @@ def model_card(run: Mapping[str, Any], name: str) -> str:
   data, tables = [], []
   if ledger:
     sources = DatasetStats.from_json(ledger).short_names()
-    for source in (one.partition("#")[0] for one in sources):
-      named = source.removeprefix("hf://").partition("@")[0]
+    for source in sources:  # Without revision, split and slice.
+      named = re.split(r"[@#\[]", source.removeprefix("hf://"))[0]
       if hub.is_id(named) and not (Path(named).suffix or Path(named).exists()):
         data.append(named)
     counted = figures.of_ledger(ledger)["tables"][0]
