@@ -1,39 +1,33 @@
 """The table of ways: each trains as it says, and its figures are the run's."""
 
-from types import SimpleNamespace
+import json
+from pathlib import Path
 
 import pytest
 
 import bench_forgetting
 import tiny
+from sft_jax.training.config_check import check
 
 
-def test_each_way_changes_what_it_says():
+def test_each_way_changes_what_it_says(tmp_path):
   made = {}
-  for name, (start, change) in bench_forgetting.WAYS.items():
-    config = start.get_config()
-    change(config)
-    replay = isinstance(config.data.train, str) or any(
-      bench_forgetting.REPLAY in path for path in config.data.train
-    )
-    made[name] = (
-      bool(config.lora.rank),
-      replay,
-      config.loss.kl,
-      config.optim.learning_rate,
-      config.lora.also_train,
-    )
-    if not replay:
-      assert len(config.data.train) == 8
-  assert made == {
-    "full": (False, False, 0.0, 2e-3, ()),
-    "full, replay": (False, True, 0.0, 2e-3, ()),
-    "full, KL 0.1": (False, False, 0.1, 2e-3, ()),
-    "LoRA": (True, False, 0.0, 2e-3, ("embed/",)),
-    "LoRA, 5e-3": (True, False, 0.0, 5e-3, ("embed/",)),
-    "LoRA, embeddings frozen": (True, False, 0.0, 2e-3, ()),
-    "LoRA, replay": (True, True, 0.0, 2e-3, ("embed/",)),
-    "LoRA, KL 0.1": (True, False, 0.1, 2e-3, ("embed/",)),
+  for name, changes in bench_forgetting.WAYS.items():
+    config = bench_forgetting.configured(changes, tmp_path / "r", 3, False)
+    check(config)
+    rows = [Path(x).name for x in config.data.train]
+    made[name] = (config.seed, len(rows), bench_forgetting.REPLAY in rows)
+    for key, value in changes.items():
+      if "." in key:
+        section, name = key.split(".")
+        assert config[section][name] == value
+  assert made.pop("without raw text") == (3, 8, False)
+  assert set(made.values()) == {(3, 9, True)}
+  small = bench_forgetting.configured({}, tmp_path / "r", 0, True)
+  assert len(small.data.train) == len(bench_forgetting.SMALL)
+  prompts = Path(small.eval.behaviors).read_text().splitlines()
+  assert {json.loads(x)["group"] for x in prompts} == {
+    *("context", "json", "refusal", "style")
   }
 
 
@@ -61,29 +55,31 @@ def test_a_row_is_of_the_run(tmp_path, monkeypatch, capsys):
     eval__max_new_tokens=4,
     **{key: str(path) for key, path in files.items()},
   )
-  start = SimpleNamespace(
-    get_config=lambda: config.copy_and_resolve_references()
+  monkeypatch.setattr(
+    bench_forgetting.base,
+    "get_config",
+    lambda: config.copy_and_resolve_references(),
   )
-  ways = {"a, b": (start, lambda config: None)}
-  monkeypatch.setattr(bench_forgetting, "WAYS", ways)
-  flags = [f"--workdir={tmp_path}", "--steps=3", "--ways", "a, b"]
+  monkeypatch.setattr(
+    bench_forgetting, "WAYS", {"plain": {}, "the base": {"mixed": 0.0}}
+  )
+  monkeypatch.setattr(bench_forgetting, "TEXT", files["eval__general_text"])
+  flags = [f"--workdir={tmp_path}", "--steps=3"]
   monkeypatch.setattr("sys.argv", ["bench_forgetting.py", *flags])
   bench_forgetting.main()
   shown = capsys.readouterr().out
-  lines = shown.strip().splitlines()[-3:]
-  head, row = (
-    [cell.strip() for cell in lines[i].strip("|").split("|")] for i in (0, 2)
+  lines = shown.strip().splitlines()[-4:]
+  head, _, row, of_base = (
+    [cell.strip() for cell in line.strip("|").split("|")] for line in lines
   )
   assert tuple(head) == bench_forgetting.HEAD
-  result = bench_forgetting.run("a, b", tmp_path, 3)  # It is finished.
+  result = json.loads((tmp_path / "0" / "plain" / "result.json").read_text())
   left = {one["name"]: one["after"] for one in result["forgetting"]}
   assert float(row[head.index("KL")]) == pytest.approx(
     left["general_text/kl"], abs=1e-4
   )
-  assert row[head.index("known")] == "100% -> 100%"
-  assert float(row[head.index("gap")]) == pytest.approx(
-    result["gap"]["gap"], abs=1e-3
-  )
+  assert float(of_base[head.index("KL")]) == pytest.approx(0, abs=1e-4)
+  assert "(+0.0%)" in of_base[head.index("general text, perplexity")]
   for words in (
     "general text, KL(base || tuned), nats per token │ 0.0000 │",
     "general text, most likely token is the base's │ 100.0% │",
@@ -94,5 +90,5 @@ def test_a_row_is_of_the_run(tmp_path, monkeypatch, capsys):
     "replies found whole in a training answer (held-out answers: ",
   ):
     assert words in " ".join(shown.split()), words
-  page = (tmp_path / "a_b" / "report.html").read_text()
+  page = (tmp_path / "0" / "plain" / "report.html").read_text()
   assert "general text, KL(base || tuned)" in page
