@@ -105,6 +105,10 @@ def test_a_kept_reference_is_the_base(tmp_path, folder):
   for name in ("reward_chosen", "reward_rejected", "preference"):
     one, other = (float(x.named[name]) for x in sums)
     assert one == pytest.approx(other, rel=1e-6)
+  # Sums that wait for each other on such devices.
+  divided = sharding.make_mesh(2, 1, 2, 2)
+  with pytest.raises(ValueError, match="such a step hangs"):
+    build_step.make_step(made, model, divided, 12, streams)
   # Of another model, of another row.
   model_of = jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(1e-3), params)
   with pytest.raises(ValueError, match="of another model or precision"):
@@ -114,6 +118,21 @@ def test_a_kept_reference_is_the_base(tmp_path, folder):
   )
   with pytest.raises(ValueError, match="Run sft-jax teach"):
     load()
+
+
+@pytest.mark.slow
+def test_a_run_learns_from_a_kept_reference(tmp_path, folder):
+  made = config(
+    *(tmp_path, folder), lora__rank=4, preference__reference="kept",
+    data__seq_len=512, batch_size=8, accum_steps=1, mesh__data=2,
+    mesh__fsdp=4, mesh__tensor=1, mesh__context=1,
+  )  # fmt: skip
+  score.keep_reference(made, lambda line: None)
+  records = []
+  sft_jax.train(made, on_record=records.append)
+  assert records[0]["loss/preference"] == pytest.approx(np.log(2), abs=1e-4)
+  assert records[-1]["loss/preference"] < 0.6
+  assert records[-1]["loss/reward_accuracy"] == 1
 
 
 def test_all_of_a_model_that_trains_is_held_as_its_reference(tmp_path, folder):

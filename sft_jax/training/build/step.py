@@ -153,7 +153,8 @@ def make_step(
       `base_model.TEACHER`; see distill.teacher.
 
   Raises ValueError: a setting of config.optim that does not exist; a loss of
-  one's own together with loss.kl, pairs or a teacher.
+  one's own together with loss.kl, pairs or a teacher; a kept reference on
+  CPU devices divided by mesh.tensor or mesh.context.
   """
   for key in ("loss.kl", "preference.loss", "distill.teacher"):
     section, _, name = key.partition(".")
@@ -194,6 +195,19 @@ def make_step(
     )
 
   is_kept = kept_kind(config) == "reference"
+  if (
+    is_kept
+    and mesh
+    and mesh.devices.flat[0].platform == "cpu"
+    and (parts := mesh.shape["tensor"] * mesh.shape["context"]) > 1
+  ):
+    # XLA enters sums that do not depend on each other in any order there, and
+    # its devices wait for one another without end.
+    raise ValueError(
+      "preference.reference: got 'kept' with CPU devices divided by "
+      f"mesh.tensor * mesh.context={parts}, expected 1: such a step hangs. "
+      "Use mesh.data or mesh.fsdp."
+    )
   kl_on_text = config.loss.get("kl_on") == "text" and objective.kl
   averages = distill.get("teacher") in ("average", "self_average")
   teacher = model if averages else teacher
