@@ -122,10 +122,12 @@ def main() -> None:
       )
     for verdict in verdicts:
       log(str(verdict))
-    if any(verdict.state == serving.DIFFERS for verdict in verdicts):
+    differs = [x for x in verdicts if x.state == serving.DIFFERS]
+    if differs:
+      checks = "; ".join(f"{x.tool}, {x.check}" for x in differs)
       raise ValueError(
-        f"{args.out}: would not be served as it was trained; expected the same "
-        "everywhere. See the lines above."
+        f"{args.out}: would not be served as it was trained ({checks}); "
+        "expected the same everywhere. See the lines above."
       )
     if args.push:
       more = [file, file.with_name("Modelfile")] if file else []
