@@ -44,6 +44,9 @@ ELSEWHERE = {
   "python -m sft_jax.main --config=my.py --config.distill.teacher=kept": (
     "needs a teacher's predictions; tests/training/test_distillation.py"
   ),
+  "python -m sft_jax.main --config=my.py --config.preference.reference=kept": (
+    "needs kept references; tests/training/test_preferences.py"
+  ),
   f"{_MAIN} --config.data.filter=": (
     "needs scores; tests/tools/test_score_data.py"
   ),
