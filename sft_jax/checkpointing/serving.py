@@ -353,8 +353,10 @@ def rules(
   rows = embed.shape[0] if embed else 0
   sizes = {rows, max(rows, tokenizer.vocab_size)}
   template = folder / "chat_template.jinja"
-  texts = {read(folder / "tokenizer_config.json").get("chat_template")}
-  texts |= {template.read_text("utf-8")} if template.is_file() else set()
+  texts = [read(folder / "tokenizer_config.json").get("chat_template")]
+  texts += [template.read_text("utf-8")] if template.is_file() else []
+  # Older files hold a list of named ones.
+  apart = {json.dumps(text) for text in texts if text is not None}
   wide = parameter_map.FLOAT32
   held = {x.dtype.name for k, x in tensors.items() if not k.endswith(wide)}
   # What is checked; in which file; what is there; what must be.
@@ -374,7 +376,7 @@ def rules(
       "tied" if config.tie_embeddings else "own",
     ),
     ("vocabulary", "*.safetensors", sorted(sizes), [config.vocab_size]),
-    ("templates", "tokenizer_config.json", max(1, len(texts - {None})), 1),
+    ("templates", "tokenizer_config.json", max(1, len(apart)), 1),
   ]
   if settings := read(Path(adapter or folder) / peft_save.CONFIG):
     names = {x.rpartition(".")[2] for x in settings["target_modules"] or ()}
