@@ -103,6 +103,13 @@ FAULTS = {
     "templates",
     lambda f: edit(f / "tokenizer_config.json", chat_template="{{ messages }}"),
   ),
+  "named templates beside the file": (
+    "templates",
+    lambda f: edit(
+      f / "tokenizer_config.json",
+      chat_template=[{"name": "default", "template": "{{ messages }}"}],
+    ),
+  ),
   "adapter on the head": (
     "adapter on tables",
     adapter(target_modules=["q_proj", "lm_head"]),
