@@ -11,8 +11,7 @@ ROLES = ("system", "user", "assistant", "tool")
 class RowError(ValueError):
   """A malformed row: where it is, what it holds, what was expected, a cure.
 
-  The four parts stay apart in `args`, so the error survives pickling between
-  processes; `str` joins them into one line.
+  They stay apart in `args`, so that the error survives pickling.
   """
 
   def __init__(self, where: str, got: str, expected: str, cure: str):
@@ -32,8 +31,7 @@ def _printable(text: str) -> str:
 
 
 _BLANK = re.compile(r"[\s\u00ad\u200b-\u200d\u2060\ufeff]*")
-# What a weight may be, in words: a row's, its turn's and its source's are
-# multiplied, and the product must neither overflow a float32 nor vanish in it.
+# What a weight may be, in words: products of them fit a float32.
 WEIGHTS = "0, or a number from 1e-12 to 1e12"
 
 
@@ -43,11 +41,9 @@ def is_weight(value: float) -> bool:
 
 
 class NothingToTrain(ValueError):
-  """A well-formed row that has nothing to learn from.
+  """A well-formed row without anything to learn: dropped, and counted.
 
-  Such a row is dropped and counted, not an error of the run.
-
-  `reason`: the ledger's key, such as 'empty answer' or 'over long'.
+  `reason` is the ledger's key, such as 'empty answer' or 'over long'.
   """
 
   def __init__(self, reason: str, detail: str = ""):
@@ -73,19 +69,15 @@ class Message:
   """One turn.
 
   Attributes:
-    role: one of `ROLES`.
-    content: what is said; '' where a turn holds only tool calls.
-    reasoning: the thinking before the content; None where the row has none,
-      '' where it has an empty think block.
-    tool_calls: what an assistant turn calls.
+    content: '' where a turn holds only tool calls.
+    reasoning: thinking before the content; None where the row has none, ''
+      where it has an empty think block.
     name, tool_call_id: which tool, and which call, a tool turn answers.
-    weight: of each of its tokens in the loss; None is the role's default
-      (assistant 1, others 0).
-    spans: characters [start, end) of `content` that are trained, in order
-      and apart; None trains the whole turn, () none of its content. In
-      'The sum is 4.' the spans ((11, 12),) train '4' alone.
-    think_block: what the row has around the reasoning where it wrote both as
-      one content: ('<think>', '</think>\\n') of '<think>Hm.</think>\\nYes.'
+    weight: of each token in the loss; None: 1 for the assistant, else 0.
+    spans: characters [start, end) of `content` that are trained, in order and
+      apart; None: all. In 'The sum is 4.' ((11, 12),) trains '4' alone.
+    think_block: what was around the reasoning where the row wrote both as one:
+      ('<think>', '</think>\\n') of '<think>Hm.</think>\\nYes.'
   """
 
   role: str
@@ -112,15 +104,13 @@ class Conversation:
   """Turns with the tools on offer, or raw text, or token ids made elsewhere.
 
   Attributes:
-    messages: the turns; empty where `text` or `ids` is given.
     tools: JSON schemas exactly as written.
-    text: raw text, every token of which is trained; None for a conversation.
-    ids: the tokens of a row that was tokenized elsewhere; else empty.
-    id_weights: the weight of predicting each of `ids`, as many as they.
+    text: raw text, every token of which is trained.
+    id_weights: the weight of predicting each of `ids`.
     rejected: of a preference row, the same conversation with the worse answer.
-    desirable: False where the answer is one that should not be given.
-    source: where it came from, such as 'rows.jsonl:12'; errors name it.
-    notes: what the ledger says of the row, such as 'field not read: summary'.
+    desirable: False where the answer should not be given.
+    source: such as 'rows.jsonl:12'; errors name it.
+    notes: for the ledger, such as 'field not read: summary'.
   """
 
   messages: tuple[Message, ...] = ()
@@ -158,11 +148,9 @@ class Conversation:
 def merged(conversation: Conversation, what: str) -> Conversation:
   """With turns joined by an empty line, for templates that refuse them apart.
 
-  Args:
-    conversation: the same one is returned where nothing is joined.
-    what: 'system' joins a system turn and the user turn after it; 'turns'
-      repeated turns of the user, and of the assistant where both are plain
-      text of one weight; 'all' both; '' nothing.
+  `what` is 'system': a system turn and the user turn after it; 'turns':
+  repeated turns of the user, and of the assistant where both are plain text of
+  one weight; 'all': both; '': nothing.
   """
   made: list[Message] = []
   for one in conversation.messages if what else ():
@@ -192,10 +180,10 @@ def _may_join(a: Message, b: Message, what: str) -> bool:
 
 
 def with_short_ids(conversation: Conversation) -> Conversation:
-  """With ids of calls of nine letters, as Mistral's templates demand.
+  """With call ids of nine letters, as Mistral's templates demand.
 
-  The same conversation is returned where its ids are such. A result gets the
-  id of the call that it answers: by its old id, else the next one.
+  It is returned as it is where they are such. A result gets the id of the call
+  that it answers: by its old id, else the next one.
   """
   old = [call.id for one in conversation.messages for call in one.tool_calls]
   old += [x.tool_call_id for x in conversation.messages if x.role == "tool"]
@@ -226,11 +214,10 @@ def with_short_ids(conversation: Conversation) -> Conversation:
 def check(conversation: Conversation) -> Conversation:
   """The same conversation, or a RowError naming the first turn out of order.
 
-  The grammar: text without NUL or half a surrogate pair; known roles; a system
-  turn only first; an assistant turn says, thinks or calls something; a tool
-  turn follows an assistant turn that calls a tool, or another tool turn; only
-  assistant turns may be trained. What else a model wants (that roles
-  alternate, say) its chat template decides.
+  Text is without NUL or half a surrogate pair; a system turn comes first; an
+  assistant turn says, thinks or calls something; a tool turn follows a call or
+  another tool turn; only assistant turns are trained. What else a model wants
+  (that roles alternate, say) its chat template decides.
   """
   if fault := text_fault(conversation.text or ""):
     raise RowError(conversation.place, *fault)
@@ -240,12 +227,9 @@ def check(conversation: Conversation) -> Conversation:
       raise RowError(conversation.place, got, WEIGHTS, "Correct id_weights.")
   before: Message | None = None
   if conversation.rejected:
-    other = dataclasses.replace(
-      conversation, messages=conversation.rejected, rejected=()
-    )
-    check(
-      dataclasses.replace(other, source=f"{other.source or 'row'} rejected")
-    )
+    other = {"messages": conversation.rejected, "rejected": ()}
+    other["source"] = f"{conversation.place} rejected"
+    check(dataclasses.replace(conversation, **other))
   for index, message in enumerate(conversation.messages):
     named = (message.name, message.tool_call_id)
     said = (message.content, message.reasoning, *named)

@@ -1,18 +1,15 @@
 """Packing: which rows share a pack, and the arrays of a pack.
 
-Only lengths matter to a packer, and a million rows have a few thousand of
-them. So a plan is made in two steps: `fill_packs` finds *patterns* (a pack's
-lengths, and how many packs look like that) without looking at a single row,
-and `assign_rows` assigns the actual rows of each length, at random, to the
-slots of that length. The first costs milliseconds at any number of rows; the
-second is a few vectorized passes, repeated every epoch for fresh neighbors.
+Only lengths matter to a packer, and a million rows have a few thousand. So
+`fill_packs` finds *patterns* (the lengths of a pack, and how many packs look
+like that) without the rows, in milliseconds; `assign_rows` gives each row a
+random slot of its length, every epoch another, in a few vectorized passes.
 
     lengths  = [3, 5, 3, 5, 8], capacity 8
     patterns = (8) x 1, (5 3) x 2
     plan     = rows [1 2 | 4 | 3 0], starts [0, 2, 3, 5]
 
-`pack_row` turns the Examples of one pack into a row of a `Batch`: targets are
-shifted by one there and nowhere else.
+`pack_row` makes a row of a `Batch`: only there are targets shifted by one.
 """
 
 from bisect import bisect_left, bisect_right
@@ -35,13 +32,7 @@ _MULTIPLE = 64
 
 
 class Patterns(NamedTuple):
-  """Kinds of packs: pattern p is `lengths[starts[p]:starts[p + 1]]`.
-
-  Attributes:
-    lengths: of the documents in one pack of each pattern, back to back.
-    starts: where each pattern begins in `lengths`, and one past the last.
-    packs: how many packs have this pattern.
-  """
+  """Kinds of packs: lengths[starts[p]:starts[p + 1]], packs[p] times."""
 
   lengths: Int64[np.ndarray, " slots"]
   starts: Int64[np.ndarray, " patterns+1"]
@@ -49,12 +40,7 @@ class Patterns(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """Packs of row ids: pack p is `rows[starts[p]:starts[p + 1]]`.
-
-  Attributes:
-    rows: every row id exactly once, pack by pack.
-    starts: where each pack begins in `rows`, and one past the last.
-  """
+  """Packs of row ids, each once: pack p is rows[starts[p]:starts[p + 1]]."""
 
   rows: Int64[np.ndarray, " rows"]
   starts: Int64[np.ndarray, " packs+1"]
@@ -75,14 +61,10 @@ def plan(
   seed: int | Sequence[int],
   packing: bool = True,
 ) -> Plan:
-  """Assigns rows to packs of at most `capacity` tokens, each row once.
+  """Assigns rows of 1 to `capacity` tokens to packs, each row once.
 
-  Args:
-    lengths: tokens of each row, 1 to `capacity`.
-    capacity: slots of a pack.
-    seed: decides neighbors and the order of packs, never their number. A
-      sequence such as (seed, epoch) is one seed.
-    packing: False gives every row a pack of its own.
+  The seed decides neighbors and the order of packs, never their number; without
+  packing every row has a pack of its own.
 
   Raises ValueError: a row that fits no pack, by its id.
   """
@@ -113,11 +95,10 @@ def find_patterns(
 def fill_packs(histogram: Int[np.ndarray, " sizes"], capacity: int) -> Patterns:
   """Fills packs one kind at a time: a long one, middling ones, a good end.
 
-  Longest first, for what is long is hard to place later; but were all long
-  ones taken first, the last packs would be made of short ones alone, too much
-  alike to add up to the capacity. Each pattern is repeated for as long as
-  there are documents for it, so the cost depends on the number of distinct
-  lengths, not of rows.
+  What is long is hard to place later; but were all long ones taken first, the
+  last packs would be of short ones, too much alike to add up to the capacity.
+  A pattern is repeated while there are documents for it, so the cost depends
+  on the number of distinct lengths.
   """
   counts = histogram.tolist()
   live = np.flatnonzero(histogram).tolist()
@@ -149,19 +130,13 @@ def fill_packs(histogram: Int[np.ndarray, " sizes"], capacity: int) -> Patterns:
 
 
 def _next_length(counts: list[int], live: list[int], free: int) -> int:
-  """The length that should come next in a pack.
+  """The length that should come next in a pack with `free` slots; 0: none fits.
 
-  Where there is room for any three, a middling one. Near the end, the one
-  that together with the best one after it leaves the least free; of equally
-  good ones the longest. (Best-fit-decreasing, which takes the longest that
-  fits, strands space too small for any document.)
+  Where there is room for any three, a middling one. Near the end, the one that
+  with the best one after it leaves the least free; of equals the longest.
+  (Best-fit-decreasing strands space too small for any document.)
 
-  Args:
-    counts: documents left, by length.
-    live: lengths with documents left, ascending.
-    free: slots left in the pack.
-
-  Returns the length, or 0 when none fits.
+  `counts` are documents left, by length; `live` the lengths of some, ascending.
   """
   if live and free >= 3 * live[-1]:
     return live[len(live) // 2]
@@ -227,22 +202,17 @@ def pack_row(
 ) -> Batch:
   """The Examples of one pack as one row, B = 1; see `Batch` for the picture.
 
-  The shift by one happens here and only here: a slot's target is the next
-  token of its own document, so a document's last slot predicts nothing and
-  no document is predicted from the one before it.
+  A slot's target is the next token of its own document: a document's last slot
+  predicts nothing, and none is predicted from the one before it.
 
   Args:
-    examples: the documents, at most `seq_len` tokens together.
-    seq_len: slots of the row, T.
     normalize: see `pipeline.Stream`.
-    scales: factor of each document's weights; none are all 1.
-    sources: number of each document's source; none are all 0.
+    scales, sources: each document's factor of weights, and source; 1 and 0.
     pairs: gives Example k the segments 2k - 1, its better side, and 2k, its
-      rejected one, so that a segment's number tells its pair and its side.
-    teachers: of each document, ids and log-probabilities [n, K] that a teacher
-      gives to its n trained tokens; of pairs, a reference's [2, 1] of the two
-      sides whole, which go to a side's first slot. See `store.teacher.Kept`.
-    top: K; 0 without either.
+      rejected one.
+    teachers: of each document, ids and log-probabilities [n, top] of its n
+      trained tokens; of pairs, a reference's [2, 1] of the two sides, which go
+      to a side's first slot. See `store.teacher.Kept`.
   """
   int32, uint8, float32 = np.int32, np.uint8, np.float32
   dtypes = (int32, int32, float32, int32, int32, uint8, int32)
@@ -296,10 +266,9 @@ def stack_rows(rows: Sequence[Batch]) -> Batch:
 
 
 def padded_batches(examples: Sequence[Example], size: int) -> list[Batch]:
-  """One example a row and `size` rows a batch, to measure without a stream.
+  """One example a row, `size` rows a batch, the last filled up with empty ones.
 
-  The last batch is filled up with empty rows. Rows are as long as the longest
-  example of their batch needs, rounded up to a multiple of 64.
+  Rows are as long as the longest of their batch, in multiples of 64.
   """
   batches = []
   for at in range(0, len(examples), size):

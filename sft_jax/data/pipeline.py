@@ -41,15 +41,10 @@ _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
 class Consumed(NamedTuple):
-  """What a number of steps took of the data.
+  """What a number of steps took of the data."""
 
-  Attributes:
-    epochs: passes over the data; 1.5 is halfway through the second.
-    rows: encoded rows (documents), as often as they were seen.
-  """
-
-  epochs: float
-  rows: int
+  epochs: float  # 1.5 is halfway through the second pass.
+  rows: int  # Documents, as often as they were seen.
 
 
 class Stream:
@@ -59,11 +54,8 @@ class Stream:
   of its rows, drawn again each epoch, once more.
 
   Attributes:
-    num_steps: steps until `epochs` are done, the last one filled up with
-      empty rows of weight 0; None when `epochs` is.
-    fingerprint_inputs: what decides the batches, by name; see
-      `fingerprint.differences`.
-    fingerprint: of these inputs; streams with the same give the same batches.
+    num_steps: the last one filled up with empty rows; None has no end.
+    fingerprint: of `fingerprint_inputs`; the same give the same batches.
     stats: the store's stats with the slots of the first epoch.
   """
 
@@ -82,10 +74,7 @@ class Stream:
     """Plans the first epoch; reads lengths, not tokens.
 
     Args:
-      store: encoded rows, none longer than `seq_len`.
-      seq_len: slots of a row, T.
-      batch_size: rows of a global batch, B, over all processes.
-      seed: decides order and neighbors.
+      seq_len, batch_size: T, slots of a row, and B, rows of a global batch.
       packing: False gives every document a row of its own.
       epochs: passes over the data; None never ends.
       normalize: 'token' leaves weights as encoded; 'example' divides each
@@ -179,16 +168,11 @@ class Stream:
     start_step: int = 0,
     rows: Sequence[int] | Int64[np.ndarray, " rows"] | None = None,
   ) -> Iterator[Batch]:
-    """These rows of every batch from `start_step` on.
+    """These rows of every batch from `start_step` on, as NumPy arrays.
 
-    They are read ahead on background threads. Starting late costs nothing.
-
-    Args:
-      start_step: the first step wanted.
-      rows: numbers of rows of the global batch, those that this process's
-        devices hold; None is all of them. What is not asked for is not read.
-
-    Returns an iterator of NumPy batches of as many rows, in that order.
+    `rows` are numbers of rows of the global batch, those that this process's
+    devices hold; None: all. They are read ahead on background threads, and what
+    is not asked for is not read.
     """
     wanted = np.arange(self.batch_size) if rows is None else np.asarray(rows)
     if not len(wanted) or not np.isin(wanted, range(self.batch_size)).all():
@@ -225,10 +209,7 @@ class Stream:
     )
 
   def rows_of(self, step: int) -> list[list[int]]:
-    """Ids of the store's examples in each row of the global batch of a step.
-
-    `store.place(id)` says where in its file an example comes from.
-    """
+    """Ids of examples in each row of a step's batch; see `store.place`."""
     first = step * self.batch_size
     return [self._pack(first + i).tolist() for i in range(self.batch_size)]
 

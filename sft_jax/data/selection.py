@@ -5,19 +5,15 @@ Scores are what a model makes of each row, in a file beside the rows:
     rows/a.jsonl                 the rows
     rows/a.jsonl.scores.jsonl    a line that says who scored, then one a row
 
-A row is found again by its place and the hash of its content, so scores of
-rows that have changed since are noticed, row by row.
-
-A row that a condition drops is a drop in the ledger, with the condition as
-its reason; so is one whose weight is 0. Weights of a source are scaled to a
-mean of 1 over its trained tokens, so that weighting moves a source's loss
-between its rows and never between sources.
+A row is found by its place and the hash of its content, so that changed rows
+are noticed. What a condition drops is in the ledger with the condition as its
+reason; so is what has weight 0. Weights of a source are scaled to a mean of 1
+over its trained tokens: they move loss between its rows, never between sources.
 """
 
 import array
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float64, Int64, UInt64
 
+from sft_jax.common import workdir
 from sft_jax.data.conversation import WEIGHTS, Conversation, RowError, is_weight
 from sft_jax.data.readers.files import SCORES_ENDING
 from sft_jax.data.sources import (
@@ -55,19 +52,14 @@ def select(
 ) -> Store:
   """The rows that the sources' filters keep, with the weights they have.
 
-  Args:
-    store: rows to train on; its sources say what to select, see
-      `sources.Source`.
-    folder: that holds the scores; '' = beside the rows.
-    seed: drew the rows of sources with a limit; see `build.build`.
-    log: called with a line for each source that is weighted.
+  `folder` holds the scores ('': beside the rows); `seed` drew the rows of
+  sources with a limit.
 
   Returns a store of other fingerprint, whose inputs hold the conditions and the
   digests of the scores; the same one where no source selects.
 
-  Raises ValueError: a row without a score, or whose score is of what it was
-  before it changed; a column that a row lacks or that cannot be compared; a
-  source of which nothing is left.
+  Raises ValueError: a row without a score of what it is now; a column that it
+  lacks or that cannot be compared; a source of which nothing is left.
   """
   weights = np.ones(len(store.index), np.float32)
   reasons: dict[str, np.ndarray] = {}
@@ -284,12 +276,7 @@ class Scores(NamedTuple):
 
 
 def scores_path(file: str | Path, folder: str | Path = "") -> Path:
-  """Where the scores of a file of rows are.
-
-  Args:
-    file: of the rows.
-    folder: that holds scores; '' = beside the rows.
-  """
+  """Where the scores of a file of rows are; '': beside it."""
   file = Path(file)
   return (Path(folder) if folder else file.parent) / (file.name + SCORES_ENDING)
 
@@ -297,28 +284,16 @@ def scores_path(file: str | Path, folder: str | Path = "") -> Path:
 def write_scores(
   path: Path, by: dict[str, Any], rows: Iterable[RowScore]
 ) -> None:
-  """Writes a file of scores, whole or not at all.
+  """Writes a file of scores of rows in their order, whole or not at all.
 
-  Args:
-    path: see `scores_path`.
-    by: who scored: anything JSON can hold.
-    rows: in the order of the file.
+  `by` says who scored: anything JSON can hold.
   """
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f".{path.name}.{os.getpid()}.part")
-  try:
-    with part.open("w", encoding="utf-8") as file:
-      file.write(json.dumps({"scores": _VERSION, **by}) + "\n")
-      for row in rows:
-        line = {"place": row.place, "content": f"{row.content:016x}"}
-        line |= dict(zip(SCORES, row.values, strict=False))
-        line |= {"reason": row.reason} if row.reason else {}
-        file.write(json.dumps(line) + "\n")
-      file.flush()
-      os.fsync(file.fileno())
-    part.replace(path)
-  finally:
-    part.unlink(missing_ok=True)
+  lines = [{"scores": _VERSION, **by}]
+  for row in rows:
+    line = {"place": row.place, "content": f"{row.content:016x}"}
+    line |= dict(zip(SCORES, row.values, strict=False))
+    lines.append(line | ({"reason": row.reason} if row.reason else {}))
+  workdir.write_text(path, "".join(json.dumps(one) + "\n" for one in lines))
 
 
 def read_scores(path: Path) -> Scores:
@@ -367,11 +342,7 @@ def look_up(
 ) -> tuple[Float64[np.ndarray, " scores"] | None, bool]:
   """The scores of a row, or None; and then whether it has changed since.
 
-  Args:
-    files: of which one may have it: those of one name in several folders have
-      the same places.
-    place: of the row.
-    content: its hash.
+  Files of one name in several folders have the same places: one may have it.
   """
   hits = [(one, at) for one in files if (at := one.find(place)) is not None]
   for one, at in hits:

@@ -298,9 +298,8 @@ def _to_source(one: Any) -> Source:
 def settle_weights(source: Source) -> Source:
   """The source, with columns that are called weight and are none renamed.
 
-  A column called weight, train or training weights rows where all its values
-  are in [0, 1]. All rows are read once to see it. A name that `columns`
-  mentions is left as it is.
+  Called so are weight, train and training; a weight is in [0, 1] in all rows,
+  which are read once to see it. Names that `columns` mentions stay.
   """
   ends: dict[str, list[Any]] = {}
   renamed = fields.to_names(source.columns).columns
@@ -330,15 +329,10 @@ def _ends(values: list[Any]) -> list[Any]:
 def solve_copies(
   sources: Sequence[Source], tokens: Sequence[int]
 ) -> tuple[float, ...]:
-  """Times that each source is seen per epoch.
+  """Times that each source is seen per epoch; `tokens` are of each, seen once.
 
-  Where all sources have shares, an epoch has as many tokens as all of them
-  together; otherwise those without shares are seen as they say, and the
-  others fill up to their shares.
-
-  Args:
-    sources: with repeats or shares.
-    tokens: of each, seen once.
+  Where all have shares, an epoch has as many tokens as all together; otherwise
+  those without are seen as they say, and the others fill up to their shares.
 
   Raises ValueError: shares that leave no room for the other sources or, if
   there are none, do not sum to 1; a share of a source without tokens.

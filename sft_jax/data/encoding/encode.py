@@ -32,10 +32,8 @@ class Example:
   """One document to train on.
 
   Attributes:
-    tokens: its ids.
-    loss_weights: the weight of *predicting* tokens[i] from those before it;
-      the first is 0, for nothing is before it.
-    roles: of each token, as an index of `TOKEN_ROLES`; 'template' is what no
+    loss_weights: of *predicting* tokens[i] from those before it; first 0.
+    roles: of each token, an index of `TOKEN_ROLES`; 'template' is what no
       message holds, or what is not certain.
     rejected: so many at the end are a document of their own, the worse answer
       after its prompt (options.pairs); all of them, if the answer is bad.
@@ -48,14 +46,11 @@ class Example:
 
 
 class EncodedRow(NamedTuple):
-  """What became of one row.
+  """What became of one row: Examples, and counts of those dropped, by reason.
 
-  Attributes:
-    examples: what to train on.
-    dropped: how many Examples were dropped, by reason.
-    notes: what happened to the row, for the ledger: 'injected system prompt',
-      'empty think block', 'text changed by the template', 'split history',
-      'cut answer', 'escaped control token', 'merged turns'; 1 each.
+  `notes` of the ledger, 1 each, are 'injected system prompt', 'empty think
+  block', 'text changed by the template', 'split history', 'cut answer',
+  'escaped control token', 'merged turns'.
   """
 
   examples: list[Example]
@@ -72,9 +67,7 @@ def encode(
 ) -> list[Example]:
   """The Examples of a conversation; see `encode_row`.
 
-  Args:
-    conversation, tokenizer, max_length: see there.
-    **options: fields of `options.RenderOptions`, such as history='split'.
+  `options` are fields of `options.RenderOptions`, such as history='split'.
 
   Raises NothingToTrain: none is left; its reason is the ledger's key.
   """
@@ -228,8 +221,7 @@ def encode_row(
 ) -> EncodedRow:
   """Encodes a conversation by Law 1, or a raw text whole.
 
-  A conversation is rendered by the tokenizer's chat template and encoded; the
-  tokens of each trained turn, up to and including its stop token, get the
+  The tokens of each trained turn, up to and including its stop token, get the
   turn's weight:
 
       text    <s> user: Hi \\n assistant: Hello there </s>
@@ -244,20 +236,12 @@ def encode_row(
   Raw text is BOS (where the tokenizer has one), its ids and EOS, all trained,
   in windows of max_length (`_text_windows`), whatever `over_long` says.
 
-  Args:
-    conversation: what to encode.
-    tokenizer: with its chat template.
-    options: how to render it, and what of it to train.
-    max_length: tokens that an Example may have; at least 2.
-    tokenized: its tokens from the fast path; None takes the full path.
-
-  Returns the Examples, and the number dropped by reason ('over long').
+  `tokenized` is what the fast path made of it; None takes the full path.
 
   Raises:
-    RowError: see `loss_spans.render_spans`; an Example that is too long under
-      over_long='error'.
+    RowError: see `loss_spans.render_spans`; too long under over_long='error'.
     NothingToTrain: the conversation has no trained turn.
-    ValueError: an argument out of range; the tokenizer has no chat template.
+    ValueError: `max_length` below 2; the tokenizer has no chat template.
   """
   if max_length < 2:
     got = f"data.seq_len: got {max_length}"
@@ -399,9 +383,7 @@ def _text_windows(
 def _given_ids(conversation: Conversation, tokenizer: Tokenizer) -> Tokens:
   """A row tokenized elsewhere, as it is.
 
-  Raises:
-    RowError: an id that the tokenizer does not have, a weight below 0.
-    NothingToTrain: no weight above 0.
+  Raises RowError: an unknown id, a weight below 0; NothingToTrain: none above.
   """
   ids, size = list(conversation.ids), tokenizer.vocab_size
   strange = next((one for one in ids if not 0 <= one < size), None)
@@ -443,7 +425,5 @@ def _text_ids(
   notes = {"BOS or stop token written in a text"} if start or ends else set()
   if template.control.search(text[start:end]):
     notes.add("escaped control token")
-  return (
-    tokenizer.encode_with_offsets(text, ((start, end),))[0],
-    frozenset(notes),
-  )
+  ids, _ = tokenizer.encode_with_offsets(text, ((start, end),))
+  return ids, frozenset(notes)

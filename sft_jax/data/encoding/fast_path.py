@@ -1,18 +1,16 @@
 """The fast path: rows of one form, tokenized together and by comparison.
 
-Most rows of a file have one form: the same roles, and only texts in them. The
-first row of a form is rendered by the full path (`loss_spans`), which leaves a
-render template, the chat template's own text around what the messages hold:
+Most rows of a file have the same roles, and only texts in them. The first of a
+form is rendered by the full path (`loss_spans`), which leaves a render
+template, the chat template's own text around what the messages hold:
 
     <|im_start|>user⏎ [   ] <|im_end|>⏎<|im_start|>assistant⏎ [   ] <|im_end|>⏎
 
-For each further row the prompts and turns are rendered as well. If they are
-the render template filled in, to the character, then spans and roles are where
-it says. In ids they are found from the special tokens, which cut a text: what
-is before one does not change the ids of what is after. So only the few
-characters from a special token to where a text begins are encoded by
-themselves. In any doubt a row is left to the full path, and the results equal
-its results (`tests/data/encoding/test_fast_path.py`).
+Further rows are rendered as well. Where they are the render template filled in,
+to the character, spans and roles are where it says. In ids they are found from
+the special tokens, which cut a text: only the few characters from one to where
+a text begins are encoded by themselves. In any doubt a row is left to the full
+path, whose results it equals (`tests/data/encoding/test_fast_path.py`).
 """
 
 import contextlib

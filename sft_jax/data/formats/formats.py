@@ -35,8 +35,7 @@ def to_conversation(
   docs/data_formats.md shows every key and spelling.
 
   Args:
-    row: the row; a key whose value is None counts as absent. A Conversation
-      is checked, and gets the place `source`.
+    row: a key whose value is None counts as absent; a Conversation is checked.
     format: a name in `FORMATS`, or 'auto' to tell it from the row's keys.
     columns: what the data set's names mean here: {"query": "prompt"} for a
       column; under 'messages', the keys of a turn, {"messages": {"speaker":
@@ -44,12 +43,10 @@ def to_conversation(
     source: the row's place, such as 'rows.jsonl:12'; errors name it.
 
   Raises:
-    RowError: a shape that no format, or more than one, claims; a value that
-      is not of its kind; a turn that breaks the grammar of
-      `conversation.check`.
-    NothingToTrain: 'empty answer', in a row of one question and one answer
-      (an empty assistant turn among messages is a RowError); 'empty text';
-      'nothing trained', in tokens.
+    RowError: a shape that no format, or more than one, claims; a value that is
+      not of its kind; see `conversation.check` too.
+    NothingToTrain: an empty answer to a single question (among messages it is
+      a RowError); an empty text; tokens without a trained one.
     ValueError: an unknown format or malformed columns.
   """
   where = source or "row"

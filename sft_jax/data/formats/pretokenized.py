@@ -23,11 +23,9 @@ def from_tokens(
   trains the predictions of 6 and of 7. Padding, where attention_mask is 0, is
   cut off.
 
-  Raises:
-    RowError: ids that are no integers from 0; other lists of another length;
-      labels that are neither -100 nor the ids, shifted ones above all; padding
-      between tokens; several documents in a row.
-    NothingToTrain: 'nothing trained'.
+  Raises RowError: ids that are no integers from 0; other lists of another
+  length; labels that are neither -100 nor the ids, shifted ones above all;
+  padding between tokens; several documents in a row.
   """
   del names  # It has no turns.
   where = source or "row"

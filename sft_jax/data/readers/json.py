@@ -1,14 +1,12 @@
 """Rows of JSON lines, JSON arrays, CSV and plain text, read strictly.
 
 A key given twice, NaN, a number beyond every float, half a surrogate pair and
-very deep nesting all pass `json.loads`, and end as a row that is not the one
-that was written, or as a crash further down. Here each is a RowError.
+very deep nesting all pass `json.loads`: here each is a RowError.
 
-Lines are streamed: of a file of any size one row and a buffer are held, also
-of a small .gz that unpacks to terabytes. A JSON array is read whole. A fault
-of one row is handed to `on_bad_row` and reading continues after that row; a
-file that breaks off is refused in any case, since nobody knows how many rows
-are missing.
+Lines are streamed: one row and a buffer are held, also of a small .gz that
+unpacks to terabytes. A JSON array is read whole. A fault of one row goes to
+`on_bad_row`; a file that breaks off is refused, since nobody knows how many
+rows are missing.
 """
 
 import bz2
@@ -70,9 +68,8 @@ def read_jsonl(file: Path, on_bad_row: OnBadRow) -> Rows:
 def read_json(file: Path, on_bad_row: OnBadRow) -> Rows:
   """An array of objects ('rows.json[3]', from 0), or what is JSON lines.
 
-  Raises:
-    RowError: an array of more than `MAX_ARRAY_BYTES`; text that is not JSON,
-      with line and column: after such a place nobody knows where values begin.
+  Raises RowError: an array of more than `MAX_ARRAY_BYTES`; text that is not
+  JSON, with line and column: nobody knows where the next value begins.
   """
   name = one_line(file.name)
   with open_bytes(file) as stream:
@@ -299,9 +296,7 @@ def _skip(text: str, at: int, mark: str = "") -> int:
 def _decode(text: str, start: int) -> tuple[Any, int]:
   """The value that begins at `start`, and where it ends.
 
-  Raises:
-    json.JSONDecodeError: no value is complete there.
-    _Fault: it is complete, or breaks off too deep, and is refused.
+  Raises JSONDecodeError: none is complete there; `_Fault`: it is refused.
   """
   try:
     value, end = _DECODER.raw_decode(text, start)

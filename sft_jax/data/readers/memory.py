@@ -12,12 +12,9 @@ from sft_jax.data.conversation import Conversation, RowError
 class MemoryRows:
   """Rows in memory, read as often as needed and known by their content.
 
-  Attributes:
-    rows: dicts or Conversations; an iterator is read to its end, once.
-    digest: 64 hex digits, equal for equal rows in equal order.
+  `digest` is equal for equal rows in equal order. An iterator is read once.
 
-  Raises RowError: a row of values that have no JSON form, by which a change of
-  it could be noticed.
+  Raises RowError: a value without JSON form, by which its change is noticed.
   """
 
   def __init__(self, rows: Iterable[Mapping[str, Any] | Conversation]):

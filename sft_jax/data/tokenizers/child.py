@@ -1,15 +1,12 @@
 """A process that answers requests under limits of time and memory.
 
 What models of strangers bring (templates, tokenizers) runs in libraries that
-nothing in Python interrupts. So it is tried in a child, which the operating
-system ends:
+nothing in Python interrupts, so a child tries it, which the operating system
+ends and the next request replaces. It is a limit, not a wall.
 
     parent                        child
     ask(request)  --pipe->  answer(request)   CPU time: SIGPROF
     the answer    <-pipe--                    memory: RLIMIT_AS
-
-The parent only waits. A child that dies is replaced by the next request. It is
-a limit, not a wall.
 """
 
 import atexit
@@ -38,11 +35,8 @@ _WALL_FACTOR = 10.0  # Where a platform cannot limit CPU time, of that limit.
 class Child:
   """Starts with the first request; threads and forked processes may share it.
 
-  Args:
-    module: its `serve()` calls `child.serve`.
-    seconds: of CPU time that an answer may take.
-    memory: bytes of address space.
-    environment: more of it.
+  The `serve()` of `module` calls `child.serve`. Limits are seconds of CPU time
+  per answer, and bytes of address space.
   """
 
   def __init__(self, module: str, seconds: float, memory: int, **environment):

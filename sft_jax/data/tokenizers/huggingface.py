@@ -115,8 +115,7 @@ class HuggingFaceTokenizer(Tokenizer):
   def _guarded(self, function: Callable[[], Any], given: Any) -> Any:
     """The library's answer, or what it gave up on.
 
-    It raises bare Exceptions, and panics that are none, such as after ten
-    million steps, in half a second, of one of its regular expressions.
+    It raises bare Exceptions, and panics, as of a regex that takes too long.
     """
     try:
       return function()
@@ -142,8 +141,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def _from_json(path: Path) -> tuple[tokenizers.Tokenizer, float]:
-  """The library's tokenizer, unless it would exhaust the memory, and how many
-  characters its normalizer may make of one.
+  """The library's tokenizer, and how far its normalizer lengthens a text.
 
   The library aborts the process where it cannot allocate, at loading (a
   precompiled map that claims more than it holds) or in encoding (replacements
@@ -195,8 +193,7 @@ def _from_vocab_and_merges(
 ) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
   """The tokenizer, and special tokens by name unless the config names others.
 
-  Raises ValueError: a tokenizer_class whose way of cutting text is not known
-  here; files that are not such a tokenizer.
+  Raises ValueError: an unknown tokenizer_class; files that are no tokenizer.
   """
   named = str(config.get("tokenizer_class") or "GPT2Tokenizer")
   if (kind := named.removesuffix("Fast")) not in _DEFAULTS:

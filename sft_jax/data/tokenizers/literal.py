@@ -49,21 +49,16 @@ class LiteralEncoder:
   """Encodes texts in which some special tokens are ordinary text.
 
   The `tokenizers` library reads either all special tokens as text
-  (`encode_special_tokens`) or none. So the ones that are structure are
-  replaced by placeholders, tokens that are not special, in a copy of the
-  tokenizer that reads all special tokens as text:
+  (`encode_special_tokens`) or none. So those that are structure (`special`) are
+  replaced by placeholders, tokens that are not special, in a copy that reads
+  all special tokens as text:
 
       text      <s> user: what is <mask> ? </s>     literal: <mask>
       encoded    #  user: what is <mask> ?  #       k-th # -> k-th of <s>, </s>
 
   Where a vocabulary makes a special token even out of text (a Unigram model
   that has '<mask>' as a piece), its text is cut after the first character.
-
-  Args:
-    model: the tokenizer.
-    special: {text: id} of the tokens that are structure.
-    unknown: id of the token for unknown text, which any text may have.
-    folder: for messages.
+  `unknown` is the id of unknown text, which any text may have.
   """
 
   def __init__(

@@ -27,24 +27,16 @@ class Tokenizer(abc.ABC):
     vocab_size: one more than the largest id.
     bos_id, eos_id, pad_id: None where the tokenizer has no such token.
     stop_ids: ids at which generation stops, ascending.
-    chat_template: the Jinja source; None where the folder has none.
-    chat_templates: {name: Jinja source} of all of the folder's; the one named
-      'default' is `chat_template`.
+    chat_templates: {name: Jinja source}; `chat_template` is the 'default'.
     named_tokens: {'bos_token': '<s>', ...}, the variables templates read.
-    special_tokens: {text: id} of tokens that are structure, not text; the
-      stop tokens are among them.
-    folder: where it was loaded from.
-    files: the files of the folder that belong to it.
+    special_tokens: {text: id} of tokens that are structure, stop tokens too.
     fingerprint: a digest of what decides ids.
   """
 
   special_tokens: dict[str, int]
 
   def __init__(self, read: files.Folder, ids: Mapping[str, int]):
-    """Finds the special tokens of a folder in {text: id} of its vocabulary.
-
-    Raises ValueError: one that the vocabulary does not hold.
-    """
+    """Raises ValueError: a special token that the vocabulary does not hold."""
     self._read = read
     self.folder, self.files = read.path, read.files
     self.fingerprint = read.fingerprint
@@ -89,10 +81,9 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def encode_with_offsets(self, text: str, literal: Ranges = ()) -> Encoded:
-    """Ids, and for each the (start, end) characters of the text it covers.
+    """Ids, and the (start, end) characters of the text that each covers.
 
-    A special token that reaches into one of the (start, end) characters of
-    `literal` is read as the ordinary text it is written in.
+    A special token that reaches into a range of `literal` is read as text.
     """
 
   @abc.abstractmethod
@@ -115,12 +106,10 @@ class Tokenizer(abc.ABC):
   ) -> tuple[Self, dict[str, int]]:
     """This tokenizer with more special tokens, which an export writes.
 
-    Args:
-      texts: of the tokens; one that the vocabulary has keeps its id.
-      stop: tokens at which generation stops, too.
+    A text that the vocabulary has keeps its id; `stop` ends generation, too.
 
-    Returns the tokenizer, and {text: id} of the tokens that are new to it: the
-    ids from `vocab_size` on. A padded model may have (untrained) rows for them.
+    Returns the tokenizer, and {text: id} of the new tokens: ids from
+    `vocab_size` on. A padded model may have (untrained) rows for them.
 
     Raises ValueError: an empty text or one with white space at its edges;
     `stop` with a text that is no token.
@@ -167,20 +156,17 @@ def _digest(*texts: str) -> str:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
   """The tokenizer of a model, with its chat template and stop ids.
 
-  `folder` is a path, or an id of the hub (see `hub.find_model`).
-
-  Reads tokenizer.json, or else tokenizer.model (SentencePiece), or else
-  vocab.json and merges.txt (byte-level BPE). Generation stops at eos_token_id
-  of generation_config.json (or else of config.json) and at the eos_token of
+  `folder` is a path, or an id of the hub (see `hub.find_model`). Read is
+  tokenizer.json, or else tokenizer.model (SentencePiece), or else vocab.json
+  and merges.txt (byte-level BPE). Generation stops at eos_token_id of
+  generation_config.json (or else of config.json) and at the eos_token of
   tokenizer_config.json.
 
-  The libraries abort the process where they cannot allocate, or break in other
-  ways on files that were made to. So a child process loads and uses each
-  tokenizer first, within limits of time and memory.
+  The libraries abort the process where they cannot allocate, or break on files
+  that were made to. So a child process tries each tokenizer first.
 
-  Raises ValueError: no folder, or neither file in it; a token that the folder's
-  files number differently, or that the vocabulary does not hold; files that
-  exceed the limits.
+  Raises ValueError: no folder, or neither file in it; a token that the files
+  number differently, or that the vocabulary does not hold; exceeded limits.
   """
   path = hub.find_model(folder).folder
   if not path.is_dir():
