@@ -11,6 +11,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from sft_jax.common import distributed
 from sft_jax.data.chat.options import CHOICES, DEFAULT, RenderOptions
 from sft_jax.reporting import terminal
 from sft_jax.training import config_check
@@ -28,6 +29,7 @@ def run(main: Callable[[], None]) -> None:
   debug = _debug()
   logging.set_verbosity(logging.WARNING)  # Orbax and JAX narrate at INFO.
   try:
+    distributed.start_pathways()
     main()
   except USER_ERRORS as error:
     if debug or isinstance(error, BrokenPipeError):  # `main` says it.

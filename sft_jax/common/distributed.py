@@ -50,14 +50,15 @@ def joined(
 
   With no arguments, the processes of a TPU pod, a SLURM step, an Open MPI or
   an indexed Kubernetes job (a JobSet's) find one another; where there is none
-  of these, this process is alone.
+  of these, or Pathways brings all devices to one process, it is alone.
 
   Args:
     coordinator: host:port of the first process, which others can reach.
     together: exit codes that all processes come to, and wait for one another.
       With any other this one ends at once.
 
-  Raises ValueError: some of the three and not all; or see `meeting.meet`.
+  Raises ValueError: some of the three and not all; or see `meeting.meet` and
+  `start_pathways`.
   """
   given = (bool(coordinator), processes > 0, process >= 0)
   if any(given) and not all(given):
@@ -65,11 +66,19 @@ def joined(
       f"--coordinator, --processes, --process: got {coordinator!r}, "
       f"{processes} and {process}, expected all or none. Give the others."
     )
-  who = None if all(given) else _detected()
+  pathways = start_pathways()
+  if pathways and any(given):
+    raise ValueError(
+      f"--coordinator: got {coordinator!r} with JAX_PLATFORMS=proxy, expected "
+      "none: of Pathways one process has all devices. Start one, without it."
+    )
+  who = None if pathways or all(given) else _detected()
   if who is None and not all(given):
     yield
     return
-  # Signals are StopRequest's; and gloo is what lets CPUs of two processes add.
+  # JAX's service takes SIGTERM from Python, hears no other signal, and knows
+  # nothing but steps: a run that loads would not end. `Agreement` has a signal
+  # stop all processes after the same step without it.
   jax.config.update("jax_enable_preemption_service", False)
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   if who is None:
@@ -103,6 +112,27 @@ def joined(
     traceback.print_exc()
     _leave(1)
   _part(line)
+
+
+def start_pathways() -> bool:
+  """Whether JAX_PLATFORMS names Pathways' proxy, which JAX then can start.
+
+  One process has the devices of all hosts, and is its run's only one.
+
+  Raises ValueError: pathwaysutils, which JAX needs for it, is not installed.
+  """
+  if "proxy" not in (jax.config.jax_platforms or "").split(","):
+    return False
+  try:
+    import pathwaysutils  # pyright: ignore
+  except ImportError as error:
+    raise ValueError(
+      f"JAX_PLATFORMS: got {jax.config.jax_platforms!r}, expected the package "
+      f"pathwaysutils beside it ({error}). pip install pathwaysutils, or unset "
+      "JAX_PLATFORMS."
+    ) from error
+  pathwaysutils.initialize()
+  return True
 
 
 class EndsAlone(SystemExit):

@@ -1,8 +1,11 @@
 """Two processes of four devices are one process of eight."""
 
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -10,7 +13,15 @@ import pytest
 
 import sft_jax
 import tiny
-from host_runs import finish, records, start, wait_for, wait_for_step
+from host_runs import (
+  ROOT,
+  finish,
+  free_port,
+  records,
+  start,
+  wait_for,
+  wait_for_step,
+)
 from sft_jax.common import distributed, lifeline, trees
 from sft_jax.models.hf import load_save
 
@@ -272,6 +283,79 @@ def test_alone_nothing_is_joined_and_wishes_are_read_at_once():
   with distributed.joined(), distributed.first_alone():
     wished = distributed.Agreement(None, behind=2)
     assert [wished(x) for x in (False, True)] == [False, True]
+
+
+_PATHWAYS = """
+import sys, types
+import jax
+from jax._src import xla_bridge
+from sft_jax.common import distributed
+
+def initialize():
+  print("initialize", xla_bridge.backends_are_initialized())
+  jax.config.update("jax_platforms", "cpu")  # As if the proxy had devices.
+
+if "installed" in sys.argv:
+  sys.modules["pathwaysutils"] = types.SimpleNamespace(initialize=initialize)
+jax.distributed.initialize = lambda *_, **__: print("distributed")
+given = ("h:1", 2, 0) if "given" in sys.argv else ()
+try:
+  with distributed.joined(*given):
+    print(jax.process_count(), jax.devices()[0].platform)
+except ValueError as error:
+  print(error)
+"""
+
+
+@pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    (["installed"], "initialize False\n1 cpu\n"),
+    ([], "JAX_PLATFORMS: got 'proxy', .* pip install pathwaysutils, or unset"),
+    (["installed", "given"], "initialize False\n--coordinator: got 'h:1' with"),
+  ],
+)
+def test_pathways_is_started_before_jax(words, said):
+  """Once; with a package that is not the real one, which needs a cloud."""
+  found = _child(_PATHWAYS, *words, JAX_PLATFORMS="proxy", SLURM_JOB_ID="1")
+  assert re.match(said, found), found
+  assert found.count("\n") == (2 if "installed" in words else 1)
+
+
+_SERVICE = """
+import os, signal, sys, time
+import jax
+
+heard = []
+signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+jax.config.update("jax_enable_preemption_service", "on" in sys.argv)
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 1, 0)
+os.kill(os.getpid(), signal.SIGTERM)
+deadline = time.monotonic() + 3
+while not heard and time.monotonic() < deadline:
+  time.sleep(0.1)
+print(len(heard), signal.getsignal(signal.SIGTERM) != signal.SIG_DFL)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("service", "heard"), [("off", 1), ("on", 0)])
+def test_why_jaxs_preemption_service_is_off(service, heard):
+  """It takes SIGTERM from Python, which believes to have it: no run would
+  end while it loads. If this fails, JAX has changed: see `joined`."""
+  found = _child(_SERVICE, str(free_port()), service, JAX_PLATFORMS="cpu")
+  assert found == f"{heard} True\n"
+
+
+def _child(code: str, *words: str, **environment: str) -> str:
+  return subprocess.run(
+    [sys.executable, "-c", code, *words],
+    env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    stdout=subprocess.PIPE,
+    text=True,
+    timeout=120,
+    check=True,
+  ).stdout
 
 
 @pytest.fixture
