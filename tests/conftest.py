@@ -62,12 +62,30 @@ jaxtyping.install_import_hook(
   _TYPED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 )
 
+# A traced program is many objects that live. Python's own thresholds look at
+# each again and again: an eighth of the time of tests that trace models.
+gc.freeze()
+gc.set_threshold(50_000, 10, 10)
+
 _MAPPINGS = Path("/proc/self/maps")
 _MANY = 20_000
 
 
+# A file for the names of skipped tests, that .ci/run runs with more installed.
+_SKIPPED = os.environ.get("SKIPPED_TESTS")
+if "PYTEST_XDIST_WORKER" in os.environ:  # The controller hears of all.
+  _SKIPPED = None
+
+
+def pytest_collectreport(report):
+  if _SKIPPED and report.skipped:
+    with open(_SKIPPED, "a", encoding="utf-8") as file:
+      file.write(f"{report.nodeid}\n")
+
+
 def pytest_runtest_logreport(report):
   """Names a failure when it happens: a run that is cut short shows none."""
+  pytest_collectreport(report)
   if report.failed and hasattr(report, "node"):  # Where workers report.
     print(f"\n{report.when} of {report.nodeid} failed", flush=True)
 
