@@ -50,7 +50,6 @@ class Plan(NamedTuple):
     return len(self.starts) - 1
 
   def pack(self, index: int) -> Int64[np.ndarray, " documents"]:
-    """Row ids of one pack."""
     return self.rows[self.starts[index] : self.starts[index + 1]]
 
 
@@ -258,7 +257,6 @@ def pack_row(
 
 
 def stack_rows(rows: Sequence[Batch]) -> Batch:
-  """One batch of all the rows."""
   return Batch._make(
     None if arrays[0] is None else np.concatenate(arrays)
     for arrays in zip(*rows, strict=True)

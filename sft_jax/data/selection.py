@@ -248,8 +248,6 @@ def _numbers(
 
 
 class RowScore(NamedTuple):
-  """The scores of one row."""
-
   place: str  # 'rows.jsonl:12'.
   content: int  # Hash of the row, `shards.content_of`.
   # Of each of `SCORES`, or of the first; None where a row has no such score.
@@ -268,7 +266,6 @@ class Scores(NamedTuple):
   values: Float64[np.ndarray, "rows scores"]
 
   def find(self, place: str) -> int | None:
-    """The row of a place."""
     key = np.uint64(_hash(place))
     at = int(np.searchsorted(self.places, key))
     found = at < len(self.places) and self.places[at] == key

@@ -226,7 +226,6 @@ class Source:
     return formats.to_conversation(row, **how, source=place)
 
   def files(self) -> list[Path]:
-    """The files of its rows; none of rows in memory."""
     return [] if self.rows is not None else find_files(self.path)
 
   def without_rows(self) -> "Source":

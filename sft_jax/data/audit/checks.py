@@ -1,8 +1,8 @@
 """Audit: findings on encoded rows that would teach a model the wrong thing.
 
-Each check asks one question of a store; its `Finding` is the answer. A finding
-with a count above 0 is a fault that no run should start with: `refuse` raises
-for it, unless `data.allow` names its check.
+Each check asks one question of a store. A `Finding` with a count above 0 is a
+fault that no run should start with: `refuse` raises for it, unless
+`data.allow` names its check.
 
     malformed   rows that cannot be read or encoded, and may not be skipped
     vocabulary  a token id outside the model's embedding
@@ -15,8 +15,6 @@ for it, unless `data.allow` names its check.
     control     control tokens inside what a message says
     overlap     held-out rows that training rows give away
     think       reasoning that rows hold and their examples do not
-
-The cost is a few passes over the tokens; see docs/audit.md.
 """
 
 import itertools
@@ -78,8 +76,6 @@ _TWO_BOS = (
 
 
 class Finding(NamedTuple):
-  """One question asked of the data, and its answer."""
-
   name: str  # One of `NAMES`.
   count: int = 0  # Rows (of 'nothing': sources) at fault; 0 is a pass.
   message: str = ""  # What is wrong and its cure, in a line; '' for a pass.
@@ -120,11 +116,7 @@ def check_store(
 
 
 def overlap(train: Store, held_out: Store, *, own_files: bool) -> Finding:
-  """The finding on held-out rows that training rows give away.
-
-  Prompts are compared token by token, texts by runs of 13 tokens; see
-  `overlap.find_overlap`, and `overlap_finding`.
-  """
+  """Held-out rows that training rows give away; see `overlap.find_overlap`."""
   rows = map(overlaps.of_store, (train, held_out))
   found = overlaps.find_overlap(*rows)
   return overlap_finding(found, held_out.place, own_files=own_files)
@@ -133,14 +125,10 @@ def overlap(train: Store, held_out: Store, *, own_files: bool) -> Finding:
 def overlap_finding(
   found: overlaps.Overlap, place: Callable[[int], str], *, own_files: bool
 ) -> Finding:
-  """What was found, in words.
+  """What was found, in words; `place` says where a held-out row stands.
 
-  Args:
-    found: of the held-out rows.
-    place: where a held-out row stands.
-    own_files: the rows come from files of their own. In a share of the
-      training files, rows that are like others are as the data are, and only
-      those with the prompt of a training row are at fault.
+  Without `own_files` the rows are a share of the training files, and only those
+  with the prompt of a training row are at fault: others are as the data are.
   """
   rows = np.flatnonzero(found.found if own_files else found.same_prompt)
   if not len(rows):
@@ -160,12 +148,7 @@ def overlap_finding(
 
 
 def malformed(store: Store, fault: str | None) -> Finding:
-  """The finding on rows that could not be read or encoded.
-
-  Args:
-    store: built without them.
-    fault: the first error; None where such rows may be skipped.
-  """
+  """Rows that could not be read or encoded: the first error, or None."""
   if fault is None:
     return Finding("malformed")
   sources, count = store.stats.sources, store.stats.dropped("malformed")
@@ -181,11 +164,8 @@ def refuse(
   allow: Collection[str],
   log: Callable[[str], None],
 ) -> None:
-  """Raises for the findings that fail, but announces those allowed.
-
-  Raises ValueError: a finding fails that is not in `allow`, with the switch
-  that overrides it; `allow` has a name that is no finding's.
-  """
+  """Raises a ValueError for findings that fail and are not in `allow`, or for a
+  name in it that is no finding's; logs those allowed."""
   if unknown := set(allow) - set(NAMES):
     raise ValueError(
       f"data.allow: got {sorted(unknown)}; expected names of findings: "
@@ -219,14 +199,12 @@ class _Noted:
     documents: token_checks.Documents,
     at: Int64[np.ndarray, " faults"],
   ) -> None:
-    """Notes faults at positions of the documents' tokens."""
     if len(at):
       rows = np.searchsorted(documents.starts, at, side="right") - 1
       self.rows[name] += (np.unique(rows) + documents.rows.start).tolist()
       self._token.setdefault(name, int(documents.tokens[at[0]]))
 
   def finding(self, name: str, known: token_checks.Facts) -> Finding:
-    """The finding of a check, with the first row at fault in words."""
     rows = sorted(set(self.rows[name]))
     if not rows:
       return Finding(name)

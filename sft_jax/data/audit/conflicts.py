@@ -33,10 +33,8 @@ _YES_NO = re.compile(r"\W*(yes|no|true|false|correct|incorrect)\b", re.I)
 
 
 def find_conflicts(texts: Texts) -> list[tuple[int, int]]:
-  """Pairs of rows that conflict, those with equal questions first.
-
-  Of many rows with one question, neighbors are compared and not all pairs.
-  """
+  """Pairs of rows that conflict, those with equal questions first; of many rows
+  with one question, neighbors are compared."""
   asked = texts.watched & ~texts.text & (texts.words("prompt").counts > 0)
   keys = words_lib.whole(texts.words("prompt"))
   # Another system prompt may well ask for another answer.

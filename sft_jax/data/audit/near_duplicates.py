@@ -35,8 +35,6 @@ _TABLE_BITS = 22
 
 
 class Pairs(NamedTuple):
-  """Pairs of texts that are near duplicates, with their similarity."""
-
   # Text numbers, first < second.
   first: Int64[np.ndarray, " pairs"]
   second: Int64[np.ndarray, " pairs"]
@@ -59,7 +57,7 @@ class _Shingles(NamedTuple):
     made = words_lib.shingles(words_lib.take(self.words, texts), self.n)
     kept = np.ones(len(made.hashes), bool)
     if self.ignored is not None:
-      kept &= ~self.ignored[_slot(made.hashes)]
+      kept &= ~self.ignored[words_lib.slot(made.hashes, _TABLE_BITS)]
     if self.among is not None:
       kept &= np.repeat(self.among[texts], made.counts)
     counted = np.concatenate([[0], np.cumsum(kept)])
@@ -71,8 +69,8 @@ def boilerplate(
 ) -> Bool[np.ndarray, " slots"]:
   """Runs of n words that stand in so many texts that they tell none apart.
 
-  A table by the hashes' first bits, to be given to `find`: of a few tool
-  descriptions or instructions shared by many rows, nothing counts.
+  A table by the hashes' first bits, as `find_near_duplicates` ignores: tool
+  descriptions or instructions shared by many rows do not count.
   """
   sets = _Shingles(words, n, None, among)
   seen = np.zeros(1 << _TABLE_BITS, np.int64)
@@ -80,7 +78,8 @@ def boilerplate(
     runs = sets.runs(np.arange(some.start, some.stop))
     # A text counts once for a run that it repeats.
     owner = np.repeat(np.arange(len(runs.counts)), runs.counts)
-    once = np.unique((owner << _TABLE_BITS) | _slot(runs.hashes))
+    slots = words_lib.slot(runs.hashes, _TABLE_BITS)
+    once = np.unique((owner << _TABLE_BITS) | slots)
     seen += np.bincount(once & (len(seen) - 1), minlength=len(seen))
   total = len(words.counts) if among is None else among.sum()
   return seen > max(_COMMON_ROWS, _COMMON_SHARE * total)
@@ -97,15 +96,10 @@ def find_near_duplicates(
   """Pairs of texts whose shingles have a Jaccard of at least `threshold`.
 
   Texts that others link already are not compared again: not every pair is
-  listed, but `group` joins them all. Texts without words have no pair.
-
-  Args:
-    words: of the texts.
-    n: words of a shingle. More are stricter: a word changed in the middle of
-      m words leaves a Jaccard of (m - 2n + 1) / (m + 1).
-    threshold: above 0, at most 1.
-    ignored: see `boilerplate`; a text of nothing else has no pair.
-    among: which texts to look at; all by default.
+  listed, but `group` joins them all. A text without words, or of nothing but
+  `ignored` ones (see `boilerplate`), has no pair. `among` are the texts to look
+  at. A word changed in the middle of m words leaves a Jaccard of
+  (m - 2n + 1) / (m + 1).
   """
   sets = _Shingles(words, n, ignored, among)
   group = np.arange(len(words.counts))
@@ -146,10 +140,6 @@ def _jaccard(
   twice = (hashes[1:] == hashes[:-1]) & (owner[1:] == owner[:-1])
   shared = np.bincount(owner[1:][twice], minlength=len(pairs))
   return shared / np.maximum(left.counts + right.counts - shared, 1)
-
-
-def _slot(hashes: UInt64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
-  return (hashes >> np.uint64(64 - _TABLE_BITS)).astype(np.int64)
 
 
 def _band_keys(

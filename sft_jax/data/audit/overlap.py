@@ -42,16 +42,14 @@ class Overlap(NamedTuple):
 
   @property
   def found(self) -> Bool[np.ndarray, " rows"]:
-    """Rows that training gives away."""
     return self.same_prompt | (self.share >= SHARE)
 
 
 def find_overlap(train: Iterable[Rows], held_out: Iterable[Rows]) -> Overlap:
   """Compares held-out rows with training rows; reads each once.
 
-  The runs of the held-out rows are kept in memory (8 bytes each), those of
-  the training rows are looked up a batch at a time. A row without a prompt
-  is compared by its text.
+  The runs of the held-out rows are kept in memory (8 bytes each), those of the
+  training rows looked up by the batch. A row without a prompt is its text.
   """
   none = np.empty(0, np.uint64)
   prompts, runs, counts = [none], [none], [np.empty(0, np.int64)]
@@ -67,14 +65,12 @@ def find_overlap(train: Iterable[Rows], held_out: Iterable[Rows]) -> Overlap:
   seen = np.zeros(len(known), np.int64)
   # Most training runs are nowhere in held-out rows: a table says so fast.
   table = np.zeros(1 << _FILTER_BITS, bool)
-  table[_slot(known)] = True
+  table[words_lib.slot(known, _FILTER_BITS)] = True
   for batch in train:
     asked_again[_find(asked, _key(batch))] = True
-    hashes, starts = (
-      words_lib.windows(batch.texts.hashes, RUN),
-      batch.texts.starts,
-    )
-    at = np.flatnonzero(table[_slot(hashes)])
+    hashes = words_lib.windows(batch.texts.hashes, RUN)
+    at = np.flatnonzero(table[words_lib.slot(hashes, _FILTER_BITS)])
+    starts = batch.texts.starts
     ends = starts[np.searchsorted(starts, at, "right")]
     np.add.at(seen, _find(known, hashes[at[at + RUN <= ends]]), 1)
   rare = (seen > 0) & (seen <= COMMON)
@@ -111,7 +107,3 @@ def _find(
     return np.empty(0, np.int64)
   at = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
   return at[known[at] == hashes]
-
-
-def _slot(hashes: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
-  return hashes >> np.uint64(64 - _FILTER_BITS)

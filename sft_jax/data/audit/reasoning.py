@@ -35,11 +35,8 @@ def check(
 ) -> checks.Finding:
   """The finding 'think': rows whose reasoning their examples do not hold.
 
-  Rows that are cut or dropped lose it by their options and are not at fault.
-
-  Args:
-    store: of render options that keep reasoning.
-    tokenizer, seed: of the store.
+  The store's options keep reasoning. Rows that are cut or dropped lose it by
+  them and are not at fault.
   """
   lost, examples_of = [], collections.defaultdict(list)
   for i, source in enumerate(store.source.tolist()):
@@ -74,10 +71,8 @@ def written(
 ) -> Iterator[str]:
   """Every reasoning text in a row: thinking blocks, and telling keys.
 
-  Args:
-    value: the row, or a part of it.
-    ours: new names of keys, by those in the row; see `Source.columns`.
-    found: whether a key that led here names reasoning.
+  `ours` has new names of keys, by those in the row (see `Source.columns`);
+  `found`: a key that led here names reasoning.
   """
   if isinstance(value, str):
     blocks = _BLOCK.findall(value)

@@ -1,9 +1,9 @@
 """The texts of a run's rows, kept on disk for checks that read words.
 
-A row is five texts: its place, the system prompt (with the tools on offer),
-the prompt (all other turns before the answer), the reasoning and the answer
-(the last trained turn). Raw text is an answer without a prompt. They are in
-files, so that memory holds a few numbers per row however long the rows are.
+A row is five texts: its place, the system prompt (with the tools on offer), the
+prompt (all other turns before the answer), the reasoning and the answer (the
+last trained turn). Raw text is an answer without a prompt. They are in files,
+so that memory holds a few numbers per row.
 """
 
 import array
@@ -45,15 +45,12 @@ class Row(NamedTuple):
 
 
 class Texts:
-  """Rows in the order read, column by column; built by `collect`.
-
-  A context: its files are open until it ends.
+  """Rows in the order read, column by column; its files are open within.
 
   Attributes:
-    held_out: whether it is held out.
-    watched: whether it is trained on, or would be.
+    watched: whether a row is trained on, or would be: is not held out.
     text: whether it is raw text.
-    dropped: places of the rows that are not here, by reason: at most 20.
+    dropped: places of rows that are not here, by reason: at most 20.
     num_dropped: how many there are of each.
   """
 
@@ -76,7 +73,6 @@ class Texts:
     return len(self._flags)
 
   def add(self, row: Row, *, held_out: bool, text: bool) -> None:
-    """Adds a row."""
     for name, value in row._asdict().items():
       self._columns[name].add(value)
     self._flags.append(held_out + 2 * text)
@@ -100,7 +96,6 @@ class Texts:
     return np.array(self._flags, np.int8) & 2 > 0
 
   def row(self, i: int) -> Row:
-    """One row, as text."""
     return Row(*(self._columns[name].get(i) for name in Row._fields))
 
   def place(self, i: int) -> str:
@@ -135,16 +130,11 @@ def collect(
   format: str = "auto",
   seed: int = 0,
 ) -> Texts:
-  """Reads the rows of stores again, for what they say.
+  """Reads the rows of stores again, for what they say; texts are in `folder`.
 
-  Rows that cannot be read or say nothing are counted, not raised: whether
-  they may be there was decided when they were encoded.
-
-  Args:
-    train, held_out: the second may be a part of the sources of the first, or
-      of other files.
-    folder: where the texts are kept.
-    format, seed: see `build.build`.
+  Rows that cannot be read or say nothing are counted, not raised: whether they
+  may be there was decided when they were encoded. `held_out` may be a part of
+  the sources of `train`, or of other files.
   """
 
   def rows_of(store: Store) -> set[tuple[str, str]]:

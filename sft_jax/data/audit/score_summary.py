@@ -1,7 +1,4 @@
-"""Summary of scores: how those of the rows spread, and the rows at the ends.
-
-Plain values, for the terminal, the page and other programs alike.
-"""
+"""Summary of scores: how they spread, and the rows at the ends."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -27,12 +24,9 @@ def make(
   *,
   most: int,
 ) -> dict[str, Any]:
-  """Figures of the scores of rows.
+  """Figures of the scores of rows; NaN is none, and `most` are of each end.
 
-  Args:
-    values: of each of `selection.SCORES`; NaN is none.
-    read: rows by number, asked once for all that are shown.
-    most: rows of each end.
+  `read` gives rows by number, and is asked once for all that are shown.
 
   Returns rows: how many; spread: {score: {rows that have it, p0, p5, ...}};
   ends: [{name, rows: [{place, prompt, answer, score: value, ...}]}].
@@ -78,12 +72,7 @@ def of_store(
 ) -> dict[str, Any] | None:
   """Figures of a store's rows, of those that have scores; None of no file.
 
-  Args:
-    store: rows to train on.
-    show: what to show of what a row says.
-    folder: see `selection.select`.
-    format, seed: see `build.build`.
-    most: rows of each end.
+  `show` says what is shown of a row; see `selection.select` of the folder.
 
   Returns what `make` does, with the rows that are left out: unscored, without a
   score, and changed, with a score of what they were before.

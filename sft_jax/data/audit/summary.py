@@ -58,17 +58,11 @@ def inspect(
   """Looks at everything, and reads the rows again to look at what they say.
 
   Args:
-    train, held_out: encoded rows.
     stream: the training rows as batches; None where there are none.
-    findings: what `audit` said of the stores.
-    tokenizer: of the stores.
+    findings: what `checks` said of the stores.
     own_files: the held-out rows come from files of their own.
-    allow: names of findings that may fail.
-    format: of the rows; see `formats.to_conversation`.
     options: of the stores. Where it leaves reasoning out, nobody asks for it.
     rows_seed: of the stores: drew the rows of sources with a limit.
-    samples: examples to show.
-    samples_seed: which of them.
     scores_folder: that holds the rows' scores; '' = beside them.
     scores_shown: rows to show of each end of a score.
   """
@@ -87,15 +81,10 @@ def inspect(
       finding, like = _overlap(said, own_files=own_files)
       findings.append(finding)
       warnings += [like] if like.count else []
-    shown = lambda rows: [_shown(said.row(i)) for i in rows]
+    rows = lambda of: {"rows": [_shown(said.row(i)) for i in of.rows]}
+    shown = lambda examples: [one._asdict() | rows(one) for one in examples]
     warnings = [
-      {
-        **one._asdict(),
-        "examples": [
-          {"note": x.note, "rows": shown(x.rows)} for x in one.examples
-        ],
-      }
-      for one in warnings
+      one._asdict() | {"examples": shown(one.examples)} for one in warnings
     ]
   verdicts = []
   for one in findings:
@@ -128,7 +117,6 @@ def inspect(
 
 
 def length_quantiles(lengths: Int32[np.ndarray, " rows"]) -> dict[str, Any]:
-  """Quantiles of lengths, and their histogram."""
   if not len(lengths):
     return {"total": 0, "histogram": []}
   edges = np.linspace(0, int(lengths.max()) + 1, _BINS + 1).astype(np.int64)
@@ -163,12 +151,7 @@ def sample(store: Store, i: int, tokenizer: Tokenizer) -> dict[str, Any]:
 def step_rows(
   stream: Stream, tokenizer: Tokenizer, step: int
 ) -> list[dict[str, Any]]:
-  """Every example that step number `step` trained on.
-
-  Args:
-    stream: of the run.
-    tokenizer: of the run.
-    step: 1 for the first.
+  """Every example that step number `step`, from 1, trained on.
 
   Returns [{'step', 'pack' of the batch, 'place', 'tokens', 'loss_weights',
   'spans'}], see `sample`.
@@ -191,8 +174,8 @@ def step_rows(
 def spans(example: Example, tokenizer: Tokenizer) -> list[dict[str, Any]]:
   """The text of an example, cut where the kind of its tokens changes.
 
-  Each piece is {'text', 'special': bool, 'weight': float, 'role':
-  see `token_roles.TOKEN_ROLES`}. Together they are the text of all tokens.
+  Each piece is {'text', 'special': bool, 'weight': float, 'role': one of
+  `token_roles.TOKEN_ROLES`}; together they are the text of all tokens.
   """
   ids = example.tokens.tolist()
   special = set(tokenizer.special_tokens.values())

@@ -2,12 +2,10 @@
 
 Two texts with the same words say the same: case, spacing and punctuation are
 not words, signs of arithmetic are. Scripts without spaces are read letter by
-letter.
+letter. Nothing loops over words in Python.
 
     'What is 2 + 2?'     what | is | 2 | + | 2
     'two   twos'         two | twos
-
-Nothing loops over words in Python.
 """
 
 import functools
@@ -17,7 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int64, UInt8, UInt32, UInt64
+from jaxtyping import Int64, UInt8, UInt64
 
 _SEPARATOR, _IN_WORD, _ALONE = 0, 1, 2
 # Signs that change what is asked ('5 + 3', '5 - 3'), among the ASCII ones.
@@ -39,19 +37,18 @@ class Words(NamedTuple):
 
   @property
   def counts(self) -> Int64[np.ndarray, " texts"]:
-    """Words of each text."""
     return np.diff(self.starts)
 
   def of(self, text: int) -> UInt64[np.ndarray, " words"]:
-    """The words of one text."""
     return self.hashes[self.starts[text] : self.starts[text + 1]]
 
 
 def split(texts: Sequence[str]) -> Words:
-  """The words of texts, in order."""
-  plain = [_plain(text) for text in texts]
+  normal = functools.partial(unicodedata.normalize, "NFKC")
+  plain = [x.lower() if x.isascii() else normal(x).casefold() for x in texts]
   starts = _starts([len(text) + 1 for text in plain])
-  points = code_points("\n".join([*plain, ""]))
+  data = "\n".join([*plain, ""]).encode("utf-32-le", "surrogatepass")
+  points = np.frombuffer(data, np.uint32)
   kinds = _kinds()[np.minimum(points, 0xFFFF)]
   before = np.zeros_like(kinds)
   before[1:] = kinds[:-1]
@@ -108,10 +105,8 @@ def batches(sizes: Int64[np.ndarray, " items"], limit: int) -> list[slice]:
 
 
 def shingles(words: Words, n: int) -> Words:
-  """Every run of n words of each text, as a hash; a shorter text as one run.
-
-  [a b c d] by 3 is [abc bcd], [a b] is [ab].
-  """
+  """Every run of n words of each text, as a hash; a shorter text as one run:
+  [a b c d] by 3 is [abc bcd], [a b] is [ab]."""
   counts, place = words.counts, _place(words)
   size = np.repeat(counts, counts)
   begins = (place + n <= size) | (place == 0)
@@ -167,19 +162,9 @@ def whole(words: Words) -> UInt64[np.ndarray, " texts"]:
   return np.concatenate(found)
 
 
-def first(words: Words, n: int) -> UInt64[np.ndarray, " texts"]:
-  """A hash of each text's first n words; 0 for a text that has no more."""
-  return _edge(words, n, words.starts[:-1])
-
-
-def last(words: Words, n: int) -> UInt64[np.ndarray, " texts"]:
-  """A hash of each text's last n words; 0 for a text that has no more."""
-  return _edge(words, n, words.starts[1:] - n)
-
-
-def _edge(
-  words: Words, n: int, begin: Int64[np.ndarray, " texts"]
-) -> UInt64[np.ndarray, " texts"]:
+def edge(words: Words, n: int, end: bool) -> UInt64[np.ndarray, " texts"]:
+  """A hash of each text's first or last n words; 0 of a text with no more."""
+  begin = words.starts[1:] - n if end else words.starts[:-1]
   found = np.zeros(len(begin), np.uint64)
   long = words.counts > n
   at = begin[long]
@@ -207,15 +192,11 @@ def mix(values: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
   return values
 
 
-def code_points(text: str) -> UInt32[np.ndarray, " characters"]:
-  """The number of each character."""
-  return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-
-
-def _plain(text: str) -> str:
-  if text.isascii():
-    return text.lower()
-  return unicodedata.normalize("NFKC", text).casefold()
+def slot(
+  hashes: UInt64[np.ndarray, " n"], bits: int
+) -> Int64[np.ndarray, " n"]:
+  """Places in a table of 2**bits, by the hashes' first bits."""
+  return (hashes >> np.uint64(64 - bits)).astype(np.int64)
 
 
 def _place(words: Words) -> Int64[np.ndarray, " words"]:

@@ -22,14 +22,12 @@ _OF_TURN = ("answer", "reasoning", "tool_call", "stop")
 class Facts(NamedTuple):
   """What findings need to know of a tokenizer; see `facts`."""
 
-  vocab_size: int  # Ids that there are.
+  vocab_size: int
   stop_ids: Collection[int]  # Those that end a reply at inference.
-  # None where there is none.
   bos_id: int | None
   pad_id: int | None = None
   adds_bos: bool = False  # Whether the tokenizer begins every text with BOS.
-  # Those that no message should hold, where messages may hold them at all; none
-  # otherwise.
+  # Those that no message should hold, where messages may hold them at all.
   special_ids: Collection[int] = ()
   turns: bool = True  # What is trained are turns, and not all of a text alike.
 
@@ -47,11 +45,8 @@ class Documents(NamedTuple):
 
 
 def facts(tokenizer: Tokenizer, options: RenderOptions = DEFAULT) -> Facts:
-  """What a tokenizer is, and how render options read its special tokens.
-
-  Whether it adds BOS to texts is in its folder. Messages hold control tokens
-  under control_tokens='allow' alone: otherwise they are refused or escaped.
-  """
+  """What a tokenizer is, and how render options read its special tokens:
+  messages hold control tokens under control_tokens='allow' alone."""
   config, one = files.read(tokenizer.folder).config, tokenizer
   special: Collection[int] = ()
   if options.control_tokens == "allow":
@@ -109,10 +104,8 @@ def turn_ends(
   cut: Bool[np.ndarray, " rows"],
   known: Facts,
 ) -> Int64[np.ndarray, " faults"]:
-  """Positions of the last tokens of trained turns that are no stop token.
-
-  Where a turn continues untrained, only a part of it was wanted.
-  """
+  """Positions of the last tokens of trained turns that are no stop token; of a
+  turn that continues untrained only a part was wanted."""
   if not known.turns:
     return np.empty(0, np.int64)
   trained = documents.weights > 0
@@ -144,10 +137,8 @@ def masked_stop(
 def trained_padding(
   documents: Documents, known: Facts
 ) -> Int64[np.ndarray, " faults"]:
-  """Positions of padding with a weight.
-
-  Where padding and stop token are one, of a run of them the first may stop.
-  """
+  """Positions of padding with a weight; where padding and stop token are one,
+  the first of a run of them may stop."""
   if known.pad_id is None:
     return np.empty(0, np.int64)
   trained = (documents.tokens == known.pad_id) & (documents.weights > 0)

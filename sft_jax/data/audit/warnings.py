@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int64, UInt64
+from jaxtyping import Int64
 
 from sft_jax.data.audit import conflicts, languages, near_duplicates
 from sft_jax.data.audit import text_hashing as words_lib
@@ -83,8 +83,6 @@ class Example(NamedTuple):
 
 
 class DataWarning(NamedTuple):
-  """One thing that looks wrong."""
-
   name: str  # See the head of this file.
   count: int  # Rows concerned.
   message: str  # What it means, in a line.
@@ -93,9 +91,7 @@ class DataWarning(NamedTuple):
 
 def find_warnings(texts: Texts) -> list[DataWarning]:
   """All warnings about training rows; those about none are left out."""
-  rows = texts.words("row")
-  # Rows without a word have nothing to share.
-  first = _first_of(words_lib.whole(rows), texts.watched & (rows.counts > 0))
+  first = _first_alike(texts)
   count, examples = _groups(first, "with the same words")
   found = [
     _empty(texts),
@@ -116,13 +112,13 @@ def find_warnings(texts: Texts) -> list[DataWarning]:
   return [warning for warning in found if warning.count]
 
 
-def _first_of(
-  keys: UInt64[np.ndarray, " rows"], among: Bool[np.ndarray, " rows"]
-) -> Int64[np.ndarray, " rows"]:
-  """The first row with the same key as each, among some; else itself."""
-  found, rows = np.arange(len(keys)), np.flatnonzero(among)
+def _first_alike(texts: Texts) -> Int64[np.ndarray, " rows"]:
+  """The first row with the words of each; of those without words, itself."""
+  words = texts.words("row")
+  found = np.arange(len(texts))
+  rows = np.flatnonzero(texts.watched & (words.counts > 0))
   _, first, which = np.unique(
-    keys[rows], return_index=True, return_inverse=True
+    words_lib.whole(words)[rows], return_index=True, return_inverse=True
   )
   found[rows] = rows[first[which]]
   return found
@@ -142,12 +138,8 @@ def _groups(
 
 
 def reasons_to_leave(texts: Texts, places: Iterable[str]) -> list[str]:
-  """Why a row should not be among few that are kept; '' of most.
-
-  places: of some of the texts' rows, in their order.
-  """
-  rows = texts.words("row")
-  first = _first_of(words_lib.whole(rows), texts.watched & (rows.counts > 0))
+  """Why the rows of these places, in order, should be left out; '' of most."""
+  first = _first_alike(texts)
   reasons: dict[int, str] = {}
   groups = {
     "has the words of": first,
@@ -224,12 +216,9 @@ def _empty(texts: Texts) -> DataWarning:
 
 def _openings(texts: Texts) -> Iterable[DataWarning]:
   """Prompts that begin or end alike, and answers that begin alike."""
-  for column, edge, count_of in (
-    ("prompt", "begin", words_lib.first),
-    ("prompt", "end", words_lib.last),
-    ("answer", "begin", words_lib.first),
-  ):
-    keys = count_of(texts.words(column), _OPENING)
+  alike = (("prompt", "begin"), ("prompt", "end"), ("answer", "begin"))
+  for column, side in alike:
+    keys = words_lib.edge(texts.words(column), _OPENING, side == "end")
     keys = np.where(texts.watched & ~texts.text, keys, 0)
     known, first, sizes = np.unique(keys, return_index=True, return_counts=True)
     asked = int((keys > 0).sum())
@@ -239,11 +228,11 @@ def _openings(texts: Texts) -> Iterable[DataWarning]:
     count = int(sizes[many].sum())
     shown = ((sizes[i], (int(first[i]),)) for i in many[:_SHOWN])
     yield DataWarning(
-      f"{column}s that {edge} alike",
+      f"{column}s that {side} alike",
       count,
-      f"{count:,} of {asked:,} {column}s {edge} with one of {len(many)} "
+      f"{count:,} of {asked:,} {column}s {side} with one of {len(many)} "
       f"runs of {_OPENING} words: a template that the model may lean on.",
-      tuple(Example(f"{n:,} rows {edge} alike", row) for n, row in shown),
+      tuple(Example(f"{n:,} rows {side} alike", row) for n, row in shown),
     )
 
 
@@ -270,9 +259,8 @@ def _languages(texts: Texts) -> DataWarning:
 def _lengths(texts: Texts) -> DataWarning:
   """Answers whose length is far from the others'.
 
-  Lengths of texts are about log-normal: distance is measured in their
-  logarithm, from the median, in median absolute deviations (times 1.4826, a
-  standard deviation where they are normal).
+  Lengths of texts are about log-normal: distance is in their logarithm from the
+  median, in median absolute deviations (times 1.4826: standard deviations).
   """
   counts = texts.words("answer").counts
   looked = texts.watched & ~texts.text  # Raw text is as long as it is.
@@ -328,20 +316,14 @@ def is_empty(answer: str) -> bool:
 
 
 def is_refusal(answer: str) -> bool:
-  """Whether an answer declines with its first words, in English.
-
-  What is said in a dialogue or in quotation marks declines nothing.
-  """
+  """Whether an answer declines with its first words, in English."""
   first = answer.lstrip()[:_LOOKED_AT].partition("\n")[0]
   return any(map(_REFUSAL.match, _SENTENCE.split(first)))
 
 
 def cut_off(answer: str) -> str:
-  """How an answer looks cut off: '' where it does not.
-
-  'open code fence', 'dangling word' or 'no end of sentence': the last for
-  prose alone, whose last line is a sentence's without its end.
-  """
+  """How an answer looks cut off ('' where it does not): 'open code fence',
+  'dangling word', or of prose alone 'no end of sentence'."""
   text = answer.rstrip()
   if text.count("```") % 2:
     return "open code fence"

@@ -23,10 +23,10 @@ from sft_jax.data.conversation import (
 class Rendered:
   """Text and what of it is trained."""
 
-  text: str  # The rendering.
+  text: str
   # (start, end, weight) in characters, in order: each from the end of a
-  # generation prompt to the end of the stop token of that turn. With
-  # train_on='all' there are none, and all of the text is trained.
+  # generation prompt to the end of that turn's stop token. None where
+  # train_on='all' trains all of the text.
   spans: tuple[tuple[int, int, float], ...]
   # (start, end, token role) in order and apart; the rest is the template's.
   role_spans: tuple[tuple[int, int, str], ...] = ()
@@ -35,7 +35,7 @@ class Rendered:
   masked: tuple[tuple[int, int], ...] = ()
   # (start, end) of control tokens that are ordinary text.
   special_as_text: tuple[tuple[int, int], ...] = ()
-  # What happened in the rendering, for the ledger.
+  # For the ledger.
   notes: frozenset[str] = frozenset()
 
 
@@ -58,14 +58,8 @@ def render_spans(
       ⏎
 
   Turns after the last trained one are left out: they teach nothing. Where the
-  template rewrites earlier turns, there is one rendering per trained turn
-  (`TrainedTurn`).
-
-  Args:
-    conversation: at least one assistant turn with a weight above 0.
-    template: the model's own.
-    options: see `RenderOptions`; templates that drop earlier reasoning need
-      history='auto' or 'split'.
+  template rewrites earlier turns, or drops their reasoning, there is one
+  rendering per trained turn (`TrainedTurn`).
 
   Raises:
     RowError: the template refuses the row, leaves out or changes what a turn
@@ -130,9 +124,9 @@ def rendered_text(
 ) -> Rendered:
   """A text that holds a conversation rendered elsewhere, as if by us.
 
-  The assistant's turns begin after what opens them in the model's template,
-  and end with the next stop token. The text gets the BOS that the template
-  writes, unless it has one, and ends with its last stop token.
+  The assistant's turns begin after what opens them in the model's template, and
+  end with the next stop token. The text gets the template's BOS, unless it has
+  one, and ends with its last stop token.
 
   Raises RowError: no turn of the assistant's, or one without a stop token.
   """
@@ -235,10 +229,9 @@ def _refuse_dropped_content(
 ) -> None:
   """Raises where the template drops or changes what a turn holds.
 
-  A trained turn must be there as it is, but for white space around it and
-  the escapes of JSON. Of what was asked, a template may make what it likes,
-  for inference sees the same; but it must be there. Earlier replies and the
-  answers of tools may be gone.
+  A trained turn must be there but for white space around it and the escapes of
+  JSON. What was asked must be there as the template likes it, for inference
+  sees the same. Earlier replies and the answers of tools may be gone.
   """
   messages = renderer.conversation.messages
   asked = [

@@ -27,11 +27,8 @@ class _Cut(NamedTuple):
 class ConversationRenderer:
   """Renders the turns of one conversation, as they are and with sentinels.
 
-  Args:
-    conversation: with reasoning='strip', its reasoning is left out, and with
-      'write' where the template leaves it out.
-    template: the model's own.
-    options: see `RenderOptions`.
+  With reasoning='strip' the reasoning is left out, and with 'write' where the
+  template leaves it out.
 
   Attributes:
     reasoning: by turn, the reasoning that is to be written into its reply
@@ -111,11 +108,8 @@ class ConversationRenderer:
     return self._text(_Cut(count, False, followed))
 
   def prompt(self, count: int) -> str:
-    """The text of the first `count` turns and what opens the assistant's.
-
-    With generation_prompt='omit', without the end that no reply begins after
-    (`template_probes.omitted`).
-    """
+    """The text of the first `count` turns and what opens the assistant's; with
+    generation_prompt='omit', without what no reply begins after."""
     return self._without_omitted(self._text(_Cut(count, True)))
 
   def spans(
@@ -225,10 +219,8 @@ def refuse_surrogates(text: str, conversation: Conversation) -> None:
 def refuse_control_tokens(
   conversation: Conversation, template: ChatTemplate, options: RenderOptions
 ) -> bool:
-  """Raises a RowError where a text holds a control token it must not hold.
-
-  Returns whether a text holds a control token that is to be escaped.
-  """
+  """Whether a text holds a control token that is to be escaped; a RowError of
+  one that it must not hold."""
   if options.control_tokens == "allow":
     return False
   as_json = functools.partial(json.dumps, ensure_ascii=False)

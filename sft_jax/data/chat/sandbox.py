@@ -1,12 +1,11 @@
 """Renders chat templates in a child process with limits of time and memory.
 
 Templates come with models of strangers. Jinja's immutable sandbox, configured
-as transformers configures its own, stops code that reaches out. It stops
-neither a template that never ends nor one that fills the memory: to sort or
-compare long texts is one call in C, which nothing in Python interrupts. So a
-process renders in a child of its own (`sandbox_child`), which the operating
-system ends (`tokenizers.child`), and what it died of is refused. Many
-renderings travel together, so that a pipe costs nearly nothing.
+as transformers configures it, stops code that reaches out, but neither a
+template that never ends nor one that fills the memory: to sort long texts is
+one call in C, which nothing in Python interrupts. So a child (`sandbox_child`)
+renders, which the operating system ends (`tokenizers.child`), and what it died
+of is refused. Many renderings travel together, so a pipe costs nearly nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,13 +40,12 @@ def render(
 ) -> list[list[str | Exception | None]]:
   """The text of each cut of each job, or the exception that it raises.
 
-  Exceptions are TemplateFailed (the template's own refusal, or a limit that
-  it exceeds), or a ValueError where a template asks for today's date and
-  variables have no `date` ('2026-01-31'). None: one of several cuts exceeds a
-  limit, and each is to be asked for by itself.
+  Exceptions are TemplateFailed (the template's own refusal, or an exceeded
+  limit), or a ValueError where a template asks for today's date and variables
+  have no `date` ('2026-01-31'). None: one of several cuts exceeds a limit, and
+  each is to be asked for by itself.
 
-  Raises ValueError: the template does not compile, or has exceeded its limits
-  again and again.
+  Raises ValueError: the template does not compile, or exceeds its limits often.
   """
   made: list[list[Any]] = [[None] * len(job.cuts) for job in jobs]
   left = [list(range(len(job.cuts))) for job in jobs]

@@ -59,10 +59,9 @@ class _Unstable(BaseException):  # Which no test of Jinja's catches.
 class _Watched(Sequence):
   """Messages that note when a template first asks for each of them.
 
-  `reached[k]` is the number of characters written before anything was asked
-  that k messages alone would answer in another way: before the loop over the
-  messages asks for message k. Up to there a rendering of messages[:k] runs
-  the same code on the same values, so it has written the same text.
+  `reached[k]` is how many characters were written before the loop over the
+  messages asked for message k. Up to there a rendering of messages[:k] runs the
+  same code on the same values, so it has written the same text.
   """
 
   def __init__(self, items: Any, watch: Any, first: int = 0):
@@ -138,8 +137,7 @@ def _by_increments(
   """Cuts of a long conversation from one rendering; [] where that is not sure.
 
   messages[:k] is rendered as the whole was until its loop asked for message k,
-  and then ends as every cut does. The first and last cuts are compared with
-  renderings of their own.
+  and then ends as every cut does. The first and last cuts are checked.
   """
   followed = any(len(cut) > 2 for cut in cuts)
   if len(cuts) < 8 or followed or not _has_constant_end(source):
@@ -191,9 +189,9 @@ def _by_windows(
       a cut     s u a       u a u a u a u a       and from its second u on, set
                                                   after base up to there
 
-  What a template makes of a turn may depend on the turns that follow it soon,
-  or on whether the user speaks again. That it depends on no turns far away is
-  seen in cuts of each kind, first, last and between, which are rendered whole.
+  A template's text for a turn may depend on the turns soon after it, or on
+  whether the user speaks again. That it depends on none far away is seen in
+  cuts of each kind, first, last and between, which are rendered whole.
   """
   whole = max((cut[0] for cut in cuts), default=0)
   is_text = lambda text: (

@@ -22,9 +22,7 @@ class ChatTemplate:
   """A model's Jinja chat template and the special tokens it writes.
 
   Args:
-    source: the Jinja text.
-    special_tokens: variables that the template may read, such as
-      {'bos_token': '<s>', 'eos_token': '</s>'}.
+    special_tokens: variables for the template: {'bos_token': '<s>', ...}.
     stop_tokens: texts at which generation stops.
     control_tokens: texts that no message may contain, since the tokenizer
       would read them as structure; stop tokens are always among them.
@@ -54,12 +52,10 @@ class ChatTemplate:
 
   @functools.cached_property
   def stop(self) -> re.Pattern[str]:
-    """Matches a stop token."""
     return any_of(self.stop_tokens)
 
   @functools.cached_property
   def control(self) -> re.Pattern[str]:
-    """Matches a control token, stop tokens among them."""
     return any_of({*self.stop_tokens, *self.control_tokens})
 
   def render(
@@ -73,11 +69,9 @@ class ChatTemplate:
     """The text of `messages`, as transformers'.
 
     Args:
-      messages: plain dicts; see `template_messages.to_template_messages`.
+      messages: see `template_messages.to_template_messages`.
       tools: JSON schemas; none is passed to the template as None.
-      add_generation_prompt: end with what opens an assistant turn.
-      **kwargs: more variables, such as enable_thinking. `date`
-        ('2026-01-31') is what strftime_now reads.
+      **kwargs: more variables; `date` ('2026-01-31') is for strftime_now.
 
     Raises:
       sandbox.TemplateFailed: the template's refusal, in its own words.
@@ -104,10 +98,7 @@ class ChatTemplate:
 
 
 def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
-  """The tokenizer's chat template, ready to render.
-
-  Raises ValueError: the tokenizer has none.
-  """
+  """The tokenizer's chat template; a ValueError where it has none."""
   if tokenizer.chat_template is None:
     named = list(tokenizer.chat_templates)
     got = f"the chat templates {named}" if named else "no chat template"
@@ -133,12 +124,10 @@ TEMPLATES = {
 def choose(tokenizer: Tokenizer, template: str, name: str) -> Tokenizer:
   """The tokenizer with the chat template that a config asks for.
 
-  Args:
-    tokenizer: of the model's folder.
-    template: model.chat_template: '' is the folder's, else one of `TEMPLATES`,
-      or the path of a file. The control tokens of a named one are made special,
-      and added to the vocabulary that lacks them: the model grows.
-    name: model.chat_template_name, of a folder with several.
+  `template` is model.chat_template: '' is the folder's; one of `TEMPLATES`, or
+  the path of a file. The control tokens of a named one are made special, and
+  added to a vocabulary that lacks them: the model grows. `name` is
+  model.chat_template_name, of a folder with several.
 
   Raises ValueError: no such template; one that needs an EOS, and there is none.
   """
@@ -177,11 +166,8 @@ def choose(tokenizer: Tokenizer, template: str, name: str) -> Tokenizer:
 
 @functools.lru_cache(maxsize=8)
 def with_tokens(tokenizer: Tokenizer, source: str) -> ChatTemplate:
-  """A template with the tokens of a tokenizer, whether or not it is its own.
-
-  Every special token is a control token, except the one for unknown text,
-  which is no structure.
-  """
+  """A template with the tokens of a tokenizer, whether or not it is its own:
+  all special ones but the one for unknown text are control tokens."""
   unknown = tokenizer.named_tokens.get("unk_token")
   special, stop_ids = tokenizer.special_tokens, tokenizer.stop_ids
   return ChatTemplate(

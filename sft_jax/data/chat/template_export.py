@@ -15,10 +15,9 @@ from sft_jax.data.chat.template import ChatTemplate
 def exported(template: ChatTemplate, options: RenderOptions) -> str | None:
   """The Jinja source for an export; None where the original will do.
 
-  Variables of `template_kwargs` become defaults, which a caller can still
-  set; not the date, which was pinned for training alone. With
-  generation_prompt='omit' the end that training left out is cut from the
-  generation prompt:
+  `template_kwargs` become defaults, which a caller can still set; not the date,
+  which was pinned for training alone. With generation_prompt='omit' the end
+  that training left out is cut from the generation prompt:
 
       {% set rendered %}... the original ...{% endset %}
       {{ rendered[:-8] if add_generation_prompt and ... else rendered }}

@@ -1,9 +1,8 @@
 """Messages as chat templates read them, and sentinels that find them again.
 
-Where in a rendering does each message stand? Words may occur twice, so nothing
-is searched for: the messages are rendered a second time with an invisible
-sentinel character on either side of each text. If taking the sentinels out
-gives the first rendering, they changed nothing, and they show to the character
+Words may occur twice, so nothing is searched for: the messages are rendered
+again with an invisible sentinel character on either side of each text. If
+taking the sentinels out gives the first rendering, they show to the character
 what the template put where.
 """
 
@@ -14,13 +13,6 @@ from typing import Any, NamedTuple
 
 from sft_jax.data.conversation import Conversation, Message
 
-# The token role (`token_roles.TOKEN_ROLES`) of a message's content.
-CONTENT_ROLE = {
-  "system": "system",
-  "user": "user",
-  "assistant": "answer",
-  "tool": "tool",
-}
 # Around reasoning in a content, where the row does not write its own.
 THINK_BLOCK = ("<think>\n", "\n</think>\n\n")
 # Sentinels are characters of Unicode's last private plane, which no text uses;
@@ -52,14 +44,8 @@ def to_template_messages(
   form: Form = DEFAULT_FORM,
   wrap: Wrap = lambda role, text: text,
 ) -> list[dict[str, Any]]:
-  """Messages as dicts. Keys that a message has no value for are left out,
-  since templates ask whether they are defined.
-
-  Args:
-    conversation: whose messages.
-    form: what the template wants.
-    wrap: (token role, text) -> the text to render; see `Sentinels.wrap`.
-  """
+  """Messages as dicts, without keys they have no value for, since templates
+  ask; `wrap` makes the text to render of (token role, text)."""
   return [_to_dict(message, form, wrap) for message in conversation.messages]
 
 
@@ -79,7 +65,8 @@ def _to_dict(message: Message, form: Form, wrap: Wrap) -> dict[str, Any]:
   made: dict[str, Any] = {"role": message.role, "content": ""}
   thought = message.reasoning
   reasoning = "" if thought is None else wrap("reasoning", thought)
-  content = wrap(CONTENT_ROLE[message.role], message.content)
+  role = "answer" if message.role == "assistant" else message.role
+  content = wrap(role, message.content)
   if thought is not None:
     if form.reasoning_field:
       made["reasoning_content"] = made["thinking"] = reasoning
@@ -142,9 +129,8 @@ class Sentinels:
   def __init__(self) -> None:
     self._numbers: dict[tuple[str, str], int] = {}
     self._keys: list[tuple[str, str]] = []
-    # Of the rendering before, up to a few spans from its end: the text, how
-    # many of its characters are sentinels, and the spans. The next one often
-    # begins with the same.
+    # Of the rendering before, with which the next often begins, up to a few
+    # spans from its end: the text, its number of sentinels, and the spans.
     self._known: tuple[str, int, list[RoleSpan]] = ("", 0, [])
 
   def wrap(self, role: str, text: str) -> str:
@@ -192,11 +178,8 @@ class Sentinels:
 
 
 def search(texts: list[tuple[str, str]], rendering: str) -> list[RoleSpan]:
-  """Spans of (role, text) pairs that stand in a rendering exactly once.
-
-  The fallback where sentinels change a rendering. Good enough to count by, not
-  to train by.
-  """
+  """Spans of (role, text) pairs that stand in a rendering exactly once: where
+  sentinels change it, good enough to count by, not to train by."""
   spans = []
   for role, text in dict.fromkeys(texts):
     core = text.strip()

@@ -91,13 +91,11 @@ def form(
 
 @_probe("")
 def omitted(template: ChatTemplate, kwargs: dict[str, Any]) -> str:
-  """The end of the generation prompt that replies do not begin after.
+  """The end of the generation prompt that replies do not begin after, or ''.
 
-      prompt    <|User|>Hi<|Assistant|><think>\\n
-      rendered  <|User|>Hi<|Assistant|>Hello.<|end|>
-      omitted                          <think>\\n
-
-  '' where they agree.
+  prompt    <|User|>Hi<|Assistant|><think>\\n
+  rendered  <|User|>Hi<|Assistant|>Hello.<|end|>
+  omitted                          <think>\\n
   """
   other = {"role": "assistant", "content": "No, snow."}
   for asked in ([_ASKED], [_SYSTEM, _ASKED]):
@@ -130,10 +128,8 @@ def opening(template: ChatTemplate, kwargs: dict[str, Any]) -> str:
 
 @_probe("")
 def injected(template: ChatTemplate, kwargs: dict[str, Any]) -> str:
-  """The system prompt that a template inserts where there is none, or ''.
-
-  It is what stands before the first user turn and not before the second.
-  """
+  """The system prompt that a template inserts where there is none, or '': what
+  stands before the first user turn and not before the second."""
   turns = [_ASKED, _ANSWERED, _ASKED_AGAIN]
   text = template.render(turns, **kwargs)
   asked, answered, again = (text.find(turn["content"]) for turn in turns)

@@ -96,11 +96,8 @@ def role_spans(
   """(start, end, token role) of the texts, of the stop tokens of the trained
   turns, and of the syntax around tool calls in them.
 
-  Args:
-    messages: those that are rendered.
-    text: the rendering.
-    spans: of the messages' texts; where None, these are searched for.
-    cut: the trained turns.
+  `spans` are those of the texts of `messages` in the rendering `text`; None
+  searches for them. `cut` are the trained turns.
   """
   if spans is None:
     texts = [p for one in messages for p in template_messages.texts(one)]
@@ -165,8 +162,7 @@ def special_as_text(
 def notes(
   renderer: ConversationRenderer, last: TrainedTurn, cut: Sequence[TrainedTurn]
 ) -> frozenset[str]:
-  """What happened in a rendering, for the ledger: among it, characters of the
-  row that the rendering does not have."""
+  """What happened in a rendering, for the ledger; what it lacks is among it."""
   found, messages = set(), renderer.conversation.messages
   if messages[0].role != "system":
     kwargs = renderer.options.template_kwargs

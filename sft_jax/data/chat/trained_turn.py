@@ -18,7 +18,6 @@ class TrainedTurn:
   """A rendering that ends with a trained turn.
 
   Attributes:
-    index: of its message.
     text: what inference sees, then the reply, then what the template adds.
     start: where the reply starts: the end of the prompt.
     stop, end: start and end of its stop token.
@@ -26,13 +25,10 @@ class TrainedTurn:
   The reply is what the rendering of the turns so far adds to the prompt. Two
   detours, where sentinels make them certain:
 
-  - The template rewrites earlier turns once there is a reply. Then the reply
-    is cut out behind the generation prompt and set after what inference sees.
+  - The template rewrites earlier turns once there is a reply, which is then cut
+    out behind the generation prompt and set after what inference sees.
   - The template ends a turn by opening the next (GLM: <|user|>). Then the
     stop token is that of a rendering in which a turn follows.
-
-  Reasoning that the template leaves out and the options ask for is put in
-  first (`fill`).
 
   Raises RowError: a reply whose start or end is not certain.
   """
@@ -181,10 +177,9 @@ def divergence(one: str, other: str) -> str:
 
 
 class Filled(NamedTuple):
-  """A rendering with the reasoning in it."""
+  """A rendering with the reasoning in it, at [start, end), its tags outside."""
 
-  text: str  # The rendering.
-  # The reasoning, its tags not included.
+  text: str
   start: int
   end: int
   moved: int  # How far what comes after the block has moved.
@@ -194,18 +189,15 @@ def fill(prompt: str, full: str, thought: str) -> Filled | None:
   """Writes the reasoning into a turn that a template renders without it.
 
   Some templates (DeepSeek's R1 and V3, Nemotron) cut the think block out of
-  every turn, the last included, since they were written for inference alone:
-  there the model writes the block itself, so what it must emit is known.
+  every turn, since at inference the model writes it, so it is known:
 
       prompt   <|User|>2 + 2?<|Assistant|><think>⏎
       full     <|User|>2 + 2?<|Assistant|>4<|end|>
       text     <|User|>2 + 2?<|Assistant|><think>⏎Twos.⏎</think>⏎⏎4<|end|>
 
-  The block begins as the prompt opens it. Where the rendering has an empty
-  block, that one is filled.
-
-  None where `full` does not begin with the prompt, or the prompt has closed
-  the reasoning already. `thought` has no white space around it.
+  The block begins as the prompt opens it; an empty one is filled. None where
+  `full` does not begin with the prompt, or the prompt has closed the reasoning.
+  `thought` has no white space around it.
   """
   opened = _OPENED.search(prompt)
   at = opened.start() if opened else len(prompt)

@@ -138,10 +138,8 @@ _SHOWN = (
 
 
 def _with_answer_shown(conversation: Conversation) -> Conversation:
-  """Beside the conversation the same after a prompt that holds its answer.
-
-  `rejected` is () where the last turns are not a user's and a text.
-  """
+  """Beside the conversation the same after a prompt that holds its answer; ()
+  where the last turns are not a user's and a text."""
   turns = conversation.messages
   texts = [one.role for one in turns[-2:]] == ["user", "assistant"]
   if not (texts and turns[-1].content.strip()):

@@ -129,8 +129,6 @@ def tokenize_rows(
 
 
 class _Filled(NamedTuple):
-  """A render template filled in."""
-
   form: RenderTemplate  # The render template, known from another conversation.
   text: str  # The rendering.
   texts: list[str]  # Contents of the turns, as rendered.

@@ -95,10 +95,8 @@ def spoken(role: str, content: str, **parts: Any) -> Message:
 
 
 def reasoning(item: Mapping[str, Any], where: str, names: Names) -> str | None:
-  """The item's thinking under a key of its own; None where it has none.
-
-  The same text under several keys, as OpenRouter writes it, is one.
-  """
+  """The item's thinking under a key of its own, or, as OpenRouter writes it,
+  the same text under several; None where it has none."""
   found = {}
   for key in REASONINGS:
     if isinstance(value := item.get(key), list | Mapping):
@@ -123,14 +121,6 @@ def weighed(messages: Iterable[Message], weight: float) -> list[Message]:
   own = lambda one: one.role != "assistant" or one.weight is not None
   give = lambda one: dataclasses.replace(one, weight=weight)
   return [one if own(one) else give(one) for one in messages]
-
-
-def as_prompt(messages: Iterable[Message]) -> list[Message]:
-  """The same turns as what comes before the answer: no longer trained.
-
-  A weight that a turn was given itself stays.
-  """
-  return weighed(messages, 0.0)
 
 
 def refuse_media(item: Mapping[str, Any], where: str) -> None:

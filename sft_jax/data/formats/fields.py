@@ -108,7 +108,6 @@ def items(row: Row, key: str, where: str) -> list[Any]:
 
 
 def kind(value: Any) -> str:
-  """What a value is, in words for an error."""
   return f"type {type(value).__name__}"
 
 

@@ -71,32 +71,32 @@ def to_conversation(
       "Set data.format to one of these."
     )
   row.read.clear()
-  made = FORMATS[format].convert(row, source, names)
+  made = FORMATS[format].convert(row, where, names)
   if made.messages:
     made = _weighed(made, row, where, names)
   names.notes.update(map(fields.NOT_READ.format, fields.unread(row)))
-  made = dataclasses.replace(made, notes=tuple(sorted(names.notes)))
-  return conversation.check(made)
+  notes = tuple(sorted(names.notes))
+  return conversation.check(
+    dataclasses.replace(made, source=source, notes=notes)
+  )
 
 
 def _from_turns(
-  row: Row, source: str, names: Names, *, keys: tuple[str, ...]
+  row: Row, where: str, names: Names, *, keys: tuple[str, ...]
 ) -> Conversation:
   """Turns of {role, content} or {from, value}, with tools and weights."""
-  where = source or "row"
   key = fields.only(row, keys, where)
   messages = chat.read(row[key], key, where, names)
-  return instruction.finished(messages, row, source)
+  return instruction.finished(messages, row, where)
 
 
-def from_text(row: Row, source: str, names: Names) -> Conversation:
+def from_text(row: Row, where: str, names: Names) -> Conversation:
   """text: raw text, every token of which is trained."""
   del names  # It has no turns.
-  where = source or "row"
   text = fields.text(row, fields.only(row, ("text",), where), where)
   if conversation.is_blank(text):
-    raise NothingToTrain("empty text", source)
-  return Conversation(text=text, source=source)
+    raise NothingToTrain("empty text", where)
+  return Conversation(text=text, source=where)
 
 
 class Format(NamedTuple):

@@ -27,40 +27,37 @@ _TURNS = ("messages", "conversations", "conversation", "instruction")
 PROMPTS = (*_TURNS, *QUESTIONS)
 
 
-def from_alpaca(row: Row, source: str, names: Names) -> Conversation:
+def from_alpaca(row: Row, where: str, names: Names) -> Conversation:
   """instruction, input or context, and an answer; history, which is trained."""
-  where = source or "row"
   asked = prompt(row, "instruction", where, names)
-  return _answered(asked, row, source, names)
+  return _answered(asked, row, where, names)
 
 
-def from_prompt_completion(row: Row, source: str, names: Names) -> Conversation:
+def from_prompt_completion(row: Row, where: str, names: Names) -> Conversation:
   """prompt, question or query, and an answer; each a string or a list of turns.
 
   As in TRL, the turns of a prompt are not trained, whoever speaks.
   """
-  where = source or "row"
   found = [key for key in QUESTIONS if key in row]
   key = fields.only(row, found or QUESTIONS, where)
   asked = prompt(row, key, where, names)
   if isinstance(row[key], list):
-    asked = chat.as_prompt(asked)
-  return _answered(asked, row, source, names)
+    asked = chat.weighed(asked, 0.0)
+  return _answered(asked, row, where, names)
 
 
-def from_preference(row: Row, source: str, names: Names) -> Conversation:
+def from_preference(row: Row, where: str, names: Names) -> Conversation:
   """The chosen side; what it shares with the rejected side is its prompt.
 
   The prompt is under a key of the other formats, or chosen begins with it; then
   it may stand under several.
   """
-  where = source or "row"
   found = [key for key in PROMPTS if key in row]
-  chosen = reply(row, "chosen", source, names)
+  chosen = reply(row, "chosen", where, names)
   other = row.get("rejected")
   if isinstance(other, str):
     other = other.strip()
-  rejected = reply(row, "rejected", source, names) if other else []
+  rejected = reply(row, "rejected", where, names) if other else []
   if chosen[0].role == "assistant":
     if not found:
       expected = "a prompt that chosen answers, or turns that begin with it"
@@ -73,7 +70,7 @@ def from_preference(row: Row, source: str, names: Names) -> Conversation:
       cure = "Drop one of the two, or name the format (data.format: messages)."
       expected = "turns up to the one that chosen answers"
       raise RowError(where, got, expected, cure)
-    return _pair(chat.as_prompt(before), chosen, rejected, row, source)
+    return _pair(before, chosen, rejected, row, where)
   # The whole conversation; a prompt beside it repeats its beginning.
   said = [one for one in chosen if one.role != "system"]
   for key in found:
@@ -88,8 +85,7 @@ def from_preference(row: Row, source: str, names: Names) -> Conversation:
     pairs = enumerate(zip(chosen, rejected, strict=False))
     shared = next((i for i, (a, b) in pairs if a != b), shared)
     rejected = rejected[shared:]
-  prompted = chat.as_prompt(chosen[:shared])
-  return _pair(prompted, chosen[shared:], rejected, row, source)
+  return _pair(chosen[:shared], chosen[shared:], rejected, row, where)
 
 
 def _pair(
@@ -97,21 +93,20 @@ def _pair(
   chosen: list[Message],
   rejected: list[Message],
   row: Row,
-  source: str,
+  where: str,
 ) -> Conversation:
-  """Both sides after the turns before them; there may be no other side."""
-  made = finished([*before, *chosen], row, source)
+  """Both sides after their prompt; there may be no other side."""
+  before = chat.weighed(before, 0.0)
+  made = finished([*before, *chosen], row, where)
   if not rejected:
     return made
-  other = finished([*before, *rejected], row, source)
+  other = finished([*before, *rejected], row, where)
   return dataclasses.replace(made, rejected=other.messages)
 
 
 def prompt(row: Row, key: str, where: str, names: Names) -> list[Message]:
-  """row[key] as turns: a list of them, or a question after its history.
-
-  What the question is about (input, context) stands below it.
-  """
+  """row[key] as turns: a list of them, or a question, with what it is about
+  (input, context), after its history."""
   if isinstance(row.get(key), list):
     return chat.read(row[key], key, where, names)
   parts = [fields.text(row, key, where)]
@@ -124,9 +119,8 @@ def prompt(row: Row, key: str, where: str, names: Names) -> list[Message]:
   return [*_history(row, where), Message("user", question)]
 
 
-def reply(row: Row, key: str, source: str, names: Names) -> list[Message]:
+def reply(row: Row, key: str, where: str, names: Names) -> list[Message]:
   """An answer as turns: a string, one turn, or several."""
-  where = source or "row"
   value = row[fields.only(row, [key], where)]
   if isinstance(value, Mapping):
     value = [value]
@@ -135,13 +129,12 @@ def reply(row: Row, key: str, source: str, names: Names) -> list[Message]:
   answer = fields.text(row, key, where)
   thought = chat.reasoning(row, where, names)
   if is_blank(answer):
-    raise NothingToTrain("empty answer", source)
+    raise NothingToTrain("empty answer", where)
   return [chat.spoken("assistant", answer, reasoning=thought)]
 
 
-def finished(messages: list[Message], row: Row, source: str) -> Conversation:
+def finished(messages: list[Message], row: Row, where: str) -> Conversation:
   """The turns, after the row's own system prompt, with its tools."""
-  where = source or "row"
   chat.refuse_media(row, where)
   kwargs = row.get("chat_template_kwargs") or {}
   if isinstance(kwargs, str):
@@ -155,16 +148,15 @@ def finished(messages: list[Message], row: Row, source: str) -> Conversation:
     system = chat.text_of(row[fields.only(row, found, where)], where)
     if system.strip():
       messages = [Message("system", system), *messages]
-  return Conversation(tuple(messages), fields.tools(row, where), source=source)
+  return Conversation(tuple(messages), fields.tools(row, where), source=where)
 
 
 def _answered(
-  asked: list[Message], row: Row, source: str, names: Names
+  asked: list[Message], row: Row, where: str, names: Names
 ) -> Conversation:
-  where = source or "row"
   filled = [key for key in ANSWERS if row.get(key) is not None]
   key = fields.only(row, filled or ANSWERS, where)
-  return finished(asked + reply(row, key, source, names), row, source)
+  return finished(asked + reply(row, key, where, names), row, where)
 
 
 def _history(row: Row, where: str) -> list[Message]:

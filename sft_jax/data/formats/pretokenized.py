@@ -14,7 +14,7 @@ MASKS = ("completion_mask", "assistant_masks")
 
 
 def from_tokens(
-  row: Mapping[str, Any], source: str, names: Names
+  row: Mapping[str, Any], where: str, names: Names
 ) -> Conversation:
   """input_ids with labels (or a mask of TRL's), unshifted.
 
@@ -28,7 +28,6 @@ def from_tokens(
   padding between tokens; several documents in a row.
   """
   del names  # It has no turns.
-  where = source or "row"
   ids = _integers(row, "input_ids", where)
   columns = {
     key: _integers(row, key, where)
@@ -61,10 +60,10 @@ def from_tokens(
     got, cure = f"the id {min(ids)}", "Correct or drop the row."
     raise RowError(where, got, "ids from 0", cure)
   if not any(trained[1:]):
-    raise NothingToTrain("nothing trained", source)
+    raise NothingToTrain("nothing trained", where)
   # The first token is predicted from nothing.
   weights = (0.0, *(float(one) for one in trained[1:]))
-  return Conversation(ids=tuple(ids), id_weights=weights, source=source)
+  return Conversation(ids=tuple(ids), id_weights=weights, source=where)
 
 
 def _integers(row: Mapping[str, Any], key: str, where: str) -> list[int]:

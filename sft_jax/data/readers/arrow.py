@@ -67,7 +67,6 @@ def read_arrow(file: Path, on_bad_row: OnBadRow) -> Rows:
 def _rows(
   batches: Iterator[pyarrow.RecordBatch], file: Path, on_bad_row: OnBadRow
 ) -> Rows:
-  """Rows of batches, of at most `_BATCH` rows each."""
   index = 0
   while True:
     with _reading(file):

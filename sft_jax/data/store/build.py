@@ -1,10 +1,9 @@
 """Builds a store: rows encoded once, on disk under the hash of what made them.
 
 The key of a store is the bytes of its files, the tokenizer with its template,
-all options, and the code that encodes: change one, and the rows are encoded
-again. A store is written beside its final place and renamed into it, so it is
-there whole or not at all. What a killed build leaves, the next one removes. Of
-several runs that need one store, one builds and the others wait for it.
+all options, and the code that encodes. A store is written beside its place and
+renamed into it, whole or not at all. What a killed build leaves, the next one
+removes. Of several runs that need one store, one builds and the others wait.
 
     directory/KEY/                       a store
     directory/.building-KEY.lock         locked while KEY is built
@@ -75,7 +74,6 @@ def build(
   Args:
     sources: see `sources.to_sources`. How often their rows are seen, and how
       much these weigh, belongs to the stream and not to the key.
-    tokenizer: carries the chat template.
     options: see `encode.encode_row`.
     directory: holds one folder per store.
     max_length: tokens of the longest example.
@@ -84,12 +82,10 @@ def build(
       writes its place and fault to bad_rows.jsonl.
     seed: draws the rows of sources with a limit.
     num_workers: processes that encode; 0 is one per core, 1 only this one.
-    log: called with a line for each thing that is done.
 
   Raises:
-    RowError: a malformed row, by its place: the first, whatever the workers.
-    ValueError: a file that is not there, or that changes while it is read;
-      options that are not known.
+    RowError: a malformed row, the first whatever the workers.
+    ValueError: a file that is not there, or that changes while it is read.
     OSError: a full disk; `workers.WorkerDied`, of a worker that was killed.
   """
   if on_bad_row not in ("error", "skip"):
@@ -119,7 +115,6 @@ def build(
     digests.check(file for one in parts for file in one.files())
 
   def write(place: Path) -> None:
-    """Encodes all rows into a folder."""
     log(f"data: encoding {', '.join(s.label for s in parts)}")
     read = [shards.read(i, source, seed=seed) for i, source in enumerate(parts)]
     jobs = itertools.chain.from_iterable(read)
@@ -243,7 +238,7 @@ class _Writer:
     self.stats = DatasetStats()
     for source in sources:
       self.stats.source(source.label)
-    self.tokens = files.token_dtype(vocab_size)
+    self.tokens = np.dtype("<u2" if vocab_size <= 1 << 16 else "<i4")
     self._sources = sources
     names = (*files.FILES, "bad_rows.jsonl")
     self._files = {name: (folder / name).open("wb") for name in names}
@@ -382,10 +377,7 @@ def _remove(directory: Path, name: str) -> None:
 
 
 def _remove_dead(directory: Path) -> None:
-  """Removes what killed builds have left: a lock ends with its process.
-
-  What another user has left stays: it may not be opened, or not be removed.
-  """
+  """Removes what killed builds of this user have left: locks end with them."""
   for lock in directory.glob(".building-*.lock"):
     with contextlib.suppress(OSError), lock.open("rb") as file:
       if _try_lock(file) and _is(file, lock):

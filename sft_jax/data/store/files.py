@@ -48,11 +48,6 @@ FILES = ("tokens.bin", "runs.bin", "index.bin", "places.txt")
 _BLOCK = 1 << 24  # bytes digested together
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
-  """The smallest of uint16 and int32 that holds every id."""
-  return np.dtype("<u2" if vocab_size <= 1 << 16 else "<i4")
-
-
 def write_meta(folder: Path, meta: dict[str, Any]) -> None:
   """Writes meta.json with a digest of itself, down to the disk."""
   text = json.dumps(meta, sort_keys=True)
@@ -83,14 +78,10 @@ class Digests:
     return self._known[path][1]
 
   def check(self, paths: Iterable[Path]) -> None:
-    """Asserts that what was read since is what was digested.
+    """Raises a ValueError unless what was read since is what was digested.
 
-    Both are compared, the digest and what the file system says of the file:
-    a file that was changed and changed back has another time of change.
-
-    `paths`: those that would be read now.
-
-    Raises ValueError: a file has changed, is gone or is new.
+    `paths` would be read now. A file that was changed and changed back has
+    another time of change.
     """
     now, what = dict.fromkeys(paths), None
     for path in dict.fromkeys([*self._known, *now]):

@@ -10,8 +10,7 @@ from sft_jax.data.sources import Source
 from sft_jax.data.store.files import Digests, digest, hash_text
 from sft_jax.data.tokenizers.tokenizer import Tokenizer
 
-# What has no say in what an example is: changing it leaves every example as it
-# is.
+# What has no say in what an example is.
 _ELSEWHERE = (
   *("audit/", "packing.py", "pipeline.py", "selection.py"),
   *("chat/template_export.py", "store/stats.py", "store/workers.py"),

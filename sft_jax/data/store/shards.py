@@ -1,8 +1,7 @@
 """Shards: some rows, and the examples they become, as arrays.
 
-The unit of work of a build. It is encoded here or in another process, by the
-same code to the same bytes; only counts from the start of the store are
-entered afterwards, by the writer, which sees the shards in order.
+The unit of work of a build, encoded here or in another process to the same
+bytes; the writer, which sees them in order, adds counts from the store's start.
 """
 
 import hashlib
@@ -47,8 +46,6 @@ class Chunk(NamedTuple):
 
 
 class Encoded(NamedTuple):
-  """What became of a chunk."""
-
   number: int  # Of its source.
   stats: SourceStats  # What became of each row.
   tokens: Shaped[np.ndarray, " tokens"]  # Of all examples, back to back.
@@ -63,7 +60,6 @@ class Encoded(NamedTuple):
 def read(
   number: int, source: Source, *, seed: int, chunk_rows: int = _ROWS
 ) -> Iterator[Chunk]:
-  """Reads the rows of a source, in chunks."""
   items = _items(source, seed)
   source = settle_weights(source).without_rows()
   pickled: list[bytes] = []
@@ -79,10 +75,7 @@ def read(
 def read_again(
   source: Source, *, seed: int
 ) -> Iterator[tuple[str, Any] | RowError]:
-  """(place, row) of the rows that a build takes, or what is wrong with them.
-
-  Raises ValueError, OSError: a file that cannot be read on.
-  """
+  """(place, row) of the rows that a build takes, or what is wrong with them."""
   for item in _items(source, seed):
     if isinstance(item, _Broken):
       raise item.fault
@@ -175,8 +168,6 @@ def _to_conversation(
 
 
 class _Arrays:
-  """Grows the arrays of an `Encoded`."""
-
   def __init__(self, recipe: Recipe):
     self.stats, self.bad_rows = SourceStats(), bytearray()
     self._recipe, self._places = recipe, bytearray()
@@ -188,7 +179,6 @@ class _Arrays:
   def add(
     self, conversation: Conversation, encoded: encode.EncodedRow, content: int
   ) -> None:
-    """Takes an encoded row, and counts what became of it."""
     place = conversation.source
     if not encoded.examples:
       self.stats.drop(next(iter(encoded.dropped), "empty text"), place)

@@ -1,8 +1,8 @@
 """Dataset stats: every row and every token is counted, from the first row read.
 
-Law 2 is arithmetic: rows in = trained + held out + dropped (by reason), and
-tokens = prompt + trained + padding. Both sums are kept per source, checked,
-printed at the start of a run and kept with it, in ledger.json.
+Law 2: rows in = trained + held out + dropped (by reason), and tokens = prompt +
+trained + padding. Both sums are kept per source, checked, printed at the start
+of a run and kept with it, in ledger.json.
 """
 
 import collections
@@ -26,20 +26,14 @@ QUANTILES = {"shortest": 0.0, "median": 0.5, "95 %": 0.95, "longest": 1.0}
 
 @dataclasses.dataclass
 class SourceStats:
-  """What became of one source."""
-
   rows_in: int = 0  # Rows read.
   rows_trained: int = 0  # Rows with at least one example to train on.
-  # Rows that measure the others, and are not trained on.
-  rows_held_out: int = 0
-  # Those of `rows_trained` that are raw text, trained on whole.
-  rows_text: int = 0
-  # Rows not trained on, by reason.
+  rows_held_out: int = 0  # Rows that measure the others.
+  rows_text: int = 0  # Of `rows_trained`: raw text, trained on whole.
+  # Rows not trained on, by reason; turns not trained on, in rows that are; and
+  # rows trained on to which something happened, see `encode.EncodedRow`.
   dropped: dict[str, int] = dataclasses.field(default_factory=dict)
-  # Turns not trained on, by reason, in rows that are.
   dropped_turns: dict[str, int] = dataclasses.field(default_factory=dict)
-  # Rows trained on to which something happened, by what: see
-  # `encode.EncodedRow`.
   notes: dict[str, int] = dataclasses.field(default_factory=dict)
   # Where the first few of each reason or note are, as 'file:line'.
   places: dict[str, list[str]] = dataclasses.field(default_factory=dict)
@@ -62,7 +56,6 @@ class SourceStats:
       self.places[reason] = both[:_EXAMPLES_KEPT]
 
   def drop(self, reason: str, place: str) -> None:
-    """Counts a row that is not trained on."""
     self._count("dropped", reason, 1, place)
 
   def drop_turns(self, reason: str, number: int, place: str) -> None:
@@ -70,7 +63,6 @@ class SourceStats:
     self._count("dropped_turns", reason, number, place)
 
   def note(self, note: str, place: str) -> None:
-    """Counts a row to which something happened."""
     self._count("notes", note, 1, place)
 
   def _count(
@@ -124,8 +116,6 @@ def _key(name: str, reason: str) -> str:
 
 @dataclasses.dataclass
 class Mixed:
-  """What one source makes of an epoch."""
-
   copies: float  # Times that its rows are seen.
   loss_weight: float  # What scales its tokens' loss.
   tokens: int  # Prompt and trained.
@@ -135,10 +125,7 @@ class Mixed:
 
 @dataclasses.dataclass
 class EpochStats:
-  """The slots of one epoch's packs: prompt, trained or padding.
-
-  `mixture` says what each source makes of them.
-  """
+  """The slots of one epoch's packs, and what each source makes of them."""
 
   packs: int
   slots: int
@@ -149,7 +136,6 @@ class EpochStats:
 
   @property
   def fill(self) -> float:
-    """Share of slots that hold a token."""
     return 1 - self.tokens_padding / self.slots
 
 
@@ -165,18 +151,13 @@ class DatasetStats:
     return self.sources.setdefault(name, SourceStats())
 
   def total(self, field: str) -> int:
-    """Sum of a count over all sources."""
     return sum(getattr(source, field) for source in self.sources.values())
 
   def dropped(self, reason: str) -> int:
-    """Rows of all sources dropped for one reason."""
     return sum(s.dropped.get(reason, 0) for s in self.sources.values())
 
   def check(self) -> None:
-    """Asserts Law 2.
-
-    Raises ValueError: a sum does not add up, with its source and both sides.
-    """
+    """Raises a ValueError, with both sides, where a sum of Law 2 is wrong."""
     sums = []
     for name, s in self.sources.items():
       rows = s.rows_trained + s.rows_held_out + sum(s.dropped.values())
@@ -200,7 +181,6 @@ class DatasetStats:
         )
 
   def to_json(self) -> dict[str, Any]:
-    """Plain dicts for json.dump; the inverse of `from_json`."""
     return dataclasses.asdict(self)
 
   @classmethod

@@ -1,7 +1,4 @@
-"""Store: encoded examples, memory-mapped, each with its place in a file.
-
-`build.build` writes a store and `open_store` verifies it.
-"""
+"""Store: encoded examples, memory-mapped, each with its place in a file."""
 
 import dataclasses
 import functools
@@ -23,50 +20,41 @@ from sft_jax.data.store.teacher import Kept
 _MANY = 1 << 18  # examples counted together
 
 
+def _column(name: str) -> functools.cached_property[Int32[np.ndarray, " rows"]]:
+  return functools.cached_property(
+    lambda store: np.ascontiguousarray(store.index[name])
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class Store:
   """Encoded examples in the order read; row i of a store is one example."""
 
-  # All tokens on disk; of these `index` may select some.
+  # All tokens on disk, of which `index` may select some, and their weights and
+  # roles.
   tokens: Integer[np.ndarray, " tokens"]
-  # Beside them, the weight of predicting each and its role.
   runs: Shaped[np.ndarray, " runs"]
   places: UInt8[np.ndarray, " bytes"]  # All places on disk, as bytes.
   index: Shaped[np.ndarray, " rows"]  # One INDEX record per example.
-  # What was read, and how much of it an epoch sees.
-  sources: tuple[Source, ...]
-  fingerprint: str  # Hash of the examples and of what they were made from.
-  # What they were made from, by name (digests of files, options):
-  # `fingerprint.differences` says what differs.
+  sources: tuple[Source, ...]  # What was read, and how much an epoch sees.
+  fingerprint: str  # Hash of the examples and of what they were made from:
+  # by name, digests of files, options; see `fingerprint.differences`.
   fingerprint_inputs: dict[str, Any]
   stats: DatasetStats  # What became of every row read.
   # What scales each example's loss; None is 1. See `selection`.
   weights: Float32[np.ndarray, " rows"] | None = None
   teacher: Kept | None = None  # What one predicts of the trained tokens.
 
-  @functools.cached_property
-  def lengths(self) -> Int32[np.ndarray, " rows"]:
-    """Tokens of each example."""
-    return np.ascontiguousarray(self.index["length"])
-
-  @functools.cached_property
-  def trained(self) -> Int32[np.ndarray, " rows"]:
-    """Trained tokens of each example."""
-    return np.ascontiguousarray(self.index["trained"])
-
-  @functools.cached_property
-  def source(self) -> Int32[np.ndarray, " rows"]:
-    """Position of each example's source in `sources`."""
-    return np.ascontiguousarray(self.index["source"])
+  lengths = _column("length")  # Tokens of each example.
+  trained = _column("trained")  # Trained tokens of each example.
+  source = _column("source")  # Position of each example's source in `sources`.
 
   @functools.cached_property
   def copies(self) -> tuple[float, ...]:
-    """Times that each source's rows are seen per epoch."""
     sums = np.bincount(self.source, self.lengths, minlength=len(self.sources))
     return solve_copies(self.sources, sums.astype(np.int64).tolist())
 
   def example(self, i: int) -> Example:
-    """Tokens of example i, with their weights and roles."""
     record = self.index[i]
     start, run = int(record["start"]), int(record["run"])
     tokens = self.tokens[start : start + int(record["length"])]
@@ -91,15 +79,11 @@ class Store:
     return bytes(self.places[start : start + record["place_length"]]).decode()
 
   def split(self, fraction: float, *, seed: int) -> tuple["Store", "Store"]:
-    """Holds out a share of the rows: (to train on, held out).
+    """Holds out a share of the different rows: (to train on, held out).
 
     Equal rows go to the same side, and so do all examples of one row. The
     first counts the others as held out, not as dropped. Evaluation sees every
     held-out row once and at full weight, whatever the mixture.
-
-    Args:
-      fraction: share of the different rows to hold out, at least one row.
-      seed: decides which.
 
     Raises ValueError: a share that leaves no row on one side.
     """
@@ -132,11 +116,8 @@ class Store:
   ) -> "Store":
     """Without the rows that there is a reason to drop; the others weigh.
 
-    Args:
-      reasons: {reason: whether each example is dropped for it}; all examples
-        of a row for the same one.
-      weights: of every example.
-      inputs: what the choice was made from, {'source 1': {name: value}}.
+    `reasons` says of each whether examples are dropped for it, all of a row for
+    the same one; `inputs`, {'source 1': {name: value}}, what chose them.
     """
     keep = ~np.any([np.zeros(len(weights), bool), *reasons.values()], axis=0)
     kept = self._part(keep, self.sources)
@@ -224,9 +205,8 @@ def _count_roles(
 def open_store(folder: Path, sources: Sequence[Source]) -> Store:
   """Maps a store that is on disk, after verifying every byte of it.
 
-  Raises:
-    ValueError: a file is missing, or differs from its digest.
-    PermissionError: a file may not be read.
+  Raises ValueError: a file is missing, or differs from its digest;
+  PermissionError: it may not be read.
   """
   try:
     meta = read_meta(folder)

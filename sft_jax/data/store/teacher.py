@@ -90,12 +90,9 @@ def write(
 ) -> None:
   """Writes a folder from (start, ids [n, K], log-probabilities) by example.
 
-  Args:
-    folder: that is to be; meta.json comes last, so it is whole or refused.
-    found: in ascending order of starts.
-    vocab_size: V.
-    about: the digest of the rows, under 'rows', K, under 'top', the dtype of
-      log-probabilities, and whatever else tells where these come from.
+  Starts ascend; meta.json comes last, so a folder is whole or refused. `about`
+  has the digest of the rows, under 'rows', K, under 'top', the dtype of
+  log-probabilities, and whatever else says where these come from.
   """
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "meta.json").unlink(missing_ok=True)

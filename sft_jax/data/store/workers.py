@@ -1,9 +1,9 @@
 """Workers: processes that map a function over jobs, in order.
 
-`concurrent.futures.ProcessPoolExecutor`, spawned: forking would copy the locks
-of JAX's threads. Four things are added to it: a worker that was killed or that
-stalls is named, workers end with a parent that is killed, Ctrl-C reaches the
-parent alone, and workers do not import the user's main program.
+`concurrent.futures.ProcessPoolExecutor`, spawned, for forking would copy the
+locks of JAX's threads; and a worker that was killed or stalls is named, workers
+end with a killed parent, Ctrl-C reaches the parent alone, and workers do not
+import the user's main program.
 """
 
 import concurrent.futures
@@ -38,7 +38,6 @@ class WorkerDied(OSError):
 
 
 def num_cores() -> int:
-  """Cores that this process may use."""
   if hasattr(os, "sched_getaffinity"):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
@@ -54,17 +53,11 @@ def map_ordered(
   """Yields function(job) of every job in order, computed by `workers`.
 
   At most two jobs per worker are under way, so memory is bounded however many
-  jobs there are and however slowly results are taken.
+  jobs there are and however slowly results are taken. Function, jobs and
+  results are picklable; what it raises is raised here, in the jobs' order.
 
-  Args:
-    function: picklable, as are jobs and results; sent to each worker once.
-      What it raises is raised here, in the order of the jobs.
-    jobs: read as workers become free.
-    workers: processes to start; they end when the iterator does.
-    patience: seconds for one answer.
-
-  Raises WorkerDied: a worker was killed or crashed, or gave no answer in time
-  and was ended, its stack on stderr; names its process and how it ended.
+  Raises WorkerDied: a worker was killed or crashed, or gave no answer in
+  `patience` seconds and was ended, its stack on stderr.
   """
   context, start = multiprocessing.get_context("spawn"), pickle.dumps(function)
   executor = concurrent.futures.ProcessPoolExecutor(
@@ -102,12 +95,8 @@ def map_ordered(
 
 @contextlib.contextmanager
 def _starting() -> Iterator[None]:
-  """Within, processes are started that ignore Ctrl-C and know no main program.
-
-  `spawn` would run the file of the main program again in every worker: a
-  script without a guard would start itself without end, and one that imports
-  JAX would import it in each.
-  """
+  """Within, processes are started that ignore Ctrl-C and know no main program,
+  whose file `spawn` would run again in every worker."""
   main = sys.modules["__main__"]
   mask = getattr(signal, "pthread_sigmask", None)  # Windows has none.
   masked = mask and mask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -155,7 +144,6 @@ _patience: float
 
 
 def _begin(function: bytes, patience: float) -> None:
-  """Prepares a worker."""
   global _function, _patience
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent ends its workers.
   # Each is one of many: threads of its own would only get in the way.

@@ -19,8 +19,6 @@ SPECIAL = dict.fromkeys(_FLAGS, False) | {"special": True}
 
 
 class Folder(NamedTuple):
-  """What a tokenizer folder holds beside the vocabulary."""
-
   # The folder, and its files that belong to the tokenizer.
   path: Path
   files: tuple[Path, ...]
@@ -96,11 +94,8 @@ def read(folder: Path) -> Folder:
 
 
 def write(read: Folder, folder: Path, chat_template: str | None) -> None:
-  """Writes the files into a folder, with the chat template and new tokens.
-
-  generation_config.json is copied as it is: whoever exports the model
-  completes it.
-  """
+  """Writes the files into a folder, with the chat template and new tokens;
+  whoever exports the model completes its generation_config.json."""
   folder.mkdir(exist_ok=True)
   for file in read.files:
     target = folder / file.relative_to(read.path)

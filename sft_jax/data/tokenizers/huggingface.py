@@ -113,10 +113,8 @@ class HuggingFaceTokenizer(Tokenizer):
     return self._guarded(lambda: encode(text, add_special_tokens=False), text)
 
   def _guarded(self, function: Callable[[], Any], given: Any) -> Any:
-    """The library's answer, or what it gave up on.
-
-    It raises bare Exceptions, and panics, as of a regex that takes too long.
-    """
+    """The library's answer, or what it gave up on: it raises bare Exceptions,
+    and panics that are none, as of a regex that takes too long."""
     try:
       return function()
     except BaseException as error:

@@ -74,7 +74,6 @@ class LiteralEncoder:
     self._copy = functools.lru_cache(maxsize=2)(self._make_copy)
 
   def encode(self, text: str, literal: Ranges) -> Encoded:
-    """See `tokenizer.Tokenizer.encode_with_offsets`."""
     for cuts in (False, True):
       if found := self._encode(text, literal, cuts):
         return found
