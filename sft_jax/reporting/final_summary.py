@@ -107,12 +107,8 @@ def show_places(out: Console, workdir: Path, config: Any) -> None:
 
 
 def write_report(workdir: Path, result: dict[str, Any] | None = None) -> None:
-  """Writes workdir/report.html; the first process does it for all.
-
-  Args:
-    workdir: of the run.
-    result: what result.json will hold, of a run that is about to finish.
-  """
+  """Writes workdir/report.html, once for all processes; `result` is what
+  result.json will hold, of a run that is about to finish."""
   if jax.process_index() == 0:
     run = run_files.read(workdir) | ({"result": result} if result else {})
     run_page.write(workdir / "report.html", run)
@@ -149,10 +145,6 @@ def model_card(run: Mapping[str, Any], name: str) -> str:
 
   The header names the base and data sets that the hub has; of local ones only
   the names of files are told. What no run knows is left to fill in.
-
-  Args:
-    run: of it, what there is.
-    name: of the model.
   """
   start, ledger = run.get("start", {}), run.get("ledger")
   facts = start.get("facts", {})

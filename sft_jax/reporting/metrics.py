@@ -27,28 +27,21 @@ _TOTALS = {
 
 
 class Window:
-  """(sum, weight) pairs of several steps, fetched from the device late.
-
-  Adding does not wait for the device: the arrays are kept and fetched
-  together by `take`. Every mean is a ratio of sums over the window, never a
-  mean of ratios.
-  """
+  """(sum, weight) pairs of several steps, fetched from the device by `take`; a
+  mean is a ratio of sums over the window, never a mean of ratios."""
 
   def __init__(self) -> None:
     self._steps: list[Pairs] = []
 
   def add(self, pairs: Pairs) -> None:
-    """Adds the metrics of one step that was applied."""
     self._steps.append(pairs)
 
   def take(self) -> dict[str, float]:
     """Returns {name: sum / weight} over the window, and empties it.
 
-    With them `loss/perplexity`, and the window's sums in all:
-    `loss/trained_weight`, `data/tokens`, `data/trained_tokens`. Of a window
-    without a step the loss is NaN: there is none. What had no weight in any
-    step, such as the loss on a source that had no token, has no mean and is
-    left out; of the loss itself 0 stands there.
+    With `loss/perplexity`, and the sums of `_TOTALS`. Of a window without a
+    step the loss is NaN. What had no weight in any step, such as the loss on a
+    source without a token, is left out; of the loss itself 0 stands there.
     """
     fetched = jax.device_get(self._steps)
     self._steps = []
@@ -77,34 +70,22 @@ class Window:
 class JsonlWriter:
   """metrics.jsonl: one object per record, `step` first; the run's record.
 
-  Attributes:
-    kept: the records of before that stand.
-    forgotten: those of steps that are about to be taken again.
+  `kept` are records of before that stand, `forgotten` those of steps that are
+  about to be taken again, which would draw every curve twice.
   """
 
   def __init__(self, path: Path, *, resume_step: int) -> None:
-    """Opens the file, forgetting records after `resume_step`.
-
-    Steps after the checkpoint are about to be taken again; keeping their
-    first record would draw every curve twice. A last line cut short by a
-    crash is dropped with them.
-    """
+    """Opens the file, forgetting records after `resume_step`."""
     self._file = None
     self.kept: list[dict[str, Any]] = []
     self.forgotten: list[dict[str, Any]] = []
     if jax.process_index():  # The first process writes for all.
       return
-    lines = []
-    text = path.read_text(errors="replace") if path.exists() else ""
-    for line in text.splitlines():
-      with contextlib.suppress(ValueError):  # Cut short, by a crash.
-        record = json.loads(line)
-        if record["step"] <= resume_step:
-          self.kept.append(record)
-          lines.append(line + "\n")
-        else:
-          self.forgotten.append(record)
-    workdir.write_text(path, "".join(lines))  # It is the run's only record.
+    for record in read_jsonl(path) if path.exists() else ():
+      stands = record["step"] <= resume_step
+      (self.kept if stands else self.forgotten).append(record)
+    text = "".join(json.dumps(record) + "\n" for record in self.kept)
+    workdir.write_text(path, text)  # It is the run's only record.
     self._file = path.open("a")
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -117,15 +98,14 @@ class JsonlWriter:
     self._file.flush()
 
   def close(self) -> None:
-    """Closes the file."""
     if self._file is not None:
       self._file.close()
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-  """All records of a metrics.jsonl."""
+  """All records of a metrics.jsonl but a last one that a crash cut short."""
   found = []
   for line in path.read_text(errors="replace").splitlines():
-    with contextlib.suppress(ValueError):  # Cut short.
+    with contextlib.suppress(ValueError):
       found.append(json.loads(line))
   return found

@@ -9,11 +9,8 @@ import jax
 
 
 class Profile:
-  """Traces steps `start` to `start + steps - 1` into a folder.
-
-  The scopes of the code (`jax.named_scope`) name what is in the trace. The
-  first process alone writes one.
-  """
+  """Traces steps `start` to `start + steps - 1` into a folder, by the scopes of
+  the code (`jax.named_scope`), on the first process alone."""
 
   def __init__(
     self,
@@ -26,15 +23,11 @@ class Profile:
   ):
     """Starts nothing yet.
 
-    Args:
-      folder: for TensorBoard's profiler, XProf or Perfetto.
-      start: number of the first step, from 1.
-      steps: how many; 0 = none.
-      left: numbers of the steps that this process is going to take.
-      log: given a line with the place of the trace, or why there is none.
+    The folder is for TensorBoard's profiler, XProf or Perfetto. Steps count
+    from 1; `left` are those that this process is going to take; 0 `steps` are
+    none. `log` is given the place of the trace, or why there is none.
 
-    Raises:
-      ValueError: there is no such step in any run.
+    Raises ValueError: there is no such step in any run.
     """
     if steps < 0 or start < 1:
       raise ValueError(
@@ -53,12 +46,8 @@ class Profile:
 
   @contextmanager
   def step(self, number: int, state: Callable[[], Any]) -> Iterator[None]:
-    """Within, the step of this number is handed to the device.
-
-    Args:
-      number: of the step, from 1.
-      state: gives what the steps so far have made. A trace begins and ends
-        when all of it is there, so that it holds whole steps.
+    """Within, the step of this number is handed to the device. A trace begins
+    and ends when all that `state` gives is there, so that it holds whole steps.
     """
     if number == self._first:
       jax.block_until_ready(state())

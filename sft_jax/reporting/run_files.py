@@ -26,22 +26,16 @@ def read(workdir: str | Path) -> dict[str, Any]:
 
   Raises ValueError: a folder without config.json, which every run writes first.
   """
+  found: dict[str, Any] = {"title": str(workdir)}
   with remote_workdir.copied(workdir) as folder:
-    return _read(folder, str(workdir))
-
-
-def _read(workdir: Path, name: str) -> dict[str, Any]:
-  if not (workdir / "config.json").exists():
-    raise ValueError(
-      f"{name}: got no config.json, expected the workdir of a run. Name the "
-      "folder that config.workdir named."
-    )
-  found: dict[str, Any] = {"title": name}
-  for name, file in FILES.items():
-    if (workdir / file).exists():
-      found[name] = read_json(workdir / file)
-  for name, file in LINES.items():
-    if (workdir / file).exists():
-      found[name] = metrics.read_jsonl(workdir / file)
-  found["incidents"] = Incidents(workdir).read()
+    if not (folder / "config.json").exists():
+      raise ValueError(
+        f"{workdir}: got no config.json, expected the workdir of a run. Name "
+        "the folder that config.workdir named."
+      )
+    for name, file in (FILES | LINES).items():
+      if (folder / file).exists():
+        load = metrics.read_jsonl if name in LINES else read_json
+        found[name] = load(folder / file)
+    found["incidents"] = Incidents(folder).read()
   return found

@@ -1,8 +1,7 @@
 """What the terminal shows: the start page, progress, and the result.
 
-Everything here takes plain values and prints them; text of the data or the
-model is printed as text, never as markup. On processes other than the first
-nothing is shown.
+Plain values are printed; text of the data or the model is text, never markup.
+On processes other than the first nothing is shown.
 """
 
 import math
@@ -129,7 +128,6 @@ class StepProgress:
       )
 
   def update(self, step: int, values: Mapping[str, float]) -> None:
-    """Shows the record of the window that ended at `step`."""
     seconds = (self._total - step) * values["time/step_s"]
     # Seconds of what takes long are noise.
     left = duration(seconds) if seconds < 600 else f"{seconds / 60:.0f} min"
@@ -147,19 +145,12 @@ class StepProgress:
 
 
 class TaskProgress:
-  """How far something that takes long is, with the time left.
-
-  A line every `seconds`, and none of what is done sooner.
-  """
+  """How far something long is: a line every 20 s, with the time left."""
 
   def __init__(
-    self,
-    out: Console,
-    *,
-    seconds: float = 20.0,
-    now: Callable[[], float] = time.monotonic,
+    self, out: Console, *, now: Callable[[], float] = time.monotonic
   ) -> None:
-    self._out, self._seconds, self._now = out, seconds, now
+    self._out, self._now = out, now
     self._task = ""
 
   def __call__(self, task: str, done: int, of: int) -> None:
@@ -171,7 +162,7 @@ class TaskProgress:
       self._shown = now
     if done >= of:
       self._task = ""
-    if done < of and now - self._shown >= self._seconds:
+    if done < of and now - self._shown >= 20:
       self._shown = now
       name, left = visible(task).replace("_", " "), ""
       if done > self._first:

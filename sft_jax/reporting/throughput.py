@@ -19,19 +19,14 @@ KINDS = (
 
 
 class Clock:
-  """Seconds since a run began, by what they went into; monotonic.
-
-  `timers`: seconds by kind, one of `KINDS`.
-  """
+  """Seconds since a run began, and `timers`: what they went into; monotonic."""
 
   def __init__(self, now: Callable[[], float] = time.perf_counter):
-    """Starts; `now` gives seconds."""
     self._now, self._began = now, now()
     self.timers = dict.fromkeys(KINDS, 0.0)
 
   @property
   def seconds(self) -> float:
-    """Since the start."""
     return self._now() - self._began
 
   @contextmanager
@@ -71,9 +66,8 @@ def previous_runtime(
 class Throughput:
   """The figures of the steps since the last record, but for what they learn.
 
-  The host runs ahead, so its own waiting says little. A thread notes when the
-  device is done with what it was last given: from then until the next batch is
-  there, it waits for data.
+  The host runs ahead, so a thread notes when the device is done with what it
+  was last given: from then until the next batch is there, it waits for data.
   """
 
   def __init__(
@@ -88,14 +82,9 @@ class Throughput:
   ):
     """Begins the first window.
 
-    Args:
-      clock: of the run; what is neither waiting for data, saving, evaluating
-        nor writing records is entered as 'compute'.
-      before: what earlier processes of this run did.
-      flops_per_token: see `flops.model_flops_per_token`.
-      num_devices: that share the work.
-      chip: the peak of each; None = not known: no share is given.
-      published: the peak is the vendor's, and not what was measured here.
+    What is neither waiting for data, saving, evaluating nor writing records is
+    entered as 'compute'. Without a `chip`, whose peak is known, no share is
+    given; `published`: the peak is the vendor's, not what was measured here.
     """
     self._clock, self._before = clock, before
     work = {"num_devices": num_devices, "chip": chip}
@@ -106,7 +95,6 @@ class Throughput:
     self.begin()
 
   def begin(self) -> None:
-    """A window begins here and now."""
     self._steps = 0
     self._began, self._was = self._clock.seconds, dict(self._clock.timers)
 
@@ -133,12 +121,8 @@ class Throughput:
     self._watcher.shutdown(wait=False, cancel_futures=True)
 
   def take(self, tokens: float, trained_tokens: float) -> dict[str, float]:
-    """The window's figures, once its steps are done; begins the next.
-
-    Args:
-      tokens: prompt and trained tokens of its steps.
-      trained_tokens: those trained on.
-    """
+    """The figures of a window whose steps are done, and its prompt and trained
+    tokens; begins the next."""
     clock, window = self._clock, self._clock.seconds - self._began
     spent = {kind: s - self._was[kind] for kind, s in clock.timers.items()}
     computing = window - sum(spent.values())
@@ -166,11 +150,8 @@ class Throughput:
 
 
 def memory() -> dict[str, int]:
-  """The most that this process, and each of its devices, has held so far.
-
-  Returns memory/host_peak_bytes, and memory/device_peak_bytes of the fullest
-  device where devices have memory of their own.
-  """
+  """The most bytes that this process has held so far, and, where devices have
+  memory of their own, the fullest of them."""
   values = {}
   with suppress(ImportError):  # Windows has no such module.
     import resource

@@ -1,9 +1,8 @@
 """Writers: copies of a run's records for TensorBoard, W&B and MLflow.
 
-metrics.jsonl is the record; what is here follows it. Each writer remembers in
-workdir/writers.json how far it has copied: a resumed run continues the same
-run of W&B or MLflow, steps that are taken again are not copied twice, and what
-could not be sent is sent later.
+metrics.jsonl is the record; each writer remembers in workdir/writers.json how
+far it has copied it. A resumed run continues the same run of W&B or MLflow,
+steps are not copied twice, and what could not be sent is sent later.
 """
 
 import importlib.util
@@ -23,10 +22,8 @@ from sft_jax.reporting.terminal import visible
 
 
 class Writer(Protocol):
-  """Takes the figures of one step after another.
-
-  `identity`: of the run it has opened, to open it again; '' if it needs none.
-  """
+  """Takes the figures of one step after another; `identity` is of the run it
+  has opened, '' if it needs none."""
 
   identity: str
 
@@ -38,8 +35,6 @@ class Writer(Protocol):
 
 
 class About(NamedTuple):
-  """What trackers know of a run."""
-
   workdir: Path  # Of the run; its name is the run's.
   project: str  # W&B's project, MLflow's experiment.
   config: Mapping[str, Any]  # Nested, as in config.json.
@@ -66,7 +61,7 @@ class TensorBoard:
     self._file = EventsWriter(str(folder / "events"), f".{number}")
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Appends an event, down to the operating system."""
+    # Down to the operating system.
     make = self._summary.Value
     figures = [make(tag=x, simple_value=value) for x, value in values.items()]
     summary = self._summary(value=figures)
@@ -75,7 +70,6 @@ class TensorBoard:
     self._file.flush()
 
   def close(self, done: bool) -> None:
-    """Closes the file; how the run ended is no event."""
     del done
     self._file.close()
 
@@ -100,11 +94,9 @@ class Wandb:
     )
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Hands the values to W&B's own process, which sends them."""
     self._run.log(dict(values), step=step)
 
   def close(self, done: bool) -> None:
-    """Waits until everything is sent."""
     self._run.finish(exit_code=0 if done else 1)
 
 
@@ -136,14 +128,12 @@ class Mlflow:
       client.log_batch(self.identity, params=params[i : i + _MLFLOW_PARAMS])
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Sends the values, and waits for the answer."""
     now, named = round(time.time() * 1000), _MLFLOW_NAME.sub
     pairs = ((named("_", name), value) for name, value in values.items())
     metrics = [self._metric(*pair, now, step) for pair in pairs]
     self._client.log_batch(self.identity, metrics=metrics)
 
   def close(self, done: bool) -> None:
-    """Tells how the run ended."""
     status = "FINISHED" if done else "KILLED"
     self._client.set_terminated(self.identity, status)
 
@@ -163,13 +153,10 @@ WRITERS: dict[str, Callable[[About, str], Writer]] = {
 
 
 def register_writer(name: str, writer: Callable[[About, str], Writer]) -> None:
-  """Adds a writer, for `log.writers` to name.
+  """Adds a writer, for `log.writers` and writers.json to name.
 
-  Args:
-    name: its name there and in writers.json.
-    writer: (about the run, identity of an earlier start or '') -> a `Writer`.
-
-  Raises ValueError: the name is taken.
+  It is made of what there is to know of the run, and the identity of an earlier
+  start or ''. Raises ValueError: the name is taken.
   """
   if name in WRITERS:
     raise ValueError(
@@ -213,13 +200,10 @@ class Copies:
     kept: Iterable[Mapping[str, Any]],
     log: Callable[[str], None],
   ):
-    """Opens the writers and has them catch up; the first process only.
+    """Opens the writers and has them catch up on the kept records.
 
-    Args:
-      names: of `WRITERS`.
-      about: the run.
-      kept: the records of it that there are.
-      log: given a line when a writer fails, and when it works again.
+    The first process only; `log` is given a line when a writer fails, and when
+    it works again.
     """
     self._log, self._path = log, about.workdir / "writers.json"
     self._at: _Place = (-1, 0)

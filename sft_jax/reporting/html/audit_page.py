@@ -1,8 +1,4 @@
-"""The audit of data as one self-contained HTML page.
-
-What `summary.inspect` found goes in; like the report of a run, the page loads
-nothing, runs nothing, and escapes every text it is given.
-"""
+"""The audit of data (`summary.inspect`) as one self-contained HTML page."""
 
 import os
 from collections.abc import Mapping

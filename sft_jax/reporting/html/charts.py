@@ -53,14 +53,8 @@ def chart(
   marks: Iterable[tuple[int, str]] = (),
   unit: str = "",
 ) -> Markup:
-  """Curves over steps; points that are not finite are counted, not drawn.
-
-  Args:
-    label: what it shows, its heading.
-    series: (step, value) of each curve.
-    marks: (step, what happened there), dotted lines.
-    unit: of the values, named at their axis.
-  """
+  """Curves over steps; points that are not finite are counted, not drawn. Of
+  `marks`, (step, what happened there); `unit` is named at the values' axis."""
   drawn, legend = {}, []
   for i, (name, points) in enumerate(series.items()):
     fine = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
@@ -105,13 +99,8 @@ def chart(
 def intervals(
   shares: Sequence[Share | None], label: str, kinds: Sequence[str] = ()
 ) -> Markup:
-  """Shares on lines from 0 to 1, one beneath the other, with intervals.
-
-  Args:
-    shares: None leaves a line empty.
-    label: what they are.
-    kinds: class of each, its color; by default those of `chart`'s curves.
-  """
+  """Shares on lines from 0 to 1, one beneath the other, with intervals; None
+  leaves a line empty, and `kinds` are classes in place of the curves'."""
   height = 8 * len(shares) + 8
   middle = height / 2
   parts = [tag("line", x1=4, x2=164, y1=middle, y2=middle, class_="grid")]
@@ -139,13 +128,7 @@ def bars(label: str, values: Mapping[str, float]) -> Markup:
 def histogram(
   label: str, bins: Sequence[tuple[float, float, int]], unit: str
 ) -> Markup:
-  """Bars over bins of one width, with one scale beneath.
-
-  Args:
-    label: what is counted, its heading.
-    bins: (from, to, how many), from left to right without gaps.
-    unit: of the bins' ends.
-  """
+  """Bars over bins (from, to, how many) of one width, with a scale beneath."""
   tallest = max(number for *_, number in bins)
   low, high = bins[0][0], bins[-1][1]
   px, py, parts = _axes((low, high, unit), (0, tallest, "examples"))
@@ -165,10 +148,8 @@ def histogram(
 def scatter(
   label: str, groups: Mapping[str, Sequence[Sequence[float]]]
 ) -> Markup:
-  """Points (x, y) of a plane without units, four groups of them.
-
-  The first group is at the back, and pale; the last group's are crosses.
-  """
+  """Points (x, y) of a plane without units, in four groups: the first is at the
+  back, and pale, the last is of crosses."""
   every = np.array([point for points in groups.values() for point in points])
   low, high = every.min(axis=0), every.max(axis=0)
   scale = np.array([_WIDTH - 16, _HEIGHT - 16]) / np.maximum(high - low, 1e-9)
@@ -205,11 +186,8 @@ Axis = tuple[float, float, str]
 def _axes(
   x: Axis, y: Axis
 ) -> tuple[Callable[[float], str], Callable[[float], str], list[Markup]]:
-  """Where an x and a y stand, and the axes drawn: their names, round ticks.
-
-  Each axis is (from, to, what it is). There is no half step and no half
-  example.
-  """
+  """Where an x and a y stand, and the axes drawn, each (from, to, what it is),
+  with round ticks; there is no half step and no half example."""
   (x0, x1, x_name), (y0, y1, y_name) = x, y
   wide, tall = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _BOTTOM - _TOP
   px = lambda x: f"{_LEFT + (x - x0) / (x1 - x0) * wide:.1f}"
@@ -240,9 +218,9 @@ def _axes(
   return px, py, parts
 
 
-def _ticks(low: float, high: float, n: int = 5) -> list[float]:
-  """About n round numbers in [low, high]."""
-  step = (high - low) / n
+def _ticks(low: float, high: float) -> list[float]:
+  """About five round numbers in [low, high]."""
+  step = (high - low) / 5
   size = 10.0 ** math.floor(math.log10(step))
   size *= next(m for m in (1, 2, 5, 10) if m * size >= step)
   first, last = math.ceil(low / size - 1e-9), math.floor(high / size + 1e-9)
@@ -266,13 +244,8 @@ def of_run(
   marks: Sequence[tuple[int, str]] = (),
   before: Mapping[str, Any] | None = None,
 ) -> Curves:
-  """The main curves of one run, and all others, to be folded away.
-
-  Args:
-    records: of metrics.jsonl.
-    marks: (step, what happened there).
-    before: what was measured before training: it stands at step 0.
-  """
+  """The main curves of one run, and all others, to be folded away; `before` are
+  measurements before training, at step 0."""
   values = [(name, (before or {}).get(name)) for name in number_names(records)]
   first = {name: x for name, x in values if isinstance(x, int | float)}
   records = [{"step": 0, **first}, *records] if first else records
@@ -300,8 +273,8 @@ def of_run(
 def _family(name: str) -> str:
   """What shares a chart: 'loss/role/answer' is of 'loss/role'.
 
-  Of behaviors, the same figure of all groups; two parts make no family: what
-  is in 'data/...' is of different units.
+  Of behaviors, the same figure of all groups. Two parts, as in 'data/...', make
+  none: their units differ.
   """
   parts = name.split("/")
   if len(parts) < 3:

@@ -1,7 +1,4 @@
-"""Several runs side by side: a page, and the same as plain tables.
-
-The first run is the one that the others are compared with.
-"""
+"""Several runs side by side, compared with the first: a page, and tables."""
 
 import itertools
 import os
@@ -22,8 +19,6 @@ _COUNTS = ("rows_in", "rows_trained", "tokens_prompt", "tokens_trained")
 
 def compare(workdirs: Sequence[str | os.PathLike]) -> dict[str, list[dict]]:
   """Several runs as plain tables, each a list of rows.
-
-  `workdirs`: of the runs, finished or not.
 
   Returns 'behaviors': {'run', 'group', 'n', 'rate', 'low', 'high', 'stopped'},
   after training; 'paired': {'run', 'group', 'gained', 'lost', 'p'} against the
@@ -101,11 +96,7 @@ def _differing(trees: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write(path: str | os.PathLike, runs: Runs) -> None:
-  """Writes the page, whole or not at all.
-
-  Args:
-    path: of the page.
-    runs: by name, what `run_page.write` takes, as `run_files.read` finds it.
+  """Writes the page of runs by name, each as `run_files.read` gives it.
 
   Raises ValueError: fewer than two runs, or more than there are colors.
   """

@@ -1,9 +1,7 @@
 """Pages: templates filled with values, all text escaped, written whole.
 
-Text comes from data and models, so it is hostile until escaped. The templates
-beside this file (`*.html.jinja`) escape every value that is not `Markup`, and
-`tag`, which the charts are made with, does the same. A page loads nothing and
-runs nothing.
+Text comes from data and models, so it is hostile until escaped: the templates
+beside this file, and `tag`, escape every value that is not `Markup`.
 """
 
 import difflib
@@ -82,11 +80,8 @@ class Table(NamedTuple):
 def with_classes(
   head: Sequence[object], rows: Iterable[Sequence[object]]
 ) -> list[list[tuple[str, object]]]:
-  """(class, cell) of the head's line and all others.
-
-  Columns of numbers stand on the right ('n'); only long texts are broken into
-  lines ('long').
-  """
+  """(class, cell) of the head's line and all others: columns of numbers are
+  'n'; only long texts, 'long', are broken into lines."""
   body = [list(row) for row in rows]
   number = lambda x: (
     x is None or (isinstance(x, int | float) and not isinstance(x, bool))
@@ -112,8 +107,6 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class Marked(NamedTuple):
-  """Two texts with their differences marked."""
-
   # The texts; words only in one are <del> there, <ins> here.
   old: Markup
   new: Markup

@@ -187,10 +187,8 @@ def behaviors(groups: Sequence[Mapping[str, Any]]) -> list[Table]:
   for row in groups:
     name, sides, p = row["group"], (row["before"], row["after"]), row["p"]
     change = sides[1][0] - sides[0][0]
-    points, kind = (
-      f"{100 * change:+.0f} points",
-      "good" if change > 0 else "bad",
-    )
+    points = f"{100 * change:+.0f} points"
+    kind = "good" if change > 0 else "bad"
     if p >= SIGNIFICANT:
       points, kind = f"{points}, may be chance", "dim"
     rates = (row[key] for key in ("stopped", "format", "content"))
@@ -212,7 +210,6 @@ def behaviors(groups: Sequence[Mapping[str, Any]]) -> list[Table]:
 
 
 def total(ledger: Mapping[str, Any], name: str) -> int:
-  """A count of a ledger, over all sources."""
   return sum(source[name] for source in ledger["sources"].values())
 
 

@@ -52,9 +52,8 @@ def before_and_after(run: Mapping[str, Any]) -> dict[str, Any]:
 def cards(sides: Sides) -> list[dict[str, Any]]:
   """Replies of several models to the same prompts, differences marked.
 
-  `sides`: by name, the records of `behaviors.Scores.replies`, in one order.
-
-  Returns of each group, the first prompt of each pattern of passed and failed:
+  `sides` are records of `behaviors.Scores.replies` by name, in one order. Of
+  each group the first prompt of each pattern of passed and failed is a card;
   those that only some passed come first.
   """
   groups: dict[str, dict[tuple[bool, ...], tuple]] = {}

@@ -1,7 +1,6 @@
 """The report of a run: plain values in, one self-contained HTML page out.
 
-The page loads nothing, runs nothing and works offline, in light and dark, on
-a phone and on paper. This file gathers what `run.html.jinja` shows.
+It works offline, in light and dark, on a phone and on paper.
 """
 
 import os
@@ -106,11 +105,8 @@ def seconds(records: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _hardest(held_out: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-  """Held-out rows as in evals/held_out_rows.jsonl; None without.
-
-  All are counted in a histogram; those that come with their text are shown, by
-  source, the one whose loss rose most or fell least first.
-  """
+  """Held-out rows as in evals/held_out_rows.jsonl, all in a histogram, and by
+  source those with their text; None without."""
   if not held_out:
     return None
   losses = sorted(row["nats_per_token"] for row in held_out)
