@@ -15,7 +15,7 @@ from sft_jax.data.audit.summary import step_rows
 from sft_jax.evals.suite import Suite
 from sft_jax.inference import on_policy
 from sft_jax.models.lora import base_model
-from sft_jax.reporting import profiling, terminal
+from sft_jax.reporting import terminal, throughput
 from sft_jax.step.train_step import (
   TrainState,
   model_params,
@@ -220,7 +220,7 @@ class _Loop:
     self._progress = terminal.StepProgress(
       session.out, total=self._built.num_steps, start=self._start
     )
-    self._profile = profiling.Profile(
+    self._profile = throughput.Profile(
       session.workdir / "profile",
       **self._config.profile,
       left=range(self._start + 1, self._built.num_steps + 1),

@@ -9,7 +9,7 @@ import pytest
 
 import sft_jax
 import tiny
-from sft_jax.reporting import profiling
+from sft_jax.reporting import throughput
 
 
 def trace_of(folder):
@@ -44,7 +44,7 @@ def test_a_run_writes_a_trace_that_reads_like_the_code(tmp_path, capsys):
 
 def make(folder, start, steps, left):
   said = []
-  return said, profiling.Profile(
+  return said, throughput.Profile(
     folder, start=start, steps=steps, left=left, log=said.append
   )
 
@@ -83,7 +83,7 @@ def test_a_run_that_ends_early_keeps_what_it_has(tmp_path):
 
 
 def test_the_first_process_alone_traces(tmp_path, monkeypatch):
-  monkeypatch.setattr(profiling.jax, "process_index", lambda: 1)
+  monkeypatch.setattr(throughput.jax, "process_index", lambda: 1)
   said, profile = make(tmp_path / "p", 1, 2, range(1, 9))
   take(profile, (1, 2, 3))
   assert said == []
