@@ -18,19 +18,10 @@ _TEXT_KEYS = {"text", "checks"}
 
 
 class Item(NamedTuple):
-  """One prompt and what its reply must satisfy.
-
-  Attributes:
-    group: the behavior it belongs to.
-    prompt: ends in a user or tool turn, or is a raw text to continue.
-    checks: `{"check": name, ...arguments}`; all must pass.
-    where: 'behaviors.jsonl:12', for errors and records.
-  """
-
-  group: str
-  prompt: Conversation
-  checks: tuple[dict[str, Any], ...]
-  where: str
+  group: str  # The behavior it belongs to.
+  prompt: Conversation  # Ends in a user or tool turn, or is a text to continue.
+  checks: tuple[dict[str, Any], ...]  # {"check": name, ...}; all must pass.
+  where: str  # 'behaviors.jsonl:12', for errors and records.
 
 
 def load(path: str | Path) -> list[Item]:
@@ -40,10 +31,9 @@ def load(path: str | Path) -> list[Item]:
        "checks": [{"check": "contains", "text": "Dorvik"}]}
 
   `group` may be left out. With `text` in place of the messages, the reply is
-  the model's continuation of a raw text, as base models are asked: it need not
-  stop by itself. Rows of IFEval (prompt, instruction_id_list, kwargs)
-  are taken as they are. Every check is validated here, so that none fails
-  after the training.
+  the model's continuation of a raw text, which need not stop by itself. Rows of
+  IFEval (prompt, instruction_id_list, kwargs) are taken as they are. Every
+  check is validated here, so that none fails after the training.
 
   Raises:
     RowError: a conversation that is none.
@@ -60,11 +50,8 @@ def load(path: str | Path) -> list[Item]:
 
 
 def load_sets(where: Any) -> list[Item]:
-  """Items of several sets: a path, a glob, or {name: path or glob}.
-
-  Of a named set the groups are called 'name/group', so that two sets may have
-  groups of one name.
-  """
+  """Items of several sets: a path, a glob, or {name: path or glob}; groups of a
+  named one are called 'name/group'."""
   if not isinstance(where, Mapping):
     return [item for path in files.find_files(where) for item in load(path)]
   return [
@@ -125,8 +112,6 @@ def _from_ifeval(row: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 class Share(NamedTuple):
-  """How many of some items passed."""
-
   passed: int
   n: int
 
@@ -140,20 +125,11 @@ class Share(NamedTuple):
 
 
 class Score(NamedTuple):
-  """Counts of one group.
-
-  Attributes:
-    n: items.
-    passed: those that stopped by themselves and failed no check.
-    stopped: those that stopped by themselves.
-    format, content: of the items with checks of that kind (`checks.kind`),
-      those that failed none of them, stopped or not; None without such items.
-      The form learned without the matter, or against it, shows in their gap.
-  """
-
   n: int
-  passed: int
-  stopped: int
+  passed: int  # Stopped by themselves, and failed no check.
+  stopped: int  # Stopped by themselves.
+  # Of the items with checks of that kind (`checks.kind`), those that failed
+  # none, stopped or not. They differ where only the form was learned.
   format: Share | None = None
   content: Share | None = None
 
@@ -211,7 +187,6 @@ class Scores(NamedTuple):
     return {"groups": groups, "replies": self.replies}
 
   def write(self, path: Path) -> None:
-    """Writes every reply, a line of JSON each."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
       file.writelines(json.dumps(reply) + "\n" for reply in self.replies)
@@ -223,23 +198,17 @@ class Scores(NamedTuple):
 
 
 class Comparison(NamedTuple):
-  """One group before and after, on the same items.
-
-  Attributes:
-    gained, lost: items that passed only after, only before.
-    p: exact two-sided McNemar test of gained = lost.
-  """
+  """One group before and after, on the same items."""
 
   group: str
   before: Score
   after: Score
-  gained: int
-  lost: int
-  p: float
+  gained: int  # Items that passed only after.
+  lost: int  # Only before.
+  p: float  # Exact two-sided McNemar test of gained = lost.
 
 
 def run(items: Sequence[Item], generate: Generate) -> Scores:
-  """Generates a reply to each item and checks it."""
   replies = generate([item.prompt for item in items])
   pairs = zip(items, replies, strict=True)
   return Scores([_record(item, reply) for item, reply in pairs])
@@ -361,11 +330,8 @@ def _percent(score: Score) -> str:
 
 
 def wilson(passed: int, n: int) -> tuple[float, float]:
-  """95 % score interval of a proportion (Wilson, 1927).
-
-  wilson(8, 10) is (0.490, 0.943); unlike the normal interval it stays within
-  [0, 1] and is of use at 0 and at n.
-  """
+  """95 % score interval of a proportion (Wilson, 1927), of use at 0 and at n,
+  too: wilson(8, 10) is (0.490, 0.943)."""
   z = 1.959963984540054
   centre = passed + z * z / 2
   half = z * math.sqrt(passed * (n - passed) / n + z * z / 4)
@@ -374,10 +340,8 @@ def wilson(passed: int, n: int) -> tuple[float, float]:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-  """Exact two-sided p of the discordant pairs under a fair coin.
-
-  mcnemar(5, 0) is 2 / 2^5 = 0.0625; with no change it is 1.
-  """
+  """Exact two-sided p of the discordant pairs under a fair coin: mcnemar(5, 0)
+  is 2 / 2^5 = 0.0625; with no change it is 1."""
   n = gained + lost
   tail = sum(math.comb(n, k) for k in range(min(gained, lost) + 1))
   return min(1.0, 2 * tail / 2**n)

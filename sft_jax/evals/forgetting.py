@@ -18,8 +18,6 @@ FIGURES = ("kl", "top1_agreement", "base_correct", "both_correct")
 
 
 class Perplexity(NamedTuple):
-  """How well a text is predicted."""
-
   nats: float  # Sum of the negative log-likelihoods of all predicted tokens.
   tokens: float  # How many were predicted.
 
@@ -44,17 +42,12 @@ def perplexity(nats: Any, tokens: Any) -> Perplexity:
 
 
 def base_agreement(base: BaseSums, weight: Any) -> dict[str, float]:
-  """How far the predictions of a text are from the base's, as shares of it.
-
-  Args:
-    base: sums over the text.
-    weight: of its predicted tokens.
+  """How far the predictions of a text of this weight are from the base's.
 
   Returns kl: mean KL(base || tuned) of a prediction, nats per token;
   top1_agreement: share of the tokens whose most likely one is the base's;
   base_correct: share that the base, given what is before, predicts;
-  both_correct: of these, the share that the tuned model predicts, too; not
-  there if the base has none.
+  both_correct: of these, the share that the tuned model predicts, too.
   """
   found = {name: float(getattr(base, name) / weight) for name in FIGURES[:3]}
   if base.base_correct:
@@ -72,15 +65,10 @@ def compare_models(
 ) -> LossSums:
   """Sums over the trained tokens of examples, in float64.
 
-  Args:
-    model: `models.transformer.Model`, or anything with its `config`, `hidden`
-      and `head`.
-    params: its parameters.
-    base: another one and its parameters, to compare with.
-    examples: whole documents, one a row.
-    batch_size: rows at once.
+  A model is `models.transformer.Model`, or anything with its `config`, `hidden`
+  and `head`; `base` is another one and its parameters, to compare with.
 
-  Raises ValueError: models of different vocabularies.
+  Raises ValueError: models of different vocabularies, or no examples.
   """
   if base is not None:
     of = lambda model: (model.config.vocab_size, model.config.logit_softcap)

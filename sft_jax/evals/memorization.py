@@ -1,11 +1,12 @@
 """Memorization: what replies repeat of the training answers, and canaries.
 
-Answers and replies are sequences of anything that compares and hashes: words,
-or token ids. A canary is a row that asks for the code of a box and gives it.
-How far its code stands out, by loss, among other codes drawn alike is its
-exposure. As many canaries are kept back: what they show is chance.
+Answers and replies are sequences of words, or token ids. A canary is a row that
+asks for the code of a box and gives it. How far its code stands out, by loss,
+among other codes drawn alike is its exposure. As many canaries are kept back:
+what they show is chance.
 """
 
+import bisect
 import math
 import random
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -27,84 +28,51 @@ GRAM = 4  # Words of the runs whose novelty is reported.
 class Answers:
   """All runs of items that training answers hold, to look replies up in.
 
-  A suffix automaton (Blumer et al., 1985): built in time and room linear in
-  the answers, asked in time linear in the reply. An answer costs about half a
-  kilobyte per item: give a sample of a large set.
+  A suffix array (Manber and Myers, 1990) of the answers as one text, in which
+  each item is a character and \\0 ends an answer.
   """
 
   def __init__(self, answers: Iterable[Items]) -> None:
-    # Of each state: where each item leads, the state of its longest proper
-    # suffix that occurs elsewhere, and the length of its longest string.
-    self._next: list[dict[Hashable, int]] = [{}]
-    self._link, self._length = [-1], [0]
-    for answer in answers:
-      last = 0
-      for item in answer:
-        last = self._extend(last, item)
+    signs = self._signs = dict[Hashable, str]()
+    sign = lambda item: signs.setdefault(item, chr(len(signs) + 1))
+    self._text = "".join("".join(map(sign, one)) + "\0" for one in answers)
+    data = self._text.encode("utf-32-le", "surrogatepass")
+    # By their first character, then by their first two, four, and so on.
+    rank, known, size = np.frombuffer(data, np.uint32).astype(np.int64), 0, 1
+    while known < len(rank):
+      after = np.zeros_like(rank)
+      after[:-size] = rank[size:] + 1
+      found, rank = np.unique((rank << 32) + after, return_inverse=True)
+      known, size = len(found), 2 * size
+    self._suffixes = np.argsort(rank).tolist()
 
-  def _extend(self, last: int, item: Hashable) -> int:
-    """The state of what `last` stands for with one more item."""
-    if item in self._next[last]:  # An earlier answer began alike.
-      there = self._next[last][item]
-      if self._length[there] == self._length[last] + 1:
-        return there
-      return self._split(last, item, there)
-    state = self._state({}, self._length[last] + 1)
-    at = last
-    while at >= 0 and item not in self._next[at]:
-      self._next[at][item] = state
-      at = self._link[at]
-    if at < 0:
-      self._link[state] = 0
-      return state
-    there = self._next[at][item]
-    if self._length[there] != self._length[at] + 1:
-      there = self._split(at, item, there)
-    self._link[state] = there
-    return state
-
-  def _split(self, at: int, item: Hashable, there: int) -> int:
-    """Parts the short strings of a state from its long ones."""
-    short = self._state(dict(self._next[there]), self._length[at] + 1)
-    self._link[short], self._link[there] = self._link[there], short
-    while at >= 0 and self._next[at].get(item) == there:
-      self._next[at][item] = short
-      at = self._link[at]
-    return short
-
-  def _state(self, leads: dict[Hashable, int], length: int) -> int:
-    self._next.append(leads)
-    self._link.append(0)
-    self._length.append(length)
-    return len(self._next) - 1
+  def _hold(self, run: str) -> bool:
+    key = lambda start: self._text[start : start + len(run)]
+    at = bisect.bisect_left(self._suffixes, run, key=key)
+    return at < len(self._suffixes) and key(self._suffixes[at]) == run
 
   def matches(self, reply: Items) -> list[int]:
     """For each item, the longest run that ends there and is in an answer.
 
     Answers([[1, 2, 3]]).matches([2, 3, 1, 9]) -> [1, 2, 1, 0]
     """
-    at, held, found = 0, 0, []
-    for item in reply:
-      while at and item not in self._next[at]:
-        at = self._link[at]
-        held = self._length[at]
-      if item in self._next[at]:
-        at, held = self._next[at][item], held + 1
+    text = "".join(self._signs.get(item, "\U0010ffff") for item in reply)
+    held, found = 0, []
+    for end in range(1, len(text) + 1):
+      held += 1
+      while held and not self._hold(text[end - held : end]):
+        held -= 1
       found.append(held)
     return found
 
   def overlap(self, reply: Items) -> float:
-    """The longest run shared with an answer, as a share of the reply.
-
-    1 is a reply repeated whole; of an empty reply it is 0.
-    """
+    """The longest run shared with an answer, as a share of the reply: 1 is a
+    reply repeated whole; of an empty reply it is 0."""
     return max(self.matches(reply)) / len(reply) if len(reply) else 0.0
 
   def novelty(self, reply: Items, n: int) -> float | None:
-    """The share of the reply's runs of n items that are in no answer.
-
-    None of a reply shorter than n.
-    """
+    """The share of the reply's runs of n items that are in no answer; None of a
+    reply shorter than n."""
     held = self.matches(reply)[n - 1 :]
     return sum(x < n for x in held) / len(held) if held else None
 
@@ -115,11 +83,9 @@ def exposure(canary_loss: float, other_losses: Sequence[float]) -> float:
       exposure = log2 |R| - log2 rank
 
   where R is the alternatives with the canary, and its rank by loss among them
-  is 1 if none is lower (Carlini et al. 2019, arXiv:1802.08232, definition 2).
-  Alternatives that tie count as lower: what cannot be distinguished is not
-  exposed. Of 1,023 random alternatives, 10 bits is the most that can be
-  seen; of a canary never trained on, whose rank is as likely one as another,
-  1.44 (the mean of log2(|R| / rank) is log2(e)).
+  is 1 if none is lower (Carlini et al. 2019, arXiv:1802.08232, definition 2);
+  ties count as lower. Of 1,023 random alternatives, 10 bits is the most that
+  can be seen; of a canary never trained on 1.44, the mean of log2(|R| / rank).
 
   Raises ValueError: no alternatives, or a loss that is no number.
   """
@@ -203,17 +169,13 @@ def measure_exposure(
   *,
   batch_size: int,
 ) -> dict[str, Any]:
-  """The exposure of every canary, in bits.
+  """The exposure, in bits, of every canary, planted and kept back.
 
-  Args:
-    canaries: planted and kept back.
-    planted: boxes whose rows are trained on.
-    nats: of the trained tokens of each row of a batch.
-    tokenizer, options: as in training.
-    batch_size: rows of a batch.
+  `planted` are the boxes whose rows are trained on; `nats` gives those of the
+  trained tokens of each row of a batch.
 
-  Returns:
-    {most: bits that can be seen; planted, kept_back: [{box, code, exposure}]}.
+  Returns {most: bits that can be seen; planted, kept_back: [{box, code,
+  exposure}]}.
   """
   most = float(np.log2(ALTERNATIVES + 1))
   found: dict[str, Any] = {"most": most, "planted": [], "kept_back": []}

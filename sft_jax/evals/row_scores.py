@@ -9,11 +9,10 @@ Of a row whose trained tokens are A, with the prompt Q before them:
            where it misleads, which is often an answer to something else
     tokens the number of A
 
-A turn alone is its own ids, stop token included, after BOS where the tokenizer
-has one. Without BOS nothing predicts its first token: then `alone`, and the
-numerator of `ifd`, are over the others. Sums are over all turns, and all
-examples, of a row, and divided once; tokens of whatever weight count alike.
-Raw text has no prompt, so neither `alone` nor `ifd`.
+A turn alone is its own ids, stop token included, after BOS. Without BOS nothing
+predicts its first token: then `alone`, and the numerator of `ifd`, are over the
+others. Sums are over all turns, and all examples, of a row, and divided once;
+weights do not count. Raw text has no prompt, so neither `alone` nor `ifd`.
 """
 
 from collections.abc import Callable, Iterator
@@ -76,29 +75,16 @@ def score(
 ) -> list[RowScore]:
   """The scores of every row of a store, in its order.
 
-  Documents are packed, so the cost is that of one forward pass over the rows
-  and once more over their answers. The scores are those of each document
-  alone, but for rounding.
-
-  Args:
-    store: of rows, none longer than `seq_len`.
-    model: with `hidden`, `head` and `config`, as `models.transformer.Model`.
-    params: on the mesh.
-    bos_id: of the tokenizer; None where it has none.
-    seq_len: slots of a pack.
-    batch_size: packs at once.
-    mesh: what rows are divided over.
-    chunk_tokens: whose logits exist at once; see `losses`.
-    log: given a line now and then with the progress.
+  Documents are packed, so the cost is one forward pass over the rows and one
+  over their answers; scores are those of each document alone, but for rounding.
+  `bos_id` is None where the tokenizer has none.
 
   Raises ValueError: a loss that is no number, by the row's place.
   """
   made = documents(store, bos_id)
   plan = packing.plan(made.lengths, seq_len, seed=0)
-  segments, spread = (
-    int(np.diff(plan.starts).max()),
-    sharding.row_sharding(mesh),
-  )
+  segments = int(np.diff(plan.starts).max())
+  spread = sharding.row_sharding(mesh)
   sums = jax.jit(_group_sums(model, segments, chunk_tokens, spread))
   # Of each document: all trained tokens, and those that are scored alone too.
   nats, tokens = np.zeros((2, 2, len(made.lengths)))

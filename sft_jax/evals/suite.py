@@ -36,17 +36,16 @@ class Suite:
   """Everything that is measured about one model, given its parameters."""
 
   # (params, batch) -> sums over its trained tokens, those of the base among
-  # them where the parameters tell what it is.
+  # them where the parameters tell what it is; and the same without it, for
+  # half the work, of a model that is its own base.
   loss_fn: Callable[[Tree, Batch], LossSums]
-  # The same without the base, for half the work; measures a model that is its
-  # own base.
   own_loss_fn: Callable[[Tree, Batch], LossSums] | None = None
   # The batches of a stream, on the mesh.
   batches: Callable[[Stream], Iterable[Batch]]
   held_out: Stream | None  # Conversations not trained on; None: not measured.
-  # Of a held-out row at most. The last B * documents groups of the sums are
-  # those of each, and `by_document` keeps their nats and weights [B, documents]
-  # of the batches measured last. 0: not told apart.
+  # Of a held-out row at most; 0: not told apart. The last B * documents groups
+  # of the sums are theirs, and `by_document` keeps nats and weights
+  # [B, documents] of the batches measured last.
   documents: int = 0
   by_document: list[list[np.ndarray]] = dataclasses.field(default_factory=list)
   general_text: Stream | None  # Raw text; None: not measured.
@@ -65,15 +64,14 @@ class Suite:
   repeats: Callable[[list[dict[str, Any]]], Measurement] | None = None
   # params -> how far planted canaries stand out.
   canaries: Callable[[Tree], Measurement] | None = None
-  # Of the first measurement, but for compiling; what does not fit is left out,
-  # then and in every later measurement. 0: no bound.
+  # Of the first measurement, but for compiling; what does not fit is left out
+  # of all. 0: no bound.
   max_seconds: float = 0.0
   prompts_at_once: int = 64  # Answered between two looks at the clock.
   # Called after each batch, and as replies grow.
   progress: Progress = lambda what, done, of: None
   # {set: (how much of it is measured, how much there is)}, batches of text and
-  # prompts, once the first measurement has chosen. Set it to go on measuring
-  # what another process has chosen.
+  # prompts, as the first measurement, or another process, has chosen.
   measured: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
@@ -82,19 +80,17 @@ class Suite:
 
   @property
   def _texts(self) -> dict[str, Stream]:
-    """Sets of text by name."""
     sets = {"held_out": self.held_out, "general_text": self.general_text}
     return {name: stream for name, stream in sets.items() if stream}
 
   def losses(self, params: Tree, *, is_base: bool = False) -> Measurement:
     """{'<set>/nats_per_token', '<set>/perplexity'} of each text set.
 
-    With them '<set>/loss/<group>' and '<set>/acc/<group>' of its groups of
-    tokens, where there are such tokens, `forgetting.base_agreement` where the
-    base is known, and of pairs the means of `preferences.objective`.
-    'held_out/gap' is the held-out loss above that of rows trained on
-    ('train_rows/nats_per_token'), of the same parameters. Sums are over the
-    whole set and divided once, so the figures do not depend on the batch size.
+    With them '<set>/loss/<group>' and '<set>/acc/<group>' of groups that have
+    tokens, `forgetting.base_agreement` where the base is known, and of pairs
+    the means of `preferences.objective`. 'held_out/gap' is the held-out loss
+    above that of rows trained on ('train_rows/nats_per_token'). Sums are over
+    the whole set and divided once, whatever the batch size.
     """
     values = {}
     for name, stream in self._texts.items():
@@ -152,9 +148,9 @@ class Suite:
   ) -> Iterator[Part]:
     """Of the parts of a set, those that are measured, with progress.
 
-    The first measurement takes parts while its share of the time lasts; the
-    first part, which compiles, is free. Later ones measure the same. The first
-    process decides for all.
+    The first measurement takes parts while its share of the time lasts (the
+    first part, which compiles, is free), as the first process decides for all.
+    Later ones measure the same.
     """
     chosen = self.measured.get(name)
     most = chosen[0] if chosen else of
@@ -204,13 +200,8 @@ class Suite:
   def scalars(
     self, params: Tree, *, replies: Path | None = None
   ) -> dict[str, float]:
-    """What is measured in the middle of training, as figures to follow.
-
-    `replies`: a file of jsonl for every reply to be kept in; None measures the
-    losses alone.
-
-    Returns `losses`, `behaviors.Scores.metrics`, and time/evaluation_s.
-    """
+    """What is measured in the middle of training, as figures to follow: losses,
+    and, where there is a jsonl file for replies, these."""
     started = time.perf_counter()
     values = self.losses(params)
     scores = self.scores(params, "behaviors", self.items) if replies else None
@@ -220,12 +211,8 @@ class Suite:
     return values | {"time/evaluation_s": time.perf_counter() - started}
 
   def __call__(self, params: Tree, *, is_base: bool = False) -> Measurement:
-    """Losses, the scores with every reply, and what is memorized.
-
-    Args:
-      params: of the model.
-      is_base: it is its own base still: nothing is compared with it.
-    """
+    """Losses, the scores with every reply, and what is memorized, compared with
+    the base unless the model is its own still."""
     values: Measurement = self.losses(params, is_base=is_base)
     if scores := self.scores(params, "behaviors", self.items):
       if self.repeats:

@@ -2,9 +2,8 @@
 
 Rejection sampling: the teacher answers each prompt up to so many times, and a
 reply becomes a row when it stopped by itself and every check of its prompt
-passes (STaR, arXiv:2203.14465, does so with the right answer as the check).
-Nothing is silent: prompts = overlapping + solved + unsolved, and attempts =
-kept + refused, each by its first reason.
+passes (as in STaR, arXiv:2203.14465). Nothing is silent: prompts = overlapping
++ solved + unsolved, and attempts = kept + refused, each by its first reason.
 """
 
 import collections
@@ -67,11 +66,8 @@ def seed_of(seed: int, where: str, attempt: int) -> int:
 def overlapping(
   items: Sequence[Item], against: Sequence[Item]
 ) -> Sequence[bool]:
-  """Which prompts an evaluation set gives away, or is given away by.
-
-  The rule of the audit (`audit.overlap`), by words: the same prompt, or half
-  of its runs of 13 words in one.
-  """
+  """Which prompts an evaluation set gives away, or is given away by: the same
+  words, or half of the runs of 13 (`audit.overlap`)."""
   if not against:
     return [False] * len(items)
   return overlap.find_overlap([_asked(against)], [_asked(items)]).found.tolist()
@@ -98,18 +94,13 @@ def synthesize(
   """Asks the teacher, and keeps what passes.
 
   Args:
-    items: prompts with their checks.
-    sample: the teacher.
-    teacher: its name, for the rows.
     attempts: most replies to a prompt.
     keep: 'first' asks until a reply passes; 'shortest' asks always and keeps
       the shortest that passes (in tokens, the earliest of equals); 'all'
       keeps all different ones; 'pairs' asks until one passes and another
       fails a check, and makes them the chosen and rejected of one row.
-    seed: of the sampling; see `seed_of`.
     against: evaluation items; prompts that overlap with them are not asked.
     usable: raises RowError where a conversation cannot be trained on.
-    log: given a line after each round.
 
   Raises ValueError: a `keep` that is not known, or no attempt.
   """
@@ -238,10 +229,7 @@ def lines(made: Synthesis) -> list[tuple[str, ...]]:
 
 
 def check_sums(made: Synthesis) -> None:
-  """Asserts that all prompts and replies are accounted for.
-
-  Raises ValueError: a group whose sums do not add up: a fault of ours.
-  """
+  """Raises a ValueError unless all prompts and replies are accounted for."""
   for name, g in made.groups.items():
     sums = (g.attempts, g.kept + sum(g.refused.values()))
     unsolved = g.prompts - g.overlapping - g.solved

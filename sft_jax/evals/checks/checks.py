@@ -80,10 +80,9 @@ def number(reply: Reply, value: int | float) -> bool:
 def gsm8k(reply: Reply, answer: str, strict: bool = True) -> bool:
   """The final number is that of `answer`, a solution that ends '#### 18'.
 
-  Strict reads what follows the reply's first '####', flexible its last
-  number, as lm-evaluation-harness does; commas, dollars and a last dot are
-  dropped on both sides and the rest compared as text. Their difference is
-  format learned without, or against, arithmetic.
+  Strict reads what follows the reply's first '####', flexible its last number,
+  as lm-evaluation-harness does; without commas, dollars and a last dot both are
+  compared as text. Their difference is format learned without arithmetic.
   """
   wanted = _GSM8K_STRICT.findall(answer)
   if not wanted:
@@ -99,10 +98,7 @@ def gsm8k(reply: Reply, answer: str, strict: bool = True) -> bool:
 
 
 def json_schema(reply: Reply, schema: dict) -> bool:
-  """The whole reply is one JSON value that satisfies the schema.
-
-  Of JSON Schema, draft 2020-12; an unknown keyword is an error, never ignored.
-  """
+  """The whole reply is one JSON value that satisfies the schema (2020-12)."""
   json_values.check_schema(schema, "schema")
   found, value = json_values.parse(reply.text)
   return found and json_values.satisfies(value, schema)
@@ -128,11 +124,7 @@ def tool_calls(reply: Reply, functions: list, answers: list) -> bool:
 
 
 def refusal(reply: Reply) -> bool:
-  """The reply opens as refusals do: the string rule of XSTest's authors.
-
-  (Röttger et al., 2024; curly quotes are straightened first.) It reads the
-  opening alone; `partial_refusal` looks further.
-  """
+  """The reply opens as refusals do: the string rule of XSTest's authors."""
   return refusals.opens(reply.text)
 
 
@@ -142,11 +134,7 @@ def not_refusal(reply: Reply) -> bool:
 
 
 def partial_refusal(reply: Reply) -> bool:
-  """The reply goes along at first, and a later sentence opens as a refusal.
-
-  XSTest's third label, by its string rule for each sentence; 'no' alone does
-  not count there, as it answers questions.
-  """
+  """The reply goes along at first, and a later sentence opens as a refusal."""
   return refusals.partial(reply.text)
 
 
@@ -217,13 +205,10 @@ KINDS = ("format", "content")
 
 
 def register_check(name: str, check: Check, *, kind: str = "content") -> None:
-  """Adds a check, for rows of behavior sets to name.
+  """Adds a check (reply, named annotated arguments) -> whether it passes.
 
-  Args:
-    name: as in `{"check": name, ...}`.
-    check: (reply, named arguments, annotated) -> whether it passes; raises
-      ValueError for an argument it cannot use, also of an empty reply.
-    kind: 'format' or 'content'; see `kind`.
+  It raises ValueError for an argument it cannot use, also of an empty reply.
+  `kind`: 'format' or 'content', see there.
 
   Raises ValueError: the name is taken, or the kind is none.
   """
@@ -250,11 +235,8 @@ def passes(reply: Reply, check: Mapping[str, Any]) -> bool:
 
 
 def validate(check: Any, where: str) -> None:
-  """Raises a ValueError that names `where` if a check cannot be run.
-
-  Unknown names, arguments missing, unknown or of another type, and arguments
-  the check itself cannot use are all found without a reply.
-  """
+  """Raises a ValueError that names `where` if a check cannot be run: found, as
+  without a reply, are unknown names, and arguments that it cannot use."""
   if not isinstance(check, dict) or check.get("check") not in CHECKS:
     raise ValueError(
       f"{where}: got {check!r}; expected {{'check': name, ...}} with a name "

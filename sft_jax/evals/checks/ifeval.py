@@ -1,13 +1,10 @@
 """IFEval: the 25 verifiable instructions of Zhou et al. (2023), as checks.
 
-Each function says whether a text follows one instruction. Names and arguments
-are those of the published prompts, so that their rows can be used as they
-are; verdicts are those of the published checker (arXiv 2311.07911), but for
-what docs/evaluation.md lists. An empty text follows nothing.
-
-The published checker counts sentences with a trained model (NLTK's Punkt) and
+Each function says whether a text follows one instruction, by the names and
+arguments of the published prompts; verdicts are those of the published checker
+(arXiv 2311.07911), but for what docs/evaluation.md lists. An empty text follows
+nothing. That checker counts sentences with a trained model (NLTK's Punkt) and
 so changes with its files; the rules here are our own, frozen by tests.
-docs/evaluation.md says how often the two differ.
 """
 
 import importlib
@@ -65,15 +62,11 @@ def letter_frequency(
 
 
 def response_language(text: str, language: str) -> bool:
-  """The text is in the language, an ISO 639-1 code such as 'de'.
-
-  Needs the langdetect package. Text without a letter follows.
-  """
+  """The text is in the language, an ISO 639-1 code, by langdetect."""
   return language_is(text, language)
 
 
 def number_sentences(text: str, num_sentences: int, relation: Relation) -> bool:
-  """So many sentences."""
   count = len(sentences(text))
   return _compare(count, relation, num_sentences)
 
@@ -201,7 +194,6 @@ def english_lowercase(text: str) -> bool:
 
 
 def no_comma(text: str) -> bool:
-  """No comma."""
   return "," not in text
 
 
@@ -211,32 +203,25 @@ def quotation(text: str) -> bool:
   return len(text) > 1 and text[0] == text[-1] == '"'
 
 
+_BY_GROUP: dict[str, tuple[Callable[..., bool], ...]] = {
+  "keywords": (keywords_existence, keywords_frequency, forbidden_words,
+               letter_frequency),
+  "language": (response_language,),
+  "length_constraints": (number_sentences, number_paragraphs, number_words,
+                         nth_paragraph_first_word),
+  "detectable_content": (number_placeholders, postscript),
+  "detectable_format": (number_bullet_lists, constrained_response,
+                        number_highlighted_sections, multiple_sections,
+                        json_format, title),
+  "combination": (two_responses, repeat_prompt),
+  "startend": (end_checker, quotation),
+  "change_case": (capital_word_frequency, english_capital, english_lowercase),
+  "punctuation": (no_comma,),
+}  # fmt: skip
 INSTRUCTIONS: dict[str, Callable[..., bool]] = {
-  "keywords:existence": keywords_existence,
-  "keywords:frequency": keywords_frequency,
-  "keywords:forbidden_words": forbidden_words,
-  "keywords:letter_frequency": letter_frequency,
-  "language:response_language": response_language,
-  "length_constraints:number_sentences": number_sentences,
-  "length_constraints:number_paragraphs": number_paragraphs,
-  "length_constraints:number_words": number_words,
-  "length_constraints:nth_paragraph_first_word": nth_paragraph_first_word,
-  "detectable_content:number_placeholders": number_placeholders,
-  "detectable_content:postscript": postscript,
-  "detectable_format:number_bullet_lists": number_bullet_lists,
-  "detectable_format:constrained_response": constrained_response,
-  "detectable_format:number_highlighted_sections": number_highlighted_sections,
-  "detectable_format:multiple_sections": multiple_sections,
-  "detectable_format:json_format": json_format,
-  "detectable_format:title": title,
-  "combination:two_responses": two_responses,
-  "combination:repeat_prompt": repeat_prompt,
-  "startend:end_checker": end_checker,
-  "startend:quotation": quotation,
-  "change_case:capital_word_frequency": capital_word_frequency,
-  "change_case:english_capital": english_capital,
-  "change_case:english_lowercase": english_lowercase,
-  "punctuation:no_comma": no_comma,
+  f"{group}:{check.__name__.removeprefix('keywords_')}": check
+  for group, checks in _BY_GROUP.items()
+  for check in checks
 }
 
 

@@ -1,14 +1,13 @@
 """Tool calls judged as BFCL judges them: by their parts, not as text.
 
 The rules are those of the Berkeley Function-Calling Leaderboard's checker (its
-"AST" evaluation), with the calls given as JSON. Accepted answers list, for
-each parameter, every value that is right; '' among them means that it may be
-left out:
+"AST" evaluation), with the calls given as JSON. Accepted answers list every
+right value of each parameter; '' among them means that it may be left out:
 
     {"get_weather": {"city": ["Oslo", "Oslo, Norway"], "unit": ["C", ""]}}
 
-One rule is stricter on purpose: calls and answers are paired by a true
-matching, so that no order of the answers can fail a reply that fits them.
+One rule is stricter: calls and answers are paired by a true matching, so that
+no order of the answers can fail a reply that fits them.
 """
 
 import re
@@ -38,10 +37,8 @@ def match(
   functions: Sequence[Function],
   answers: Sequence[Answer],
 ) -> bool:
-  """Whether the calls are the accepted ones, in any order, each once.
-
-  No answers: right is to call nothing (BFCL's irrelevance).
-  """
+  """Whether the calls are the accepted ones, in any order, each once; of no
+  answers, whether there are none (BFCL's irrelevance)."""
   if len(calls) != len(answers):
     return False
   fit = lambda answer: [_fits(call, functions, answer) for call in calls]
@@ -149,10 +146,8 @@ def _dict(value: Mapping, accepted: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-  """Strings without spaces, case and , . / - _ * ^; quotes all double.
-
-  'April 1, 2024' and 'april 1 2024' are the same answer.
-  """
+  """Strings without spaces, case and , . / - _ * ^, and quotes all double:
+  'April 1, 2024' and 'april 1 2024' are the same answer."""
   if isinstance(value, str):
     return re.sub(r"[ ,./\-_*^]", "", value).lower().replace("'", '"')
   if isinstance(value, list):
