@@ -263,6 +263,12 @@ def first_alone() -> Iterator[None]:
     _client().key_value_set(name, "")
 
 
+def own_rows(total: int) -> range:
+  """This process's part of what processes read together."""
+  i, n = jax.process_index(), jax.process_count()
+  return range(i * total // n, (i + 1) * total // n)
+
+
 def barrier(name: str) -> None:
   """Waits until every process of the run is here."""
   if jax.process_count() > 1:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from sft_jax.common.buckets import storage
+from sft_jax.common.buckets import ranges, storage
 
 # What a model folder needs here; everything else in a repository stays there.
 TOKENIZER_FILES = (
@@ -67,7 +67,8 @@ def is_id(text: str) -> bool:
 def find_model(path: str | Path) -> Snapshot:
   """A model folder: the local one of this path, else the hub's of this id.
 
-  Of gs:// and s3:// it is a verified copy, see `storage.fetch`.
+  Of gs:// and s3:// it is a copy whose weights come when they are read, see
+  `ranges`.
 
   Raises ValueError: neither; see `fetch`.
   """
@@ -76,7 +77,7 @@ def find_model(path: str | Path) -> Snapshot:
     try:
       # All that an export has digests of.
       without = ("consolidated*", "*/*", *_NEVER)
-      return Snapshot(storage.fetch(name, without=without))
+      return Snapshot(ranges.fetch(name, without))
     except FileNotFoundError as error:
       raise ValueError(
         f"{name}: got no file of a model there, expected a folder with "

@@ -18,6 +18,7 @@ knows no preconditions: the proxy checks ifGenerationMatch=0.
 import base64
 import hashlib
 import http.client
+import importlib.util
 import json
 import os
 import re
@@ -29,10 +30,22 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, quote, urlsplit
 
+import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.utils import glob_translate
 
 BUCKET = "bucket-of-tests"
+_CLIENTS = ("gcsfs", "s3fs", "gcp_storage_emulator", "moto")
+missing = [name for name in _CLIENTS if not importlib.util.find_spec(name)]
+remote = pytest.mark.skipif(
+  bool(missing), reason=f"needs {missing}: the [remote-test] extra"
+)
+# Emulators take a second to start, and clients of theirs to wait for one.
+marks = (remote, pytest.mark.slow)
+gs, s3 = (pytest.param(scheme, marks=marks) for scheme in ("gs", "s3"))
+both = pytest.mark.parametrize("scheme", [gs, s3])
+# What needs no faults of a server is tested everywhere, without one.
+every = pytest.mark.parametrize("scheme", ["memory", gs, s3])
 
 
 class Memory(MemoryFileSystem):

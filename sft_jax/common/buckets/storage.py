@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ _CREDENTIALS = (
   *("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError"),
   *("DefaultCredentialsError", "RefreshError"),
 )
-_TRIES = 3  # Of a copy that is not what the store says.
+TRIES = 3  # Of a copy that is not what the store says.
 
 
 def is_remote(path: Any) -> bool:
@@ -212,12 +212,12 @@ def upload(file: Path, url: str) -> None:
   """
   fs, path = client(url)
   with explained(url, "write"):
-    for _ in range(_TRIES):
+    for _ in range(TRIES):
       fs.put_file(str(file), path)
-      if _is_copy(file, fs.info(path)):
+      if is_copy(file, fs.info(path)):
         return
   raise OSError(
-    f"{url}: holds something else than {file} after {_TRIES} tries, expected "
+    f"{url}: holds something else than {file} after {TRIES} tries, expected "
     "a copy. Does another process write there?"
   )
 
@@ -229,14 +229,14 @@ def download(url: str, file: Path, info: dict[str, Any]) -> None:
   """
   fs, path = client(url)
   file.parent.mkdir(parents=True, exist_ok=True)
-  for _ in range(_TRIES):
+  for _ in range(TRIES):
     with explained(url, "read"):
       fs.get_file(path, str(file))
-    if _is_copy(file, info):
+    if is_copy(file, info):
       return
   raise OSError(
     f"{url}: came with {file.stat().st_size} bytes, or others than the store's "
-    f"digest says, expected {info['size']}, after {_TRIES} tries. Is it being "
+    f"digest says, expected {info['size']}, after {TRIES} tries. Is it being "
     "written?"
   )
 
@@ -269,7 +269,12 @@ def upload_folder(folder: Path, url: str, marker: str) -> None:
 
 
 def fetch(
-  url: str, patterns: Sequence[str] = ("*",), without: Sequence[str] = ()
+  url: str,
+  patterns: Sequence[str] = ("*",),
+  without: Sequence[str] = (),
+  *,
+  make: Callable[[str, Path, dict[str, Any]], None] = download,
+  key: str = "",
 ) -> Path:
   """The local copy of an object, of a folder's, or of those of a glob.
 
@@ -279,6 +284,8 @@ def fetch(
     url: 'gs://bucket/a.jsonl', 'gs://bucket/folder', 'gs://bucket/*/a.json'.
     patterns: of names below the folder as `fnmatch` reads them.
     without: of those that are left.
+    make: make(url, file, what the store says) fills a file.
+    key: what else than the objects its copies depend on.
 
   Returns the file, or the folder that holds what was found below the folder, or
   below the part of a glob before its first magic character.
@@ -308,8 +315,9 @@ def fetch(
     raise FileNotFoundError(f"{url}: no such object")
   if odd := [n for n in names if ".." in n.split("/") or n.startswith("/")]:
     raise OSError(f"{url}: holds {odd[0]!r}, expected names of files. Rename.")
-  stamps = [[name, info["size"], _stamp(info)] for name, info in names.items()]
-  key = hashlib.sha256(json.dumps([start, stamps]).encode()).hexdigest()[:24]
+  stamps = [[name, info["size"], stamp(info)] for name, info in names.items()]
+  text = json.dumps([start, stamps, key])
+  key = hashlib.sha256(text.encode()).hexdigest()[:24]
   home = cache_folder() / "remote" / key
   copy = home / (start.rpartition("/")[2] or "bucket")
   home.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -321,31 +329,37 @@ def fetch(
       for name, size, _ in stamps
     ):
       shutil.rmtree(home, ignore_errors=True)
-      _fetch_all(url, start, names, copy)
+      _fetch_all(url, start, names, copy, make)
   return copy / next(iter(names)) if path in found else copy
 
 
 def _fetch_all(
-  url: str, start: str, names: dict[str, dict[str, Any]], copy: Path
+  url: str,
+  start: str,
+  names: dict[str, dict[str, Any]],
+  copy: Path,
+  make: Callable[[str, Path, dict[str, Any]], None],
 ) -> None:
   """Copies objects into a folder, whole or not at all."""
   scheme = url.partition("://")[0]
   part = Path(tempfile.mkdtemp(dir=copy.parents[1]))
   try:
     for name, info in names.items():
-      download(f"{scheme}://{start}/{name}", part / copy.name / name, info)
+      make(f"{scheme}://{start}/{name}", part / copy.name / name, info)
     os.rename(part, copy.parent)
   finally:
     shutil.rmtree(part, ignore_errors=True)
 
 
-def _stamp(info: dict[str, Any]) -> str:
+def stamp(info: dict[str, Any]) -> str:
   """What changes when an object does."""
-  names = ("md5Hash", "crc32c", "generation", "etag", "ETag", "LastModified")
-  return " ".join(str(info.get(name, "")) for name in names)
+  names = ("md5Hash", "crc32c", "generation", "etag", "ETag")
+  # Some stores list it in milliseconds, and tell it in seconds.
+  changed = str(info.get("LastModified", ""))[:19]
+  return " ".join([*(str(info.get(name, "")) for name in names), changed])
 
 
-def _is_copy(file: Path, info: dict[str, Any]) -> bool:
+def is_copy(file: Path, info: dict[str, Any]) -> bool:
   """Whether a file has the size, and where there is one the MD5, of an object.
 
   Objects that were put together of parts have none.

@@ -8,6 +8,10 @@ last ones go to their devices. Beside what the threads have just read, the host
 holds two groups of layers of `_GROUP_BYTES` each; the device never holds a
 parameter twice. Where the host is the device, what was read becomes the
 parameter and nothing is copied.
+
+Of several processes each reads what its own devices hold, and no more than
+that. Where this is columns of a file, which are far apart there, processes read
+as many rows instead, and the devices exchange them.
 """
 
 import math
@@ -16,7 +20,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, pairwise, product
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sft_jax.common.buckets import ranges
 from sft_jax.models.hf.dequantize import Decoded
 from sft_jax.models.hf.safetensors_files import Tensor
 
@@ -50,32 +55,45 @@ class Source(NamedTuple):
 
   def read_into(self, out: np.ndarray, local: Slices) -> None:
     """Fills `out` with the part `local` of the layer, in the dtype of `out`."""
-    if not self.tensor.shape:
-      out[...] = self.tensor.read()
+    tensor, shape, cut = self.tensor, self.tensor.shape, self.cut
+    if not shape:
+      out[...] = tensor.read()
       return
-    local = local[::-1] if self.transpose else local
-    lead, *cuts = self.cut
+    if isinstance(tensor, Decoded) and tensor.turned:
+      shape, cut = shape[::-1], cut[::-1]
+    local = local[::-1] if self.by_columns else local
+    lead, *cuts = cut
     if isinstance(lead, int):
       lead, local = slice(lead, lead + 1), (slice(0, 1), *local)
-    axes = zip(self.tensor.shape, (lead, *cuts), local, strict=True)
+    axes = zip(shape, (lead, *cuts), local, strict=True)
     rows, *columns = (range(n)[cut][one] for n, cut, one in axes)
     # Rows are contiguous in the file; what is not wanted of them is dropped.
     # Some at a time: memory holds no second copy of a large tensor.
-    row_bytes = self.tensor.num_bytes // max(self.tensor.shape[0], 1)
+    row_bytes = tensor.num_bytes // max(shape[0], 1)
     step = max(1, _CHUNK_BYTES // max(row_bytes * rows.step, 1))
-    if isinstance(self.tensor, Decoded):
-      step = max(len(rows), 1)  # It is decoded as a whole.
-    for first in range(0, max(len(rows), 1), step):
+    if isinstance(tensor, Decoded):
+      step = max(len(rows), 1)  # Once: what it needs beside codes is small.
+      read = tensor.read_turned if tensor.turned else tensor.read
+    else:
+      tensor.fetch(rows, *columns)
+      read = partial(tensor.read, fetched=True)
+    for first in range(0, len(rows), step):
       some = rows[first : first + step]
-      x = self.tensor.read(some.start, some.stop)
-      _check_finite(x, self.tensor)
+      x = read(some.start, some.stop)
+      _check_finite(x, tensor)
       rest = (slice(one.start, one.stop, one.step) for one in columns)
       x = x[(slice(None, None, some.step), *rest)]
       at = slice(first, first + len(some))
-      part = out[..., at] if self.transpose else out[at]
+      part = out[..., at] if self.by_columns else out[at]
       if x.ndim > out.ndim:
         part, x = out, x[0]
-      copy_into(part, x, transpose=self.transpose)
+      copy_into(part, x, transpose=self.by_columns)
+
+  @property
+  def by_columns(self) -> bool:
+    """Whether what is read row by row is columns of the parameter."""
+    turned = isinstance(self.tensor, Decoded) and self.tensor.turned
+    return self.transpose != turned
 
 
 def _check_finite(x: np.ndarray, tensor: Tensor | Decoded) -> None:
@@ -120,9 +138,17 @@ class _Group(NamedTuple):
 
   leaf: Leaf
   start: int
-  host: np.ndarray  # The part `local` of the leaf, but for its first axis.
-  local: Slices
+  stop: int
+  plan: "_Plan"
+  host: list[tuple[Slices, np.ndarray]]  # Boxes; of a stack, of these layers.
   reads: list[Future]
+
+
+class _Plan(NamedTuple):
+  """How a leaf is read: of this shape, which may be longer, and sharded so."""
+
+  sharding: Any
+  shape: tuple[int, ...]
 
 
 def load_leaves(leaves: Iterable[Leaf]) -> Iterator[tuple[str, jax.Array]]:
@@ -139,8 +165,7 @@ def load_leaves(leaves: Iterable[Leaf]) -> Iterator[tuple[str, jax.Array]]:
         for read in group.reads:
           read.result()
         array = _put(group, array)
-        done = group.start + len(group.host) == group.leaf.shape[0]
-        if done or not group.leaf.stacked:
+        if group.stop == group.leaf.shape[0]:
           yield group.leaf.path, array
           array = None
     except BaseException:
@@ -153,26 +178,64 @@ def _groups(
 ) -> Iterator[_Group]:
   """Starts the reading of each group of layers, as many as fit in one."""
   for leaf in leaves:
-    local, n = _local_slice(leaf.sharding, leaf.shape), leaf.stacked
+    plan, n = _plan(leaf), leaf.stacked
+    boxes = _local_boxes(plan.sharding, plan.shape)
+    step = leaf.shape[0]
     if n:
-      part = tuple(one.stop - one.start for one in local[1:])
-      size = math.prod(part) * np.dtype(leaf.dtype).itemsize
+      layer = sum(math.prod(_sizes(box[1:])) for box in boxes)
+      size = layer * np.dtype(leaf.dtype).itemsize
       step = max(1, _group_bytes(leaf.sharding) // max(size, 1))
-    else:
-      step = leaf.shape[0]
     for start in range(0, leaf.shape[0], step):
-      if n:
-        stop = min(start + step, leaf.shape[0])
-        local = (slice(start, stop), *local[1:])
-      shape = tuple(one.stop - one.start for one in local)
-      host = _aligned(shape, leaf.dtype)
-      reads = []
-      for place in np.ndindex(shape[:n]):
-        at = (i + one.start for i, one in zip(place, local[:n], strict=True))
-        source = leaf.sources[tuple(at)]
-        own = host[(*place, ...)]  # A view, of a scalar too.
-        reads.append(pool.submit(source.read_into, own, local[n:]))
-      yield _Group(leaf, start, host, local, reads)
+      stop = min(start + step, leaf.shape[0])
+      host, reads = [], []
+      for box in boxes:
+        layers = slice(start, stop)
+        here = (layers, *box[1:]) if n else box
+        array = _aligned(_sizes(here), leaf.dtype)
+        host.append(((slice(0, stop - start), *box[1:]) if n else box, array))
+        # A plan may be longer than what there is.
+        ends = zip(here[n:], leaf.shape[n:], strict=True)
+        real = tuple(slice(one.start, min(one.stop, m)) for one, m in ends)
+        for place in np.ndindex(_sizes(here[:n])):
+          at = (i + one.start for i, one in zip(place, here[:n], strict=True))
+          own = array[(*place, *(slice(max(x, 0)) for x in _sizes(real)), ...)]
+          source = leaf.sources[tuple(at)]
+          reads.append(pool.submit(source.read_into, own, real))
+      yield _Group(leaf, start, stop, plan, host, reads)
+
+
+def _sizes(box: Slices) -> tuple[int, ...]:
+  return tuple(one.stop - one.start for one in box)
+
+
+def _plan(leaf: Leaf) -> _Plan:
+  """Rows where a process's devices hold columns of a file."""
+  where, n = leaf.sharding, leaf.stacked
+  plain = _Plan(where, leaf.shape)
+  source = next(iter(leaf.sources.values()))
+  axes = [*range(n, len(leaf.shape))][:: -1 if source.by_columns else 1]
+  if not isinstance(where, NamedSharding) or len(axes) < 2:
+    return plain
+  # Of what is decoded rows come whole.
+  decoded = isinstance(source.tensor, Decoded)
+  to, whole = (axes[0], axes[1:]) if decoded else (axes[-2], axes[-1:])
+  held: dict[int, list[Slices]] = {}
+  for device, box in where.devices_indices_map(leaf.shape).items():
+    held.setdefault(device.process_index, []).append(_ends(box, leaf.shape))
+  parts = ((boxes, i) for boxes in held.values() for i in whole)
+  if all(_cover(boxes, i) == [(0, leaf.shape[i])] for boxes, i in parts):
+    return plain
+  spec: list[Any] = [*where.spec] + [None] * (len(leaf.shape) - len(where.spec))
+  names = [spec[i] for i in (to, *whole) if spec[i] is not None]
+  names = [x for one in names for x in ([one] if isinstance(one, str) else one)]
+  for i in whole:
+    spec[i] = None
+  spec[to] = tuple(names)
+  count = math.prod(where.mesh.shape[name] for name in names)
+  shape = [*leaf.shape]
+  shape[to] = -(-shape[to] // count) * count
+  spread = NamedSharding(where.mesh, PartitionSpec(*spec))
+  return _Plan(spread, tuple(shape))
 
 
 def _group_bytes(sharding: Any) -> int:
@@ -190,32 +253,47 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
   return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _local_slice(sharding: Any, shape: tuple[int, ...]) -> Slices:
-  """The smallest slice that holds all that this process's devices hold."""
-  if sharding is None:
-    return tuple(slice(0, n) for n in shape)
-  ends = [
-    [one.indices(n)[:2] for one, n in zip(local, shape, strict=True)]
-    for local in sharding.addressable_devices_indices_map(shape).values()
-  ]
-  return tuple(
-    slice(min(a for a, _ in axis), max(b for _, b in axis))
-    for axis in zip(*ends, strict=True)
-  )
+def _ends(box: Slices, shape: tuple[int, ...]) -> Slices:
+  """The same slices, with their ends."""
+  pairs = zip(box, shape, strict=True)
+  return tuple(slice(*one.indices(n)[:2]) for one, n in pairs)
+
+
+def _cover(boxes: list[Slices], axis: int) -> list[tuple[int, int]]:
+  """What boxes hold of an axis."""
+  return ranges.merged((box[axis].start, box[axis].stop) for box in boxes)
+
+
+def _local_boxes(sharding: Any, shape: tuple[int, ...]) -> list[Slices]:
+  """What this process's devices hold: neighbors as one, others apart."""
+  if sharding is None or not all(shape):
+    return [tuple(slice(0, n) for n in shape)]
+  found = sharding.addressable_devices_indices_map(shape).values()
+  boxes = [_ends(box, shape) for box in found]
+  axes = ([slice(*x) for x in _cover(boxes, i)] for i in range(len(shape)))
+  return [*product(*axes)]
 
 
 def _put(group: _Group, array: jax.Array | None) -> jax.Array:
   """Puts a group's layers into the leaf that is being assembled."""
-  leaf, local, sharding = group.leaf, group.local, group.leaf.sharding
-  if not leaf.stacked or len(group.host) == leaf.shape[0]:
-    return _to_devices(group.host, leaf.shape, local, sharding)
-  if isinstance(sharding, NamedSharding):
+  leaf, sharding, (read, shape) = group.leaf, group.leaf.sharding, group.plan
+  part = leaf.stacked and group.stop - group.start < leaf.shape[0]
+  if part:
+    shape = (group.stop - group.start, *shape[1:])
     # A group of layers need not divide as all of them do.
-    spec = PartitionSpec(None, *sharding.spec[1:])
-    sharding = NamedSharding(sharding.mesh, spec)
-  shape = (len(group.host), *leaf.shape[1:])
-  local = (slice(0, len(group.host)), *local[1:])
-  layers = _to_devices(group.host, shape, local, sharding)
+    read, sharding = (
+      NamedSharding(x.mesh, PartitionSpec(None, *x.spec[1:]))
+      if isinstance(x, NamedSharding)
+      else x
+      for x in (read, sharding)
+    )
+  layers = _to_devices(group.host, shape, read)
+  if read is not sharding and read != sharding:
+    cut = tuple(slice(0, n) for n in leaf.shape[1:])
+    cut = (slice(None), *cut) if part else (slice(0, leaf.shape[0]), *cut)
+    layers = jax.jit(lambda x: x[cut], out_shardings=sharding)(layers)
+  if not part:
+    return layers
   if array is None:
     array = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
   return _write_layers(array, layers, group.start)
@@ -228,17 +306,27 @@ def _write_layers(array: jax.Array, layers: jax.Array, start: int) -> jax.Array:
 
 
 def _to_devices(
-  host: np.ndarray, shape: tuple[int, ...], local: Slices, sharding: Any
+  host: list[tuple[Slices, np.ndarray]], shape: tuple[int, ...], sharding: Any
 ) -> jax.Array:
-  """An array of this global shape, of which the host holds the part `local`."""
+  """An array of this global shape, of which the host holds these boxes."""
   if sharding is None:
-    return jax.device_put(host)
+    return jax.device_put(host[0][1])
 
   def part(index: Slices | None) -> np.ndarray:
     assert index is not None  # Only where a shape is not known.
-    bounds = zip(index, shape, local, strict=True)
-    ends = ((one.indices(n), own.start) for one, n, own in bounds)
-    return host[tuple(slice(a - at, b - at) for (a, b, _), at in ends)]
+    wanted = _ends(index, shape)
+    box, array = next(
+      one
+      for one in host
+      if all(
+        own.start <= x.start and x.stop <= own.stop
+        for own, x in zip(one[0], wanted, strict=True)
+      )
+    )
+    pairs = zip(wanted, box, strict=True)
+    return array[
+      tuple(slice(x.start - own.start, x.stop - own.start) for x, own in pairs)
+    ]
 
   return jax.make_array_from_callback(shape, sharding, part)
 

@@ -21,7 +21,8 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sft_jax.common import hub, sharding, trees
+from sft_jax.common import distributed, hub, sharding, trees
+from sft_jax.common.buckets import ranges
 from sft_jax.common.trees import Tree
 from sft_jax.common.workdir import replace_folder
 from sft_jax.models import transformer
@@ -143,6 +144,7 @@ def load_pretrained(
     else:
       places = {name: placed.get(name) for name in become}
       params |= jax.jit(partial(prepare, path), out_shardings=places)(x)
+  ranges.check(folder)
   return model, trees.unflatten(dict(sorted(params.items())))
 
 
@@ -250,8 +252,9 @@ def write_into(folder: Path, source: Path, model: Model, params: Tree) -> None:
         "bfloat16 or float16. Export a folder of its own instead."
       )
   if jax.process_index() == 0:
-    for file in source.iterdir():
+    for file in [*source.iterdir()]:
       if file.is_file() and file.name != files.CHECKSUMS:
+        ranges.need_all(file)
         shutil.copyfile(file, folder / file.name)
   for new in tensors:
     array: Any = new.make()
@@ -404,13 +407,15 @@ def _check_tensors(
 
 
 def _equal(one: Tensor | Decoded, other: Tensor | Decoded) -> bool:
-  """Whether two tensors hold the same numbers."""
+  """Whether two tensors hold the same numbers; processes share the rows."""
   if one.shape != other.shape:
     return False
-  rows = max(1, _CHUNK // (one.num_bytes // one.shape[0] or 1))
+  step = max(1, _CHUNK // (one.num_bytes // one.shape[0] or 1))
+  rows = distributed.own_rows(one.shape[0])
   return all(
-    np.array_equal(one.read(i, i + rows), other.read(i, i + rows))
-    for i in range(0, one.shape[0], rows)
+    np.array_equal(one.read(i, stop), other.read(i, stop))
+    for i in range(rows.start, rows.stop, step)
+    for stop in [min(i + step, rows.stop)]
   )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import safe_open
 
 from sft_jax.common import hub, trees
+from sft_jax.common.buckets import ranges
 from sft_jax.common.trees import Tree
 from sft_jax.models import transformer
 from sft_jax.models.config import ModelConfig
@@ -62,6 +63,7 @@ def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
         f"{folder}: no {name}; expected a PEFT adapter saved as safetensors. "
         "Check lora.path."
       )
+  ranges.need_all(folder / WEIGHTS)
   theirs = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
   _check_config(folder, theirs)
   with safe_open(folder / WEIGHTS, framework="numpy") as file:

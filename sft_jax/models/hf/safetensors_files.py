@@ -19,10 +19,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from sft_jax.common.buckets import ranges
 from sft_jax.common.workdir import digest
 
 _DTYPES = {
@@ -49,6 +51,7 @@ _INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Digests of an export's files, as `sha256sum -c` reads them.
 CHECKSUMS = "SHA256SUMS"
+_LONGEST_HEADER = 100_000_000  # That the library takes.
 
 
 class Tensor(NamedTuple):
@@ -64,8 +67,32 @@ class Tensor(NamedTuple):
   def num_bytes(self) -> int:
     return math.prod(self.shape) * self.dtype.itemsize
 
-  def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+  def fetch(self, *axes: range) -> None:
+    """Has a part of it on this machine's disk, a range for each axis."""
+
+    def spans() -> list[tuple[int, int]]:
+      # Of the last axis that is cut on, bytes are contiguous.
+      ends = [(min(x), max(x) + 1) if x else (0, 0) for x in axes]
+      cut = [i for i, n in enumerate(self.shape) if ends[i] != (0, n)]
+      last = cut[-1] if cut else 0
+      size = self.dtype.itemsize
+      strides = [math.prod(self.shape[i + 1 :]) * size for i in range(last + 1)]
+      starts = np.zeros(1, np.int64)
+      for (first, end), stride in zip(ends[:last], strides, strict=False):
+        steps = np.arange(first, end) * stride
+        starts = (starts[:, None] + steps).reshape(-1)
+      first, end = ((at * strides[last]) for at in ends[last])
+      starts = (starts + self.offset).tolist()
+      return [(i + first, i + end) for i in starts]
+
+    ranges.need(self.path, spans)
+
+  def read(
+    self, start: int = 0, stop: int | None = None, *, fetched: bool = False
+  ) -> np.ndarray:
     """The tensor, or its rows `start` to `stop` along the first axis.
+
+    `fetched`: what is wanted is there, all else may be zeros.
 
     Raises ValueError: the file has become shorter.
     """
@@ -75,6 +102,8 @@ class Tensor(NamedTuple):
       shape = (max(last - first, 0), *shape[1:])
       offset += first * math.prod(shape[1:]) * self.dtype.itemsize
     size = math.prod(shape) * self.dtype.itemsize
+    if not fetched:
+      ranges.need(self.path, [(offset, offset + size)])
     data = np.fromfile(self.path, np.uint8, count=size, offset=offset)
     if data.size != size:
       got = f"{data.size} bytes of {self.name!r}"
@@ -88,9 +117,13 @@ def read_header(path: Path) -> dict[str, Tensor]:
   Raises:
     ValueError: the library refuses the file, or a dtype that is unknown here.
   """
+  ranges.need(path, [(0, 8)])
+  with path.open("rb") as file:
+    length = int.from_bytes(file.read(8), "little")
+  ranges.need(path, [(8, 8 + min(length, _LONGEST_HEADER))])
   try:
     with safe_open(path, framework="numpy"), path.open("rb") as file:
-      length = int.from_bytes(file.read(8), "little")
+      file.seek(8)
       # Of two tensors of one name the library takes the last.
       header = json.loads(file.read(length), object_pairs_hook=_without_twins)
   except (SafetensorError, OSError, ValueError) as error:
@@ -321,6 +354,9 @@ def write_checksums(folder: Path) -> None:
 def check_checksums(folder: Path) -> None:
   """Compares a folder's files with their digests, if it has any.
 
+  Of several processes none has all of the weights in a bucket: those have the
+  store's digest.
+
   Raises ValueError: a file is missing, or is not what was written.
   """
   path = folder / CHECKSUMS
@@ -333,7 +369,12 @@ def check_checksums(folder: Path) -> None:
     # A damaged name must not lead out of the folder.
     if not name or file.parent != folder or not file.is_file():
       wrong.append(f"{name} (missing)")
-    elif digest(file) != expected:
+      continue
+    if ranges.is_partial(file):
+      if jax.process_count() > 1:
+        continue
+      ranges.need_all(file)
+    if digest(file) != expected:
       wrong.append(name)
   if wrong:
     raise ValueError(

@@ -5,7 +5,10 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Float32
+
+from sft_jax.common import distributed
 
 # A row near to so many others is one that no text has moved: rows that no
 # text uses are all pushed the same way. Of Gemma 3 270M's 262,144 rows 6,400
@@ -24,18 +27,24 @@ def untrained(
   A row is, if it is near to many others (see above), or if its norm is a
   quarter of the median norm or less, or four times as large or more.
 
-  `read`: read(i, j) gives rows i to j of the table.
+  `read`: read(i, j) gives rows i to j of the table. Processes share the table,
+  and each of them calls this.
   """
   own = np.concatenate([np.asarray(read(i, i + 1), np.float32) for i in ids])
   own_norm = np.linalg.norm(own, axis=1)
   own /= np.maximum(own_norm, 1e-12)[:, None]
-  near, norms = np.zeros(len(ids), int), []
-  for start in range(0, num_rows, _CHUNK):
-    rows = np.asarray(read(start, min(start + _CHUNK, num_rows)), np.float32)
+  part, near = distributed.own_rows(num_rows), np.zeros(len(ids), int)
+  norms = np.full(-(-num_rows // jax.process_count()), np.nan, np.float32)
+  for start in range(part.start, part.stop, _CHUNK):
+    stop = min(start + _CHUNK, part.stop)
+    rows = np.asarray(read(start, stop), np.float32)
     norm = np.linalg.norm(rows, axis=1)
     near += (rows @ own.T > _COSINE * norm[:, None]).sum(axis=0)
-    norms.append(norm)
-  median = float(np.median(np.concatenate(norms)))
+    norms[start - part.start : stop - part.start] = norm
+  if jax.process_count() > 1:
+    near, norms = multihost_utils.process_allgather((near, norms))
+    near = near.sum(axis=0)
+  median = float(np.nanmedian(norms))
   found = {}
   for i, size, others in zip(ids, own_norm, near - 1, strict=True):
     if not median / 4 < size < median * 4:

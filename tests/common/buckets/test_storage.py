@@ -1,7 +1,6 @@
 """Buckets by emulators: copies verified, one lease, faults outlived."""
 
 import contextlib
-import importlib.util
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 import buckets as emulators
 import sft_jax
 import tiny
+from buckets import both, every, gs, s3
 from host_runs import ROOT, finish, start
 from sft_jax.common import hub
 from sft_jax.common.buckets import remote_workdir, storage
@@ -24,47 +24,8 @@ from sft_jax.models.hf import load_save
 from sft_jax.reporting import run_files
 from sft_jax.training import config_check
 
-_CLIENTS = ("gcsfs", "s3fs", "gcp_storage_emulator", "moto")
-missing = [name for name in _CLIENTS if not importlib.util.find_spec(name)]
-remote = pytest.mark.skipif(
-  bool(missing), reason=f"needs {missing}: the [remote-test] extra"
-)
-# Emulators take a second to start, and clients of theirs to wait for one.
-marks = (remote, pytest.mark.slow)
-gs, s3 = (pytest.param(scheme, marks=marks) for scheme in ("gs", "s3"))
-both = pytest.mark.parametrize("scheme", [gs, s3])
-# What needs no faults of a server is tested everywhere, without one.
-every = pytest.mark.parametrize("scheme", ["memory", gs, s3])
 # Clients keep their connections until the end of the process.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
-
-
-@pytest.fixture(scope="module")
-def buckets(tmp_path_factory):
-  if missing:
-    pytest.skip(f"needs {missing}")
-  found = emulators.Buckets(tmp_path_factory.mktemp("buckets"))
-  before = dict(os.environ)
-  os.environ.update(found.env)
-  storage._client.cache_clear()
-  yield found
-  found.close()
-  os.environ.clear()
-  os.environ.update(before)
-  storage._client.cache_clear()
-
-
-@pytest.fixture
-def url(request, scheme, monkeypatch):
-  if scheme == "memory":
-    scheme, fake = "gs", emulators.Memory()
-    monkeypatch.setattr(storage, "_client", lambda scheme: fake)
-    folder = request.getfixturevalue("tmp_path") / "home"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-  else:
-    request.getfixturevalue("buckets").fail("200", times=0)
-  name = "".join(c if c.isalnum() else "-" for c in request.node.name)
-  return f"{scheme}://{emulators.BUCKET}/{name}"
 
 
 @pytest.fixture

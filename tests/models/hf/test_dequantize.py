@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from sft_jax.common import trees
 from sft_jax.models import transformer
 from sft_jax.models.config import parse_config
-from sft_jax.models.hf import load_save
+from sft_jax.models.hf import load_save, safetensors_files
 from sft_jax.models.hf.dequantize import dequantized
 from sft_jax.models.hf.safetensors_files import read_header, save_tensors
 
@@ -221,6 +221,40 @@ def test_a_weight_is_what_its_format_says_in_float64(name, tmp_path):
   assert got.shape == want.shape
   np.testing.assert_allclose(got.read(), want, rtol=3e-7, atol=1e-7)
   np.testing.assert_array_equal(got.read(3, 5), got.read()[3:5])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_are_decoded_from_their_own_bytes(name, tmp_path, monkeypatch):
+  """A quarter of a weight takes a quarter of its codes; scales of its units."""
+  make, arguments, config = FORMATS[name]
+  tensors, _ = make(**arguments)
+  save_tensors(tmp_path / "x.safetensors", tensors)
+  (x,) = dequantized(read_header(tmp_path / "x.safetensors"), config).values()
+  read = x.read_turned if x.turned else x.read
+  whole = read()
+  assert x.unit
+  count, plain = {}, safetensors_files.Tensor.read
+
+  def counted(tensor, *rows, **choices):
+    found = plain(tensor, *rows, **choices)
+    count[tensor.name] = count.get(tensor.name, 0) + found.nbytes
+    return found
+
+  monkeypatch.setattr(safetensors_files.Tensor, "read", counted)
+  n = len(whole)
+  for start, stop in (
+    (0, n),
+    (0, n // 4),
+    (n // 4, n // 2),
+    (n - 1, n),
+    (3, 3),
+  ):
+    count.clear()
+    np.testing.assert_array_equal(read(start, stop), whole[start:stop])
+    codes, most = max(tensors.items(), key=lambda item: item[1].nbytes)
+    # Words and rows of codes are not cut.
+    spare = most.nbytes // len(most)
+    assert count.get(codes, 0) <= most.nbytes * (stop - start) / n + spare
 
 
 @pytest.mark.parametrize("name", FORMATS)

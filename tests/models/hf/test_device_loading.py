@@ -146,19 +146,20 @@ def test_a_process_reads_the_rows_of_its_own_devices(tmp_path, monkeypatch):
   made, want = leaves(tmp_path, SHARDINGS["both sides"])
   (leaf,) = (one for one in made if one.path == "up")
   box = (slice(0, 5), slice(0, 8), slice(6, 12))
-  monkeypatch.setattr(device_loading, "_local_slice", lambda *_: box)
+  monkeypatch.setattr(device_loading, "_local_boxes", lambda *_: [box])
   read, plain = [], device_loading.Tensor.read
 
-  def counted(tensor, *rows):
-    read.append(plain(tensor, *rows).nbytes)
-    return plain(tensor, *rows)
+  def counted(tensor, *rows, **choices):
+    read.append(plain(tensor, *rows, **choices).nbytes)
+    return plain(tensor, *rows, **choices)
 
   monkeypatch.setattr(device_loading.Tensor, "read", counted)
   with device_loading.ThreadPoolExecutor(1) as pool:
     (group,) = device_loading._groups(pool, [leaf])
     for one in group.reads:
       one.result()
-  np.testing.assert_array_equal(group.host, want["up"][:, :, 6:])
+  ((_, array),) = group.host
+  np.testing.assert_array_equal(array, want["up"][:, :, 6:])
   assert sum(read) == want["up"].nbytes // 2
 
 
@@ -177,4 +178,4 @@ def test_on_a_cpu_what_was_read_is_the_parameter(tmp_path):
     for one in group.reads:
       one.result()
     array = device_loading._put(group, None)
-  assert array.unsafe_buffer_pointer() == group.host.ctypes.data
+  assert array.unsafe_buffer_pointer() == group.host[0][1].ctypes.data
