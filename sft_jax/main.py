@@ -17,7 +17,7 @@ COMMANDS = {
   "evaluate": "behaviors and perplexity of a model, beside another",
   "chat": "talk with a model, or with two side by side",
   "score": "how hard each row is, written beside the rows",
-  "select": "a share of the rows that is hard and diverse, by their scores",
+  "select": "a share of the rows that is sound and stands for the rest",
   "teach": "what a teacher predicts of the rows, kept for distillation",
   "synthesize": "rows by a teacher, kept where checks pass",
   "merge": "one model of several: averages, task vectors, TIES, DARE, SLERP",

@@ -13,7 +13,7 @@ again. See docs/selection.md.
 
     sft-jax select --config=... --keep=10%
 
-scores the rows, and chooses a share of them that is hard and diverse: with
+scores the rows, and chooses a share that is sound and stands for the rest: with
 data.filter = (("rank", "<", 1.0),) a run trains on these. Each row's line of
 scores says why it was kept or left; see sft_jax/evals/row_selection.py.
 
@@ -127,6 +127,11 @@ def score(
       f'{kept.sum():,} of {len(kept):,} rows: data.filter=(("rank","<",1.0),)'
     )
     covered = _cover(config, store, tokenizer, log, embed, vectors, kept)
+    nats = np.array([one.values[0] for one in found])
+    covered["kinds"] = coverage.kinds(
+      *(store, tokenizer, config.data.seq_len),
+      *(vectors, nats, kept, covered["near"]),
+    )
     path = _coverage_path(sources[0].path, config.data.scores)
     workdir.write_jsonl(path, [covered])
     log(f"{covered['counts']['far']:,} held-out rows are far: {path}")
@@ -190,7 +195,6 @@ def _cover(
   return found | {
     "far": [{"place": out.place(i), "text": text(i)} for i in far[:_FAR_SHOWN]],
     "counts": {"held_out": len(first(out)), "far": len(far)},
-    "kinds": coverage.kinds(store, tokenizer, config.data.seq_len),
   }
 
 

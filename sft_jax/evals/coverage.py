@@ -22,6 +22,7 @@ _USUAL = 0.95  # Share of rows that have a neighbor as near as "near" means.
 _BLOCK = 1024  # Rows whose distances to all others exist at once.
 _DRAWN = 1500  # Points of one kind, drawn at random of more.
 _LOOKED_AT = 20_000  # Examples whose kind is looked at, likewise.
+_HARD = 0.9  # Share of rows with fewer nats than a hard one.
 
 
 def make(
@@ -77,14 +78,25 @@ def nearest(
   return found
 
 
-def kinds(store: Store, tokenizer: Tokenizer, seq_len: int) -> dict[str, int]:
-  """How many examples are of each kind that good data has some of.
+def kinds(
+  store: Store,
+  tokenizer: Tokenizer,
+  seq_len: int,
+  vectors: Float[np.ndarray, "rows P"],
+  nats: Float[np.ndarray, " rows"],
+  kept: Bool[np.ndarray, " rows"],
+  near: float,
+) -> dict[str, list[int]]:
+  """{kind that good data has some of: [rows there are, of these kept]}.
 
-  Refusals are told by how answers open, errors of tools by that word.
+  Refusals are told by how answers open, errors of tools by that word. A
+  look-alike is answered although the nearest row is a refusal, no farther than
+  `near`. Hard are the tenth of the rows with the most nats per trained token.
   """
-  found: dict[str, int] = {}
-  order = np.random.default_rng(0).permutation(len(store.index))
-  for i in order[:_LOOKED_AT].tolist():
+  row = np.cumsum(np.diff(store.index["row"], prepend=-1) != 0) - 1
+  order = np.random.default_rng(0).permutation(len(store.index))[:_LOOKED_AT]
+  found: dict[str, set[int]] = {}
+  for i in order.tolist():
     one = store.example(i)
     of = {name: one.roles == i for i, name in enumerate(TOKEN_ROLES)}
     said = lambda name, one=one, of=of: tokenizer.decode(
@@ -100,5 +112,15 @@ def kinds(store: Store, tokenizer: Tokenizer, seq_len: int) -> dict[str, int]:
       ("long", len(one.tokens) > 0.75 * seq_len),
       ("raw text", of["text"].any()),
     ):
-      found[name] = found.get(name, 0) + bool(is_there)
-  return found
+      found.setdefault(name, set())
+      if is_there:
+        found[name].add(int(row[i]))
+  refused = np.array(sorted(found["refusal"]), np.int64)
+  others = found["refusal"] | found["raw text"]
+  answered = np.setdiff1d(row[order], list(others))
+  gap = nearest(vectors[answered], vectors[refused])
+  usual = nearest(vectors[answered], vectors[answered], own=True)
+  found["look-alike"] = set(answered[(gap <= usual) & (gap <= near)])
+  hardest = nats >= np.quantile(nats, _HARD)
+  found["hard"] = set(row[order][hardest[row[order]]])
+  return {name: [len(x), int(kept[list(x)].sum())] for name, x in found.items()}

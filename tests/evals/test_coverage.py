@@ -1,9 +1,15 @@
 """What rows cover, by brute force."""
 
+from types import SimpleNamespace
+from unittest import mock
+
 import hypothesis.strategies as st
 import numpy as np
 from hypothesis import given, settings
 
+from sft_jax.data.chat.token_roles import TOKEN_ROLES
+from sft_jax.data.store.store import Store
+from sft_jax.data.tokenizers.tokenizer import Tokenizer
 from sft_jax.evals import coverage
 
 
@@ -62,3 +68,48 @@ def test_of_many_rows_some_are_drawn(monkeypatch):
   numbers = [len(points) for points in found["points"].values()]
   assert numbers == [7, 7, 3, 0]
   assert found["far"] == []
+
+
+def test_kinds_are_of_rows_and_look_alikes_are_by_the_nearest():
+  """Row 0 refuses; 1 asks alike, 2 and 3 do not; 4 is near none."""
+  words = ["I cannot do that.", "It is blue.", "error: no such tool"]
+  role = {name: i for i, name in enumerate(TOKEN_ROLES)}
+
+  def example(*parts):
+    roles, tokens = zip(*parts, strict=True)
+    return SimpleNamespace(
+      roles=np.array([role[x] for x in roles]), tokens=np.array(tokens)
+    )
+
+  asks = ("user", 1), ("answer", 1)
+  called = ("user", 1), ("tool_call", 1), ("tool", 2), ("answer", 1)
+  given = [
+    *((0, example(("user", 1), ("answer", 0))), (1, example(*asks))),
+    *((2, example(*called)), (3, example(*asks)), (4, example(*asks))),
+    # One row that was split into two examples, of three turns each.
+    *((5, example(*asks * 3)), (5, example(*asks * 3))),
+  ]
+  store = mock.Mock(
+    spec=Store,
+    index=np.array([(row,) for row, _ in given], [("row", int)]),
+    example=lambda i: given[i][1],
+  )
+  tokenizer = mock.Mock(spec=Tokenizer)
+  tokenizer.decode = lambda ids: " ".join(words[i] for i in ids)
+  angles = np.array([0.0, 0.1, 0.4, 0.45, -1.0, 3.0])
+  vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+  nats = np.array([1.0, 1.0, 1.0, 9.0, 1.0, 1.0])
+  kept = np.array([True, False, True, False, True, True])
+  found = coverage.kinds(store, tokenizer, 7, vectors, nats, kept, near=0.2)
+  assert found == {
+    "system prompt": [0, 0],
+    "several turns": [1, 1],
+    "reasoning": [0, 0],
+    "tool call": [1, 1],
+    "tool error": [1, 1],
+    "refusal": [1, 1],
+    "long": [1, 1],
+    "raw text": [0, 0],
+    "look-alike": [1, 0],
+    "hard": [1, 0],
+  }

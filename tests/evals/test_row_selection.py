@@ -12,60 +12,100 @@ from sft_jax.data.selection import RowScore
 from sft_jax.evals import row_selection
 
 
-def radius(vectors, rows):
-  gap = np.linalg.norm(vectors[:, None] - vectors[list(rows)][None], axis=2)
-  return gap.min(axis=1).max()
+def unit(vectors):
+  return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def test_farthest_first_is_within_twice_the_best_of_all_subsets():
+def gaps_of(vectors):
+  return np.linalg.norm(vectors[:, None] - vectors[None], axis=2).astype("f4")
+
+
+def test_distances_are_of_directions_from_the_middle():
+  vectors = np.random.default_rng(0).normal(size=(9, 4)) + 9
+  found = row_selection.distances(vectors)
+  expected = gaps_of(unit(vectors - vectors.mean(axis=0)))
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_what_is_taken_is_near_the_best_of_all_subsets():
+  """Each turn is the best of all by brute force, and so within 1 - 1/e."""
   for seed in range(5):
-    vectors = np.random.default_rng(seed).normal(size=(11, 3))
-    taken, distance = row_selection.farthest_first(vectors, np.ones(11), 4)
-    best = min(
-      radius(vectors, rows) for rows in itertools.combinations(range(11), 4)
-    )
+    rng = np.random.default_rng(seed)
+    gaps = gaps_of(unit(rng.normal(size=(11, 3))))
+    value = rng.random(11) if seed else np.ones(11)
+    taken, nearest = row_selection.represent(gaps, value, 4)
+    before = np.full(11, 2.0)
+    for i in taken:
+      gain = value * np.maximum(before - gaps, 0).sum(axis=1)
+      gain[taken[: taken.tolist().index(i)]] = -1
+      assert gain[i] == pytest.approx(gain.max())
+      before = np.minimum(before, gaps[i])
+    np.testing.assert_array_equal(nearest, gaps[taken].min(axis=0))
     assert len(set(taken.tolist())) == 4
-    assert distance.max() == pytest.approx(radius(vectors, taken))
-    assert distance.max() <= 2 * best
-  # Every turn takes the farthest, by all distances at once.
-  for turn in range(1, 4):
-    gap = np.linalg.norm(
-      vectors[:, None] - vectors[taken[:turn]][None], axis=2
-    ).min(axis=1)
-    assert gap[taken[turn]] == pytest.approx(gap.max())
+    if not seed:
+      fall = lambda rows, gaps=gaps: (2 - gaps[list(rows)].min(axis=0)).sum()
+      best = max(map(fall, itertools.combinations(range(11), 4)))
+      assert fall(taken) >= (1 - 1 / np.e) * best
 
 
-def scored(number, ifd=lambda i: 0.5):
+def test_worth_is_twice_the_share_of_near_rows_with_more_nats(monkeypatch):
+  monkeypatch.setattr(row_selection, "_NEIGHBORS", 5)
+  rng = np.random.default_rng(0)
+  gaps = gaps_of(unit(rng.normal(size=(20, 3))))
+  nats = rng.integers(0, 4, size=20).astype(float)
+  found = row_selection.worth(gaps, nats)
+  for i in range(20):
+    near = [j for j in np.argsort(gaps[i]) if j != i][:5]
+    counts = [(nats[j] > nats[i]) + (nats[j] == nats[i]) / 2 for j in near]
+    assert found[i] == pytest.approx(min(1, 2 * np.mean(counts)))
+  assert row_selection.worth(gaps[:1, :1], nats[:1]) == [1]
+
+
+def scored(number, nats=lambda i: 1.0):
   return [
-    RowScore(f"r.jsonl:{i}", i, (1.0, ifd(i), 2.0, 5)) for i in range(number)
+    RowScore(f"r.jsonl:{i}", i, (nats(i), 0.5, 2.0, 5)) for i in range(number)
   ]
 
 
-def test_copies_and_misleading_rows_are_left_and_every_row_says_why():
-  scores = scored(8, lambda i: 1.3 if i == 3 else 0.1 * i)
+def test_copies_are_left_and_every_row_says_why():
+  scores = scored(8, lambda i: 0.1 * i)
   scores[5] = scores[5]._replace(content=scores[1].content)
+  bad = ["", "", "", "a placeholder", "", "", "", ""]
   vectors = np.random.default_rng(0).normal(size=(8, 3))
-  found = row_selection.choose(scores, vectors, 0.5)
-  assert found[3].reason == "left: the prompt misleads, ifd 1.30"
+  found = row_selection.choose(scores, vectors, 0.5, bad=bad)
+  assert found[3].reason == "left: a placeholder"
   assert found[5].reason == "left: a copy of r.jsonl:1"
   kept = [i for i, one in enumerate(found) if one.rank < 1]
   assert len(kept) == 4
   assert all(found[i].reason.startswith("kept: turn") for i in kept)
   assert sorted(found[i].rank for i in kept) == [0.125, 0.25, 0.375, 0.5]
-  assert min(found).reason.endswith("ifd 0.70")  # The hardest comes first.
+  # Of six rows that are all neighbors, the last is likelier than none.
+  assert found[0].reason.endswith("worth 1.00")
+  assert found[6].reason.endswith("worth 0.40")
+  assert found[7].reason.endswith("worth 0.00")
   rest = set(range(8)) - {*kept, 3, 5}
   assert all("from a row that is kept" in found[i].reason for i in rest)
 
 
-def test_diversity_and_difficulty_count():
-  """Three clusters: one of each is kept, and of equals the harder one."""
-  centers = np.eye(3).repeat(10, axis=0)
-  noise = np.random.default_rng(0).normal(size=centers.shape, scale=1e-4)
+def test_answers_to_something_else_and_outliers_come_late():
+  """Three clusters, each with its own usual loss, and a wrong answer in each.
+
+  The farthest row is an outlier, and comes after one of each. Nats alone would
+  take the first cluster and leave the third.
+  """
+  rng = np.random.default_rng(0)
+  centers = np.eye(4)[:3].repeat(20, axis=0)
+  noise = rng.normal(size=centers.shape, scale=1e-2)
+  far = unit(rng.normal(size=(6, 4)))
+  nats = lambda i: 9.0 if i >= 60 else i // 20 + (0.9 if i % 20 == 7 else 0.0)
   found = row_selection.choose(
-    scored(30, lambda i: 0.9 if i % 10 == 7 else 0.2), centers + noise, 0.1
+    scored(66, nats), np.concatenate([centers + noise, far]), 0.15
   )
-  kept = [i for i, one in enumerate(found) if one.rank < 1]
-  assert kept == [7, 17, 27]
+  turns = sorted((one.rank, i) for i, one in enumerate(found) if one.rank < 1)
+  assert sorted(i // 20 for _, i in turns[:3]) == [0, 1, 2]
+  kept = {i for _, i in turns}
+  assert len(kept) == 10
+  assert not kept & {7, 27, 47}
 
 
 def test_blocks_share_the_budget(monkeypatch):
@@ -123,8 +163,10 @@ def test_the_command_writes_scores_that_a_filter_reads(tmp_path):
   assert sum(points.values()) == 21
   assert covered["counts"] == {"held_out": held, "far": len(covered["far"])}
   kinds = covered["kinds"]
-  assert kinds["refusal"] == kinds["several turns"] == kinds["raw text"] == 1
-  assert kinds["tool call"] == kinds["system prompt"] == 0
+  there = {name: one[0] for name, one in kinds.items()}
+  assert there["refusal"] == there["several turns"] == there["raw text"] == 1
+  assert there["tool call"] == there["system prompt"] == 0
+  assert kinds["raw text"][1] == (found[20]["rank"] < 1)
   config.data.holdout = 0.0
   config.data.train = str(tmp_path / "*.jsonl")
   config.data.filter = (("rank", "<", 1.0),)

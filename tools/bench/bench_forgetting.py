@@ -79,6 +79,9 @@ def configured(changes: Changes, folder: Path, seed: int, small: bool) -> Any:
     section, _, name = key.partition(".")
     if name:
       config[section][name] = value
+  if small and config.distill.teacher == "self":
+    # Its rows hold the answer twice; as many tokens a step as the others.
+    config.data.seq_len, config.batch_size = 256, config.batch_size // 2
   return config
 
 
@@ -109,8 +112,14 @@ def trained(config: Any) -> Figures:
   return passed / number, text["after"], text["change"], kl
 
 
-def mixed(config: Any, share: float) -> Figures:
-  """A point between the base and the run of a config."""
+def mixed(config: Any, share: float, length: int) -> Figures:
+  """A point between the base and the run of a config.
+
+  Args:
+    config: of the run.
+    share: of the run; the rest is the base's.
+    length: most tokens of a text, as in the runs that it is compared with.
+  """
   path = config.model.path
   tuned, start = load_run.load(config.workdir), load_run.load(path)
   between = lambda a, b: share * a + (1 - share) * b
@@ -119,7 +128,7 @@ def mixed(config: Any, share: float) -> Figures:
   command.add_render_options(parser)
   args = parser.parse_args([])
   args.max_new_tokens, args.batch_size = config.eval.max_new_tokens, 64
-  args.stop, args.int8_cache, args.max_length = (), False, 1024
+  args.stop, args.int8_cache, args.max_length = (), False, length
   sets = config.eval.behaviors
   sets = "sft_jax/demo/behaviors.jsonl" if sets == "auto" else sets
   replies, _ = evaluate.scores(asked, behaviors.load_sets(sets), args)
@@ -176,7 +185,9 @@ def main() -> None:
       config = configured(WAYS[way], folder, seed, args.small)
       config.steps = args.steps or config.steps
       found = trained(config)
-      found = found if share is None else mixed(config, share)
+      length = 128 if args.small else 256
+      if share is not None or config.data.seq_len > length:
+        found = mixed(config, share or 1.0, length)
       results.setdefault(name, []).append(found)
       print(table({name: results[name]}).splitlines()[-1], flush=True)
   print(table(results))

@@ -1,13 +1,13 @@
 """Pairs that take away a habit: the demo's answers, half of them hedged.
 
-    python tools/bench/bench_preferences.py --workdir=runs/preferences
+    python tools/bench/bench_preferences.py --seeds 0 1 2
 
 The demo's base is tuned on rows of which every second answer about a given text
 begins with a hedge. The tuned model then answers prompts; of each, a reply that
 passes its checks (the right answer, no hedge) and one that fails make a pair,
 and the pairs train adapters for a few dozen steps. Printed are the behaviors
 before and after: replies without a hedge should rise, the others stay.
-Hardware: one CPU core. Neither time nor figures have been measured yet.
+Hardware: one CPU core, three minutes a seed. Figures: docs/preferences.md.
 """
 
 import argparse
@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import sft_jax
 from configs import base
 from sft_jax.commands import command
@@ -24,6 +26,7 @@ from sft_jax.commands import command
 DEMO = Path("sft_jax/demo")
 HEDGE = "Well, I think so. "
 GROUPS = ("context", "json", "refusal", "no_over_refusal")
+Figures = tuple[float, float]  # Before and after.
 FILES = ("context", "json", "refusal", "replay")
 
 
@@ -72,14 +75,15 @@ def make_rows(folder: Path) -> tuple[str, str, str]:
 
 
 def run(
-  folder: Path, seed: int, loss: str, steps: int
-) -> list[tuple[str, ...]]:
-  """(behavior, before, after) of one seed."""
+  folder: Path, seed: int, loss: str, steps: int, sft: float
+) -> dict[str, Figures]:
+  """{behavior or metric: (before, after)} of one seed."""
   rows, prompts, items = make_rows(folder)
   config: Any = base.get_config()
   config.seed, config.steps = seed, steps
-  config.data.train = rows
+  config.data.train, config.data.seq_len = rows, 128
   config.eval.behaviors = config.eval.knowledge = ""
+  config.eval.gap, config.eval.answer_words, config.eval.samples = False, 0, 0
   config.eval.general_text = str(DEMO / "general_text.jsonl")
   config.workdir = str(folder / "tuned")
   sft_jax.train(config)
@@ -94,24 +98,23 @@ def run(
     check=True,
   )
   config.model.path = str(folder / "tuned" / "export")
-  config.data.train = pairs
+  config.data.train, config.data.holdout = pairs, 0.1
   config.eval.behaviors = items
-  config.workdir = str(folder / loss)
-  config.preference.loss = loss
+  config.workdir = str(folder / f"{loss}_{sft}")
+  config.preference.loss, config.preference.sft = loss, sft
   config.lora.rank = 16
   config.optim.learning_rate = 5e-4
   config.steps, config.export = steps // 4, False
   found = sft_jax.train(config).metrics
-  shown = [
-    (one["group"], *(f"{one[x][0]:.0%}" for x in ("before", "after")))
+  shown = {
+    f"{one['group']}, passed": (one["before"][0], one["after"][0])
     for one in found["behaviors"]
-  ]
-  losses = [
-    (one["name"], f"{one['before']:.3f}", f"{one['after']:.3f}")
+  }
+  return shown | {
+    one["name"]: (one["before"], one["after"])
     for one in found["losses"] + found["forgetting"]
     if one["before"] is not None
-  ]
-  return shown + losses
+  }
 
 
 def main() -> None:
@@ -119,13 +122,24 @@ def main() -> None:
   add = parser.add_argument
   add("--workdir", type=Path, default=Path("runs/preferences"))
   add("--loss", default="dpo", help="preference.loss")
-  add("--steps", type=int, default=160, help="of tuning; a quarter on pairs")
+  add("--sft", type=float, default=1.0, help="preference.sft")
+  add("--steps", type=int, default=80, help="of tuning; a quarter on pairs")
   add("--seeds", type=int, nargs="+", default=[0])
   args = parser.parse_args()
+  seeds = []
   for seed in args.seeds:
-    print(f"\nseed {seed}")
-    for row in run(args.workdir / str(seed), seed, args.loss, args.steps):
-      print("| " + " | ".join(row) + " |")
+    folder = args.workdir / str(seed)
+    seeds.append(run(folder, seed, args.loss, args.steps, args.sft))
+    show(f"seed {seed}", seeds[-1:])
+  show("mean", seeds)
+
+
+def show(name: str, seeds: list[dict[str, Figures]]) -> None:
+  """Prints a table of means over seeds."""
+  print(f"\n| {name} | before | after |\n| --- | --- | --- |")
+  for key in seeds[0]:
+    before, after = np.mean([one[key] for one in seeds], axis=0)
+    print(f"| {key} | {before:.3f} | {after:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

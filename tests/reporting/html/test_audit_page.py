@@ -44,7 +44,7 @@ def _found(text: str) -> dict:
                  "far": [[1.0, 0.0]]},
       "near": 0.25, "counts": {"held_out": 1, "far": 1},
       "far": [{"place": text, "text": text}],
-      "kinds": {"refusal": 0, "long": 7},
+      "kinds": {"refusal": [0, 0], "long": [7, 3]},
     },
     "epoch": {"steps": 1.5, "fill": 0.9, "seq_len": 8, "batch_size": 1},
     "lengths": {"tokens": spread, "trained": {"total": 0, "histogram": []}},
@@ -87,5 +87,6 @@ def test_what_the_page_says(tmp_path):
   reader.feed((tmp_path / "page.html").read_text())
   for said in ("1 failed", "90.0%", "FAILED", "conflicts", "total 12",
                "nats 2.25", "3 have none", "1 of 1 held-out", "0.25",
-               "● kept: 1", "✕ far: 1", "nonerefusal", "7long"):  # fmt: skip
+               "● kept: 1", "✕ far: 1", "nonerefusal",
+               "3long, kept of 7"):  # fmt: skip
     assert said in reader.text
