@@ -130,7 +130,7 @@ def score(
     nats = np.array([one.values[0] for one in found])
     covered["kinds"] = coverage.kinds(
       *(store, tokenizer, config.data.seq_len),
-      *(vectors, nats, kept, covered["near"]),
+      *(vectors, nats, kept),
     )
     path = _coverage_path(sources[0].path, config.data.scores)
     workdir.write_jsonl(path, [covered])

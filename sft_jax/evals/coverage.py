@@ -85,13 +85,13 @@ def kinds(
   vectors: Float[np.ndarray, "rows P"],
   nats: Float[np.ndarray, " rows"],
   kept: Bool[np.ndarray, " rows"],
-  near: float,
 ) -> dict[str, list[int]]:
   """{kind that good data has some of: [rows there are, of these kept]}.
 
   Refusals are told by how answers open, errors of tools by that word. A
-  look-alike is answered although the nearest row is a refusal, no farther than
-  `near`. Hard are the tenth of the rows with the most nats per trained token.
+  look-alike is answered although the nearest prompt (by the second half of the
+  vectors) is refused, no farther than is usual. Hard are the tenth of the rows
+  with the most nats per trained token.
   """
   row = np.cumsum(np.diff(store.index["row"], prepend=-1) != 0) - 1
   order = np.random.default_rng(0).permutation(len(store.index))[:_LOOKED_AT]
@@ -118,8 +118,10 @@ def kinds(
   refused = np.array(sorted(found["refusal"]), np.int64)
   others = found["refusal"] | found["raw text"]
   answered = np.setdiff1d(row[order], list(others))
-  gap = nearest(vectors[answered], vectors[refused])
-  usual = nearest(vectors[answered], vectors[answered], own=True)
+  prompts = vectors[:, vectors.shape[1] // 2 :] * np.sqrt(2)
+  gap = nearest(prompts[answered], prompts[refused])
+  usual = nearest(prompts[answered], prompts[answered], own=True)
+  near = np.quantile(usual, _USUAL) if len(usual) else 0
   found["look-alike"] = set(answered[(gap <= usual) & (gap <= near)])
   hardest = nats >= np.quantile(nats, _HARD)
   found["hard"] = set(row[order][hardest[row[order]]])

@@ -88,6 +88,7 @@ def test_kinds_are_of_rows_and_look_alikes_are_by_the_nearest():
     *((2, example(*called)), (3, example(*asks)), (4, example(*asks))),
     # One row that was split into two examples, of three turns each.
     *((5, example(*asks * 3)), (5, example(*asks * 3))),
+    *((row, example(*asks)) for row in range(6, 46)),
   ]
   store = mock.Mock(
     spec=Store,
@@ -96,20 +97,22 @@ def test_kinds_are_of_rows_and_look_alikes_are_by_the_nearest():
   )
   tokenizer = mock.Mock(spec=Tokenizer)
   tokenizer.decode = lambda ids: " ".join(words[i] for i in ids)
-  angles = np.array([0.0, 0.1, 0.4, 0.45, -1.0, 3.0])
-  vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-  nats = np.array([1.0, 1.0, 1.0, 9.0, 1.0, 1.0])
-  kept = np.array([True, False, True, False, True, True])
-  found = coverage.kinds(store, tokenizer, 7, vectors, nats, kept, near=0.2)
+  angles = np.array([0, 0.1, 0.4, 0.45, -1, 3, *np.linspace(1.5, 2, 40)])
+  prompts = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+  vectors = np.concatenate([prompts[::-1], prompts], axis=1) / np.sqrt(2)
+  nats = np.ones(46)
+  nats[[3, 4, 43, 44, 45]] = 9
+  kept = np.arange(46) % 2 == 0
+  found = coverage.kinds(store, tokenizer, 7, vectors, nats, kept)
   assert found == {
     "system prompt": [0, 0],
-    "several turns": [1, 1],
+    "several turns": [1, 0],
     "reasoning": [0, 0],
     "tool call": [1, 1],
     "tool error": [1, 1],
     "refusal": [1, 1],
-    "long": [1, 1],
+    "long": [1, 0],
     "raw text": [0, 0],
     "look-alike": [1, 0],
-    "hard": [1, 0],
+    "hard": [5, 2],
   }

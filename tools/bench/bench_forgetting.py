@@ -112,6 +112,16 @@ def trained(config: Any) -> Figures:
   return passed / number, text["after"], text["change"], kl
 
 
+def arguments(config: Any, length: int) -> argparse.Namespace:
+  """Those of `sft-jax evaluate` that measure as a run of this config does."""
+  parser = argparse.ArgumentParser()
+  command.add_render_options(parser)
+  args = parser.parse_args([])
+  args.max_new_tokens, args.batch_size = config.eval.max_new_tokens, 64
+  args.stop, args.int8_cache, args.max_length = (), False, length
+  return args
+
+
 def mixed(config: Any, share: float, length: int) -> Figures:
   """A point between the base and the run of a config.
 
@@ -124,11 +134,7 @@ def mixed(config: Any, share: float, length: int) -> Figures:
   tuned, start = load_run.load(config.workdir), load_run.load(path)
   between = lambda a, b: share * a + (1 - share) * b
   asked = tuned._replace(params=jax.tree.map(between, *(tuned[1], start[1])))
-  parser = argparse.ArgumentParser()
-  command.add_render_options(parser)
-  args = parser.parse_args([])
-  args.max_new_tokens, args.batch_size = config.eval.max_new_tokens, 64
-  args.stop, args.int8_cache, args.max_length = (), False, length
+  args = arguments(config, length)
   sets = config.eval.behaviors
   sets = "sft_jax/demo/behaviors.jsonl" if sets == "auto" else sets
   replies, _ = evaluate.scores(asked, behaviors.load_sets(sets), args)
