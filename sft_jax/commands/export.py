@@ -74,26 +74,26 @@ def main() -> None:
   args = parser.parse_args()
   out = terminal.console()
   log = out.print
-  workdir, card = Path(args.workdir), storage.join(args.out, "README.md")
+  card = storage.join(args.out, "README.md")
   if args.dry_run and not args.push:
     parser.error("--dry-run: expected --push=OWNER/NAME with it")
   # Before the work: who has no token learns it now.
   target = hub.push_target(args.push) if args.push else ""
   written = Path(card).read_text("utf-8") if Path(card).is_file() else ""
-  with remote_workdir.copied(args.workdir) as copy:
+  with remote_workdir.copied(args.workdir, checkpoints=True) as copy:
     read = read_json(copy / "config.json")
-  config: Any = ml_collections.ConfigDict(read, type_safe=False)
-  run = build.build_run(config, log)
-  checkpoints = outputs.open_checkpoints(config, workdir)
-  if not checkpoints.steps():
-    raise ValueError(
-      f"{workdir}/checkpoints: got no checkpoint; expected at least one. "
-      "Train first, or name another workdir."
-    )
-  state = restore(
-    checkpoints, run.state, outputs.find_origin(config, run), log
-  ).state
-  checkpoints.close()
+    config: Any = ml_collections.ConfigDict(read, type_safe=False)
+    config.workdir = args.workdir  # It may have been moved.
+    checkpoints = outputs.open_checkpoints(config, copy)
+    if not checkpoints.steps():
+      raise ValueError(
+        f"{args.workdir}/checkpoints: got no checkpoint; expected at least "
+        "one. Train first, or name another workdir."
+      )
+    run = build.build_run(config, log)
+    origin = outputs.find_origin(config, run)
+    state = restore(checkpoints, run.state, origin, log).state
+    checkpoints.close()
   params = outputs.own_params(state)
   if args.dtype:
     config.export_dtype = args.dtype
@@ -117,8 +117,12 @@ def main() -> None:
       log(f"{args.out}-gguf: {len(wide)} matrices stay in float32.")
     verdicts = []
     if args.check:
+      adapter: Any = storage.join(args.workdir, "adapter")
+      settings = storage.join(adapter, remote_workdir.MARKERS["adapter"])
+      if storage.is_remote(adapter) and storage.exists(settings):
+        adapter = storage.fetch(settings).parent
       verdicts = outputs.check_served(
-        config, run, params, folder, workdir / "adapter", file
+        config, run, params, folder, Path(adapter), file
       )
     for verdict in verdicts:
       log(str(verdict))

@@ -12,7 +12,8 @@ Of the requests that match each `every`-th meets one of the kinds, in turn,
 until it was `times`. kind: a status; 'drop' (the connection ends without an
 answer); 'torn' (it ends in one); 'late' (all is done, but nobody hears of it);
 'slow' (half a second); 'stale' (a listing of before). The emulator of gs://
-knows no preconditions: the proxy checks ifGenerationMatch=0.
+knows no preconditions and no generations: the proxy checks ifGenerationMatch=0,
+and that what is asked of a generation is of that one.
 """
 
 import base64
@@ -125,6 +126,16 @@ class Proxy(BaseHTTPRequestHandler):
       )
     return self.exists(url.path, name)
 
+  def generation(self) -> str:
+    """Of the object that a path names."""
+    there = http.client.HTTPConnection("127.0.0.1", self.backend, timeout=60)
+    path = urlsplit(self.path).path.replace("/download/", "/")
+    there.request("GET", path)
+    answer = there.getresponse()
+    text = answer.read()
+    there.close()
+    return json.loads(text)["generation"] if answer.status == 200 else ""
+
   def exists(self, path: str, name: str) -> bool:
     there = http.client.HTTPConnection("127.0.0.1", self.backend, timeout=60)
     bucket = re.search(r"/b/([^/]+)/", path)[1]
@@ -168,7 +179,10 @@ class Proxy(BaseHTTPRequestHandler):
     if fault == "stale" and self.path in self.lists:
       self.answer(*self.lists[self.path], False)
       return
-    if "ifGenerationMatch=0" in self.path:
+    wanted = parse_qs(urlsplit(self.path).query).get("generation", [""])[0]
+    if wanted and wanted != self.generation():
+      found = 404, [], b'{"error": {"message": "No such object"}}'
+    elif "ifGenerationMatch=0" in self.path:
       with self.creating:
         if self.is_there():
           found = 412, [], b'{"error": {"message": "conditionNotMet"}}'

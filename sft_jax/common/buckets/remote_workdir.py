@@ -415,13 +415,16 @@ def push(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def copied(path: str | Path) -> Iterator[Path]:
-  """A workdir to read: the folder, or a copy of what a bucket has now."""
+def copied(path: str | Path, *, checkpoints: bool = False) -> Iterator[Path]:
+  """A workdir to read: the folder, or a copy of what a bucket has now.
+
+  `checkpoints`: those of s3:// as well, see `Mirror.pull`.
+  """
   if not storage.is_remote(path):
     yield Path(path)
     return
   with tempfile.TemporaryDirectory(prefix="sft_jax-workdir-") as copy:
-    Mirror(str(path), Path(copy)).pull(checkpoints=False)
+    Mirror(str(path), Path(copy)).pull(checkpoints=checkpoints)
     yield Path(copy)
 
 

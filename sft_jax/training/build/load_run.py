@@ -53,8 +53,11 @@ def load(
   """
   if storage.is_remote(path):
     storage.check_scheme(path, "model", ("gs", "s3", "hf"))
-    if remote_workdir.is_run(str(path)):
-      storage.check_scheme(path, "a run's checkpoints", ("gs",))
+    run, *step = str(path).rstrip("/").split("/checkpoints/")
+    if run.startswith("s3://") and remote_workdir.is_run(run):
+      with remote_workdir.copied(run, checkpoints=True) as copy:
+        there = copy.joinpath("checkpoints", *step) if step else copy
+        return load(there, dtype=dtype, log=log)
   # Of gs:// Orbax reads the checkpoints where they are.
   where: Any = (epath.Path if storage.is_remote(path) else Path)(path)
   is_step = where.parent.name == "checkpoints"

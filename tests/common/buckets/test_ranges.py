@@ -146,6 +146,18 @@ def test_an_object_that_changes_meanwhile_is_an_error(url, tmp_path):
   assert float(np.max(found["embed"]["embedding"])) > 0.9
 
 
+@pytest.mark.parametrize("scheme", [gs])
+def test_each_range_is_asked_of_one_generation(url, tmp_path, buckets):
+  """Whoever writes the same again makes another object of it."""
+  model = tiny.model_folder(tmp_path / "model")
+  put(f"{url}/model", model)
+  file = ranges.fetch(f"{url}/model") / "model.safetensors"
+  first, *_ = read_header(file).values()
+  put(f"{url}/model", model)
+  with pytest.raises(OSError, match=rf"{url}/.*: has changed while"):
+    first.read()
+
+
 @every
 def test_a_short_answer_is_asked_for_again(url, tmp_path, monkeypatch):
   model = tiny.model_folder(tmp_path / "model")

@@ -1,6 +1,9 @@
 """Buckets by emulators: copies verified, one lease, faults outlived."""
 
 import contextlib
+import functools
+import io
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +20,7 @@ import sft_jax
 import tiny
 from buckets import both, every, gs, s3
 from host_runs import ROOT, finish, start
+from sft_jax import main as cli
 from sft_jax.common import hub
 from sft_jax.common.buckets import remote_workdir, storage
 from sft_jax.data.readers import files
@@ -450,8 +454,21 @@ def left(folder) -> tuple:
   return rows, result, found["held_out"]
 
 
+def call(monkeypatch, capsys, name, *arguments) -> str:
+  """What a command prints."""
+  monkeypatch.setattr(sys, "argv", ["sft-jax", name, *map(str, arguments)])
+  capsys.readouterr()
+  with contextlib.suppress(SystemExit):
+    cli.main()
+  out, err = capsys.readouterr()
+  assert "error:" not in err, err
+  return out
+
+
 @both
-def test_a_run_with_everything_in_a_bucket_is_a_local_run(url, tmp_path, quick):
+def test_a_run_with_everything_in_a_bucket_is_a_local_run(
+  url, tmp_path, quick, monkeypatch, capsys
+):
   model, rows = tiny.model_folder(tmp_path / "model"), tmp_path / "rows.jsonl"
   tiny.rows_file(rows)
   alone = sft_jax.train(tiny.config(tmp_path, model, rows, **CHOICES))
@@ -479,11 +496,11 @@ def test_a_run_with_everything_in_a_bucket_is_a_local_run(url, tmp_path, quick):
   assert left(place) == left(alone.workdir)
   same = lambda x, y: np.testing.assert_array_equal(x, y)
   jax.tree.map(same, found.params, alone.params)
+  load_save.load_pretrained(f"{place}/export")
   export = hub.find_model(f"{place}/export").folder
   for name in ("model.safetensors", "config.json", "tokenizer.json"):
     there = (alone.workdir / "export" / name).read_bytes()
     assert (export / name).read_bytes() == there
-  load_save.load_pretrained(f"{place}/export")
   steps = {
     n.split("/")[0] for n in storage.list_objects(f"{place}/checkpoints")
   }
@@ -491,6 +508,31 @@ def test_a_run_with_everything_in_a_bucket_is_a_local_run(url, tmp_path, quick):
   # Finished is finished, here and elsewhere.
   assert sft_jax.train(config()).metrics["export"] == found.metrics["export"]
   assert not (ROOT / f"{url.partition(':')[0]}:").exists()
+  # Commands take its address.
+  act = functools.partial(call, monkeypatch, capsys)
+  storage.remove(f"{place}/report.html")
+  assert act("report", place) == f"{place}/report.html\n"
+  assert b"<html" in storage.read(f"{place}/report.html")
+  page = tmp_path / "page.html"
+  act("compare", place, alone.workdir, f"--out={page}")
+  assert "<html" in page.read_text()
+  item = {"messages": [{"role": "user", "content": "What goes with cat?"}]}
+  item["checks"] = [{"check": "contains", "text": "pet"}]
+  storage.write(f"{url}/items.jsonl", json.dumps(item).encode())
+  few = ("--max_new_tokens=4",)
+  data = (f"--data={url}/items.jsonl", f"--text={url}/rows.jsonl", *few)
+  for model in (place, f"{place}/checkpoints/4", f"{place}/export"):
+    act("evaluate", f"--model={model}", f"--baseline={url}/model", *data)
+  for model in (place, f"{place}/export"):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What goes with cat?\n"))
+    act("chat", f"--model={model}", *few)
+  for out in (tmp_path / "again", f"{url}/again"):
+    act("export", f"--workdir={place}", f"--out={out}")
+    load_save.load_pretrained(out)
+    again = hub.find_model(out).folder
+    there = (alone.workdir / "export" / "model.safetensors").read_bytes()
+    assert (again / "model.safetensors").read_bytes() == there
+  assert "What goes with" in act("replay", f"--workdir={place}", "--step=1")
 
 
 @both
