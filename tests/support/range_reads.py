@@ -20,6 +20,7 @@ from sft_jax.common.buckets import ranges
 from sft_jax.models import transformer
 from sft_jax.models.config import read_config
 from sft_jax.models.hf import load_save, parameter_map
+from sft_jax.models.lora import token_rows
 
 
 def share(folder: Path, mesh) -> float:
@@ -42,6 +43,13 @@ def share(folder: Path, mesh) -> float:
       stored = sum(part.num_bytes for part in parts)
       total += stored / math.prod(x.shape) * held[one.index].sum()
   return total
+
+
+def odd_rows(folder: Path) -> dict[int, str]:
+  """What processes find together of rows 5 and 9 of the embedding."""
+  tensors, _ = load_save.open_folder(folder, read_config(folder))
+  table = next(x for name, x in tensors.items() if "embed" in name)
+  return token_rows.untrained(table.read, table.shape[0], [5, 9])
 
 
 def main() -> None:
@@ -76,8 +84,10 @@ def main() -> None:
         assert got.tobytes() == whole[shard.index].tobytes(), path
     said = {"url": url, "fetched": total, "headers": headers}
     said |= {"share": share(Path(local), mesh), "requests": len(fetched)}
+    said["odd"] = odd_rows(Path(local))
     print("READ", json.dumps(said), flush=True)
   jax.distributed.shutdown()
 
 
-main()
+if __name__ == "__main__":
+  main()

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+import range_reads
 import tiny
 from buckets import every, gs
 from host_runs import ROOT, free_port
@@ -233,6 +234,13 @@ def gptq(tensors):
   return made
 
 
+def with_long_row(tensors):
+  """A row of the embedding that no training made."""
+  table = tensors["model.embed_tokens.weight"].copy()
+  table[5] *= 10
+  return tensors | {"model.embed_tokens.weight": table}
+
+
 def with_head(tensors):
   """Tied tensors that are in the file twice."""
   return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
@@ -244,7 +252,7 @@ def test_each_of_two_processes_fetches_its_share(url, tmp_path, buckets):
   block = {"quant_method": "fp8", "weight_block_size": [16, 16]}
   words = {"quant_method": "gptq", "bits": 4, "group_size": 32}
   folders = {
-    "plain": wider(tmp_path, "plain", dict),
+    "plain": wider(tmp_path, "plain", with_long_row),
     "tied": wider(tmp_path, "tied", with_head),
     "fp8": wider(tmp_path, "fp8", fp8, quantization_config=block),
     "gptq": wider(tmp_path, "gptq", gptq, quantization_config=words),
@@ -283,6 +291,9 @@ def test_each_of_two_processes_fetches_its_share(url, tmp_path, buckets):
     for line in map(json.loads, lines):
       print(line)
       name = line["url"].rpartition("/")[2]
+      alone = range_reads.odd_rows(folders[name])
+      assert line["odd"] == {str(i): why for i, why in alone.items()}
+      assert ("5" in line["odd"]) == (name == "plain")
       share = line["share"]
       if name == "tied":  # Compared, each process a half.
         share += 400 * 256 * 4 / 2
