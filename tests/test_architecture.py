@@ -109,7 +109,6 @@ def test_every_folder_says_what_comes_in_and_what_goes_out():
 
 # Modules under 80 lines with one importer, and why they are files of their own.
 ALONE = {
-  "models/layers/mamba2.py": "a mixer, beside the others",
   "commands/compare.py": "a command",
   "commands/replay.py": "a command",
   "data/audit/languages.py": "the only user of a library",

@@ -1,9 +1,8 @@
 """One layer of the decoder, its norms and embedding, and what layers share.
 
 Parameters are kept in `param_dtype` and cast to `dtype` where they are used.
-Of a norm and of an activation the backward pass keeps the input alone and
-computes the rest again: the results in between are as large as the input and
-take longer to write and to read than to compute.
+Norms and activations keep their input alone for the backward pass: what is in
+between takes longer to write and to read than to compute.
 """
 
 from collections.abc import Callable
@@ -23,16 +22,12 @@ from sft_jax.models.attention import parallel
 from sft_jax.models.attention.attention import attention, attention_mask, choose
 from sft_jax.models.attention.latent import LatentAttention
 from sft_jax.models.config import ATTENTION, ModelConfig
-from sft_jax.models.layers.delta_net import DeltaNet
-from sft_jax.models.layers.linear import Linear
-from sft_jax.models.layers.mamba2 import Mamba2
-from sft_jax.models.layers.short_conv import GatedConv
+from sft_jax.models.layers.linear import Dtype, Linear
+from sft_jax.models.layers.mixers import DeltaNet, GatedConv, Mamba2
 from sft_jax.models.lora import quantize
 from sft_jax.models.lora.lora import LoraConfig
 from sft_jax.models.moe import Moe, Routing, clipped_swiglu
 from sft_jax.models.remat import BLOCK_INPUT
-
-Dtype = Any
 
 _ACTIVATIONS = {
   "silu": nn.silu,
@@ -42,11 +37,9 @@ _ACTIVATIONS = {
 
 
 class RMSNorm(nn.Module):
-  """x / sqrt(mean(x^2) + eps) * (offset + scale), in float32.
-
-  The mean is over the last axis. With an offset of 1 (Gemma) the scale is what
-  the factor differs from 1 by.
-  """
+  """x / sqrt(mean(x^2) + eps) * (offset + scale) over the last axis, in
+  float32. With an offset of 1 (Gemma) the scale is what the factor differs from
+  1 by."""
 
   eps: float
   offset: float = 0.0
@@ -109,12 +102,9 @@ def norm_of(config: ModelConfig, **dtypes: Dtype) -> partial[Norm]:
 
 
 class Embed(nn.Module):
-  """A table [V, D] of token vectors.
-
-  An id outside the vocabulary gives NaN, which is seen; the clamping of plain
-  indexing would give another token's vector, which is not. Rows that train
-  alone, `lora_rows` [N, D], stand for those of `token_rows`.
-  """
+  """A table [V, D] of token vectors. An id outside the vocabulary gives NaN,
+  where plain indexing would clamp it to another token. Rows that train alone,
+  `lora_rows` [N, D], stand for those of `token_rows`."""
 
   vocab_size: int
   features: int
@@ -143,19 +133,15 @@ class Embed(nn.Module):
       codes, scale = leaves["embedding_codes"], leaves["embedding_scale"]
       # Codes are whole numbers and fill with one; the scale fills with NaN.
       return quantize.decode(rows(codes), rows(scale), self.dtype, axis=-1)
-    table = self.param(
-      "embedding",
-      nn.initializers.normal(self.init_std),
-      (self.vocab_size, self.features),
-      self.param_dtype,
-    )
+    normal = nn.initializers.normal(self.init_std)
+    shape = (self.vocab_size, self.features)
+    table = self.param("embedding", normal, shape, self.param_dtype)
     return rows(table).astype(self.dtype)
 
 
 def embedding_table(
   leaves: dict[str, Any], dtype: Dtype, token_rows: tuple[int, ...] = ()
 ) -> Float[Array, "V D"]:
-  """The whole table of an `Embed`, decoded to `dtype` if it is quantized."""
   if "embedding_codes" in leaves:
     codes, scale = leaves["embedding_codes"], leaves["embedding_scale"]
     whole = quantize.decode(codes, scale, dtype, axis=-1)
@@ -168,51 +154,25 @@ def embedding_table(
 
 
 class Shared(NamedTuple):
-  """What layers of one kind share; stacked, if their mixer has several.
-
-  Attributes:
-    q_rotation: cosine and sine that rotate queries.
-    k_rotation: those that rotate keys: the new ones, or all of a cache (see
-      `cache_unrotated_keys`).
-    mask: see `attention.attention_mask`.
-  """
+  """What layers of one kind share; stacked, if their mixer has several."""
 
   q_rotation: rope.Rotation
-  k_rotation: rope.Rotation
-  mask: jax.Array
+  k_rotation: rope.Rotation  # Of new keys, or of all of a cache.
+  mask: jax.Array  # See `attention.attention_mask`.
 
 
 class Context(NamedTuple):
-  """What all layers share, computed once, whatever their number.
+  """What all layers share, computed once, whatever their number."""
 
-  Attributes:
-    shared: of each mixer that is attention; `of_kind` selects one.
-    starts: [B, T], the first token of each document.
-    valid: [B, T], False of padding.
-  """
-
-  q_positions: jax.Array
-  kv_positions: jax.Array
-  q_segment_ids: jax.Array
-  kv_segment_ids: jax.Array
-  shared: Any
-  starts: jax.Array
-  valid: jax.Array
-
-  def of_kind(self, config: ModelConfig, mixer: str, kind) -> "Context":
-    """What layers of a kind share; `kind` may be traced."""
-    mine = self.shared[mixer]
-    if len(config.kinds_of(mixer)) > 1:
-      mine = jax.tree.map(lambda x: x[kind], mine)
-    return self._replace(shared=mine)
+  ids: dict[str, jax.Array]  # Positions and segments, as attention takes them.
+  shared: Any  # {mixer that is attention: `Shared`}.
+  starts: jax.Array  # [B, T], the first token of each document.
+  valid: jax.Array  # [B, T], False of padding.
 
 
 def cache_unrotated_keys(config: ModelConfig) -> bool:
-  """True if a cache holds keys as they were before their rotation.
-
-  Where angles depend on the length of a document, its earlier keys are rotated
-  again whenever it grows.
-  """
+  """True if a cache holds keys as they were before their rotation. Where angles
+  depend on a document's length, its earlier keys turn again as it grows."""
   return any(kind.rope and kind.rope.by_length for kind in config.kinds)
 
 
@@ -235,15 +195,16 @@ def make_context(
       parallel.constrain(x, mesh, sharding.WHOLE_ROWS)
       for x in (q_positions, kv_positions, q_segment_ids, kv_segment_ids)
     )
-  ids = (q_positions, kv_positions, q_segment_ids, kv_segment_ids)
+  ids = {
+    **{"q_positions": q_positions, "kv_positions": kv_positions},
+    **{"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids},
+  }
   starts = q_positions == 0
   if not cached:
     before = jnp.pad(q_segment_ids[:, :-1], ((0, 0), (1, 0)))
     starts = (q_segment_ids != before).at[:, 0].set(True)
-  marks = (starts, q_segment_ids > 0)
-  backend = choose(
-    backend, q_positions.shape[1], in_order=not cached, mesh=mesh
-  )
+  T, in_order = q_positions.shape[1], not cached
+  backend = choose(backend, T, in_order=in_order, mesh=mesh)
   q_lengths = k_lengths = None
   if cache_unrotated_keys(config):
     q_lengths = _lengths(q_segment_ids, kv_segment_ids, kv_positions)
@@ -256,12 +217,12 @@ def make_context(
     if cached and cache_unrotated_keys(config):
       k_rotation = rotation(kv_positions, k_lengths)
     q_rotation = rope.query_rotation(q_rotation, own, by)
-    mask = attention_mask(backend, *ids, window)
+    mask = attention_mask(backend, *ids.values(), window=window)
     one = Shared(q_rotation, k_rotation, mask)
     every.setdefault(mixer, []).append(one)
   stack = lambda x, *more: jnp.stack((x, *more)) if more else x
   shared = {name: jax.tree.map(stack, *x) for name, x in every.items()}
-  return Context(*ids, shared, *marks)
+  return Context(ids, shared, starts, q_segment_ids > 0)
 
 
 def _lengths(
@@ -327,18 +288,13 @@ class Attention(nn.Module):
     if cached:
       at = (layer, self.mixer)
       if not self.shares:
-        kv = kv_cache.write(kv, k, v, *at, positions=context.q_positions)
+        kv = kv_cache.write(kv, k, v, *at, positions=context.ids["q_positions"])
       later = partial(rotate, at=shared.k_rotation) if unrotated else None
       y = kv_cache.attend(q, kv, *at, shared.mask, rotate=later, **options)
     else:
       attend = partial(
-        parallel.attention,
-        attention,
-        self.mesh,
-        q_positions=context.q_positions,
-        kv_positions=context.kv_positions,
-        q_segment_ids=context.q_segment_ids,
-        kv_segment_ids=context.kv_segment_ids,
+        *(parallel.attention, attention, self.mesh),
+        **context.ids,
         backend=self.backend,
         mask=shared.mask,
         in_order=True,
@@ -361,11 +317,8 @@ class Attention(nn.Module):
 
 
 def _with_window(attend, windows: list[int | None], kind):
-  """`attend` with the window of a kind of layer, which may be traced.
-
-  For splash, whose windows are part of the program; those of the others are
-  in `mask`, as data.
-  """
+  """`attend` with the window of a kind of layer, which may be traced. For
+  splash, whose windows are part of the program and not of the `mask`."""
   each = [partial(attend, window=window) for window in windows]
   if len(each) == 1:
     return each[0]
@@ -375,11 +328,9 @@ def _with_window(attend, windows: list[int | None], kind):
 
 
 class Xielu(nn.Module):
-  """a x^2 + beta x above 0 and b (expm1(x) - x) + beta x below, in float32.
-
-  a = softplus(alpha_p) and b = beta + softplus(alpha_n) train, beta does not
-  (arXiv:2411.13010). Below, x is at most eps.
-  """
+  """a x^2 + beta x above 0 and b (expm1(x) - x) + beta x below, in float32. a =
+  softplus(alpha_p) and b = beta + softplus(alpha_n) train, beta does not
+  (arXiv:2411.13010). Below, x is at most eps."""
 
   param_dtype: Dtype
 
@@ -404,10 +355,8 @@ class Xielu(nn.Module):
 
 
 class Mlp(nn.Module):
-  """down(act(gate(x)) * up(x)), or without a gate down(act(up(x))).
-
-  `gated`: times sigmoid(share(x)), one number per token.
-  """
+  """down(act(gate(x)) * up(x)), or without a gate down(act(up(x))). `gated`:
+  times sigmoid(share(x)), one number per token."""
 
   config: ModelConfig
   linear: Callable[..., Linear]
@@ -439,8 +388,6 @@ def _experts(
   norm: Callable[..., Norm],
   **dtypes: Dtype,
 ) -> Moe:
-  """The experts that take the place of the MLP."""
-
   def activation(*inner: jax.Array) -> jax.Array:
     if not c.gated_mlp:
       return _ACTIVATIONS[c.activation](*inner)
@@ -452,13 +399,8 @@ def _experts(
   return Moe(
     num_experts=c.num_experts,
     routing=Routing(
-      k=c.experts_per_token,
-      normalize=c.norm_topk,
-      sigmoid=c.router_sigmoid,
-      groups=c.router_groups,
-      top_groups=c.router_top_groups,
-      best=c.router_best,
-      scale=c.router_scale,
+      *(c.experts_per_token, c.norm_topk, c.router_sigmoid, c.router_groups),
+      *(c.router_top_groups, c.router_best, c.router_scale),
     ),
     d_ff=c.d_ff,
     activation=jax.checkpoint(activation),
@@ -476,19 +418,13 @@ def _experts(
   )
 
 
-_MIXERS: dict[str, Callable[..., Any]] = {
-  "conv": GatedConv,
-  "delta": DeltaNet,
-  "mamba": Mamba2,
-}
+_MIXERS: Any = {"conv": GatedConv, "delta": DeltaNet, "mamba": Mamba2}
 
 
 class PerLayer(nn.Module):
-  """What each layer reads of a token beside the residual: P numbers.
-
-  (norm(W x / sqrt(D)) + sqrt(P) table[token]) / sqrt(2), where x are the
-  embeddings (Gemma 4).
-  """
+  """What each layer reads of a token beside the residual: P numbers. (norm(W x
+  / sqrt(D)) + sqrt(P) table[token]) / sqrt(2), where x are the embeddings
+  (Gemma 4)."""
 
   config: ModelConfig
   dtype: Dtype
@@ -513,11 +449,9 @@ class PerLayer(nn.Module):
 
 
 class Block(nn.Module):
-  """One layer: x + mixer(norm(x)), then x + mlp(norm(x)).
-
-  Families add a norm after each, or have that one alone, or one part alone.
-  `sort` names the modules, see `ModelConfig.sorts`.
-  """
+  """One layer: x + mixer(norm(x)), then x + mlp(norm(x)). Families add a norm
+  after each, or have that one alone, or one part alone. `sort` names the
+  modules, see `ModelConfig.sorts`."""
 
   config: ModelConfig
   lora: LoraConfig | None
@@ -559,16 +493,18 @@ class Block(nn.Module):
         where = (self.backend, self.mesh)
         base = mixer.removeprefix("reuse_")
         if base in ATTENTION:
-          context = context.of_kind(c, base, kind)
+          mine = context.shared[base]
+          if len(c.kinds_of(base)) > 1:  # `kind` may be traced.
+            mine = jax.tree.map(lambda x: x[kind], mine)
+          context = context._replace(shared=mine)
         if mixer in _MIXERS:
           of = _MIXERS[mixer](c, linear, self.mesh, **dtypes, name=mixer)
           y, kv = of(y, context, kv, slot)
         elif c.kv_rank:
           # The reference gives these norms no other eps.
           rank_norm = partial(RMSNorm, 1e-6, **dtypes)
-          attn = LatentAttention(
-            c, linear, rank_norm, *where, self.lora, name="attn"
-          )
+          where += (self.lora,)
+          attn = LatentAttention(c, linear, rank_norm, *where, name="attn")
           y, kv = attn(y, context, kv, slot)
         else:
           where += (self.param_dtype, base, base != mixer)

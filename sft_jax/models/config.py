@@ -1,9 +1,8 @@
 """ModelConfig: a model's sizes and switches, read from its `config.json`.
 
-A family is a set of fields, not a folder of code; `families` is their table.
 A field that the family's configuration class in transformers gives meaning to
-is implemented or refused by name: ignored, the model would silently be another
-one. Any other unknown field is listed in `ModelConfig.notes`.
+is implemented or refused by name: ignored, the model would be another one. Any
+other unknown field is listed in `ModelConfig.notes`.
 """
 
 import dataclasses
@@ -28,6 +27,7 @@ from sft_jax.models.hf.family_fields import (
   positive,
   refuse,
   whole_number,
+  words,
 )
 from sft_jax.models.rope import Rope, parse_ropes
 
@@ -42,8 +42,7 @@ FIELDS: dict[str, Json] = json.loads(
 # Mixers that are attention: of all layers, or in some with heads of their own.
 ATTENTION = ("attn", "global_attn")
 
-# Sizes beyond these are mistakes, and shapes made of them would be slow or
-# overflow before the tensors could contradict.
+# Sizes beyond these are mistakes, slow before the tensors could contradict.
 _MOST = {
   **{"num_hidden_layers": 10_000, "num_local_experts": 10_000},
   **{"num_attention_heads": 1 << 16, "head_dim": 1 << 16},
@@ -52,23 +51,17 @@ _MOST = {
 
 
 class LayerKind(NamedTuple):
-  """What may differ between the layers of one model.
+  """What may differ between the layers of one model."""
 
-  Attributes:
-    window: a token sees this many, itself and those before; None: all.
-    rope: its rotary embedding; None: queries and keys are not rotated.
-    dense: an MLP of `d_ff_dense` in a model of experts.
-    mixer: what mixes tokens: one of ATTENTION, or a layer of `layers`: 'conv',
-      'delta', 'mamba'. Its parameters are under this name. Of layers of one
-      part it may be 'mlp' or 'moe'.
-    shares: it reads the keys and values of the last layer before that has some,
-      of the same mixer. Its parameters are under 'reuse_' and that name.
-  """
-
-  window: int | None
-  rope: Rope | None
-  dense: bool = False
+  window: int | None  # A token sees so many, its own included; None: all.
+  rope: Rope | None  # None: queries and keys are not rotated.
+  dense: bool = False  # An MLP of `d_ff_dense` in a model of experts.
+  # What mixes tokens: one of ATTENTION, or a layer of `layers`: 'conv',
+  # 'delta', 'mamba'. Its parameters are under this name. Of layers of one part
+  # it may be 'mlp' or 'moe'.
   mixer: str = "attn"
+  # It reads the keys and values of the last layer before that has some, of the
+  # same mixer. Its parameters are under 'reuse_' and that name.
   shares: bool = False
 
   @property
@@ -79,194 +72,115 @@ class LayerKind(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """One decoder-only transformer.
+  """One decoder-only transformer."""
 
-  Attributes:
-    family: `model_type` of the config.
-    vocab_size: V, rows of the embedding.
-    num_layers: L.
-    d_model: D, width of the residual stream.
-    d_ff: F, width of the MLP, or of each expert.
-    num_heads: N query heads.
-    num_kv_heads: K key/value heads; N is a multiple of K.
-    head_dim: H; N * H need not be D.
-    max_positions: the context the model was made for, in tokens.
-    norm_eps: added to the mean square in the norms.
-    tie_embeddings: the unembedding is the embedding.
-    layers: the kind of each layer.
-    init_std: standard deviation of fresh weights.
-    raw: the config.json it came from, for a faithful export; of a multimodal
-      checkpoint that of its text part.
-    part_of: `model_type` of the multimodal checkpoint that it is in; '': none.
-    notes: what a person should know of how it was read, one line each.
-    stored: {name: rows} of the tensors of the folder it came from, where
-      those of the family have several names; an export has the same.
-    activation: of the MLP, 'silu', 'gelu_tanh', 'xielu' or 'relu2'.
-    glu_alpha: that of `moe.clipped_swiglu`, which takes its place; None: none.
-    glu_limit: that of `moe.clipped_swiglu`.
-    gated_mlp: down(act(gate(x)) * up(x)), else down(act(up(x))); experts too.
-    qkv_bias: q, k and v projections have a bias.
-    o_bias: the attention's output projection has a bias.
-    mlp_bias: the projections of the MLP have a bias, a router too.
-    num_experts: E; 0: an MLP and no router.
-    experts_per_token: k.
-    d_ff_dense: width of the MLP of layers without experts.
-    shared_gate: what it adds is multiplied by sigmoid of a gate.
-    d_ff_shared: width of an MLP beside the experts, for every token; 0: none.
-    norm_topk: the shares of the k add up to one.
-    router_sigmoid, router_groups, router_top_groups, router_best,
-      router_scale: see `moe.Routing`.
-    router_correction: axes of what corrects the choice in files; 0: nothing.
-    kv_rank: C of latent attention, see `attention.latent`; 0: it is not.
-    q_rank: its queries come from so few numbers; 0: from all.
-    rope_dim: P, how many of the H are rotated there.
-    v_dim: V, width of its values.
-    norm: 'rms', or 'layer' with its mean.
-    norm_bias: a 'layer' norm has a bias.
-    norm_offset: norms multiply by this much more than their scale.
-    pre_norm: a norm before attention and MLP.
-    post_norm: a norm after each, before the residual is added.
-    pre_norm_mixer: layers of this mixer have the first alone, whatever the
-      others have; '': none.
-    one_part: a layer is its mixer alone, or an MLP or experts alone.
-    parallel: the MLP reads what attention reads, its norm too.
-    qk_norm: RMSNorm of q and k before RoPE: 'none', over the H of each
-      'head', or over 'all' heads at once; 'rotated': of each head, after RoPE.
-    rope_pairs: RoPE turns dimension 2 i with 2 i + 1.
-    learned_positions: a vector per position is added to the embedding.
-    scale_embeddings: embeddings are multiplied by sqrt(D), rounded to the
-      compute dtype.
-    embed_scale: embeddings are multiplied by this.
-    residual_scale: what a layer adds to the residual is multiplied by this.
-    attn_scale: scores are multiplied by this; None: H ** -0.5.
-    attn_sinks: every head has a score that takes part in the softmax and
-      brings no value.
-    attn_softcap: scores are bent into +-cap by cap * tanh(x / cap).
-    logit_softcap: logits likewise.
-    logit_divisor: logits are divided by this.
-    conv_width: W, inputs that a short convolution sums.
-    conv_bias: it has a bias.
-    mixer_bias: so have the projections around a mixer that is no attention.
-    mixer_groups: heads of q and k of a recurrence.
-    mixer_heads: heads of v, a multiple of them; each has a state.
-    mixer_state: width of q and k.
-    mixer_width: width of v.
-    mixer_by_head: projections of q, k, v and z are stored head by head.
-    mixer_apart: those of q, k and v are three.
-    mixer_beta: what the delta rule overwrites is multiplied by this; at 2
-      what a key held may change its sign.
-    mixer_norm_eps: of the norm after a recurrence; 0: `norm_eps`.
-    mixer_least_step: steps of Mamba-2 are at least so long.
-    attn_gate: attention's output is multiplied by sigmoid of a gate, which
-      lies after each head's query.
-    global_kv_heads: K of 'global_attn'.
-    global_head_dim: H of it.
-    global_k_is_v: its values are its keys before their norm and rotation.
-    v_norm: RMSNorm of v, of each head, without a scale.
-    mlp_beside: layers have an MLP of `d_ff_dense` beside their experts, each
-      with norms of its own; the router reads the residual through one more,
-      and multiplies what an expert says by a factor of the expert's.
-    wide_mlp: layers that share keys and values have MLPs of twice the width.
-    per_layer_dim: P, numbers that each layer reads of a token beside the
-      residual, see `block.PerLayer`; 0: none.
-    per_layer_vocab: rows of their table.
-    layer_scalar: what leaves a layer is multiplied by a constant of its own.
-  """
-
-  family: str
-  vocab_size: int
-  num_layers: int
-  d_model: int
-  d_ff: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  max_positions: int
-  norm_eps: float
-  tie_embeddings: bool
-  layers: tuple[LayerKind, ...]
-  init_std: float
+  family: str  # `model_type` of the config.
+  vocab_size: int  # V, rows of the embedding.
+  num_layers: int  # L.
+  d_model: int  # D, width of the residual stream.
+  d_ff: int  # F, width of the MLP, or of each expert.
+  num_heads: int  # N query heads.
+  num_kv_heads: int  # K key/value heads; N is a multiple of K.
+  head_dim: int  # H; N * H need not be D.
+  max_positions: int  # The context the model was made for, in tokens.
+  norm_eps: float  # Added to the mean square in the norms.
+  tie_embeddings: bool  # The unembedding is the embedding.
+  layers: tuple[LayerKind, ...]  # The kind of each layer.
+  init_std: float  # Standard deviation of fresh weights.
+  # The config.json it came from, for a faithful export; of a multimodal
+  # checkpoint that of its text part.
   raw: Json = dataclasses.field(compare=False, repr=False)
+  # `model_type` of the multimodal checkpoint that it is in; '': none.
   part_of: str = dataclasses.field(default="", compare=False)
+  # What a person should know of how it was read, one line each.
   notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+  # {name: rows} of the tensors of its folder, where those of the family have
+  # several names; an export has the same.
   stored: Mapping[str, int] = dataclasses.field(
     default_factory=dict, compare=False, repr=False
   )
-  activation: str = "silu"
-  glu_alpha: float | None = None
-  glu_limit: float = math.inf
-  gated_mlp: bool = True
-  qkv_bias: bool = False
-  o_bias: bool = False
-  mlp_bias: bool = False
-  num_experts: int = 0
-  experts_per_token: int = 0
-  d_ff_dense: int = 0
-  d_ff_shared: int = 0
-  shared_gate: bool = False
-  norm_topk: bool = True
-  router_sigmoid: bool = False
+  activation: str = "silu"  # 'silu', 'gelu_tanh', 'xielu' or 'relu2'.
+  glu_alpha: float | None = None  # Of `moe.clipped_swiglu` in its place.
+  glu_limit: float = math.inf  # Likewise.
+  gated_mlp: bool = True  # Times act(gate(x)); of experts too.
+  qkv_bias: bool = False  # Projections of q, k and v have a bias.
+  o_bias: bool = False  # The attention's output projection has a bias.
+  mlp_bias: bool = False  # The projections of the MLP have one, a router too.
+  num_experts: int = 0  # E; 0: an MLP and no router.
+  experts_per_token: int = 0  # k.
+  d_ff_dense: int = 0  # Width of the MLP of layers without experts.
+  d_ff_shared: int = 0  # Of an MLP beside the experts; 0: none.
+  shared_gate: bool = False  # What it adds is times a sigmoid gate.
+  norm_topk: bool = True  # The shares of the k add up to one.
+  router_sigmoid: bool = False  # These five: see `moe.Routing`.
   router_groups: int = 1
   router_top_groups: int = 1
   router_best: int = 2
   router_scale: float = 1.0
-  router_correction: int = 0
-  kv_rank: int = 0
-  q_rank: int = 0
-  rope_dim: int = 0
-  v_dim: int = 0
-  norm: str = "rms"
-  norm_bias: bool = True
-  norm_offset: float = 0.0
-  pre_norm: bool = True
-  post_norm: bool = False
-  pre_norm_mixer: str = ""
-  one_part: bool = False
-  parallel: bool = False
+  router_correction: int = 0  # Axes of the choice's correction in files.
+  kv_rank: int = 0  # C of `attention.latent`; 0: no latent attention.
+  q_rank: int = 0  # Its queries come from so few numbers; 0: from all.
+  rope_dim: int = 0  # P, how many of the H are rotated there.
+  v_dim: int = 0  # V, width of its values.
+  norm: str = "rms"  # 'rms', or 'layer' with its mean.
+  norm_bias: bool = True  # A 'layer' norm has a bias.
+  norm_offset: float = 0.0  # Norms multiply by this much more than scale.
+  pre_norm: bool = True  # A norm before attention and MLP.
+  post_norm: bool = False  # One after each, before the residual is added.
+  pre_norm_mixer: str = ""  # Layers of this mixer have the first alone.
+  one_part: bool = False  # A layer is its mixer, an MLP or experts alone.
+  parallel: bool = False  # The MLP reads what attention reads, its norm too.
+  # RMSNorm of q and k before RoPE: 'none', over the H of each 'head', or over
+  # 'all' heads at once; 'rotated': of each head, after RoPE.
   qk_norm: str = "none"
-  rope_pairs: bool = False
-  learned_positions: bool = False
-  scale_embeddings: bool = False
-  embed_scale: float = 1.0
-  residual_scale: float = 1.0
-  attn_scale: float | None = None
-  attn_sinks: bool = False
-  attn_softcap: float | None = None
-  logit_softcap: float | None = None
-  logit_divisor: float = 1.0
-  conv_width: int = 0
-  conv_bias: bool = False
-  mixer_bias: bool = False
-  mixer_groups: int = 0
-  mixer_heads: int = 0
-  mixer_state: int = 0
-  mixer_width: int = 0
-  mixer_by_head: bool = False
-  mixer_apart: bool = False
+  rope_pairs: bool = False  # RoPE turns dimension 2 i with 2 i + 1.
+  learned_positions: bool = False  # A vector per position is added.
+  scale_embeddings: bool = False  # Times sqrt(D), rounded to the compute dtype.
+  embed_scale: float = 1.0  # Embeddings are multiplied by this.
+  residual_scale: float = 1.0  # So is what a layer adds to the residual.
+  attn_scale: float | None = None  # And scores; None: by H ** -0.5.
+  attn_sinks: bool = False  # Each head has a score without a value.
+  attn_softcap: float | None = None  # Scores are cap * tanh(x / cap).
+  logit_softcap: float | None = None  # Logits likewise.
+  logit_divisor: float = 1.0  # Logits are divided by this.
+  conv_width: int = 0  # W, inputs that a short convolution sums.
+  conv_bias: bool = False  # It has a bias.
+  mixer_bias: bool = False  # So have the projections around a recurrence.
+  mixer_groups: int = 0  # Heads of q and k of a recurrence.
+  mixer_heads: int = 0  # Heads of v, a multiple of them; each has a state.
+  mixer_state: int = 0  # Width of q and k.
+  mixer_width: int = 0  # Width of v.
+  mixer_by_head: bool = False  # Those of q, k, v, z are stored by head.
+  mixer_apart: bool = False  # Those of q, k and v are three.
+  # Times what the delta rule overwrites; at 2 what a key held may change its
+  # sign.
   mixer_beta: float = 1.0
-  mixer_norm_eps: float = 0.0
-  mixer_least_step: float = 0.0
+  mixer_norm_eps: float = 0.0  # Of the norm after it; 0: `norm_eps`.
+  mixer_least_step: float = 0.0  # Steps of Mamba-2 are at least so long.
+  # Attention's output is times sigmoid of a gate, which is stored after each
+  # head's query.
   attn_gate: bool = False
-  global_kv_heads: int = 0
-  global_head_dim: int = 0
-  global_k_is_v: bool = False
-  v_norm: bool = False
+  global_kv_heads: int = 0  # K of 'global_attn'.
+  global_head_dim: int = 0  # H of it.
+  global_k_is_v: bool = False  # Its values are its unnormed, unrotated keys.
+  v_norm: bool = False  # RMSNorm of v, of each head, without a scale.
+  # Layers have an MLP of `d_ff_dense` beside their experts, each with norms of
+  # its own; the router reads the residual through one more, and multiplies what
+  # an expert says by a factor of the expert's.
   mlp_beside: bool = False
-  wide_mlp: bool = False
-  per_layer_dim: int = 0
-  per_layer_vocab: int = 0
-  layer_scalar: bool = False
+  wide_mlp: bool = False  # Twice as wide where keys and values are shared.
+  per_layer_dim: int = 0  # P, see `block.PerLayer`; 0: none.
+  per_layer_vocab: int = 0  # Rows of their table.
+  layer_scalar: bool = False  # Each layer's result is times a constant.
 
   @property
   def conv_channels(self) -> int:
-    """Channels of a short convolution: of x, or of q, k and v."""
     keys = 2 * self.mixer_groups * self.mixer_state
     return keys + self.mixer_heads * self.mixer_width or self.d_model
 
   @property
   def out_std(self) -> float:
-    """Scale of fresh weights of what adds to the residual: smaller by
-    sqrt(2 L), as two projections of each layer do."""
+    """Of fresh weights that add to the residual, as two of each layer do."""
     return self.init_std / (2 * self.num_layers) ** 0.5
 
   @property
@@ -276,7 +190,6 @@ class ModelConfig:
     return kinds or (LayerKind(None, None),)
 
   def kinds_of(self, mixer: str) -> tuple[LayerKind, ...]:
-    """Those of the layers with a mixer."""
     found = (kind for kind in self.layers if kind.mixer == mixer)
     return tuple(dict.fromkeys(kind.of_attention for kind in found))
 
@@ -288,10 +201,8 @@ class ModelConfig:
 
   @property
   def sorts(self) -> tuple[tuple[str, ...], ...]:
-    """The modules of each layer: its mixer, and its 'mlp' or 'moe' or both.
-
-    Layers of one sort have the same parameters.
-    """
+    """The modules of each layer, which name its parameters: its mixer, and its
+    'mlp' or 'moe' or both."""
     wide = ("moe",) if self.num_experts else ("mlp",)
     wide = ("mlp", "moe") if self.mlp_beside else wide
 
@@ -308,7 +219,6 @@ class ModelConfig:
     return tuple(map(modules, self.layers))
 
   def norms(self, sort: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of the norms of a layer that has these modules."""
     early = sort[0] == self.pre_norm_mixer
     places = [""] * (self.pre_norm or early)
     places += ["post_"] * (self.post_norm and not early)
@@ -327,9 +237,8 @@ class ModelConfig:
     rows = self.per_layer_dim and max(size, self.per_layer_vocab)
     raw = self.raw | {"vocab_size": size}
     raw |= {"vocab_size_per_layer_input": rows} if rows else {}
-    return dataclasses.replace(
-      self, vocab_size=size, per_layer_vocab=rows, raw=raw
-    )
+    new = {"vocab_size": size, "per_layer_vocab": rows, "raw": raw}
+    return dataclasses.replace(self, **new)
 
   @property
   def position_limit(self) -> int | None:
@@ -338,10 +247,8 @@ class ModelConfig:
 
 
 def layers_of(config: ModelConfig) -> dict[str, np.ndarray]:
-  """The layers that have a module, of each that some layers lack.
-
-  Its parameters are stacked without the others, in this order.
-  """
+  """{module that some layers lack: the layers that have it, in its stack's
+  order}."""
   found: dict[str, list[int]] = {}
   for i, sort in enumerate(config.sorts):
     for module in (*sort, *config.norms(sort)):
@@ -375,11 +282,8 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
   """Turns the dict of a `config.json` into a ModelConfig.
 
   Reads the form of transformers 5 (`rope_parameters`, `dtype`) and the older
-  one (`rope_theta`, `rope_scaling`, `torch_dtype`). A missing field has the
-  default of transformers.
-
-  Raises ValueError: an architecture, a field or a value that is not
-  implemented, or no sensible value; the message names it.
+  one (`rope_theta`, `rope_scaling`, `torch_dtype`). Raises ValueError, by name:
+  what is not implemented or makes no sense.
   """
   whole, raw = raw.get("model_type"), _text_part(raw, where)
   name = raw.get("model_type")
@@ -438,11 +342,10 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
     value = _read(field, read, theirs.get(field), FIELDS[name], where)
     fields |= dict.fromkeys(read.into, value)
   if family.experts:
-    fields["num_experts"] = need("num_local_experts")
+    fields["num_experts"] = E = need("num_local_experts")
     fields["experts_per_token"] = k = need("num_experts_per_tok")
-    if k > fields["num_experts"]:
-      expected = f"at most num_experts={fields['num_experts']}"
-      raise refuse(where, "num_experts_per_tok", k, expected)
+    if k > E:
+      raise refuse(where, "num_experts_per_tok", k, f"at most num_experts={E}")
   num_layers = need("num_hidden_layers")
   if family.dense:
     fields["d_ff_dense"] = theirs["intermediate_size"]
@@ -455,6 +358,7 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
   if not isinstance(tied, bool):
     raise refuse(where, "tie_word_embeddings", tied, "true or false")
   eps = names.get("rms_norm_eps", "rms_norm_eps")
+  init_std = "initializer_range"
   return ModelConfig(
     family=name,
     vocab_size=need("vocab_size"),
@@ -467,12 +371,8 @@ def parse_config(raw: Json, *, where: str = "config.json") -> ModelConfig:
     max_positions=need("max_position_embeddings"),
     norm_eps=positive(where, eps, theirs.get(eps)),
     tie_embeddings=tied,
-    layers=layer_kinds(
-      raw, name, family, num_layers, head_dim=turned, where=where
-    ),
-    init_std=positive(
-      where, "initializer_range", theirs.get("initializer_range")
-    ),
+    layers=_layer_kinds(raw, name, family, num_layers, turned, where),
+    init_std=positive(where, init_std, theirs.get(init_std)),
     raw=dict(raw),
     part_of="" if whole == name else str(whole),
     notes=notes,
@@ -518,7 +418,6 @@ def _text_part(raw: Json, where: str) -> Json:
 
 
 def _reads(name: str) -> dict[str, Read]:
-  """The fields of a family that become fields of ModelConfig."""
   found = {k: read for k, read in READS.items() if k in FIELDS[name]}
   found = found | dict(FAMILIES[name].reads)
   return {field: read for field, read in found.items() if read}
@@ -543,13 +442,9 @@ def _read(field: str, read: Read, value: Any, usual: Json, where: str) -> Any:
   return read.via(value) if read.via else value
 
 
-def layer_kinds(
-  raw: Json, name: str, family: Family, n: int, *, head_dim: int, where: str
+def _layer_kinds(
+  raw: Json, name: str, family: Family, n: int, head_dim: int, where: str
 ) -> tuple[LayerKind, ...]:
-  """The kind of each of n layers, from a config.json.
-
-  Raises ValueError: windows or rotary fields that are not implemented, by name.
-  """
   if family.traits.get("learned_positions"):
     for field in ("rope_parameters", "rope_theta", "rope_scaling"):
       if raw.get(field) is not None:
@@ -557,14 +452,10 @@ def layer_kinds(
     return (LayerKind(None, None),) * n
   ropes = parse_ropes(raw, family, head_dim, where)
   raw = FIELDS[name] | raw
-  for field in (
-    "sliding_window",
-    "sliding_window_pattern",
-    "max_window_layers",
-  ):
+  for field in ("sliding_window", "sliding_window_pattern", _LAST):
     value = raw.get(field)
     # No layer has a window where the first is 0 or the last beyond the end.
-    least = 0 if field == "max_window_layers" else 1
+    least = 0 if field == _LAST else 1
     named = "layer_types" in FIELDS[name] and raw.get("layer_types")
     if field == "sliding_window_pattern" and named:
       continue  # They say it themselves.
@@ -588,9 +479,7 @@ def layer_kinds(
     if window is None and SLIDING in types:
       raise refuse(where, "layer_types", SLIDING, "a sliding_window in use")
   rotated = family.rotated(raw, types, where) if family.rotated else [True] * n
-  dense = [False] * n
-  if family.dense:
-    dense = family.dense(raw, n, where)
+  dense = family.dense(raw, n, where) if family.dense else [False] * n
   if all(dense):
     raise refuse(where, "layers with experts", 0, "one or more")
   late = family.traits.get("qk_norm") == "rotated"
@@ -599,55 +488,45 @@ def layer_kinds(
     raise refuse(where, "rope_parameters", ropes[FULL].type, "a fixed one")
   known = "num_kv_shared_layers" in FIELDS[name]  # And `derived` checked it.
   own = n - raw["num_kv_shared_layers"] if known else n
-  return tuple(
-    LayerKind(
-      window if kind == SLIDING else None,
-      ropes.get(kind) if use else None,
-      plain,
-      mixers[kind],
-      i >= own,
-    )
-    for i, (kind, use, plain) in enumerate(
-      zip(types, rotated, dense, strict=True)
-    )
-  )
+  shares = [False] * own + [True] * (n - own)
+  windows = [window if kind == SLIDING else None for kind in types]
+  by = [
+    ropes.get(kind) if use else None
+    for kind, use in zip(types, rotated, strict=True)
+  ]
+  columns = (windows, by, dense, [mixers[kind] for kind in types], shares)
+  return tuple(map(LayerKind, *columns))
 
 
+_LAST = "max_window_layers"
 # As files of transformers 4 name them.
 _OLD_TYPES = {"attention": FULL, "mamba": LINEAR}
 
 
 # Fields that are read where a family has them.
-_USED = {
-  *("model_type", "architectures", "vocab_size", "num_hidden_layers"),
-  *("hidden_size", "intermediate_size", "num_attention_heads", "head_dim"),
-  *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps"),
-  *("rope_parameters", "rope_theta", "rope_scaling", "tie_word_embeddings"),
-  *("initializer_range", "layer_types", "quantization_config"),
-}
+_USED = words("""
+  model_type architectures vocab_size num_hidden_layers hidden_size
+  intermediate_size num_attention_heads head_dim num_key_value_heads
+  max_position_embeddings rms_norm_eps rope_parameters rope_theta rope_scaling
+  tie_word_embeddings initializer_range layer_types quantization_config""")
 
 # Fields that are read in families whose class has them.
-_LAYERS = {
-  *("num_local_experts", "num_experts_per_tok", "sliding_window"),
-  *("use_sliding_window", "no_rope_layers", "no_rope_layer_interval"),
-  *("mlp_only_layers", "decoder_sparse_step"),
-}
+_LAYERS = words("""
+  num_local_experts num_experts_per_tok sliding_window use_sliding_window
+  no_rope_layers no_rope_layer_interval mlp_only_layers decoder_sparse_step""")
 
 # Bookkeeping of transformers: nothing here changes what the network computes.
 # The balance loss is a matter of pretraining; see `moe`.
-_HARMLESS = {
-  *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id"),
-  *("decoder_start_token_id", "dtype", "torch_dtype", "use_cache"),
-  *("transformers_version", "_name_or_path", "name_or_path", "id2label"),
-  *("label2id", "num_labels", "problem_type", "finetuning_task"),
-  *("task_specific_params", "tokenizer_class", "prefix", "return_dict"),
-  *("output_attentions", "output_hidden_states", "chunk_size_feed_forward"),
-  *("_attn_implementation", "_attn_implementation_autoset", "torchscript"),
-  *("pretraining_tp", "max_window_layers", "cache_implementation"),
-  *("tf_legacy_loss", "use_bfloat16", "_commit_hash", "license"),
-  *("cross_attention_hidden_size", "tie_encoder_decoder", "is_decoder"),
-  *("output_router_logits", "router_aux_loss_coef"),
-}
+_HARMLESS = words("""
+  bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
+  dtype torch_dtype use_cache transformers_version _name_or_path name_or_path
+  id2label label2id num_labels problem_type finetuning_task
+  task_specific_params tokenizer_class prefix return_dict output_attentions
+  output_hidden_states chunk_size_feed_forward _attn_implementation
+  _attn_implementation_autoset torchscript pretraining_tp max_window_layers
+  cache_implementation tf_legacy_loss use_bfloat16 _commit_hash license
+  cross_attention_hidden_size tie_encoder_decoder is_decoder
+  output_router_logits router_aux_loss_coef""")
 
 # Fields that transformers gives meaning to in any family, accepted like this.
 _ANYWHERE: Json = {
@@ -660,20 +539,17 @@ _ANYWHERE: Json = {
 def _check_fields(
   raw: Json, name: str, family: Family, where: str
 ) -> list[str]:
-  """Refuses what would change the computation and is not implemented.
-
-  Returns the unknown fields, which transformers does not read either. Code
-  beside the weights (`auto_map`) is never run, so it is one of them.
-  """
+  """Refuses what would change the computation and is not implemented. Returns
+  the unknown fields, which transformers does not read either; `auto_map`, code
+  beside the weights that is never run, is one of them."""
   wanted = family.architecture
   if raw.get("architectures") not in (None, [], [wanted]):
     raise refuse(where, "architectures", raw["architectures"], [wanted])
   usual = FIELDS[name]
   known = _HARMLESS | family.harmless | family.rope_fields | {*_reads(name)}
-  known |= {*family.aliases.values(), family.local_rope}
+  known = {*known, *family.aliases.values(), family.local_rope}
   known |= _USED | (_LAYERS & usual.keys())
-  if family.experts:
-    known.add("num_local_experts")
+  known |= {"num_local_experts"} if family.experts else set()
   for field, value in (_ANYWHERE | usual).items():
     got = raw.get(field)
     if got is not None and field not in known and (got or 0) != (value or 0):
@@ -703,7 +579,7 @@ def config_from_fields(
 
   `init_std` defaults to sqrt(2 / 5D), the "small init" of Nguyen and Salazar
   (2019, "Transformers without Tears"): 0.02 at D = 1024, more when narrower.
-  What is not said here is as transformers has it for the family.
+  The rest is as transformers has it for the family.
   """
   if family not in FAMILIES:
     raise refuse("config", "family", family, _families_like(family))

@@ -1,8 +1,7 @@
 """The table of families: what each fixes, reads and calls its tensors.
 
-A family is data. `config` turns a `config.json` into a ModelConfig by it, and
-`hf.parameter_map` maps parameters to tensors by it; neither knows a family by
-name. How to add one: docs/models.md.
+`config` turns a `config.json` into a ModelConfig by it, and `hf.parameter_map`
+maps parameters to tensors. How to add one: docs/models.md.
 """
 
 import dataclasses
@@ -11,66 +10,57 @@ from typing import Any
 
 from sft_jax.models.hf import family_fields as fields
 from sft_jax.models.hf import tensor_names as tensors
-from sft_jax.models.hf.family_fields import FULL, LINEAR, SLIDING, Json, Read
+from sft_jax.models.hf.family_fields import (
+  FULL,
+  LINEAR,
+  SLIDING,
+  Json,
+  Read,
+  words,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """One `model_type`.
+  """One `model_type`, as data."""
 
-  Attributes:
-    architecture: the class that `architectures` must name.
-    names: module of ours: module of theirs, `{}` standing for the layer. Ours
-      that share one of theirs are in it side by side, in this order. A leaf
-      that is elsewhere than its module is named itself.
-    traits: fields of ModelConfig that every model of the family has.
-    reads: fields read otherwise than by `READS`; None: accepted at their
-      default alone.
-    defaults: common fields that transformers computes where they are missing,
-      as functions of the file; and thetas of RoPE.
-    aliases: common fields that the family spells in its own way.
-    harmless: fields that change nothing here.
-    layer_types: SLIDING or FULL for each of n layers, from (file, n), or a
-      name of `mixers`.
-    rotated: which layers have RoPE, from (file, their types, where).
-    mixers: the mixer of other types of layer, see `LayerKind`.
-    dense: which of n layers have an MLP in place of experts, from (file, n,
-      where).
-    derived: fields of ModelConfig that follow from several of the file, from
-      (file, where).
-    rope_fields: rotary fields beyond those of the rope's type.
-    rope: the rotary fields of a file that has none.
-    local_rope: sliding layers have a rotary embedding of their own, whose
-      theta is this field in older files.
-    conv1d: kernels are [in, out] in the file.
-    experts: layers have a router and experts in place of an MLP.
-    experts_in_turns: experts are [E, in, out], and columns of gate and up
-      take turns.
-    stored: (in files, in `names`): parts of names that files spell in another
-      way. What comes to one name is side by side along the first axis.
-    buffers: endings of tensors that old files hold and that follow from the
-      config; they are not read.
-  """
-
-  architecture: str
+  architecture: str  # The class that `architectures` must name.
+  # {module of ours: module of theirs}, `{}` standing for the layer. Ours that
+  # share one of theirs are side by side in it, in this order. A leaf that is
+  # elsewhere than its module is named itself.
   names: Mapping[str, str]
+  # Fields of ModelConfig that every model of the family has.
   traits: Json = dataclasses.field(default_factory=dict)
+  # Fields read otherwise than by `READS`; None: their default alone is fine.
   reads: Mapping[str, Read | None] = dataclasses.field(default_factory=dict)
+  # Common fields that transformers computes where they are missing, as
+  # functions of the file; and thetas of RoPE.
   defaults: Json = dataclasses.field(default_factory=dict)
+  # Common fields that the family spells in its own way.
   aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  harmless: frozenset[str] = frozenset()
+  harmless: frozenset[str] = frozenset()  # Fields that change nothing here.
+  # SLIDING or FULL for each of n layers, from (file, n), or a name of `mixers`.
   layer_types: Callable[[Json, int], list[str]] | None = None
+  # Which layers have RoPE, from (file, their types, where).
   rotated: Callable[[Json, list[str], str], list[bool]] | None = None
+  # The mixer of other types of layer, see `LayerKind`.
   mixers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  # Which of n layers have an MLP in place of experts, from (file, n, where).
   dense: Callable[[Json, int, str], list[bool]] | None = None
+  # Fields of ModelConfig that follow from several, from (file, where).
   derived: Callable[[Json, str], Json] | None = None
-  rope_fields: frozenset[str] = frozenset()
+  rope_fields: frozenset[str] = frozenset()  # Beyond those of the type.
+  # The rotary fields of a file that has none.
   rope: Json = dataclasses.field(default_factory=dict)
-  local_rope: str | None = None
-  conv1d: bool = False
-  experts: bool = False
-  experts_in_turns: bool = False
+  local_rope: str | None = None  # Older files' theta of sliding layers.
+  conv1d: bool = False  # Kernels are [in, out] in the file.
+  experts: bool = False  # Layers have a router and experts in place of an MLP.
+  experts_in_turns: bool = False  # Columns of gate and up take turns.
+  # (in files, in `names`): parts of names that files spell in another way. What
+  # comes to one name is side by side along the first axis.
   stored: tuple[tuple[str, str], ...] = ()
+  # Endings of tensors that old files hold and that follow from the config; they
+  # are not read.
   buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
 
   @property
@@ -158,7 +148,7 @@ FAMILIES: dict[str, Family] = {
     # The reference reads this cap and does not apply it to attention.
     reads={"attn_logit_softcapping": None},
     layer_types=fields.full_each("sliding_window_pattern", 6),
-    harmless=frozenset({"sliding_window_pattern", "_sliding_window_pattern"}),
+    harmless=words("sliding_window_pattern _sliding_window_pattern"),
     local_rope="rope_local_base_freq",
   ),
   "gemma4_text": Family(
@@ -203,9 +193,7 @@ FAMILIES: dict[str, Family] = {
     tensors.FUSED,
     defaults=fields.MHA,
     layer_types=fields.everywhere,
-    rope_fields=frozenset(
-      {"partial_rotary_factor", "original_max_position_embeddings"}
-    ),
+    rope_fields=words("partial_rotary_factor original_max_position_embeddings"),
   ),
   "glm4": Family(
     "Glm4ForCausalLM",
@@ -213,7 +201,7 @@ FAMILIES: dict[str, Family] = {
     traits={"post_norm": True, "rope_pairs": True},
     reads={"attention_bias": Read(("qkv_bias",))},
     defaults={"partial_rotary_factor": 0.5},
-    rope_fields=frozenset({"partial_rotary_factor"}),
+    rope_fields=words("partial_rotary_factor"),
   ),
   "seed_oss": Family(
     "SeedOssForCausalLM",
@@ -223,7 +211,7 @@ FAMILIES: dict[str, Family] = {
       "attention_out_bias": Read(("o_bias",)),
     },
     defaults=fields.MHA,
-    harmless=frozenset({"attention_dropout", "residual_dropout"}),
+    harmless=words("attention_dropout residual_dropout"),
   ),
   "ernie4_5": Family(
     "Ernie4_5ForCausalLM",
@@ -236,8 +224,8 @@ FAMILIES: dict[str, Family] = {
     tensors.HUNYUAN,
     traits={"qk_norm": "rotated"},
     defaults=fields.MHA,
-    rope_fields=frozenset({"alpha"}),
-    harmless=frozenset({"eod_token_id"}),
+    rope_fields=words("alpha"),
+    harmless=words("eod_token_id"),
   ),
   "cohere2": Family(
     "Cohere2ForCausalLM",
@@ -251,7 +239,7 @@ FAMILIES: dict[str, Family] = {
     aliases={"rms_norm_eps": "layer_norm_eps"},
     layer_types=fields.full_each("sliding_window_pattern", 4),
     rotated=fields.windowed,
-    harmless=frozenset({"sliding_window_pattern"}),
+    harmless=words("sliding_window_pattern"),
   ),
   "apertus": Family(
     "ApertusForCausalLM",
@@ -274,16 +262,12 @@ FAMILIES: dict[str, Family] = {
     traits={"qk_norm": "head"},
     defaults={"rope_theta": 1_000_000.0},
     aliases={"rms_norm_eps": "norm_eps"},
-    layer_types=fields.lfm2_types,
+    layer_types=fields.full_where("full_attn_idxs", "conv"),
     mixers={"conv": "conv"},
     derived=fields.lfm2,
     # Those that `derived` and `layer_types` read.
-    harmless=frozenset(
-      {
-        *("block_multiple_of", "block_ffn_dim_multiplier", "block_ff_dim"),
-        *("block_auto_adjust_ff_dim", "full_attn_idxs", "tie_embedding"),
-      }
-    ),
+    harmless=words("""block_multiple_of block_ffn_dim_multiplier
+      block_ff_dim block_auto_adjust_ff_dim full_attn_idxs tie_embedding"""),
   ),
   "qwen3_5_text": Family(
     "Qwen3_5ForCausalLM",
@@ -293,7 +277,7 @@ FAMILIES: dict[str, Family] = {
     layer_types=fields.linear_but_each,
     mixers={LINEAR: "delta"},
     harmless=fields.INTERVAL,
-    rope_fields=frozenset({"partial_rotary_factor"}),
+    rope_fields=words("partial_rotary_factor"),
   ),
   "qwen3_next": Family(
     "Qwen3NextForCausalLM",
@@ -309,20 +293,20 @@ FAMILIES: dict[str, Family] = {
     dense=fields.layers_without_experts,
     derived=fields.shared_expert,
     harmless=fields.INTERVAL | {"shared_expert_intermediate_size"},
-    rope_fields=frozenset({"partial_rotary_factor"}),
+    rope_fields=words("partial_rotary_factor"),
     experts=True,
   ),
   "bamba": Family(
     "BambaForCausalLM",
     tensors.BAMBA,
     defaults=fields.MHA | {"partial_rotary_factor": 0.5},
-    layer_types=fields.bamba_types,
+    layer_types=fields.full_where("attn_layer_indices", LINEAR),
     mixers={LINEAR: "mamba"},
     derived=fields.mamba,
     # Those that `layer_types` reads, and of pretraining and generation.
     harmless=fields.MAMBA
-    | {"attn_layer_indices", "z_loss_coefficient", "num_logits_to_keep"},
-    rope_fields=frozenset({"partial_rotary_factor"}),
+    | words("attn_layer_indices z_loss_coefficient num_logits_to_keep"),
+    rope_fields=words("partial_rotary_factor"),
   ),
   "nemotron_h": Family(
     "NemotronHForCausalLM",
@@ -370,8 +354,8 @@ FAMILIES: dict[str, Family] = {
     },
     defaults={"partial_rotary_factor": 0.5},
     aliases=fields.ROUTED,
-    rope_fields=frozenset({"partial_rotary_factor"}),
-    dense=fields.first_layers,
+    rope_fields=words("partial_rotary_factor"),
+    dense=fields.first("first_k_dense_replace"),
     derived=fields.grouped,
     harmless=fields.DERIVED | {"first_k_dense_replace"},
     experts=True,
@@ -381,7 +365,7 @@ FAMILIES: dict[str, Family] = {
     tensors.MINIMAX,
     traits=fields.CORRECTED | {"qk_norm": "all"},
     defaults={"rope_theta": 5_000_000.0},
-    rope_fields=frozenset({"partial_rotary_factor", "rotary_dim"}),
+    rope_fields=words("partial_rotary_factor rotary_dim"),
     experts=True,
   ),
   "ernie4_5_moe": Family(
@@ -400,12 +384,8 @@ FAMILIES: dict[str, Family] = {
     derived=lambda raw, where: fields.shared(
       raw, where, "moe_num_shared_experts"
     ),
-    harmless=frozenset(
-      {
-        *("intermediate_size", "moe_num_shared_experts", "num_experts"),
-        *("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),
-      }
-    ),
+    harmless=words("""intermediate_size moe_num_shared_experts num_experts
+      moe_layer_start_index moe_layer_end_index moe_layer_interval"""),
     experts=True,
   ),
   "deepseek_v2": Family(
@@ -416,7 +396,7 @@ FAMILIES: dict[str, Family] = {
     reads={"norm_topk_prob": None, "mlp_bias": None},
     defaults=fields.MHA,
     aliases=fields.ROUTED,
-    dense=fields.first_layers,
+    dense=fields.first("first_k_dense_replace"),
     derived=fields.deepseek_v2,
     harmless=fields.DERIVED | fields.LATENT_FIELDS | {"first_k_dense_replace"},
     experts=True,
@@ -428,7 +408,7 @@ FAMILIES: dict[str, Family] = {
     reads=fields.GROUPS | {"rope_interleave": Read(("rope_pairs",))},
     defaults=fields.MHA,
     aliases=fields.ROUTED,
-    dense=fields.first_layers,
+    dense=fields.first("first_k_dense_replace"),
     derived=lambda raw, where: (
       fields.latent(raw, where) | fields.grouped(raw, where)
     ),
@@ -466,14 +446,9 @@ FAMILIES: dict[str, Family] = {
       "rms_norm_eps": "layer_norm_epsilon",
     },
     # Dropout is a matter of pretraining; nothing here drops anything.
-    harmless=frozenset(
-      {
-        *("attn_pdrop", "resid_pdrop", "embd_pdrop"),
-        *("reorder_and_upcast_attn", "summary_type", "summary_use_proj"),
-        *("summary_activation", "summary_proj_to_labels"),
-        "summary_first_dropout",
-      }
-    ),
+    harmless=words("""attn_pdrop resid_pdrop embd_pdrop
+      reorder_and_upcast_attn summary_type summary_use_proj
+      summary_activation summary_proj_to_labels summary_first_dropout"""),
     conv1d=True,
     # The causal mask.
     buffers=(".attn.bias", ".attn.masked_bias"),
@@ -494,7 +469,7 @@ FAMILIES |= {
     "mistral",
     "Ministral3ForCausalLM",
     rope=_YARN_16,
-    rope_fields=frozenset({"llama_4_scaling_beta"}),
+    rope_fields=words("llama_4_scaling_beta"),
   ),
   "qwen3": _like("qwen2", "Qwen3ForCausalLM", traits={"qk_norm": "head"}),
   "qwen3_moe": _like(
@@ -506,8 +481,8 @@ FAMILIES |= {
     layer_types=fields.if_used,
     mixers={},
     derived=None,
-    harmless=frozenset(),
-    rope_fields=frozenset(),
+    harmless=words(""),
+    rope_fields=words(""),
   ),
   "qwen3_5_moe_text": _like(
     "qwen3_next",
@@ -544,12 +519,8 @@ FAMILIES |= {
     mixers={LINEAR: "delta"},
     derived=fields.olmo_hybrid,
     # Of fresh weights.
-    harmless=frozenset(
-      {
-        *("linear_a_log_min", "linear_a_log_max", "linear_dt_min"),
-        *("linear_dt_max", "linear_dt_init_floor"),
-      }
-    ),
+    harmless=words("""linear_a_log_min linear_a_log_max linear_dt_min
+      linear_dt_max linear_dt_init_floor"""),
     stored=(
       *(("q_conv1d", "conv1d"), ("k_conv1d", "conv1d")),
       *(("v_conv1d", "conv1d"), ("attention_layer_norm", "input_layernorm")),
@@ -563,7 +534,7 @@ FAMILIES |= {
     defaults={},
     layer_types=fields.full_each("sliding_window_pattern", 4),
     rotated=fields.windowed_if_any,
-    harmless=frozenset({"sliding_window_pattern"}),
+    harmless=words("sliding_window_pattern"),
   ),
   "lfm2_moe": _like(
     "lfm2",
@@ -571,9 +542,9 @@ FAMILIES |= {
     names=tensors.LFM2_MOE,
     traits=fields.CORRECTED | {"qk_norm": "head"},
     aliases={**FAMILIES["qwen3_next"].aliases, **FAMILIES["lfm2"].aliases},
-    dense=fields.first_dense,
+    dense=fields.first("num_dense_layers"),
     derived=fields.tied,
-    harmless=frozenset({"tie_embedding", "num_dense_layers"}),
+    harmless=words("tie_embedding num_dense_layers"),
     experts=True,
   ),
   "granitemoehybrid": _like(
@@ -582,15 +553,15 @@ FAMILIES |= {
     names=tensors.GRANITE_HYBRID,
     defaults=fields.MHA,
     layer_types=lambda raw, n: [LINEAR] * n,
-    rotated=fields.all_if_named,
+    rotated=lambda raw, types, where: (
+      [raw["position_embedding_type"] == "rope"] * len(types)
+    ),
     derived=fields.granite_hybrid,
     # Those that `derived` and `rotated` read, and mixers in an older file.
     harmless=fields.MAMBA
-    | {
-      *("shared_intermediate_size", "position_embedding_type"),
-      "layers_block_type",
-    },
-    rope_fields=frozenset(),
+    | words("""shared_intermediate_size position_embedding_type
+      layers_block_type"""),
+    rope_fields=words(""),
   ),
   "glm4_moe_lite": _like(
     "deepseek_v3",

@@ -1,13 +1,11 @@
 """The cache: its layout, writes of keys and values, attention over them.
 
-Layers that are no attention have a state per row in it, whatever its length:
-the last inputs of their convolution, and what their recurrence has summed up.
+Layers that are no attention have a state per row in it, of any length: the last
+inputs of their convolution, and what their recurrence has summed up.
 
-A layer's slots are together for each head, [L, B, K, S, H]: both products of
-attention then read it as it is. With the slots before the heads, as queries
-have them, XLA copies and transposes every layer at every step, which took three
-times as long as the products; with the slots last they take a third longer, of
-one layer alone.
+A layer's slots are together for each head, [L, B, K, S, H], as both products of
+attention read it: with slots before heads XLA copies every layer at every step,
+three times as long as the products.
 """
 
 import math
@@ -35,13 +33,12 @@ def init(
   Args:
     dtype: of keys and values.
     int8: keep them in 8 bits, with a float32 scale per head and slot: the
-      largest magnitude of the H numbers, over 127. A number is then off by at
-      most half a scale. Of heads of 64 the cache takes 0.27 of float32's room,
-      0.53 of bfloat16's.
+      largest magnitude of the H numbers, over 127. Of heads of 64 the cache
+      takes 0.27 of float32's room, 0.53 of bfloat16's.
   """
   c = config
   count = Counter(kind.mixer for kind in c.layers if not kind.shares)
-  convs = sum(count[mixer] for mixer in ("conv", "delta", "mamba"))
+  convs = count["conv"] + count["delta"] + count["mamba"]
   cache = {"positions": jnp.full((batch, length), -1, jnp.int32)}
   if convs:
     state = (convs, batch, c.conv_width - 1, c.conv_channels)
@@ -71,10 +68,8 @@ def _own(mixer: str, name: str) -> str:
 def slots_of(
   positions: Int[Array, "B T"], length: int
 ) -> tuple[Int32[Array, "B 1"], Int[Array, "B T"]]:
-  """Where each token goes: its row, and its position, or past the end for -1.
-
-  A write past the end is dropped; a negative index would count from the end.
-  """
+  """Where each token goes: its row, and its position, or past the end for -1. A
+  write past the end is dropped; a negative index would count from the end."""
   rows = jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None]
   return rows, jnp.where(positions < 0, length, positions)
 
@@ -87,12 +82,9 @@ def write(
   mixer: str,
   positions: Int[Array, "B T"],
 ) -> Slots:
-  """The slots with a layer's new keys and values in them.
-
-  The whole cache is carried and written in place: handing each layer its
-  slice and collecting the results would copy it once per token. Of latent
-  attention the keys are all there is.
-  """
+  """The slots with a layer's new keys and values (of latent attention keys
+  alone) in them. The whole cache is carried and written in place: handing each
+  layer its slice would copy it once per token."""
   given = {"k": k} if v is None else {"k": k, "v": v}
   new = dict(given)
   if _own(mixer, "k_scale") in slots:
@@ -121,16 +113,9 @@ def attend(
 ) -> Float[Array, "B T N V"]:
   """`attention.attention` over the slots of a layer, to the rounding.
 
-  Args:
-    q: queries, rotated.
-    slots: of all layers.
-    layer: which, of those with this mixer.
-    mixer: of the layer.
-    bias: the mask, see `attention.mask_bias`.
-    scale, softcap, sinks: as there.
-    rotate: for keys [B, S, K, H] that are kept unrotated; None: they are
-      rotated.
-    values: where there are no values, how many first numbers of a key are one.
+  `layer` is one of those with this mixer, `bias` that of `mask_bias`. `rotate`
+  is for keys [B, S, K, H] that are kept unrotated. Where there are no `values`,
+  so many first numbers of a key are one.
   """
   own = {
     name: slots[_own(mixer, name)][layer]
@@ -149,10 +134,8 @@ def attend(
     return weighed(q * scale, k, v, bias, softcap, sinks, *scales)
 
 
-def _to_int8(
-  x: Float[Array, "B T K H"],
-) -> tuple[Array, Float32[Array, "B T K"]]:
-  """Codes in -127..127 and their scales."""
+def _to_int8(x: Float[Array, "B T K H"]) -> tuple[Array, Array]:
+  """Codes in -127..127 and their scales [B, T, K]."""
   x = x.astype(jnp.float32)
   scale = jnp.max(jnp.abs(x), axis=-1) / 127
   codes = jnp.round(x / jnp.maximum(scale, 1e-30)[..., None])

@@ -1,9 +1,8 @@
 """Mixture of experts: a router sends each token through k of E small MLPs.
 
-No expert has a capacity and no token is dropped, so what a token gets never
-depends on its neighbors: packing and padding change nothing. Tokens are
-sorted by expert, so that each expert multiplies one block of rows; here 3
-tokens of k = 2 and E = 3:
+No expert has a capacity and no token is dropped, so packing and padding change
+nothing. Tokens are sorted by expert, so that each expert multiplies one block
+of rows; here 3 tokens of k = 2 and E = 3:
 
     experts [M k]           2 0 | 2 1 | 0 2        of tokens 0, 1, 2
     sorted by expert        0 0 | 1 | 2 2 2        sizes [2 1 3]
@@ -28,33 +27,21 @@ from jaxtyping import Array, Float, Float32, Int32
 from sft_jax.common import sharding
 from sft_jax.models.attention import parallel
 from sft_jax.models.layers.grouped import grouped_matmul, permute
-from sft_jax.models.layers.linear import dense
+from sft_jax.models.layers.linear import Dtype, adapter_scale, dense
 from sft_jax.models.lora.lora import LoraConfig
 from sft_jax.models.remat import PROJECTION
 
-Dtype = Any
-
 
 class Routing(NamedTuple):
-  """How a router chooses experts and weighs them.
+  """How a router chooses experts and weighs them."""
 
-  Attributes:
-    k: experts of each token.
-    normalize: the k shares sum to one.
-    sigmoid: scores are sigmoids of the logits, else their softmax.
-    groups: the experts are in so many groups, of equal size.
-    top_groups: experts are chosen from this many groups alone.
-    best: a group is as good as the sum of its so many best scores.
-    scale: multiplies the shares.
-  """
-
-  k: int
-  normalize: bool = True
-  sigmoid: bool = False
-  groups: int = 1
-  top_groups: int = 1
-  best: int = 2
-  scale: float = 1.0
+  k: int  # Experts of each token.
+  normalize: bool = True  # The k shares sum to one.
+  sigmoid: bool = False  # Scores are sigmoids, else a softmax, of logits.
+  groups: int = 1  # The experts are in so many groups, of equal size.
+  top_groups: int = 1  # Experts are chosen from this many groups alone.
+  best: int = 2  # A group is as good as the sum of its so many best scores.
+  scale: float = 1.0  # Multiplies the shares.
 
 
 def route(
@@ -64,10 +51,9 @@ def route(
 ) -> tuple[Float32[Array, "... k"], Int32[Array, "... k"]]:
   """The k best experts of each token, and their shares.
 
-  Shares are scores over all experts; `normalize` makes the k of them sum to
-  one, which of a softmax is that over the k logits alone. A `correction`
-  decides with the scores who is chosen, and weighs nothing (Wang et al. 2024,
-  arXiv:2408.15664); groups are those of DeepSeek-V3 (arXiv:2412.19437, 2.1.2).
+  A `correction` decides with the scores who is chosen, and weighs nothing (Wang
+  et al. 2024, arXiv:2408.15664); groups are those of DeepSeek-V3
+  (arXiv:2412.19437, 2.1.2).
   """
   r = routing
   if not r.sigmoid and correction is None and r.groups == 1 and r.scale == 1:
@@ -97,30 +83,20 @@ def route(
 def clipped_swiglu(
   gate: jax.Array, up: jax.Array, *, alpha: float, limit: float
 ) -> jax.Array:
-  """gate sigmoid(alpha gate) (up + 1), of values that are clipped first.
-
-  That of gpt-oss: gate is clipped from above only.
-  """
+  """gate sigmoid(alpha gate) (up + 1) of gpt-oss; gate is clipped from above
+  only."""
   gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
   return gate * nn.sigmoid(alpha * gate) * (up + 1)
 
 
 class Weights(NamedTuple):
-  """What multiplies the rows of each expert: x W + b + scale * (x A) B.
+  """What multiplies the rows of each expert: x W + b + scale * (x A) B."""
 
-  Attributes:
-    kernel: [E, in, out], or the codes and scales that stand in for it.
-    bias: [E, out] or None.
-    a: LoRA's [E, in, R] or None.
-    b: LoRA's [E, R, out] or None.
-    factor: [E] or None; shares of an expert are multiplied by its own.
-  """
-
-  kernel: Any
-  bias: Any = None
-  a: Any = None
-  b: Any = None
-  factor: Any = None
+  kernel: Any  # [E, in, out], or the codes and scales that stand in for it.
+  bias: Any = None  # [E, out] or None.
+  a: Any = None  # LoRA's [E, in, R] or None.
+  b: Any = None  # LoRA's [E, R, out] or None.
+  factor: Any = None  # [E]; shares of an expert are multiplied by its own.
 
 
 class ExpertLinear(nn.Module):
@@ -149,14 +125,8 @@ class ExpertLinear(nn.Module):
       zeros = nn.initializers.zeros
       bias = self.param("bias", zeros, shape[::2], self.param_dtype)
     if self.has_variable("params", "lora_a"):
-      if self.lora is None:
-        raise ValueError(
-          f"{'/'.join(self.path)}: the parameters hold a LoRA adapter but the "
-          "model was built without one; expected lora=LoraConfig(...). Pass "
-          "it to build, or fold the adapter in with merge.merge."
-        )
       a = self.get_variable("params", "lora_a")
-      scale = self.lora.scale("/".join(self.path))
+      scale = adapter_scale(self.lora, self.path)
       b = scale * self.get_variable("params", "lora_b")
     bias, a, b = jax.tree.map(lambda x: x.astype(self.dtype), (bias, a, b))
     return Weights(kernel, bias, a, b)
@@ -164,39 +134,25 @@ class ExpertLinear(nn.Module):
 
 class Moe(nn.Module):
   """sum over the k chosen experts of share * down(activation(gate, up)),
-  or without a gate of share * down(activation(up)).
+  or without a gate of share * down(activation(up))."""
 
-  Attributes:
-    num_experts: E.
-    routing: see `route`.
-    d_ff: F, width of each expert.
-    activation: of the results of `gate` and `up`, [M, F] each.
-    gated: there is a gate.
-    correction: axes of the router's correction in the files; 0: it has none.
-    shared: makes the expert that every token passes, beside the others.
-    router_norm: of what the router reads, times D ** -0.5 too (Gemma 4); then
-      an expert's shares are multiplied by a factor of its own.
-    use_bias: router and experts have biases.
-    init_std: scale of fresh weights.
-    out_std: scale of fresh `down` weights.
-    lora: what the adapters are, None where there are none.
-    mesh: where the tokens of a batch are divided over devices, so that each
-      sorts its own; its axis 'tensor' divides F, 'expert' E. Without it the
-      result is the same, but XLA gathers all tokens on every device.
-  """
-
-  num_experts: int
-  routing: Routing
-  d_ff: int
-  activation: Callable[..., jax.Array]
-  gated: bool = True
-  correction: int = 0
-  shared: Callable[[], nn.Module] | None = None
+  num_experts: int  # E.
+  routing: Routing  # See `route`.
+  d_ff: int  # F, width of each expert.
+  activation: Callable[..., jax.Array]  # Of [M, F] of `gate` and `up`.
+  gated: bool = True  # There is a gate.
+  correction: int = 0  # Axes of the router's in the files; 0: none.
+  shared: Callable[[], nn.Module] | None = None  # Makes the shared expert.
+  # Of what the router reads, times D ** -0.5 too (Gemma 4); then an expert's
+  # shares are multiplied by a factor of its own.
   router_norm: Callable[..., nn.Module] | None = None
-  use_bias: bool = False
-  init_std: float = 0.02
-  out_std: float = 0.02
-  lora: LoraConfig | None = None
+  use_bias: bool = False  # Router and experts have biases.
+  init_std: float = 0.02  # Scale of fresh weights.
+  out_std: float = 0.02  # Scale of fresh `down` weights.
+  lora: LoraConfig | None = None  # What the adapters are, if there are any.
+  # Where the tokens of a batch are divided over devices, so that each sorts its
+  # own; its axis 'tensor' divides F, 'expert' E. Without it the result is the
+  # same, but XLA gathers all tokens on every device.
   mesh: Mesh | None = None
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
@@ -221,13 +177,7 @@ class Moe(nn.Module):
 
     def linear(name, features, init_std):
       return ExpertLinear(
-        E,
-        features,
-        self.use_bias,
-        init_std,
-        self.lora,
-        **dtypes,
-        name=name,
+        E, features, self.use_bias, init_std, self.lora, **dtypes, name=name
       )
 
     names = ("gate", "up") if self.gated else ("up",)
@@ -239,8 +189,11 @@ class Moe(nn.Module):
       weights[-1] = weights[-1]._replace(factor=factor)
     routed = partial(route, routing=self.routing, correction=correction)
     mix = partial(_mix, routed=routed, act=self.activation)
-    if self.mesh is not None and _divides(self.mesh, B, T, E, F):
-      mix = _on_mesh(mix, self.mesh, weights)
+    mesh, even = self.mesh, parallel.divides(self.mesh, B, T)
+    sizes = mesh.shape if mesh is not None else {"expert": 1, "tensor": 1}
+    even = even and not (E % sizes["expert"] or F % sizes["tensor"])
+    if mesh is not None and even:
+      mix = _on_mesh(mix, mesh, weights)
 
     def decoded(x, logits, *weights: Weights):
       """Kernels as they multiply, whatever they are kept as."""
@@ -296,11 +249,9 @@ def _mix(
   act: Callable[..., jax.Array],
   first: jax.Array | None = None,
 ) -> Float32[Array, "B T D"]:
-  """Sorts tokens by expert, multiplies, sorts back and adds; see above.
-
-  With `first`, the weights are of the experts from there on alone: tokens of
-  others are sorted to the end and get 0.
-  """
+  """Sorts tokens by expert, multiplies, sorts back and adds; see above. With
+  `first`, the weights are of the experts from there on alone: tokens of others
+  are sorted to the end and get 0."""
   *inner, down = weights
   E = len(down.kernel)
   shares, experts = routed(logits)
@@ -335,19 +286,13 @@ def _mix(
   return jnp.einsum("btkd,btk->btd", rows.astype(jnp.float32), shares)
 
 
-def _divides(mesh: Mesh, B: int, T: int, E: int, F: int) -> bool:
-  """Whether each device gets as much of a batch, E and F as the others."""
-  even = E % mesh.shape["expert"] == 0 == F % mesh.shape["tensor"]
-  return even and parallel.divides(mesh, B, T)
-
-
 def _on_mesh(mix, mesh: Mesh, weights: list[Weights]):
   """`mix`, each device with its own tokens and its own part of F.
 
   Where `expert` divides the experts, its n devices gather their tokens, give
-  each what their own experts say of it, and add that up where the token is:
-  n - 1 vectors each way for a token. An exchange of the k copies of a token
-  would send k (n - 1) / n and needs room for the worst case as well.
+  each what their own experts say of it, and add that up where the token is: n -
+  1 vectors each way, where an exchange of k copies would need room for the
+  worst case.
   """
   n = mesh.shape["expert"]
   wide = Weights(
@@ -376,9 +321,8 @@ def _on_mesh(mix, mesh: Mesh, weights: list[Weights]):
       down = down._replace(bias=jnp.where(first, down.bias, 0))
     if n == 1:
       return jax.lax.psum(mix(x, logits, *inner, down), "tensor")
-    x, logits = (
-      jax.lax.all_gather(a, "expert", tiled=True) for a in (x, logits)
-    )
+    gather = partial(jax.lax.all_gather, axis_name="expert", tiled=True)
+    x, logits = map(gather, (x, logits))
     first = jax.lax.axis_index("expert") * len(down.kernel)
     y = mix(x, logits, *inner, down, first=first)
     return jax.lax.psum(jax.lax.psum_scatter(y, "expert", tiled=True), "tensor")

@@ -1,8 +1,7 @@
 """What the backward pass may keep of a block's forward pass, by name.
 
-Each rung of the ladder keeps less memory per layer and computes more again.
-With D the width, A = N H that of attention's output, P the sum of the widths
-of all projections (q, k, v, o, and of the MLP), per token and layer:
+With D the width, A = N H that of attention's output, P the sum of the widths of
+all projections, per token and layer:
 
     none        all but      again: the inside of norms and activations, which
                              `block` never keeps
@@ -10,11 +9,7 @@ of all projections (q, k, v, o, and of the MLP), per token and layer:
     attention   D + A        again: projections too; attention itself is not,
                              where its backend keeps its log-sum-exp
     full        D            again: the whole block
-    offload     0            as 'attention', but what it keeps waits in the
-                             host's memory
-
-What is kept is named where it is made: `linear` and `moe` name projections,
-`block` its input, `attention` and its backends their output.
+    offload     0            as 'attention', kept in the host's memory
 """
 
 from collections.abc import Callable
@@ -33,11 +28,8 @@ LEVELS = ("none", "norms", "attention", "full", "offload")
 def checkpointed(
   level: str, step: Callable[..., Any], *, scan: bool
 ) -> Callable[..., Any]:
-  """`step` such that its backward pass keeps only what the level says.
-
-  Raises ValueError: an unknown level, or 'offload' on a backend whose devices
-  have no pinned host memory beside their own.
-  """
+  """`step` such that its backward pass keeps only what the level says. Raises
+  ValueError: see `check_level`."""
   check_level(level)
   policies = jax.checkpoint_policies
   policy = {
@@ -66,11 +58,9 @@ def check_level(level: str) -> None:
       f"build: remat is {level!r}; expected one of {LEVELS}. "
       "Set model.remat to one of them."
     )
-  if level != "offload":
-    return
   device = jax.devices()[0]
   kinds = [memory.kind for memory in device.addressable_memories()]
-  if "pinned_host" not in kinds:
+  if level == "offload" and "pinned_host" not in kinds:
     raise ValueError(
       f"build: remat is 'offload' on {device.device_kind}, whose memories are "
       f"{kinds}; expected 'pinned_host' among them. Set model.remat to "

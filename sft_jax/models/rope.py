@@ -1,8 +1,8 @@
 """Rotary embeddings (RoPE): the angle of each pair of dimensions by position.
 
-Two types look at the length of a sequence: 'dynamic' stretches its base and
-'longrope' picks its factors by it. The length that counts here is that of the
-*document*, so that a pack is rotated as its documents would be alone.
+'dynamic' stretches its base by the length of a sequence and 'longrope' picks
+its factors by it. Here the length of the *document* counts, so that a pack is
+rotated as its documents would be alone.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from sft_jax.models.hf.family_fields import (
   Json,
   positive,
   refuse,
+  words,
 )
 
 # Cosine and sine of every angle.
@@ -31,66 +32,47 @@ Rotation = tuple[Float32[Array, "B T 1 C"], Float32[Array, "B T 1 C"]]
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-  """Rotary embedding: its base and how it is stretched to longer contexts.
+  """A rotary embedding: its base and how it is stretched to longer contexts."""
 
-  Attributes:
-    theta: the base of the frequencies.
-    type: 'default', 'linear', 'dynamic', 'ntk', 'yarn', 'llama3', 'longrope'
-      or 'proportional'.
-    factor: how much longer than the original context; alpha of ntk.
-    low_freq_factor: llama3 only.
-    high_freq_factor: llama3 only.
-    original_max_positions: the context before stretching.
-    beta_fast: yarn only; turns within the original context above which a
-      frequency is kept.
-    beta_slow: yarn only; turns below which it is divided by `factor`.
-    truncate: yarn only; the two bounds are rounded to whole dimensions.
-    short_factor: longrope only; divisors of the frequencies, one each, of
-      documents that fit the original context.
-    long_factor: longrope only; divisors for longer documents.
-    scale: multiplies cosine and sine, so scores grow by its square.
-    score_scale: multiplies the scores of latent attention, of which a part
-      alone is rotated.
-    fraction: share of a head's dimensions, the first, that are rotated; of
-      'proportional' share of its pairs, which reach over the whole head.
-    query_beta: queries grow by 1 + query_beta * log(1 + floor(position /
-      original_max_positions)) (Llama 4, Ministral 3).
-  """
-
-  theta: float
+  theta: float  # The base of the frequencies.
+  # 'default', 'linear', 'dynamic', 'ntk', 'yarn', 'llama3', 'longrope' or
+  # 'proportional'.
   type: str = "default"
-  factor: float = 1.0
-  low_freq_factor: float = 1.0
-  high_freq_factor: float = 1.0
-  original_max_positions: int = 0
-  beta_fast: float = 32.0
-  beta_slow: float = 1.0
-  truncate: bool = True
+  factor: float = 1.0  # Of stretching; alpha of ntk.
+  low_freq_factor: float = 1.0  # Llama3 only.
+  high_freq_factor: float = 1.0  # Llama3 only.
+  original_max_positions: int = 0  # The context before stretching.
+  beta_fast: float = 32.0  # Yarn: turns above which a frequency is kept.
+  beta_slow: float = 1.0  # Yarn: turns below which it is divided.
+  truncate: bool = True  # Yarn: these bounds become whole dimensions.
+  # Longrope only; divisors of the frequencies, one each, of documents that fit
+  # the original context.
   short_factor: tuple[float, ...] = ()
-  long_factor: tuple[float, ...] = ()
-  scale: float = 1.0
-  score_scale: float = 1.0
+  long_factor: tuple[float, ...] = ()  # Those of longer documents.
+  scale: float = 1.0  # Of cosine and sine; scores grow by its square.
+  score_scale: float = 1.0  # Of latent attention, rotated in part.
+  # Share of a head's dimensions, the first, that are rotated; of 'proportional'
+  # share of its pairs, which reach over the whole head.
   fraction: float = 1.0
+  # Queries grow by 1 + query_beta * log(1 + floor(position /
+  # original_max_positions)) (Llama 4, Ministral 3).
   query_beta: float = 0.0
 
   @property
   def by_length(self) -> bool:
-    """True if the angles depend on how long the document is."""
     return self.type in ("dynamic", "longrope")
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
   """Radians per position of each pair of dimensions, float32 [C].
 
-  C is half of the rotated dimensions. 'linear' divides every frequency by
-  `factor` (Chen et al. 2023). 'llama3' divides those whose wave is longer than
-  the original context / low_freq_factor, keeps those shorter than original /
-  high_freq_factor, and blends between (Llama 3.1). 'yarn' blends likewise
+  C is half of the rotated dimensions. Those of 'dynamic' and 'longrope' are for
+  short documents. 'linear': Chen et al. 2023. 'llama3' divides frequencies
+  whose wave is longer than the original context / low_freq_factor, keeps those
+  shorter than original / high_freq_factor, and blends between. 'yarn' blends
   between dimensions that turn beta_slow and beta_fast times (Peng et al. 2023,
-  arXiv:2309.00071). 'ntk' stretches theta once by factor^(dims / (dims - 2))
-  (Hunyuan). 'proportional' keeps the frequencies of a whole head and turns the
-  first pairs alone (Gemma 4). Those of 'dynamic' and 'longrope' are for short
-  documents.
+  arXiv:2309.00071). 'ntk' stretches theta once (Hunyuan). 'proportional' keeps
+  the frequencies of a whole head and turns the first pairs alone (Gemma 4).
   """
   proportional = rope.type == "proportional"
   dims = head_dim if proportional else int(head_dim * rope.fraction)
@@ -156,14 +138,9 @@ def rotation(
   *,
   head_dim: int,
 ) -> Rotation:
-  """Cosine and sine of every angle, times `scale`; float32 always.
-
-  Args:
-    positions: index of each token in its document.
-    lengths: tokens in that document; needed by types that look at it.
-    rope: None rotates nothing (cosine 1, sine 0).
-    head_dim: H.
-  """
+  """Cosine and sine of every angle, times `scale`; float32 always. `positions`
+  and `lengths` are of a token in its document, and of that, for types that look
+  at it. No rope rotates nothing (cosine 1, sine 0)."""
   if rope is None:
     still = jnp.zeros((*positions.shape, 1, head_dim // 2), jnp.float32)
     return still + 1, still
@@ -193,12 +170,9 @@ def query_rotation(
 def apply(
   x: Float[Array, "B T X H"], at: Rotation, pairs: bool = False
 ) -> Float[Array, "B T X H"]:
-  """Rotates dimension i with i + C (the half-split layout of Hugging Face),
-  or in `pairs` dimension 2 i with 2 i + 1.
-
-  Dimensions from 2 C on are left as they are. Its gradient is the rotation
-  back, with no gradient of the angles, and keeps only them.
-  """
+  """Rotates dimension i with i + C, or in `pairs` dimension 2 i with 2 i + 1.
+  Dimensions from 2 C on stay. The gradient is the rotation back, with none of
+  the angles, which are all it keeps."""
   C = at[0].shape[-1]
   rotated = jax.lax.platform_dependent(
     *(x[..., : 2 * C], *at),
@@ -224,12 +198,9 @@ def _rotate_by_parts(x: Array, cos: Array, sin: Array, *, pairs: bool) -> Array:
 def _rotate_by_product(
   x: Array, cos: Array, sin: Array, *, pairs: bool
 ) -> Array:
-  """The same: x cos + (x S) sin, where S turns (a, b) into (-b, a).
-
-  A TPU moves halves of its lanes slowly and multiplies fast: on v5e the
-  queries' projection and rotation take 1.0 in place of 2.5 million cycles.
-  Each column of S holds one +-1, so that the product is exact.
-  """
+  """The same: x cos + (x S) sin, where S turns (a, b) into (-b, a), exactly. A
+  TPU moves halves of its lanes slowly: on v5e the queries' projection and
+  rotation take 1.0 in place of 2.5 million cycles."""
   C = cos.shape[-1]
   places = np.arange(2 * C)
   first, second = places.reshape(C, 2).T if pairs else places.reshape(2, C)
@@ -271,29 +242,26 @@ _NEEDS: dict[str, tuple[str, ...]] = {
 }
 _USUAL = {"beta_fast": 32.0, "beta_slow": 1.0}
 # The others that some type reads; that it is multimodal changes no text.
-_KNOWN = {name for needs in _NEEDS.values() for name in needs} | {
-  *("rope_type", "type", "rope_theta", "partial_rotary_factor", "truncate"),
-  *("attention_factor", "mscale", "mscale_all_dim", "short_factor"),
-  *("long_factor", "max_position_embeddings", "mrope_section"),
-  "mrope_interleaved",
-}
+_KNOWN = words("""rope_type type rope_theta partial_rotary_factor truncate
+  attention_factor mscale mscale_all_dim short_factor long_factor
+  max_position_embeddings mrope_section mrope_interleaved""").union(
+  *_NEEDS.values()
+)
 
 
 def parse_ropes(
   raw: Json, family: Family, head_dim: int, where: str
 ) -> dict[str, Rope]:
-  """The rotary embedding of full and of sliding layers.
-
-  Raises ValueError: a type or a value that is not implemented, or two forms in
-  one file that differ; the message names it.
-  """
+  """The rotary embedding of full and of sliding layers. Raises ValueError, by
+  name: what is not implemented; two forms in one file that differ."""
   new, old = raw.get("rope_parameters"), raw.get("rope_scaling")
   theta = raw.get("rope_theta")
   fallback = family.defaults.get("rope_theta", 10_000.0)
   base = fallback if theta is None else theta
 
-  def one(rope: Any, name: str, base: Any) -> Rope:
-    return _one_rope(rope, name, base, raw, family, head_dim, where)
+  one = partial(
+    _one_rope, raw=raw, family=family, head_dim=head_dim, where=where
+  )
 
   if family.local_rope and new is not None:
     # One for all layers is a form that the reference would not look at.
@@ -305,21 +273,18 @@ def parse_ropes(
       FULL: one(new[FULL], f"rope_parameters.{FULL}", fallback),
       SLIDING: one(new[SLIDING], f"rope_parameters.{SLIDING}", local),
     }
-  found = []
-  if new is not None:
-    found.append(one(new, "rope_parameters", base))
-  if old is not None:
-    found.append(one(old, "rope_scaling", base))
-  if not found:
-    found.append(one(family.rope, "rope_parameters", base))
+  forms = {"rope_parameters": new, "rope_scaling": old}
+  given = {name: rope for name, rope in forms.items() if rope is not None}
+  given = given or {"rope_parameters": family.rope}
+  found = [one(rope, name, base) for name, rope in given.items()]
   if theta is not None and found[0].theta != theta:
     raise refuse(where, "rope_theta", theta, f"{found[0].theta}, as in rope_*")
   if found[0] != found[-1]:
     raise refuse(where, "rope_scaling", old, "the same as rope_parameters")
-  if family.local_rope is None:
-    return {FULL: found[0], SLIDING: found[0]}
-  local = raw.get(family.local_rope, family.defaults[family.local_rope])
-  sliding = one({"rope_theta": local}, family.local_rope, local)
+  sliding = found[0]
+  if family.local_rope:
+    local = raw.get(family.local_rope, family.defaults[family.local_rope])
+    sliding = one({"rope_theta": local}, family.local_rope, local)
   return {FULL: found[0], SLIDING: sliding}
 
 
@@ -390,7 +355,11 @@ def _one_rope(
     ours["original_max_positions"] = int(longest)
   if kind == "yarn":
     ours["truncate"] = bool(rope.get("truncate", True))
-    ours["scale"] = _yarn_scale(rope)
+    # DeepSeek reads the ratio of the two.
+    m, m_all = rope.get("mscale"), rope.get("mscale_all_dim")
+    ours["scale"] = _mscale(rope["factor"], m if m and m_all else 1.0)
+    if m and m_all:
+      ours["scale"] /= _mscale(rope["factor"], m_all)
     if beta := rope.get("llama_4_scaling_beta"):
       ours["query_beta"] = number("llama_4_scaling_beta", beta)
   everywhere = rope.get("mscale_all_dim")
@@ -404,35 +373,19 @@ def _one_rope(
       if not isinstance(value, list) or len(value) != pairs:
         raise refuse(where, f"{name}.{field}", value, f"{pairs} numbers")
       ours[field] = tuple(number(field, x) for x in value)
-    ours["scale"] = _longrope_scale(rope, longest)
+    # arXiv:2402.13753.
+    original = rope[_ORIGINAL]
+    factor = rope.get("factor") or longest / original
+    if factor > 1 and original > 1:
+      ours["scale"] = math.sqrt(1 + math.log(factor) / math.log(original))
+  given = rope.get("attention_factor")
+  if kind in ("yarn", "longrope") and given is not None:
+    ours["scale"] = float(given)
   base = rope.get("rope_theta")
   theta = number("rope_theta", theta if base is None else base)
   return Rope(theta=theta, type=kind, **ours)
 
 
-def _yarn_scale(rope: Mapping[str, Any]) -> float:
-  """0.1 m log(factor) + 1 (arXiv:2309.00071, section 3.4), as DeepSeek reads
-  `mscale` and `mscale_all_dim`: the ratio of the two."""
-  if rope.get("attention_factor") is not None:
-    return float(rope["attention_factor"])
-  factor, m, m_all = (
-    rope.get(name) for name in ("factor", "mscale", "mscale_all_dim")
-  )
-  if m and m_all:
-    return _mscale(factor, m) / _mscale(factor, m_all)
-  return _mscale(factor, 1.0)
-
-
 def _mscale(factor: Any, m: float) -> float:
+  """arXiv:2309.00071, section 3.4."""
   return 0.1 * m * math.log(max(factor, 1.0)) + 1.0
-
-
-def _longrope_scale(rope: Mapping[str, Any], longest: float) -> float:
-  """sqrt(1 + log(factor) / log(original)) (arXiv:2402.13753)."""
-  if rope.get("attention_factor") is not None:
-    return float(rope["attention_factor"])
-  original = rope["original_max_position_embeddings"]
-  factor = rope.get("factor") or longest / original
-  if factor <= 1 or original <= 1:
-    return 1.0
-  return math.sqrt(1 + math.log(factor) / math.log(original))

@@ -77,25 +77,22 @@ def build(
   lora: lora_lib.LoraConfig | None = None,
   mesh: Mesh | None = None,
 ) -> Model:
-  """Returns the functions of a model; nothing is allocated.
+  """The functions of a model; nothing is allocated.
 
   Args:
-    config: sizes and switches.
     dtype: of activations and products, float32 or bfloat16.
     param_dtype: of fresh parameters and of their gradients.
     attention: backend, see `attention.BACKENDS`.
     remat: what is kept for the backward pass: one of `remat.LEVELS`.
-    scan: one compiled block run L times; False unrolls it, which compiles
-      longer and may run faster. The parameters are the same. Where layers have
-      different modules, what runs again and again is the period of their
-      pattern (`ModelConfig.period`); without one they are unrolled.
-    lora: adapters that `init` adds and the forward pass applies. Parameters
-      without adapters are the base model.
+    scan: one compiled block (or period of different ones) run again and again;
+      False unrolls it, which compiles longer and may run faster.
+    lora: adapters that `init` adds and the forward pass applies, if they are in
+      the parameters.
     mesh: devices that share the rows of a batch, 'context' their slots and
       'tensor' the widths; see `parallel`. None: one device, or XLA finds out.
 
-  Raises ValueError: an unknown dtype, backend or remat policy; heads or
-  experts that the mesh does not divide.
+  Raises ValueError: an unknown dtype, backend or remat policy; heads or experts
+  that the mesh does not divide.
   """
   dtype, param_dtype = jnp.dtype(dtype), jnp.dtype(param_dtype)
   for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
@@ -130,9 +127,8 @@ def build(
   positions_embed = Embed(c.max_positions, c.d_model, c.init_std, **dtypes)
   per_layer = PerLayer(c, **dtypes)
   final_norm = norm_of(c, **dtypes)()
-  kind_of = [
-    c.kinds_of(kind.mixer).index(kind.of_attention) for kind in c.layers
-  ]
+  number = lambda kind: c.kinds_of(kind.mixer).index(kind.of_attention)
+  kind_of = list(map(number, c.layers))
   # Of the layers with the same mixer, which: where a cache has its state.
   holders = [None if kind.shares else kind.mixer for kind in c.layers]
   slot_of = [
@@ -142,8 +138,8 @@ def build(
   sharing = None in holders
 
   def init(key: jax.Array) -> Tree:
-    """Fresh parameters: normal(init_std); the projections that write to the
-    residual stream are smaller by sqrt(2 L) (GPT-2), norms 1, biases 0."""
+    """Fresh parameters: normal(init_std), smaller by sqrt(2 L) where they write
+    to the residual stream (GPT-2), norms 1, biases 0."""
     token = jnp.zeros((1, 1), jnp.int32)
     x = jnp.zeros((1, 1, c.d_model), dtype)
     # One token needs no kernel.
@@ -242,7 +238,7 @@ def build(
         x = x * c.embed_scale
       if c.learned_positions:
         # -1 is padding in a cache; a position past the table gives NaN.
-        at = jnp.maximum(context.q_positions, 0)
+        at = jnp.maximum(context.ids["q_positions"], 0)
         leaves = parallel.gather_table(params["positions"], mesh)
         x = x + positions_embed.apply({"params": leaves}, at)
       x = parallel.constrain(x, mesh, sharding.SLOTS)
@@ -279,12 +275,9 @@ def build(
     *,
     dropout_key: jax.Array | None = None,
   ) -> Float[Array, "B T D"]:
-    """The last layer's normed activations of every token.
-
-    Without `segment_ids` each row is one document; with them, `positions`
-    default to restarting where the segment changes. A `dropout_key` says that
-    this is training: adapters then drop some of their inputs.
-    """
+    """The last layer's normed activations of every token. Without `segment_ids`
+    each row is one document; `positions` restart where the segment changes.
+    With a `dropout_key` adapters drop some inputs."""
     tokens = jnp.asarray(tokens)
     if segment_ids is None:
       segment_ids = jnp.ones_like(tokens)
@@ -315,9 +308,7 @@ def build(
       cap = c.logit_softcap
       return z if cap is None else cap * jnp.tanh(z / cap)
 
-  def init_cache(batch: int, length: int, *, int8: bool = False) -> Cache:
-    """An empty cache of `length` slots per row; see `cache.init`."""
-    return cache_lib.init(c, batch, length, dtype, int8=int8)
+  init_cache = partial(cache_lib.init, c, dtype=dtype)
 
   def decode(
     params: Tree,
@@ -327,10 +318,9 @@ def build(
   ) -> tuple[Float[Array, "B T D"], Cache]:
     """Activations of T more tokens per row, and the cache that holds them.
 
-    Token t of row b goes to slot positions[b, t] and sees the slots at its
-    own position and before. Position -1 is padding: neither written nor seen.
-    A position beyond the cache gives NaN. Two rows of 3 and 1 tokens, then
-    one more token each:
+    Token t of row b goes to slot positions[b, t] and sees the slots up to its
+    own. Position -1 is padding, neither written nor seen; one beyond the cache
+    gives NaN. Two rows of 3 and 1 tokens, then one more token each:
 
         decode(params, [[5, 6, 7], [8, 0, 0]], [[0, 1, 2], [0, -1, -1]], cache)
         decode(params, [[9], [9]], [[3], [1]], cache)

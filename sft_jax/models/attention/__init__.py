@@ -1,9 +1,7 @@
-"""Attention over packs: one function and its backends.
+"""Attention over packs: what each query reads of its own document.
 
-In: queries, keys, values, positions and segment ids; out: what each query
-reads of its own document. Reading order: `attention` (the mask, the choice of
-a backend, the reference), `blockwise` (any device, O(T) memory), `kernels`
-(TPU, GPU), `fastest` (the fastest one on this GPU), `latent` (keys and values
-from one vector), `parallel` (activation sharding, the exchange over a mesh),
-`ring` (more devices than divide the heads).
+Reading order: `attention` (mask, choice of a backend, reference), `blockwise`
+(any device, O(T) memory), `kernels` (TPU, GPU), `fastest` (measured), `latent`
+(DeepSeek's), `parallel` (over a mesh), `ring` (devices that do not divide the
+heads).
 """

@@ -1,18 +1,15 @@
 """Attention: one function, segment-aware, behind which backends stand.
 
-The mask: a query sees a key of the same segment at the same or an
-earlier position, within a window of positions if there is one. Segment 0 is
-padding, which no document sees and whose outputs nobody reads.
+A query sees a key of the same segment at the same or an earlier position,
+within a window of positions if there is one. Segment 0 is padding, whose
+outputs nobody reads. docs/attention.md compares the backends:
 
-    xla      the reference, here: all scores at once, memory O(T S). A cache
-             is always read by it, whatever the backend.
-    blocks   `blockwise`: O(T), on any device.
-    splash   `kernels`: O(T), TPU.
-    triton   `kernels`: O(T), GPU; no windows, soft caps or sinks.
-    tokamax  `kernels`: O(T), GPU, of the [cuda] extra.
-    auto     see `choose`; a run on a GPU measures first, see `fastest`.
-
-docs/attention.md compares them.
+    xla      the reference, here: all scores at once, memory O(T S); for caches
+    blocks   `blockwise`: O(T), on any device
+    splash   `kernels`: O(T), TPU
+    triton   `kernels`: O(T), GPU; no windows, soft caps or sinks
+    tokamax  `kernels`: O(T), GPU, of the [cuda] extra
+    auto     see `choose`; a run on a GPU measures first, see `fastest`
 """
 
 import importlib.util
@@ -30,27 +27,24 @@ from sft_jax.models.remat import ATTENTION
 
 BACKENDS = ("auto", "xla", "blocks", "splash", "triton", "tokamax")
 
-# Backends that others have and that stay out, and why.
-_LEAKS = {
-  "cudnn": "jax.nn.dot_product_attention has no segment ids on cuDNN, so the "
-  "documents of a pack would see one another",
-}
 
-# The shortest rows that `auto` gives to another backend than the reference:
-# on CPU `blocks` is the faster from there on, and splash needs whole lanes.
+# `auto` gives shorter rows to the reference: on CPU `blocks` is the faster from
+# here on, and splash needs whole lanes.
 _SHORT = 128
 
-# Finite, so that a query that may see nothing (a padding row over a full
-# cache) gives a finite output and finite gradients rather than NaN.
+# Finite, so that a query that sees nothing (padding over a full cache) has a
+# finite output and finite gradients rather than NaN.
 _HIDDEN = -1e30
 
 
 def check_backend(backend: str, mesh: Mesh | None = None) -> None:
-  """Raises ValueError unless `backend` can run on the devices of the mesh."""
   where, platform = f"attention: backend {backend!r}", _platform(mesh)
   cure = "Set model.attention to 'auto'."
-  if backend in _LEAKS:
-    raise ValueError(f"{where} is refused: {_LEAKS[backend]}. {cure}")
+  if backend == "cudnn":
+    raise ValueError(
+      f"{where} is refused: jax.nn.dot_product_attention has no segment ids on "
+      f"cuDNN, so the documents of a pack would see one another. {cure}"
+    )
   if backend not in BACKENDS:
     raise ValueError(
       f"{where} is not available; expected one of {BACKENDS}. {cure}"
@@ -72,11 +66,9 @@ def check_backend(backend: str, mesh: Mesh | None = None) -> None:
 def choose(
   backend: str, length: int, *, in_order: bool, mesh: Mesh | None = None
 ) -> str:
-  """The backend that does the work for rows of `length` slots.
-
-  'auto' is decided by the platform of the mesh's devices, which need not
-  be attached (ahead-of-time compilation), or of JAX's default without a mesh.
-  """
+  """The backend that does the work for rows of `length` slots. 'auto' goes by
+  the platform of the mesh, whose devices need not be attached (ahead-of-time
+  compilation), or of JAX's default without one."""
   if not in_order:
     return "xla"
   if backend != "auto":
@@ -93,24 +85,15 @@ def _platform(mesh: Mesh | None) -> str:
 
 
 def attention_mask(
-  backend: str,
-  q_positions: Int[Array, "B T"],
-  kv_positions: Int[Array, "B S"],
-  q_segment_ids: Int[Array, "B T"],
-  kv_segment_ids: Int[Array, "B S"],
-  window: int | None = None,
+  backend: str, *ids: Int[Array, "B _"], window: int | None = None
 ) -> Float32[Array, "B 1 1 T S"] | Int[Array, "B T"]:
-  """The attention mask, in the form that a backend (not 'auto') reads.
-
-  Layers of one kind share it: compute it once.
-  """
+  """The mask in the form that a backend (not 'auto') reads; see `mask_bias`.
+  Layers of one kind share it: compute it once."""
   if backend == "xla":
-    return mask_bias(
-      q_positions, kv_positions, q_segment_ids, kv_segment_ids, window
-    )
+    return mask_bias(*ids, window)
   # These take a window, or refuse it, by themselves.
   own = backend in ("splash", "triton")
-  return first_visible(q_segment_ids, None if own else window)
+  return first_visible(ids[2], None if own else window)
 
 
 def first_visible(
@@ -118,8 +101,8 @@ def first_visible(
 ) -> Int[Array, "B T"]:
   """The first slot that each query sees, of rows with documents in order.
 
-  With a window, a query sees that many slots, its own among them. A slot of
-  padding sees itself. In slots 0 to 7, with a window of 2 beneath:
+  A window counts slots, the query's own among them. Padding sees itself. In
+  slots 0 to 7, with a window of 2 beneath:
 
       [1 1 1 1 2 2 0 0] -> [0 0 0 0 4 4 6 7]
                            [0 0 1 2 4 4 6 7]
@@ -139,11 +122,8 @@ def mask_bias(
   kv_segment_ids: Int[Array, "B S"],
   window: int | None = None,
 ) -> Float32[Array, "B 1 1 T S"]:
-  """What is added to the scores: 0 where a query may attend, else -1e30.
-
-  With a window, a query sees that many positions, its own among them. Layers
-  of one kind share it: compute it once.
-  """
+  """What is added to the scores: 0 where a query may attend, else -1e30. A
+  window counts positions, the query's own among them."""
   visible = q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]
   ago = q_positions[:, :, None] - kv_positions[:, None, :]
   visible &= ago >= 0
@@ -177,71 +157,44 @@ def attention(
   float32; products take and give the dtype of their inputs.
 
   Args:
-    q: queries; N is a multiple of K.
-    k: keys.
-    v: values.
-    q_positions, kv_positions: index of each query and key in its document.
+    q_positions, kv_positions: index of each in its document.
     q_segment_ids, kv_segment_ids: document of each; 0 is padding.
     window: positions that a query sees, its own included; None: all.
     scale: of the scores; 1 / sqrt(H) by default.
-    softcap: bends scores into +-softcap by softcap * tanh(score / softcap).
-    sinks: a score per head that takes part in the softmax and brings no
-      value, so that the shares of the keys add up to less than one.
+    softcap: bends scores to softcap * tanh(score / softcap).
+    sinks: a score per head in the softmax that brings no value.
     backend: one of BACKENDS; of rows in order, see `choose`.
-    mask: `attention_mask` of the arrays and the window above; None: made here.
-    in_order: queries and keys are the same slots (T = S), the tokens of a
-      document follow one another, and so do their positions. Then no query
-      sees a later slot, and what need not be done is not. False for a cache.
-    mesh: of the devices that this is for. Arrays are those of one device: XLA
-      divides neither a loop whose length it does not know nor a kernel; see
+    mask: `attention_mask` of the arguments above; None: made here.
+    in_order: queries and keys are the same slots (T = S), in which documents
+      and positions ascend. False for a cache.
+    mesh: of the devices that this is for; arrays are those of one device, see
       `parallel.attention`.
 
-  Raises ValueError: an unknown backend, or one that cannot run here.
+  Raises ValueError: see `check_backend`.
   """
   check_backend(backend, mesh)
   backend = choose(backend, q.shape[1], in_order=in_order, mesh=mesh)
   if mask is None:
-    mask = attention_mask(
-      backend,
-      q_positions,
-      kv_positions,
-      q_segment_ids,
-      kv_segment_ids,
-      window,
-    )
+    ids = (q_positions, kv_positions, q_segment_ids, kv_segment_ids)
+    mask = attention_mask(backend, *ids, window=window)
   scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
   options = {"scale": scale, "softcap": softcap}
   with jax.named_scope("attention"):
     if backend == "xla":
       return _xla(q, k, v, mask, sinks, **options, in_order=in_order)
-    if backend == "splash":
-      attend = partial(kernels.splash_attention, window=window, **options)
-    elif backend == "triton":
-      attend = partial(kernels.triton_attention, window=window, **options)
+    if backend == "blocks":
+      attend = partial(blockwise.attend, block=blockwise.BLOCK)
     elif backend == "tokamax":
-      attend = partial(kernels.tokamax_attention, **options)
+      attend = kernels.tokamax_attention
     else:
-      block = blockwise.BLOCK
-      attend = partial(blockwise.attend, block=block, **options)
-    return attend(q, k, v, mask, sinks)
+      attend = partial(getattr(kernels, f"{backend}_attention"), window=window)
+    return attend(q, k, v, mask, sinks, **options)
 
 
-def _xla(
-  q: Array,
-  k: Array,
-  v: Array,
-  bias: Array,
-  sinks: Array | None,
-  *,
-  scale: float,
-  softcap: float | None,
-  in_order: bool,
-) -> Array:
+def _xla(q, k, v, bias, sinks, *, scale, softcap, in_order: bool) -> Array:
   """The reference; each of a few blocks of queries reads keys up to its end.
-
   Forward on CPU at T = 256: one block takes 49 ms, 2 take 37, 4 take 35 and
-  compile longer.
-  """
+  compile longer."""
   T = q.shape[1]
   blocks = min(4, max(1, T // 128)) if in_order else 1
   size = -(-T // blocks)
@@ -267,11 +220,9 @@ def weighed(
   k_scale: Float32[Array, "B K S"] | None = None,
   v_scale: Float32[Array, "B K S"] | None = None,
 ) -> Float[Array, "B T N V"]:
-  """softmax(q k' + bias) v; operands as XLA multiplies them without copies.
-
-  The sum divides the small output, not the large weights. Scales are those of
-  keys and values in 8 bits.
-  """
+  """softmax(q k' + bias) v; operands as XLA multiplies them without copies. The
+  sum divides the small output, not the large weights. Scales are of keys and
+  values in 8 bits."""
   B, T, N, H = q.shape
   K, dtype = k.shape[1], q.dtype
   q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)

@@ -1,22 +1,19 @@
 """Attention in blocks of queries and keys: O(T) memory and no needless work.
 
-The documents of a row are in order, so the keys that a query sees are a run of
-slots that ends at its own, [start, own]. Queries of one block need the blocks
-of keys from their earliest start up to their own. In blocks of 4 slots, with
-documents a, b, c and padding (a slot of padding sees itself):
+The keys that a query sees are a run of slots that ends at its own, [start,
+own]. Queries of one block need the blocks of keys from their earliest start up
+to their own. In blocks of 4 slots, with documents a, b, c and padding (which
+sees itself):
 
     slots     a a a a   a b b b   b b c c   c c . .
     starts    0 0 0 0   0 5 5 5   5 5 a a   a a e f      (a, e, f: 10, 14, 15)
     reads     block 0   0 and 1   1 and 2   2 and 3
 
-How many blocks that is, is read from the data while the program runs, so the
-cost of a document does not depend on the row that it is in. Softmax is
-gathered block by block (Milakov and Gimelshein 2018, Rabe and Staats 2021);
-the backward pass computes the scores again from the log-sum-exp, as
-FlashAttention does (Dao et al. 2022).
-
-A batch is laid out as one row of blocks: no document reaches back over the
-start of its row, so rows need no axis of their own.
+How many is read from the data while the program runs. Softmax is gathered block
+by block (Milakov and Gimelshein 2018, Rabe and Staats 2021); the backward pass
+computes the scores again from the log-sum-exp, as FlashAttention does (Dao et
+al. 2022). A batch is laid out as one row of blocks, as no document reaches back
+over the start of its row.
 """
 
 from functools import partial
@@ -48,19 +45,9 @@ def attend(
 ) -> Float[Array, "B T N H"]:
   """softmax(q k' scale) v over the keys in slots [starts[b, t], t].
 
-  Scores and softmax are float32; products take and give the dtype of their
-  inputs. Kept for the backward pass: q, k, v, the output and its log-sum-exp,
-  the last two by the names 'attention_out' and 'attention_lse'.
-
-  Args:
-    q: queries; N is a multiple of K.
-    k: keys.
-    v: values.
-    starts: first slot that each query sees, at most its own.
-    sinks: see `attention.attention`.
-    scale: of the scores.
-    softcap: see `attention.attention`.
-    block: slots in a block, at most.
+  As `attention.attention`; `block`: slots in one, at most. Kept for the
+  backward pass: q, k, v, the output ('attention_out') and its log-sum-exp
+  ('attention_lse').
   """
   layout = Layout.of(q, k, block)
   T, rows = q.shape[1], layout.rows
@@ -73,10 +60,8 @@ def attend(
 
 
 class Layout(NamedTuple):
-  """How a batch lies in one row of M blocks of `size` slots.
-
-  Inside, X = G * size: the queries of a block, of all heads that share keys.
-  """
+  """How a batch lies in one row of M blocks of `size` slots. Inside, X = G *
+  size: the queries of a block, of all heads that share keys."""
 
   B: int
   T: int
@@ -134,7 +119,6 @@ def _forward(
   sinks: Float32[Array, "K G"] | None,
   softcap: float | None,
 ):
-  """The output, and what the backward pass needs."""
   out, lse = forward(q, k, v, runs, sinks, softcap)
   out = checkpoint_name(out, "attention_out")
   lse = checkpoint_name(lse, "attention_lse")
@@ -179,7 +163,6 @@ def forward(q, k, v, runs, sinks, softcap) -> tuple[Array, Array]:
 
 
 def _backward(softcap: float | None, kept, d_out: Float[Array, "M K X H"]):
-  """The gradients of q, k, v and the sinks."""
   q, k, v, runs, sinks, out, lse = kept
   # sum over s of weight_s d_weight_s, which softmax takes from each d_weight.
   common = jnp.sum(out.astype(jnp.float32) * d_out, axis=-1)
@@ -200,7 +183,6 @@ def to_sinks(
   lse: Float32[Array, "M K X"],
   common: Float32[Array, "M K X"],
 ) -> Float32[Array, "K G"]:
-  """The gradient of the sinks."""
   lse, common = (x.reshape(len(x), *sinks.shape, -1) for x in (lse, common))
   return -jnp.sum(jnp.exp(sinks[..., None] - lse) * common, axis=(0, 3))
 

@@ -1,12 +1,11 @@
 """Which attention is the fastest on this GPU for a run's shapes: measured.
 
-No table knows every card, so `auto` on a GPU tries the candidates on the card
-itself, once: forward and backward of one layer over a pack of documents, a
-second or two each. One that lets a document see another, that is far from
-`blocks`, or that does not run there takes no part, and its reason is kept. The
+`auto` on a GPU tries the candidates on the card itself, once: forward and
+backward of one layer over a pack of documents. One that lets a document see
+another, that is far from `blocks`, or that does not run takes no part. The
 result is kept on disk by device, versions and shapes.
 
-    Q(16, 4096, 32, 8, 128) on an H200 -> Found('triton', {'triton': ..., ...})
+    Shape(16, 4096, 32, 8, 128) on an H200 -> Found('triton', {'triton': ..., })
 """
 
 import hashlib
@@ -45,17 +44,9 @@ class Shape(NamedTuple):
 
 
 class Found(NamedTuple):
-  """The backend to take.
-
-  Attributes:
-    name: of the backend.
-    seconds: of those that ran as they should, forward and backward.
-    left_out: why the others took no part, in a line.
-  """
-
   name: str
-  seconds: dict[str, float]
-  left_out: dict[str, str]
+  seconds: dict[str, float]  # Of those that ran right, forward and backward.
+  left_out: dict[str, str]  # Why the others took no part, in a line.
 
   def __str__(self) -> str:
     times = ", ".join(
@@ -63,9 +54,8 @@ class Found(NamedTuple):
       for name, time in sorted(self.seconds.items(), key=lambda x: x[1])
     )
     out = ", ".join(f"{name} ({why})" for name, why in self.left_out.items())
-    return f"{self.name}, measured here: {times}" + (
-      f"; without {out}" if out else ""
-    )
+    out = out and f"; without {out}"
+    return f"{self.name}, measured here: {times}{out}"
 
 
 @lru_cache
@@ -75,23 +65,15 @@ def fastest(
   candidates: tuple[str, ...] = CANDIDATES,
   folder: Path | None = None,
 ) -> Found:
-  """The fastest of the candidates that keep the laws on this device.
-
-  Of several processes the first measures, and all take what it says.
-
-  Args:
-    shape: of one device's share of a micro-batch.
-    device_kind: `jax.devices()[0].device_kind`.
-    candidates: names of backends; one always runs, `blocks`.
-    folder: where results are kept; None: where JAX keeps compiled programs.
-  """
+  """The fastest of the candidates that keep the laws on this device, for one
+  device's share of a micro-batch; of several processes the first measures.
+  `folder`: of results; None: where JAX keeps compiled programs."""
   versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib")]
   key = repr((device_kind, versions, shape, candidates))
   name = f"attention-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
   kept = folder or jax.config.values["jax_compilation_cache_dir"]
-  path = (
-    Path(kept) / name if kept and not storage.is_remote(str(kept)) else None
-  )
+  here = kept and not storage.is_remote(str(kept))
+  path = Path(kept) / name if here else None
 
   def found() -> Any:
     known = path and workdir.find_json(path)
@@ -190,7 +172,6 @@ def _fault(got: Any, want: Any) -> str:
 
 
 def _time(shape: Shape, backend: str, window: int | None) -> float:
-  """Seconds of the fastest of a few runs, compiled before."""
   options = {"backend": backend, "window": window, "softcap": shape.softcap}
   times = []
   for _ in range(_RUNS):

@@ -1,14 +1,13 @@
 """Kernels of others: splash (TPU), JAX's own for GPUs, and tokamax's.
 
 They compute scores block by block and never keep them. Blocks above the
-diagonal are skipped; those of other documents are computed and masked. Blocks
-of splash are whole lanes of 128, those for GPUs as large, so rows are padded up
-to a multiple of that.
+diagonal are skipped; those of other documents are computed and masked. Rows are
+padded to whole blocks of 128 slots.
 """
 
 import importlib
 from functools import lru_cache
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,17 +39,8 @@ def splash_attention(
 ) -> Queries:
   """softmax(q k' scale) v over keys of the same document up to a query's own.
 
-  Args:
-    q: queries; N is a multiple of K.
-    k: keys.
-    v: values.
-    starts: the first slot of each query's document, which tells documents
-      apart: `attention.first_visible` without a window.
-    sinks: see `attention.attention`.
-    scale: of the scores.
-    softcap: see `attention.attention`.
-    window: slots that a query sees, its own included; None: all.
-    interpret: without a TPU, for tests.
+  As `attention.attention`, with `starts` the first slot of each query's
+  document, which tells documents apart; `interpret`: without a TPU, for tests.
   """
   _, T, N, _ = q.shape
   pad = -T % _LANES
@@ -75,31 +65,15 @@ def splash_attention(
 
 
 @lru_cache
-def _kernel(
-  length: int,
-  num_heads: int,
-  window: int | None,
-  softcap: float | None,
-  interpret: bool,
-):
-  """The kernel for rows of `length` slots and a static mask."""
+def _kernel(length: int, num_heads: int, window, softcap, interpret: bool):
   shape = (length, length)
   mask = splash.CausalMask(shape)
   if window is not None:
     mask = splash.LocalMask(shape, (window - 1, 0), 0)
   # 512 is what TPU trainers use for queries and keys alike; a block must
   # divide the row.
-  block = max(b for b in (128, 256, 384, 512) if length % b == 0)
-  sizes = splash.BlockSizes(
-    block_q=block,
-    block_kv=block,
-    block_kv_compute=block,
-    block_q_dkv=block,
-    block_kv_dkv=block,
-    block_kv_dkv_compute=block,
-    block_q_dq=block,
-    block_kv_dq=block,
-  )
+  block: Any = max(b for b in (128, 256, 384, 512) if length % b == 0)
+  sizes = splash.BlockSizes(*[block] * 8)
   return splash.make_splash_mha(
     splash.MultiHeadMask([mask] * num_heads),
     block_sizes=sizes,
@@ -124,12 +98,7 @@ def triton_attention(
   interpret: bool = False,
 ) -> Queries:
   """The same, by the kernel for GPUs that JAX brings; heads of K repeated.
-
-  Arguments as of `splash_attention`.
-
-  Raises:
-    ValueError: what it has not: sinks, a softcap, a window.
-  """
+  Raises ValueError: what it has not: sinks, a softcap, a window."""
   _refuse("triton", sinks=sinks, softcap=softcap, window=window)
   T = q.shape[1]
   pad = [(0, 0), (0, -T % _LANES)]
@@ -165,12 +134,8 @@ def tokamax_attention(
 ) -> Queries:
   """softmax(q k' scale) v over the keys in slots [starts[b, t], t].
 
-  Arguments as of `splash_attention`, q in bfloat16; and
-
-  Args:
-    starts: the first slot that each query sees, at most its own.
-    operator: 'gpu', or 'reference' (tokamax's own, without a kernel) for
-      tests.
+  As `splash_attention`, with q in bfloat16 and `starts` at most a query's own
+  slot. `operator` 'reference' is tokamax's own without a kernel, for tests.
 
   Raises ValueError: sinks.
   """
@@ -178,9 +143,8 @@ def tokamax_attention(
   # Not of the default install, hence imported by name where it is used.
   base = importlib.import_module("tokamax._src.ops.attention.base")
   if operator == "gpu":
-    attention = importlib.import_module(
-      "tokamax.ops.gpu"
-    ).PallasMosaicFlashAttention()
+    gpu = importlib.import_module("tokamax.ops.gpu")
+    attention = gpu.PallasMosaicFlashAttention()
   else:
     attention = base.DotProductAttention()
   mask = base.Mask(k_start=starts[:, None], is_causal=True)

@@ -1,15 +1,15 @@
 """Multi-head latent attention: keys and values of all heads from one vector.
 
-A token's keys and values are read from a latent vector c [C] of its own, but
-for the part of a key that is rotated, r [P], which all heads share
-(DeepSeek-V2, arXiv:2405.04434, section 2.1):
+A token's keys and values come from a latent vector c [C] of its own, but for
+the rotated part of a key, r [P], which all heads share (DeepSeek-V2,
+arXiv:2405.04434, section 2.1):
 
     c, r = kv_norm(down(x)[:C]), rotate(down(x)[C:])
     k_n = (c U_n, r)        q_n = (q_n', rotate(q_n''))        v_n = c V_n
 
-A cache holds (c, r) alone: C + P numbers per token and layer, of which the
-heads make 2 N H. Decoding never makes the keys: U_n goes to the query's side,
-V_n to the output's (section 2.1.2),
+A cache holds (c, r) alone: C + P numbers per token and layer, not 2 N H.
+Decoding never makes the keys: U_n goes to the query's side, V_n to the output's
+(2.1.2),
 
     q_n k_n' = (q_n' U_n', q_n'') (c, r)'      sum_s w_s v_n = (sum_s w_s c) V_n
 
@@ -67,17 +67,14 @@ class LatentAttention(nn.Module):
     by = c.layers[0].rope
     scale = c.head_dim**-0.5 * (by.score_scale if by else 1.0)
     if kv is not None:
-      kernel = _whole(
-        "/".join((*self.path, "kv_up")),
-        self.variables["params"]["kv_up"],
-        self.lora,
-      )
+      path = "/".join((*self.path, "kv_up"))
+      kernel = _whole(path, self.variables["params"]["kv_up"], self.lora)
       kernel = kernel.astype(x.dtype).reshape(C, N, -1)
       absorbed = jnp.einsum("btnh,cnh->btnc", plain, kernel[..., :-V])
       q = jnp.concatenate((absorbed, turned), axis=-1)
       held = jnp.concatenate((latent[:, :, None], key), axis=-1)
       at = (layer, "attn")
-      kv = kv_cache.write(kv, held, None, *at, positions=context.q_positions)
+      kv = kv_cache.write(kv, held, None, *at, context.ids["q_positions"])
       y = kv_cache.attend(q, kv, *at, shared.mask, scale=scale, values=C)
       y = jnp.einsum("btnc,cnv->btnv", y, kernel[..., -V:])
     else:
@@ -90,10 +87,7 @@ class LatentAttention(nn.Module):
       wide = lambda x: jnp.pad(x, (*[(0, 0)] * 3, (0, width - x.shape[-1])))
       y = parallel.attention(
         *(attention, self.mesh, wide(q), wide(k), wide(v)),
-        q_positions=context.q_positions,
-        kv_positions=context.kv_positions,
-        q_segment_ids=context.q_segment_ids,
-        kv_segment_ids=context.kv_segment_ids,
+        **context.ids,
         backend=self.backend,
         mask=shared.mask,
         in_order=True,

@@ -3,9 +3,8 @@
     [B, T, D]   B over `data`, `fsdp`, `expert`, T over `context`, D whole
     heads       over `tensor`, and in attention over `context` in place of T
 
-Everywhere else XLA carries these shardings through by itself. What does not
-divide (a prompt that is sampled from, the one token of `init`) is left to it:
-the results are the same.
+XLA carries these shardings through everywhere else, and is left what does not
+divide (a sampled prompt, the one token of `init`): the results are the same.
 """
 
 import math
@@ -38,21 +37,16 @@ def is_ring(mesh: Mesh | None, num_heads: int) -> bool:
 
 
 def check_model(mesh: Mesh | None, num_heads: int, num_experts: int) -> None:
-  """Raises ValueError unless devices divide the query heads and experts."""
-  if mesh is None:
-    return
-  if max(1, num_experts) % (expert := mesh.shape["expert"]):
-    fits = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
-    raise ValueError(
-      f"mesh.expert: got {expert} for {num_experts} experts, expected one of "
-      f"{fits or [1]}. Divide by mesh.fsdp instead."
-    )
-  if num_heads % (tensor := mesh.shape["tensor"]):
-    fits = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
-    raise ValueError(
-      f"mesh.tensor: got {tensor} for {num_heads} heads, expected one of "
-      f"{fits}. Divide by mesh.fsdp or mesh.context instead."
-    )
+  for axis, number, what, cure in (
+    ("expert", num_experts, "experts", "mesh.fsdp"),
+    ("tensor", num_heads, "heads", "mesh.fsdp or mesh.context"),
+  ):
+    if mesh is not None and max(1, number) % (got := mesh.shape[axis]):
+      fits = [n for n in range(1, number + 1) if number % n == 0]
+      raise ValueError(
+        f"mesh.{axis}: got {got} for {number} {what}, expected one of "
+        f"{fits or [1]}. Divide by {cure} instead."
+      )
 
 
 def constrain(x: Array, mesh: Mesh | None, spec: PartitionSpec) -> Array:
@@ -63,11 +57,9 @@ def constrain(x: Array, mesh: Mesh | None, spec: PartitionSpec) -> Array:
 
 
 def whole_rows(x: Array, mesh: Mesh | None) -> Array:
-  """`x`, [B, T, C, ...], with all slots of a row on each of its devices.
-
-  They have their own channels or heads C instead, where they divide them: what
-  a layer carries along a row stays on one device.
-  """
+  """`x`, [B, T, C, ...], with all slots of a row on each of its devices. What a
+  layer carries along a row so stays on one device. Channels or heads C are
+  divided instead, where they divide."""
   if mesh is None:
     return x
   every = ("tensor", "context")
@@ -79,19 +71,17 @@ def whole_rows(x: Array, mesh: Mesh | None) -> Array:
 def gather_table(leaves: Tree, mesh: Mesh | None) -> Tree:
   """The leaves [V, ...] of an embedding, their other axes made whole.
 
-  A lookup in a table whose rows are cut over `fsdp`, which cuts the batch too,
-  would have XLA gather the results on every device and divide them again
-  ("involuntary full rematerialization"). Used as the head, the table is then
-  gathered once and not for each chunk of the loss.
+  A lookup in a table cut over `fsdp`, which cuts the batch too, would have XLA
+  gather the results on every device ("involuntary full rematerialization"). As
+  the head, the table is then gathered once and not for each chunk of the loss.
   """
   if mesh is None or mesh.size == 1:
     return leaves
 
   def gather(x: Array) -> Array:
     rows = "tensor" if x.shape[0] % mesh.shape["tensor"] == 0 else None
-    return jax.lax.with_sharding_constraint(
-      x, NamedSharding(mesh, PartitionSpec(rows))
-    )
+    whole = NamedSharding(mesh, PartitionSpec(rows))
+    return jax.lax.with_sharding_constraint(x, whole)
 
   return jax.tree.map(gather, leaves)
 
@@ -110,8 +100,8 @@ def attention(
 
   Where `context` divides the slots, devices exchange: from all heads of their
   own slots to all slots of their own heads, and back (DeepSpeed-Ulysses, arXiv
-  2309.14509). So every backend sees whole rows, and what a query does not see
-  costs no device more than another. Four slots and two heads on two devices:
+  2309.14509). So every backend sees whole rows. Four slots and two heads on two
+  devices:
 
       q [B, T, N, H]  device 0: slots 0 1, heads a b -> slots 0 1 2 3, head a
                       device 1: slots 2 3, heads a b -> slots 0 1 2 3, head b
@@ -119,13 +109,8 @@ def attention(
   Key/value heads that the devices do not divide are repeated until they do.
   Where they do not divide the heads of queries, keys and values go round
   instead: see `ring`; then the mask is that of the backend 'blocks'.
-
-  Args:
-    attend: `models.attention.attention`.
-    mesh: None, or of one device: `attend` is called as it is.
-    in_order: as in `attend`. Only then are arrays divided: a cache is left to
-      XLA.
-    arguments: the others of `attend`; arrays and choices.
+  `arguments` are the others of `attend`, `models.attention.attention`; what is
+  not in order, a cache, is left to XLA.
   """
   attend = partial(attend, in_order=in_order, mesh=mesh)
   if mesh is None or not in_order or not divides(mesh, *q.shape[:2]):
@@ -135,11 +120,7 @@ def attention(
   copies = math.lcm(k.shape[2], share) // k.shape[2]
   if copies > 1:
     k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
-  arrays = {
-    name: value
-    for name, value in arguments.items()
-    if isinstance(value, jax.Array)
-  }
+  arrays = {k: x for k, x in arguments.items() if isinstance(x, jax.Array)}
   choices = {k: v for k, v in arguments.items() if k not in arrays}
   specs = dict.fromkeys(arrays, PartitionSpec(ROWS))
   # A tensor's heads come first, and of these one's own part.

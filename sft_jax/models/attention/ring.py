@@ -9,11 +9,9 @@ Of four devices, with the shards of keys that each sees and in what order:
     device 2   2 1 0 .
     device 3   3 2 1 0
 
-Documents need no ids on the way: a query knows the first slot that it sees,
-and shards before that cost nothing. Memory is O(T / devices); keys, values and
-their gradients are what is sent, whatever the number of heads. A row of one
-document waits for its last device, which does twice the mean; rows of documents
-shorter than a shard are even.
+A query knows the first slot that it sees, and shards before that cost nothing.
+Memory is O(T / devices); keys, values and their gradients are sent. A row of
+one document waits for its last device, which does twice the mean.
 """
 
 from functools import partial
@@ -40,11 +38,8 @@ def attend(
   axis: str = "context",
 ) -> Float[Array, "B T N H"]:
   """`blockwise.attend` of whole rows; here T slots of one device of `axis`.
-
-  Args:
-    starts: the first slot that each query sees, counted in the whole row.
-    axis: of a mesh, by hand; devices hold slots in order.
-  """
+  `starts` count in the whole row. `axis` is one of a mesh, by hand, whose
+  devices hold slots in order."""
   layout = blockwise.Layout.of(q, k, blockwise.BLOCK)
   if sinks is not None:
     sinks = sinks.astype(jnp.float32).reshape(k.shape[2], -1)

@@ -1,31 +1,33 @@
 """What fields of config.json mean, as the table of families refers to them.
 
-Each function takes the file, with defaults where it has no value, and gives a
-property of every layer, or fields of ModelConfig. Values that are no sensible
-ones are refused by name.
+Functions take the file, with defaults where it has no value. Values that make
+no sense are refused by name.
 """
 
 import math
 import reprlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 Json = dict[str, Any]
+# What each of n layers is, from (file, n).
+Types = Callable[[Json, int], list[str]]
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LINEAR = "linear_attention"
 
 
+def words(text: str) -> frozenset[str]:
+  return frozenset(text.split())
+
+
 class Read(NamedTuple):
-  """What becomes of a field of config.json.
+  """What becomes of a field of config.json."""
 
-  Attributes:
-    into: fields of ModelConfig.
-    via: the value's meaning, as a function or a table of accepted values;
-      None: a switch, or a positive number; int: a whole one.
-  """
-
-  into: tuple[str, ...]
+  into: tuple[str, ...]  # Fields of ModelConfig.
+  # The value's meaning, as a function or a table of accepted values; None: a
+  # switch, or a positive number; int: a whole one.
   via: Callable[[Any], Any] | Mapping[Any, Any] | None = None
 
 
@@ -57,20 +59,37 @@ def whole_number(where: Any, field: str, value: Any, least: int = 1) -> int:
   return value
 
 
-# -- Windows: SLIDING or FULL for each of n layers, from the file --------
+# -- The types of n layers, from the file ------------------------------------
 
 
-def everywhere(raw: Json, n: int) -> list[str]:
-  """Every layer, where the file gives a window (Mistral)."""
-  return [SLIDING] * n
+# Every layer has a window, where the file gives one (Mistral).
+everywhere = lambda raw, n: [SLIDING] * n
 
 
-def if_used(raw: Json, n: int) -> list[str]:
-  """Every layer, where the file says so (Qwen3 MoE)."""
-  return [SLIDING if raw.get("use_sliding_window") else FULL] * n
+def _if_used(types: Types) -> Types:
+  """Those, where the file says that it uses windows; else none."""
+  return lambda raw, n: (
+    types(raw, n) if raw.get("use_sliding_window") else [FULL] * n
+  )
 
 
-def full_each(field: str, period: int) -> Callable[[Json, int], list[str]]:
+if_used = _if_used(everywhere)  # Qwen3 MoE.
+
+
+@_if_used
+def from_layer(raw: Json, n: int) -> list[str]:
+  """The layers from `max_window_layers` on (Qwen)."""
+  return [SLIDING if i >= raw["max_window_layers"] else FULL for i in range(n)]
+
+
+@_if_used
+def without_rope(raw: Json, n: int) -> list[str]:
+  """The layers without RoPE (SmolLM3)."""
+  used = rope_layers(raw, [FULL] * n, "config")
+  return [FULL if use else SLIDING for use in used]
+
+
+def full_each(field: str, period: int) -> Types:
   """Every period-th layer is full; the file's field may say another."""
 
   def layer_types(raw: Json, n: int) -> list[str]:
@@ -85,20 +104,53 @@ def full_at_the_end(raw: Json, n: int) -> list[str]:
   return [*full_each("", 6)(raw, n)[: n - 1], FULL]
 
 
-def from_layer(raw: Json, n: int) -> list[str]:
-  """The layers from `max_window_layers` on (Qwen)."""
-  if not raw.get("use_sliding_window"):
-    return [FULL] * n
-  first = raw["max_window_layers"]
-  return [SLIDING if i >= first else FULL for i in range(n)]
+def linear_but_each(raw: Json, n: int) -> list[str]:
+  """Every `full_attention_interval`-th layer is full (Qwen3-Next)."""
+  field = "full_attention_interval"
+  k = whole_number("config.json", field, raw.get(field, 4))
+  return [FULL if (i + 1) % k == 0 else LINEAR for i in range(n)]
 
 
-def without_rope(raw: Json, n: int) -> list[str]:
-  """The layers without RoPE, if the file says so (SmolLM3)."""
-  if not raw.get("use_sliding_window"):
-    return [FULL] * n
-  used = rope_layers(raw, [FULL] * n, "config")
-  return [FULL if use else SLIDING for use in used]
+def olmo_hybrid_types(raw: Json, n: int) -> list[str]:
+  """Every fourth layer is full; of fewer the last."""
+  return [FULL if i % 4 == 3 or i == n - 1 < 3 else LINEAR for i in range(n)]
+
+
+def _layer_numbers(raw: Json, field: str) -> list[int]:
+  named = [] if raw[field] is None else raw[field]
+  if not isinstance(named, list) or any(type(i) is not int for i in named):
+    raise refuse("config.json", field, named, "numbers of layers")
+  return named
+
+
+def full_where(field: str, other: str) -> Types:
+  """Attention in the layers that the file numbers (LFM2, Bamba)."""
+
+  def layer_types(raw: Json, n: int) -> list[str]:
+    if raw.get(field) is None and other == "conv":
+      return [FULL] * n
+    full = _layer_numbers(raw, field)
+    return [FULL if i in full else other for i in range(n)]
+
+  return layer_types
+
+
+_PATTERN = {"M": LINEAR, "*": FULL, "-": "mlp", "E": "moe"}
+
+
+def nemotron_types(raw: Json, n: int) -> list[str]:
+  """Layers by name, or in older files by a letter each (Nemotron-H)."""
+  named = raw.get("layer_types") or raw["layers_block_type"]
+  if named is None:
+    named = raw.get("hybrid_override_pattern", "ME*-")
+    if isinstance(named, str):
+      named = [_PATTERN.get(x, x) for x in named]
+  if not isinstance(named, list):
+    raise refuse("config.json", "layers_block_type", named, "a list of layers")
+  return named
+
+
+# -- Which layers have RoPE --------------------------------------------------
 
 
 def windowed(raw: Json, types: list[str], where: str) -> list[bool]:
@@ -113,11 +165,6 @@ def windowed_if_any(raw: Json, types: list[str], where: str) -> list[bool]:
   if raw.get("sliding_window") is None:
     return [True] * len(types)
   return windowed(raw, types, where)
-
-
-def all_if_named(raw: Json, types: list[str], where: str) -> list[bool]:
-  """All, where the file says 'rope' (Granite 4.0)."""
-  return [raw["position_embedding_type"] == "rope"] * len(types)
 
 
 def all_if_based(raw: Json, types: list[str], where: str) -> list[bool]:
@@ -141,23 +188,72 @@ def rope_layers(raw: Json, types: list[str], where: str) -> list[bool]:
   return [bool(x) for x in given]
 
 
-def lfm2_types(raw: Json, n: int) -> list[str]:
-  """A convolution where the file does not name the layer."""
-  if raw.get("full_attn_idxs") is None:
-    return [FULL] * n
-  full = _layer_numbers(raw, "full_attn_idxs")
-  return [FULL if i in full else "conv" for i in range(n)]
+# -- Which layers have an MLP in place of experts ----------------------------
+
+
+def layers_without_experts(raw: Json, n: int, where: str) -> list[bool]:
+  """The layers named, and those between every `decoder_sparse_step`-th."""
+  named = _layer_numbers(raw, "mlp_only_layers")
+  step = raw["decoder_sparse_step"]
+  if type(step) is not int or step < 1:
+    raise refuse(where, "decoder_sparse_step", step, "1 or more")
+  return [i in named or (i + 1) % step != 0 for i in range(n)]
+
+
+def first(field: str) -> Callable[[Json, int, str], list[bool]]:
+  """So many layers as the field says (DeepSeek, GLM, LFM2)."""
+
+  def dense(raw: Json, n: int, where: str) -> list[bool]:
+    count = _number(raw, where, field, 0)
+    return [i < count for i in range(n)]
+
+  return dense
+
+
+def dense_types(raw: Json, n: int, where: str) -> list[bool]:
+  """The layers that the file says, or the first (GLM 4.7 Flash)."""
+  types = raw["mlp_layer_types"] or ["dense"] + ["sparse"] * (n - 1)
+  known = isinstance(types, list) and len(types) == n
+  if not known or any(kind not in ("dense", "sparse") for kind in types):
+    raise refuse(where, "mlp_layer_types", types, f"{n} of dense, sparse")
+  return [kind == "dense" for kind in types]
+
+
+def outside_interval(raw: Json, n: int, where: str) -> list[bool]:
+  """All but every so-many-th between two layers (ERNIE 4.5)."""
+  start = _number(raw, where, "moe_layer_start_index", 0)
+  end = _number(raw, where, "moe_layer_end_index", -1)
+  step = _number(raw, where, "moe_layer_interval")
+  end = n - 1 if end == -1 else end
+  return [not start <= i <= end or (i + 1) % step != 0 for i in range(n)]
+
+
+# -- Fields of ModelConfig that follow from several --------------------------
+
+
+def _number(raw: Json, where: str, field: str, least: int = 1) -> int:
+  return whole_number(where, field, raw[field], least)
+
+
+def experts(raw: Json, where: str, total: str, each: str) -> Json:
+  """How many experts there are, and a token's; fields `total` and `each`."""
+  E, k = _number(raw, where, total), _number(raw, where, each)
+  if k > E:
+    raise refuse(where, each, k, f"at most {E}")
+  return {"num_experts": E, "experts_per_token": k}
+
+
+def tied(raw: Json, where: str) -> Json:
+  """An old name."""
+  tied = raw.get("tie_embedding", raw["tie_word_embeddings"])
+  return {"tie_embeddings": tied}
 
 
 def lfm2(raw: Json, where: str) -> Json:
   """Old names, and the width of the MLP, which files give in parts."""
-  name = (
-    "intermediate_size" if raw.get("block_ff_dim") is None else "block_ff_dim"
-  )
-  width, adjust = (
-    whole_number(where, name, raw[name]),
-    "block_auto_adjust_ff_dim",
-  )
+  old = raw.get("block_ff_dim") is not None
+  name = "block_ff_dim" if old else "intermediate_size"
+  width, adjust = _number(raw, where, name), "block_auto_adjust_ff_dim"
   if not isinstance(raw[adjust], bool):
     raise refuse(where, adjust, raw[adjust], "true or false")
   positive(where, name, width)
@@ -165,27 +261,15 @@ def lfm2(raw: Json, where: str) -> Json:
     width, factor = int(2 * width / 3), raw["block_ffn_dim_multiplier"]
     if factor is not None:
       factor = positive(where, "block_ffn_dim_multiplier", factor)
-      step = whole_number(where, "block_multiple_of", raw["block_multiple_of"])
+      step = _number(raw, where, "block_multiple_of")
       width = step * -(-int(factor * width) // step)
   return tied(raw, where) | {"d_ff": width}
-
-
-def linear_but_each(raw: Json, n: int) -> list[str]:
-  """Every `full_attention_interval`-th layer is full (Qwen3-Next)."""
-  field = "full_attention_interval"
-  k = whole_number("config.json", field, raw.get(field, 4))
-  return [FULL if (i + 1) % k == 0 else LINEAR for i in range(n)]
 
 
 def shared_expert(raw: Json, where: str) -> Json:
   """An expert for every token, of a width of its own (Qwen)."""
   field = "shared_expert_intermediate_size"
-  return {"d_ff_shared": whole_number(where, field, raw[field])}
-
-
-def olmo_hybrid_types(raw: Json, n: int) -> list[str]:
-  """Every fourth layer is full; of fewer the last."""
-  return [FULL if i % 4 == 3 or i == n - 1 < 3 else LINEAR for i in range(n)]
+  return {"d_ff_shared": _number(raw, where, field)}
 
 
 def olmo_hybrid(raw: Json, where: str) -> Json:
@@ -206,52 +290,21 @@ def olmo_hybrid(raw: Json, where: str) -> Json:
   }
 
 
-def first_dense(raw: Json, n: int, where: str) -> list[bool]:
-  """The first `num_dense_layers` (LFM2)."""
-  first = whole_number(where, "num_dense_layers", raw["num_dense_layers"], 0)
-  return [i < first for i in range(n)]
-
-
-def tied(raw: Json, where: str) -> Json:
-  """An old name."""
-  tied = raw.get("tie_embedding", raw["tie_word_embeddings"])
-  return {"tie_embeddings": tied}
-
-
-# As files write it: as other programs do, and as transformers 5.
-_INFINITE = (math.inf, {"__float__": "Infinity"})
+def _check_unlimited(raw: Json, where: str) -> None:
+  """Files write infinity as other programs do, or as transformers 5."""
+  limit = raw["time_step_limit"]
+  if limit not in (None, [0.0, math.inf], [0.0, {"__float__": "Infinity"}]):
+    raise refuse(where, "time_step_limit", limit, [0.0, math.inf])
 
 
 def mamba(raw: Json, where: str) -> Json:
   """The width of a head, which follows from others."""
-  expand = whole_number(where, "mamba_expand", raw["mamba_expand"])
-  heads = whole_number(where, "mamba_n_heads", raw["mamba_n_heads"])
-  width = expand * raw["hidden_size"] // heads
+  expand = _number(raw, where, "mamba_expand")
+  width = expand * raw["hidden_size"] // _number(raw, where, "mamba_n_heads")
   if raw["mamba_d_head"] not in ("auto", width):
     raise refuse(where, "mamba_d_head", raw["mamba_d_head"], width)
   _check_unlimited(raw, where)
   return {"mixer_width": width}
-
-
-def _check_unlimited(raw: Json, where: str) -> None:
-  limit = raw["time_step_limit"]
-  if limit not in (None, *([0.0, x] for x in _INFINITE)):
-    raise refuse(where, "time_step_limit", limit, [0.0, math.inf])
-
-
-_PATTERN = {"M": LINEAR, "*": FULL, "-": "mlp", "E": "moe"}
-
-
-def nemotron_types(raw: Json, n: int) -> list[str]:
-  """Layers by name, or in older files by a letter each (Nemotron-H)."""
-  named = raw.get("layer_types") or raw["layers_block_type"]
-  if named is None:
-    named = raw.get("hybrid_override_pattern", "ME*-")
-    if isinstance(named, str):
-      named = [_PATTERN.get(x, x) for x in named]
-  if not isinstance(named, list):
-    raise refuse("config.json", "layers_block_type", named, "a list of layers")
-  return named
 
 
 def nemotron(raw: Json, where: str) -> Json:
@@ -270,45 +323,25 @@ def nemotron(raw: Json, where: str) -> Json:
     **{"d_ff_dense": "intermediate_size", "d_ff": "moe_intermediate_size"},
     "d_ff_shared": "moe_shared_expert_intermediate_size",
   }
-  fields |= {k: whole_number(where, f, raw[f]) for k, f in widths.items()}
+  fields |= {k: _number(raw, where, f) for k, f in widths.items()}
   fields["experts_per_token"] = raw["num_experts_per_tok"]
   return fields | {"num_experts": raw["n_routed_experts"]}
 
 
-def bamba_types(raw: Json, n: int) -> list[str]:
-  """Attention in the layers that the file names."""
-  full = _layer_numbers(raw, "attn_layer_indices")
-  return [FULL if i in full else LINEAR for i in range(n)]
-
-
-def _layer_numbers(raw: Json, field: str) -> list[int]:
-  named = [] if raw[field] is None else raw[field]
-  if not isinstance(named, list) or any(type(i) is not int for i in named):
-    raise refuse("config.json", field, named, "numbers of layers")
-  return named
-
-
 def granite_hybrid(raw: Json, where: str) -> Json:
   """A shared MLP, alone or beside experts."""
-  field, E = "shared_intermediate_size", raw["num_local_experts"]
-  width = whole_number(where, field, raw[field])
-  if not E:
+  width = _number(raw, where, "shared_intermediate_size")
+  if not raw["num_local_experts"]:
     return mamba(raw, where) | {"d_ff": width}
-  whole_number(where, "num_local_experts", E)
-  k = whole_number(where, "num_experts_per_tok", raw["num_experts_per_tok"])
-  if k > E:
-    raise refuse(where, "num_experts_per_tok", k, f"at most {E}")
-  routed = {"num_experts": E, "experts_per_token": k}
-  return mamba(raw, where) | routed | {"d_ff_shared": width}
+  found = experts(raw, where, "num_local_experts", "num_experts_per_tok")
+  return mamba(raw, where) | found | {"d_ff_shared": width}
 
 
 def gemma4(raw: Json, where: str) -> Json:
   """Heads of full layers, as published or as transformers 5 writes them; what
   layers share, read beside the residual, and have beside their MLP."""
 
-  def number(field: str, least: int = 1) -> int:
-    return whole_number(where, field, raw[field], least)
-
+  number = partial(_number, raw, where)
   n, field = number("num_hidden_layers"), "num_kv_shared_layers"
   types = raw["layer_types"] or full_at_the_end(raw, min(n, 10_000))
   if not isinstance(types, list) or types[-1] != FULL:
@@ -328,10 +361,8 @@ def gemma4(raw: Json, where: str) -> Json:
   global_heads = raw.get("num_global_key_value_heads")
   if not raw["attention_k_eq_v"] or global_heads is None:
     global_heads = heads
-  wide = {
-    "head_dim": raw.get("global_head_dim", 512),
-    "num_key_value_heads": global_heads,
-  }
+  wide = {"head_dim": raw.get("global_head_dim", 512)}
+  wide["num_key_value_heads"] = global_heads
   if (by_layer := raw.get("per_layer_config")) is not None:
     full = {str(i) for i, kind in enumerate(types) if kind == FULL}
     # Empty where heads are alike.
@@ -355,59 +386,16 @@ def gemma4(raw: Json, where: str) -> Json:
     rows = number("vocab_size_per_layer_input", number("vocab_size"))
     fields |= {"per_layer_dim": beside, "per_layer_vocab": rows}
   if raw["enable_moe_block"]:
-    E, k = number("num_experts"), number("top_k_experts")
-    if k > E:
-      raise refuse(where, "top_k_experts", k, f"at most {E}")
-    fields |= {"num_experts": E, "experts_per_token": k}
+    fields |= experts(raw, where, "num_experts", "top_k_experts")
     fields |= {"d_ff_dense": number("intermediate_size")}
     fields |= {"d_ff": number("moe_intermediate_size")}
   return fields
 
 
-def layers_without_experts(raw: Json, n: int, where: str) -> list[bool]:
-  """The layers named, and those between every `decoder_sparse_step`-th."""
-  named = _layer_numbers(raw, "mlp_only_layers")
-  step = raw["decoder_sparse_step"]
-  if type(step) is not int or step < 1:
-    raise refuse(where, "decoder_sparse_step", step, "1 or more")
-  return [i in named or (i + 1) % step != 0 for i in range(n)]
-
-
-def first_layers(raw: Json, n: int, where: str) -> list[bool]:
-  """The first `first_k_dense_replace` layers (DeepSeek, GLM)."""
-  field = "first_k_dense_replace"
-  first = whole_number(where, field, raw[field], least=0)
-  return [i < first for i in range(n)]
-
-
-def dense_types(raw: Json, n: int, where: str) -> list[bool]:
-  """The layers that the file says, or the first (GLM 4.7 Flash)."""
-  types = raw["mlp_layer_types"] or ["dense"] + ["sparse"] * (n - 1)
-  known = isinstance(types, list) and len(types) == n
-  if not known or any(kind not in ("dense", "sparse") for kind in types):
-    raise refuse(where, "mlp_layer_types", types, f"{n} of dense, sparse")
-  return [kind == "dense" for kind in types]
-
-
-def outside_interval(raw: Json, n: int, where: str) -> list[bool]:
-  """All but every so-many-th between two layers (ERNIE 4.5)."""
-  start, end, step = (
-    raw[f"moe_layer_{name}"]
-    for name in ("start_index", "end_index", "interval")
-  )
-  whole_number(where, "moe_layer_start_index", start, least=0)
-  whole_number(where, "moe_layer_end_index", end, least=-1)
-  whole_number(where, "moe_layer_interval", step)
-  end = n - 1 if end == -1 else end
-  return [not start <= i <= end or (i + 1) % step != 0 for i in range(n)]
-
-
 def shared(raw: Json, where: str, field: str = "n_shared_experts") -> Json:
   """The experts that every token passes, as one MLP."""
-  one = whole_number(
-    where, "moe_intermediate_size", raw["moe_intermediate_size"]
-  )
-  count = whole_number(where, field, raw[field], least=0)
+  one = _number(raw, where, "moe_intermediate_size")
+  count = _number(raw, where, field, 0)
   if not count and field == "n_shared_experts":
     raise refuse(where, field, count, "1 or more")
   return {"d_ff_shared": one * count}
@@ -416,7 +404,7 @@ def shared(raw: Json, where: str, field: str = "n_shared_experts") -> Json:
 def grouped(raw: Json, where: str) -> Json:
   """Experts of few groups: whether there are as many as a token needs."""
   fields = ("n_group", "topk_group", "n_routed_experts", "num_experts_per_tok")
-  groups, top, experts, k = (whole_number(where, f, raw[f]) for f in fields)
+  groups, top, experts, k = (_number(raw, where, f) for f in fields)
   each = experts // groups
   fits = experts % groups == 0 and top <= groups and k <= each * top
   if not fits or (groups > 1 and each < 2):
@@ -427,16 +415,12 @@ def grouped(raw: Json, where: str) -> Json:
 
 def latent(raw: Json, where: str) -> Json:
   """The widths of latent attention."""
-  fields = (
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "kv_lora_rank",
-    "v_head_dim",
-  )
-  plain, turned, rank, v = (whole_number(where, f, raw[f]) for f in fields)
+  fields = ("qk_nope_head_dim", "qk_rope_head_dim", "kv_lora_rank")
+  plain, turned, rank = (_number(raw, where, field) for field in fields)
+  v = _number(raw, where, "v_head_dim")
   q_rank = raw["q_lora_rank"]
   if q_rank is not None:
-    whole_number(where, "q_lora_rank", q_rank)
+    _number(raw, where, "q_lora_rank")
   return {
     **{"head_dim": plain + turned, "rope_dim": turned, "v_dim": v},
     **{"kv_rank": rank, "q_rank": q_rank or 0},
@@ -508,52 +492,35 @@ ROUTED = {
 CORRECTED: Json = {"router_sigmoid": True, "router_correction": 1}
 # What `derived` and `dense` read, and layers that predict further tokens, which
 # a checkpoint may hold and no one here runs.
-DERIVED = frozenset(
-  {
-    *("intermediate_size", "n_shared_experts", "num_experts", "topk_method"),
-    *("n_group", "topk_group", "num_mtp_layers", "num_nextn_predict_layers"),
-  }
-)
-LATENT_FIELDS = frozenset(
-  {
-    *("qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim", "head_dim"),
-    *("kv_lora_rank", "q_lora_rank", "v_head_dim"),
-  }
-)
+DERIVED = words("""intermediate_size n_shared_experts num_experts topk_method
+  n_group topk_group num_mtp_layers num_nextn_predict_layers""")
+LATENT_FIELDS = words("""qk_nope_head_dim qk_rope_head_dim qk_head_dim head_dim
+  kv_lora_rank q_lora_rank v_head_dim""")
 QWEN_HYBRID: Json = {
   **{"qk_norm": "head", "norm_offset": 1.0, "attn_gate": True}
 }
 # Read where the file does not name its layers.
-INTERVAL = frozenset({"full_attention_interval"})
+INTERVAL = words("full_attention_interval")
 # Those that `mamba` reads, and of a kernel.
-MAMBA = frozenset(
-  ("mamba_d_head", "mamba_expand", "time_step_limit", "mamba_chunk_size")
-)
-GEMMA4 = frozenset(
-  {
-    *("global_head_dim", "num_global_key_value_heads", "per_layer_config"),
-    *("hidden_size_per_layer_input", "vocab_size_per_layer_input"),
-    *("num_kv_shared_layers", "use_bidirectional_attention"),
-    *("num_experts", "top_k_experts", "moe_intermediate_size"),
-  }
-)
+MAMBA = words("mamba_d_head mamba_expand time_step_limit mamba_chunk_size")
+GEMMA4 = words("""global_head_dim num_global_key_value_heads per_layer_config
+  hidden_size_per_layer_input vocab_size_per_layer_input num_kv_shared_layers
+  use_bidirectional_attention num_experts top_k_experts
+  moe_intermediate_size""")
 # Older names, by which the reference still reads them.
 _NEMOTRON_OLD = {
   **{"mamba_n_groups": "n_groups", "mamba_d_conv": "conv_kernel"},
   **{"mamba_conv_bias": "use_conv_bias", "mamba_dt_min": "time_step_min"},
 }
-# Those that `nemotron` and `nemotron_types` read, those of a kernel, of
-# fresh weights, of generation and of layers that predict further tokens; and
-# what the reference does not read.
-NEMOTRON = frozenset(_NEMOTRON_OLD) | {
-  *("layers_block_type", "hybrid_override_pattern", "time_step_limit"),
-  *("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"),
-  *("moe_shared_expert_intermediate_size", "n_shared_experts", "expand"),
-  *("chunk_size", "use_mamba_kernels", "mamba_ssm_cache_dtype"),
-  *("time_step_max", "time_step_floor", "rescale_prenorm_residual"),
-  *("num_logits_to_keep", "moe_shared_expert_overlap"),
-  *("num_nextn_predict_layers", "mtp_layers_block_type"),
-  "mtp_hybrid_override_pattern",
-}
+# What `nemotron` and `nemotron_types` read; of a kernel, of fresh weights, of
+# generation, of layers that predict further tokens; what the reference does not
+# read.
+NEMOTRON = frozenset(_NEMOTRON_OLD) | words("""layers_block_type
+  hybrid_override_pattern time_step_limit n_routed_experts num_experts_per_tok
+  moe_intermediate_size moe_shared_expert_intermediate_size n_shared_experts
+  expand chunk_size use_mamba_kernels mamba_ssm_cache_dtype time_step_max
+  time_step_floor rescale_prenorm_residual num_logits_to_keep
+  moe_shared_expert_overlap num_nextn_predict_layers mtp_layers_block_type
+  mtp_hybrid_override_pattern""")
 MHA = {"num_key_value_heads": lambda raw: raw["num_attention_heads"]}
 GEMMA: Json = {"norm_offset": 1.0, "scale_embeddings": True}

@@ -12,9 +12,9 @@ their task vectors t_i = x_i - b,
                                                      (2311.03099)
     slerp       of two: along the arc between them, at w_2 / (w_1 + w_2)
 
-Tensors are read, merged and written in blocks of rows, so memory is some
-blocks whatever the size of the models; what needs a whole tensor (the
-threshold of ties, the angle of slerp) is found by reading it once more.
+Tensors are read, merged and written in blocks of rows, so memory is some blocks
+whatever the size of the models; what needs a whole tensor (the threshold of
+ties, the angle of slerp) is found by reading it once more.
 """
 
 import json
@@ -33,28 +33,17 @@ from sft_jax.models.hf.safetensors_files import Pending, Tensor
 METHODS = ("average", "arithmetic", "ties", "dare", "slerp")
 LINEAGE = "merge.json"
 _BLOCK = 1 << 21  # Elements of each model in memory at once.
-_SAME = (
-  "model_type",
-  "rope_theta",
-  "rope_scaling",
-  "hidden_act",
-)  # Of configs.
+# Of configs.
+_SAME = ("model_type", "rope_theta", "rope_scaling", "hidden_act")
 
 
 class Merge(NamedTuple):
-  """How models become one.
+  """How models become one."""
 
-  Attributes:
-    method: one of METHODS.
-    weights: of each model; () is 1 each.
-    density: share of a task vector that ties and dare keep.
-    seed: of what dare drops: a function of it, the tensor and the model.
-  """
-
-  method: str
-  weights: tuple[float, ...] = ()
-  density: float = 0.2
-  seed: int = 0
+  method: str  # One of METHODS.
+  weights: tuple[float, ...] = ()  # Of each model; () is 1 each.
+  density: float = 0.2  # Share of a task vector that ties and dare keep.
+  seed: int = 0  # Of what dare drops, with the tensor and the model.
 
   def check(self, models: int, base: bool) -> "Merge":
     """The same with its weights; ValueError where it cannot be."""
@@ -91,17 +80,16 @@ def merge_folders(
 ) -> None:
   """Writes the merged folder: whole, or not at all.
 
-  Config, tokenizer and template are the first model's; what was merged, and
-  the digests of its weights, are in merge.json. Adapters (PEFT folders) are
-  merged by average and arithmetic alone, exactly: side by side in one of the
-  sum of their ranks. Their base is what they are beside, so none is given.
+  Config, tokenizer and template are the first model's; what was merged, and the
+  digests of its weights, are in merge.json. Adapters (PEFT folders) are merged
+  by average and arithmetic alone, exactly: side by side in one of the sum of
+  their ranks, without a base.
 
   Raises ValueError: models of other tensors, configs or tokenizers; see
   `Merge.check`.
   """
   if (models[0] / "adapter_config.json").exists():
-    _merge_adapters(merge, models, out, base)
-    return
+    return _merge_adapters(merge, models, out, base)
   merge = merge.check(len(models), base is not None)
   folders = [*models, *([base] if base else [])]
   found = [files.open_tensors(folder) for folder in folders]
@@ -147,11 +135,8 @@ def _write_lineage(
 def _check_same(
   first: Path, ours: dict[str, Tensor], folder: Path, theirs: dict[str, Tensor]
 ) -> None:
-  """Raises ValueError unless two models are of one shape and vocabulary."""
-  shapes = [
-    {name: x.shape for name, x in one.items()} for one in (ours, theirs)
-  ]
-  odd = sorted(name for name, _ in shapes[0].items() ^ shapes[1].items())
+  shapes = lambda tensors: {(name, x.shape) for name, x in tensors.items()}
+  odd = sorted(name for name, _ in shapes(ours) ^ shapes(theirs))
   kind, vocabulary = [], []
   for path in (first, folder):
     config = json.loads((path / "config.json").read_text())
@@ -171,15 +156,9 @@ def _check_same(
 def blocks(
   merge: Merge, parts: Sequence[Tensor], base: Tensor | None
 ) -> Iterator[np.ndarray]:
-  """A merged tensor in blocks of its rows, in its own dtype.
-
-  Args:
-    merge: with its weights, see `Merge.check`.
-    parts: the tensor of each model.
-    base: of the base, where the method takes it.
-
-  Raises ValueError: whole numbers that differ.
-  """
+  """A merged tensor in blocks of its rows, in its own dtype, from that of each
+  model and of the base, where the method takes it. Raises ValueError: whole
+  numbers that differ."""
   first = parts[0]
   weights = np.array(merge.weights)
   if first.dtype.kind in "iub":
@@ -192,13 +171,17 @@ def blocks(
     yield arrays[0]
     return
   tasks = lambda at: _tasks(parts, base, at)
-  cuts = list(_cuts(first.shape))
+  # (first row, past the last) of each block.
+  cuts: list[tuple[int, int | None]] = [(0, None)]
+  if first.shape:
+    rows = max(1, _BLOCK // max(1, int(np.prod(first.shape[1:]))))
+    end = first.shape[0]
+    cuts = [(start, min(start + rows, end)) for start in range(0, end, rows)]
   least = [0.0] * len(parts)
   mix = weights / weights.sum() if merge.method == "average" else weights
   if merge.method == "ties":
-    least = [
-      _threshold(tasks, cuts, i, merge.density) for i in range(len(parts))
-    ]
+    sizes = lambda model: _threshold(tasks, cuts, model, merge.density)
+    least = list(map(sizes, range(len(parts))))
   elif merge.method == "slerp":
     mix = _arc(tasks, cuts, weights[1] / weights.sum())
   for number, at in enumerate(cuts):
@@ -221,16 +204,6 @@ def blocks(
     yield merged.astype(first.dtype)
 
 
-def _cuts(shape: tuple[int, ...]) -> Iterator[tuple[int, int | None]]:
-  """(first row, past the last) of each block."""
-  if not shape:
-    yield (0, None)
-    return
-  rows = max(1, _BLOCK // max(1, int(np.prod(shape[1:]))))
-  for start in range(0, shape[0], rows):
-    yield (start, min(start + rows, shape[0]))
-
-
 def _tasks(
   parts: Sequence[Tensor], base: Tensor | None, at: tuple[int, int | None]
 ) -> np.ndarray:
@@ -245,11 +218,9 @@ def _column(found: np.ndarray) -> tuple[int, ...]:
 
 
 def _threshold(tasks: Any, cuts: Any, model: int, density: float) -> float:
-  """The size of the smallest element that ties keeps of a model's tensor.
-
-  Exact, without the whole in memory: a float32's bits sort as its size does,
-  so the upper half of the bits is counted first, then the lower among those.
-  """
+  """The size of the smallest element that ties keeps of a model's tensor,
+  exactly. A float32's bits sort as its size does: the upper half of the bits is
+  counted first, then the lower among those."""
   upper = np.zeros(1 << 16, np.int64)
   bits = lambda at: (
     np.abs(tasks(at)[model]).astype(np.float32).view(np.uint32).ravel()
@@ -304,11 +275,10 @@ def _merge_adapters(
     )
   # What arithmetic adds to is the base that they have.
   merge = merge.check(len(models), bool(base) or merge.method == "arithmetic")
-  read = lambda path: json.loads((path / "adapter_config.json").read_text())
-  configs = [read(path) for path in models]
-  tensors = [
-    files.read_header(path / "adapter_model.safetensors") for path in models
-  ]
+  configs, tensors = [], []
+  for path in models:
+    configs.append(json.loads((path / "adapter_config.json").read_text()))
+    tensors.append(files.read_header(path / "adapter_model.safetensors"))
   names = tensors[0].keys()
   plain = all(".lora_A." in name or ".lora_B." in name for name in names)
   patterned = any(
@@ -337,9 +307,8 @@ def _merge_adapters(
         x.astype(np.float64) * w * s
         for x, w, s in zip(parts, weights, scales, strict=True)
       ]
-    merged[name] = np.concatenate(parts, axis=int(".lora_B." in name)).astype(
-      dtype
-    )
+    whole = np.concatenate(parts, axis=int(".lora_B." in name))
+    merged[name] = whole.astype(dtype)
   rank = sum(one["r"] for one in configs)
   config = configs[0] | {"r": rank, "lora_alpha": rank, "use_rslora": False}
 

@@ -34,22 +34,16 @@ _EXPERTS = ("layers/moe/gate", "layers/moe/up", "layers/moe/down")
 class TensorSlice(NamedTuple):
   """Where one matrix or vector of a parameter is.
 
-      ours[index] = theirs[name][cut], transposed if `transpose`
-
-  Attributes:
-    index: of the matrix in our stacked parameter; () for the whole.
-    name: of the tensor that holds it.
-    shape: of that tensor.
-    cut: what of the tensor it is, one slice per axis; an expert's number
-      where the tensor holds those of a layer.
-    transpose: theirs is [out, in].
+  ours[index] = theirs[name][cut], transposed if `transpose`
   """
 
-  index: tuple[int, ...]
-  name: str
-  shape: tuple[int, ...]
+  index: tuple[int, ...]  # In our stacked parameter; () for the whole.
+  name: str  # Of the tensor that holds it.
+  shape: tuple[int, ...]  # Of that tensor.
+  # What of the tensor it is, one slice per axis; an expert's number where the
+  # tensor holds those of a layer.
   cut: tuple[slice | int, ...]
-  transpose: bool
+  transpose: bool  # Theirs is [out, in].
 
 
 def modules(
@@ -78,10 +72,8 @@ def table_name(table: str, config: ModelConfig) -> str:
 
 def fused_modules(config: ModelConfig) -> list[tuple[str, list[str]]]:
   """[(module of theirs, those of ours that are in it, in the table's order)].
-
   Of experts and an MLP those that some layer has. What is in different layers,
-  as they and kinds of attention are, may share a name and no tensor.
-  """
+  as they and kinds of attention are, may share a name and no tensor."""
   found: dict[tuple[str, str], list[str]] = {}
   absent = {"mlp", "moe"} - {name for sort in config.sorts for name in sort}
   for ours, theirs in FAMILIES[config.family].names.items():
@@ -167,8 +159,8 @@ def official_names(
 ) -> dict[str, _T]:
   """The tensors of a checkpoint by the names that transformers writes.
 
-  Some folders hold the network without its head, as GPT-2's own does: their
-  names lack the prefix. Buffers, which follow from the config, are left out.
+  Folders of the network without its head, as GPT-2's own, lack the prefix.
+  Buffers, which follow from the config, are left out.
 
       {'wte.weight': w, 'h.0.ln_1.bias': b, 'h.0.attn.bias': mask}
         -> {'transformer.wte.weight': w, 'transformer.h.0.ln_1.bias': b}
@@ -199,9 +191,8 @@ def by_table_name(
 def names_in_folder(
   name: str, rows: int, config: ModelConfig
 ) -> dict[str, int]:
-  """What files call a tensor [rows, ...]: {name: rows}, if several in order.
-
-  Those of the folder that the model came from; else as transformers writes it.
+  """What files call a tensor [rows, ...]: {name: rows}, if several in order;
+  those of the folder that the model came from, else as transformers writes it.
   """
   stored, c = FAMILIES[config.family].stored, config
   usual = [

@@ -1,7 +1,6 @@
 """PEFT folders, ours or another tool's, read as adapters.
 
-Reading refuses by name what we would compute otherwise: a setting that is not
-understood is never ignored.
+What we would compute otherwise is refused by name, never ignored.
 """
 
 import json
@@ -51,11 +50,9 @@ class Adapter(NamedTuple):
 
 
 def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
-  """Reads a PEFT folder that adapts a model of this config.
-
-  Raises ValueError: no such folder; a kind or a setting of adapter that we do
-  not have; tensors that do not fit the model or are not in every layer.
-  """
+  """Reads a PEFT folder that adapts a model of this config. Raises ValueError:
+  no such folder; a kind or a setting of adapter that we do not have; tensors
+  that do not fit the model or are not in every layer."""
   folder = hub.find_model(path).folder
   for name in (CONFIG, WEIGHTS):
     if not (folder / name).is_file():
@@ -120,10 +117,8 @@ def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
 
 
 def place_adapter(params: Tree, leaves: Tensors) -> Tree:
-  """Puts a loaded adapter's leaves in the place of the fresh ones.
-
-  Raises ValueError: a leaf that the parameters lack or hold in another shape.
-  """
+  """Puts a loaded adapter's leaves in the place of the fresh ones. Raises
+  ValueError: a leaf that the parameters lack or hold in another shape."""
   flat = dict(trees.flatten(params))
   for path, x in leaves.items():
     if path not in flat or flat[path].shape != x.shape:
@@ -160,11 +155,8 @@ def _check_config(folder: Path, theirs: Json) -> None:
 def _check_tied(
   folder: Path, tensors: Tensors, theirs: Json, config: ModelConfig
 ) -> None:
-  """Refuses an embedding that was trained apart from the head it is tied to.
-
-  peft trains a copy of the embedding; unless it is told to tie the two again,
-  the head stays the base's.
-  """
+  """Refuses an embedding that was trained apart from the head it is tied to:
+  unless peft is told to tie the two again, the head stays the base's."""
   embedding = tensors[f"{PREFIX}{parameter_map.table_name('embed', config)}"]
   head = tensors.get(f"{PREFIX}lm_head.weight")
   apart = head is None and not theirs.get("ensure_weight_tying")
@@ -288,10 +280,8 @@ def _of_experts(
 
 
 def _settings(theirs: Json, name: str) -> tuple[int, float]:
-  """The rank and alpha of a module or parameter, by its whole name.
-
-  PEFT's rule: the first key that is the whole or the end of a name.
-  """
+  """The rank and alpha of a module or parameter, by its whole name. PEFT's
+  rule: the first key that is the whole or the end of a name."""
 
   def find(patterns: dict | None, default: Any) -> Any:
     for key, value in (patterns or {}).items():
@@ -305,9 +295,7 @@ def _settings(theirs: Json, name: str) -> tuple[int, float]:
   )
 
 
-def _take(
-  folder: Path, tensors: Tensors, wanted: list[str]
-) -> np.ndarray | None:
+def _take(folder: Path, tensors: Tensors, wanted: list[str]) -> Any:
   """Takes the tensors of all layers out, stacked; None if there are none."""
   parts = [tensors.pop(name) for name in wanted if name in tensors]
   if not parts:

@@ -36,11 +36,9 @@ Pair = tuple[np.ndarray, np.ndarray]
 def to_peft(
   pairs: Mapping[str, Pair], config: ModelConfig
 ) -> Iterator[tuple[str, int, dict[str, np.ndarray]]]:
-  """The adapters of the experts, parameter by parameter.
-
-  Yields (the parameter within a layer, the rank of each expert, {name within
-  PEFT's folder, but for its prefix: tensor}).
-  """
+  """The adapters of the experts, parameter by parameter. Yields (the parameter
+  within a layer, the rank of each expert, {name within PEFT's folder, but for
+  its prefix: tensor})."""
   parameters = _parameters(config)
   held = {
     name: [module for module in ours if module in pairs]
@@ -77,20 +75,14 @@ def from_peft(
   config: ModelConfig,
   where: str,
 ) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:
-  """Reads what `to_peft` writes, or PEFT.
+  """Reads what `to_peft` writes, or PEFT; gate and up share their A there.
 
-  Gate and up share their A there: each gets the whole of it, and its own part
-  of B.
-
-  Args:
-    declared: PEFT's `target_parameters`.
-    take: gives the tensors of one name within a layer, of all layers.
-
-  Yields (our module, the parameter within a layer that holds it, A [L, E, in,
-  R], B [L, E, R, out] without the scale).
+  `declared` are PEFT's `target_parameters`; `take` gives the tensors of one
+  name within a layer, of all layers. Yields (our module, the parameter within a
+  layer that holds it, A [L, E, in, R], B [L, E, R, out] without the scale).
 
   Raises ValueError: a parameter that is no stack of experts; a stack that is
-  declared and not there, or whose shape is not that of the experts.
+  declared and not there, or of another shape.
   """
   parameters = _parameters(config)
   targets = {f"{_block(config)}.{name}": name for name in parameters}

@@ -44,10 +44,8 @@ def save_adapter(
   Parameters that were trained whole are written as `modules_to_save`. A PiSSA
   adapter is written as a plain one of twice the rank, s (A B - A0 B0): what
   peft adds to the *unchanged* base. With a quantized base the adapter learned
-  the rounding too; beside the base in full precision it is a little off, so
-  the merged folder of `load_save.save_pretrained` is the exact one.
-
-  `base`: name or path of the base model, as PEFT will look for it.
+  the rounding too, so the merged folder of `load_save.save_pretrained` is the
+  exact one. `base` is the base model's name or path, as PEFT will look for it.
 
   Raises ValueError: no adapters, experts that were trained whole, or DoRA on a
   part of what is one module to PEFT, or on what is a parameter to it.
@@ -72,8 +70,10 @@ def save_adapter(
     alpha_pattern[target] = _grown(lora, lora.alpha, rank / lora.rank)
     targets.append(target)
   _check_layers(flat, lora, config)
+  plain = [leaf for leaf in flat if not lora_lib.is_adapter(leaf)]
+  whole = {leaf.rpartition("/")[0] for leaf in plain if lora.trains(leaf)}
   for theirs, ours in parameter_map.fused_modules(config):
-    trained = [m for m in ours if _trains_whole(lora, flat, m)]
+    trained = [m for m in ours if m in whole]
     if trained and peft_moe.MODULES.intersection(ours):
       raise ValueError(
         f"save_adapter: {trained[0]} holds experts that were trained whole, "
@@ -85,8 +85,7 @@ def save_adapter(
     if any(f"{module}/lora_a" in flat for module in ours):
       halves, alpha = _adapter(flat, ours, lora)
       rank, stack = halves["a"].shape[-1], halves["a"].shape
-      names = parameter_map.modules(ours[0], config, stack)
-      for i, name in names.items():
+      for i, name in parameter_map.modules(ours[0], config, stack).items():
         for half, x in halves.items():
           tensors[f"{PREFIX}{name}{ENDS[half]}"] = x[i].T
       target = _within_layer(theirs)
@@ -100,10 +99,8 @@ def save_adapter(
         targets.append(target := f"{target}.weight")
       else:
         adapted.append(theirs)
-      if rank != top[0]:
-        rank_pattern[target] = rank
-      if alpha != top[1]:
-        alpha_pattern[target] = alpha
+      rank_pattern |= {target: rank} if rank != top[0] else {}
+      alpha_pattern |= {target: alpha} if alpha != top[1] else {}
     elif trained:
       tensors |= _whole(flat, ours, config)
       saved.append(_within_layer(theirs))
@@ -174,16 +171,13 @@ def _within_layer(theirs: str) -> str:
 
 
 def _shortest(adapted: list[str], config: ModelConfig) -> list[str]:
-  """'q_proj' for 'self_attn.q_proj' where nothing else ends so.
-
-  The short names are what other tools know.
-  """
+  """'q_proj', which other tools know, for 'self_attn.q_proj' where nothing else
+  ends so."""
   last = lambda module: module.rpartition(".")[2]
   modules = parameter_map.fused_modules(config)
   others = {last(t) for t, _ in modules if t not in adapted}
-  return sorted(
-    {_within_layer(t) if last(t) in others else last(t) for t in adapted}
-  )
+  short = lambda t: _within_layer(t) if last(t) in others else last(t)
+  return sorted(set(map(short, adapted)))
 
 
 def _grown(lora: LoraConfig, alpha: float, growth: float) -> float:
@@ -194,11 +188,8 @@ def _grown(lora: LoraConfig, alpha: float, growth: float) -> float:
 def _adapter(
   flat: dict[str, Any], ours: list[str], lora: LoraConfig
 ) -> tuple[dict[str, np.ndarray], float]:
-  """The adapters of our modules as one that gives all their outputs.
-
-  Returns:
-    {'a': [L, in, R], 'b': [L, R, out], 'm': [L, out] with DoRA}, and alpha.
-  """
+  """The adapters of our modules as one that gives all their outputs: {'a': [L,
+  in, R], 'b': [L, R, out], 'm': [L, out] with DoRA}, and alpha."""
   present = [module for module in ours if f"{module}/lora_a" in flat]
   if lora.dora and present != ours:
     raise ValueError(
@@ -245,14 +236,6 @@ def _width(flat: dict[str, Any], module: str) -> int:
   kernel = flat.get(f"{module}/kernel", flat.get(f"{module}/kernel_codes"))
   assert kernel is not None, module
   return kernel.shape[-1]
-
-
-def _trains_whole(lora: LoraConfig, flat: dict[str, Any], module: str) -> bool:
-  return any(
-    lora.trains(leaf) and not lora_lib.is_adapter(leaf)
-    for leaf in flat
-    if leaf.rpartition("/")[0] == module
-  )
 
 
 def _whole(

@@ -3,6 +3,6 @@
 In: activations [B, T, C] and segment ids [B, T]; out: activations. A mixer
 never carries anything from one document of a row into the next.
 
-Reading order: `linear`, `short_conv`, `recurrence`, `delta_net`, `mamba2`;
+Reading order: `linear`, `short_conv`, `recurrence`, `mixers`;
 `grouped` (the product of experts).
 """

@@ -11,13 +11,8 @@ from jaxtyping import Array, Float, Float32, Int
 def permute(
   x: Float[Array, "M C"], order: Int[Array, " M"], inverse: Int[Array, " M"]
 ) -> Float[Array, "M C"]:
-  """x[order]; its gradient is a gather too, where JAX would scatter.
-
-  Args:
-    x: rows.
-    order: a permutation.
-    inverse: its inverse, `jnp.argsort(order)`.
-  """
+  """x[order]; its gradient is a gather too, where JAX would scatter. `inverse`
+  is that of the permutation `order`, `jnp.argsort(order)`."""
   del inverse
   return x[order]
 
@@ -30,20 +25,13 @@ permute.defvjp(
 
 @jax.custom_vjp
 def grouped_matmul(
-  x: Float[Array, "M I"],
-  kernel: Float[Array, "E I O"],
-  sizes: Int[Array, " E"],
+  x: Float[Array, "M I"], kernel: Float[Array, "E I O"], sizes: Int[Array, " E"]
 ) -> Float[Array, "M O"]:
   """Multiplies the first sizes[0] rows by kernel[0], the next by kernel[1], ...
 
-  Walks over blocks of rows of one group each. `jax.lax.ragged_dot` does the
-  same, but on a CPU by E masked copies of `x`: 30 times the time and 50 times
-  the memory at E = 64 (docs/log.md).
-
-  Args:
-    x: rows, sorted by group.
-    kernel: a matrix per group, in the dtype of x.
-    sizes: rows in each group; what is past their sum comes out as anything.
+  Walks over blocks of rows of one group each; `jax.lax.ragged_dot` takes 30
+  times the time and 50 times the memory on a CPU at E = 64 (docs/log.md). Rows
+  past the sum of `sizes` come out as anything.
   """
   return _rows_times_group(x, kernel, sizes, transpose=False)
 
@@ -64,10 +52,8 @@ grouped_matmul.defvjp(_forward, _backward)
 
 
 class _Blocks(NamedTuple):
-  """Where the walk goes: `count` blocks of `size` rows, each in one group.
-
-  The last block of a group reads into the next one; `stop` is its true end.
-  """
+  """Where the walk goes: `count` blocks of `size` rows, each in one group. The
+  last block of a group reads into the next one; `stop` is its true end."""
 
   group: jax.Array
   start: jax.Array
@@ -77,7 +63,6 @@ class _Blocks(NamedTuple):
 
 
 def _blocks(rows: int, sizes: jax.Array) -> _Blocks:
-  """The blocks of a call; their number depends on the data, its bound not."""
   E = len(sizes)
   # A quarter of the mean group wastes little at the groups' ends; the CPU is
   # as fast at 64 rows as at 512.

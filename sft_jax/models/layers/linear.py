@@ -1,7 +1,4 @@
-"""Linear: y = x W + b, with whatever an adapter adds to it.
-
-Parameters are kept in `param_dtype` and cast to `dtype` where they are used.
-"""
+"""Linear: y = x W + b, with whatever an adapter adds to it."""
 
 from typing import Any
 
@@ -30,10 +27,9 @@ class Linear(nn.Module):
       y = m / |W + s A B| (x W + s (x' A) B) + b      DoRA: `lora_m` [out] too
 
   where s is the LoraConfig's scale, x' is x after dropout in training (an rng
-  'dropout' says that it is), and |.| the norm of each column, a constant to
-  the gradient (Liu et al. 2024, arXiv 2402.09353, section 4.3). Products stay
-  in activation space: A B is never formed, so neither is a gradient of the
-  kernel's size.
+  'dropout' says that it is), and |.| the norm of each column, a constant to the
+  gradient (Liu et al. 2024, arXiv 2402.09353, section 4.3). A B is never
+  formed, so neither is a gradient of the kernel's size.
 
   A frozen kernel may be quantized, see `quantize`. It is decoded where it is
   multiplied, once more in the backward pass, and never kept.
@@ -52,34 +48,23 @@ class Linear(nn.Module):
     if self.has_variable("params", "kernel_codes"):
       kernel = self._leaf("kernel_codes"), self._leaf("kernel_scale")
     else:
-      kernel = self.param(
-        "kernel",
-        nn.initializers.normal(self.init_std),
-        (x.shape[-1], self.features),
-        self.param_dtype,
-      )
+      normal = nn.initializers.normal(self.init_std)
+      shape = (x.shape[-1], self.features)
+      kernel = self.param("kernel", normal, shape, self.param_dtype)
     y = multiply(x, kernel)
     # Flax ignores parameters nobody asks for; an adapter must not be one.
     if self.has_variable("params", "lora_a"):
       y = self._adapted(x, y, kernel)
     if self.use_bias:
-      bias = self.param(
-        "bias", nn.initializers.zeros, (self.features,), self.param_dtype
-      )
+      zeros, shape = nn.initializers.zeros, (self.features,)
+      bias = self.param("bias", zeros, shape, self.param_dtype)
       y = y + bias.astype(self.dtype)
     return checkpoint_name(y, PROJECTION)
 
   def _adapted(self, x: Array, y: Array, kernel: Kernel) -> Array:
-    """What the adapters make of y = x W."""
-    if self.lora is None:
-      raise ValueError(
-        f"{'/'.join(self.path)}: the parameters hold a LoRA adapter but the "
-        "model was built without one; expected lora=LoraConfig(...). Pass "
-        "it to build, or fold the adapter in with merge.merge."
-      )
     a, b = self._leaf("lora_a"), self._leaf("lora_b")
-    scale = self.lora.scale("/".join(self.path))
-    if self.lora.dropout and self.has_rng("dropout"):
+    scale = adapter_scale(self.lora, self.path)
+    if self.lora and self.lora.dropout and self.has_rng("dropout"):
       x = dropout(self.make_rng("dropout"), x, self.lora.dropout)
     # The scale meets the R columns of x A, and not all of the output's.
     y = y + (scale * (x @ a.astype(self.dtype))) @ b.astype(self.dtype)
@@ -93,8 +78,19 @@ class Linear(nn.Module):
     return self.get_variable("params", name)
 
 
+def adapter_scale(lora: LoraConfig | None, path: tuple[str, ...]) -> float:
+  """The factor of a module's adapter. Raises ValueError: no LoraConfig."""
+  module = "/".join(path)
+  if lora is None:
+    raise ValueError(
+      f"{module}: the parameters hold a LoRA adapter but the model was built "
+      "without one; expected lora=LoraConfig(...). Pass it to build, or fold "
+      "the adapter in with merge.merge."
+    )
+  return lora.scale(module)
+
+
 def dense(kernel: Kernel, dtype: Dtype = jnp.float32) -> Array:
-  """A kernel as an array, decoded if it is quantized."""
   if isinstance(kernel, tuple):
     codes, scale = kernel
     return quantize.decode(codes, scale, dtype)
@@ -113,11 +109,9 @@ def multiply(x: Array, kernel: Kernel) -> Array:
 
 @jax.custom_vjp
 def _product(x: Array, kernel: Array) -> Array:
-  """x W, whose gradient of W is written x' dy and not (dy' x)'.
-
-  They are equal; but of the second, which JAX derives, XLA:CPU transposes dy
-  in memory first: 34 % more time for an MLP, forward and backward.
-  """
+  """x W, whose gradient of W is written x' dy and not (dy' x)'. Of the second,
+  which JAX derives, XLA:CPU transposes dy in memory first: 34 % more time for
+  an MLP, forward and backward."""
   return x @ kernel
 
 
@@ -135,10 +129,8 @@ def column_norm(
   b: Float[Array, "... R O"],
   scale: float,
 ) -> Float32[Array, "... O"]:
-  """|W + s A B| of every column, without forming A B.
-
-  |w + s A b|^2 = |w|^2 + b' (2 s A' w + s^2 A' A b) for each column.
-  """
+  """|W + s A B| of every column, without forming A B. |w + s A b|^2 = |w|^2 +
+  b' (2 s A' w + s^2 A' A b) for each column."""
   kernel = kernel.astype(jnp.float32)
   turned = jnp.swapaxes(a, -1, -2)
   mixed = 2 * scale * product(turned, kernel)

@@ -7,17 +7,15 @@ Per head, with a state S [H, P] that is 0 where a document starts,
     S <- S + k_t v_t'                                 without `beta`
     y_t = S' q_t
 
-where v_t of the delta rule is beta_t times the value. Gated delta nets (Yang
-et al. 2024, arXiv:2412.06464) are the first, Mamba-2 (Dao and Gu 2024,
+where v_t of the delta rule is beta_t times the value. Gated delta nets (Yang et
+al. 2024, arXiv:2412.06464) are the first, Mamba-2 (Dao and Gu 2024,
 arXiv:2405.21060) the second.
 
 `chunked` is for training: a scan over chunks of C tokens, inside of which all
 are products. What the delta rule subtracts depends on what it wrote before in
 the chunk: a triangular system, whose inverse is made of products as well.
-`stepped` is for decoding: token by token. They agree at every C.
-
-Documents are kept apart by exact zeros: a decay between two tokens is the
-exponential of a sum within their document, and 0 between documents.
+`stepped`, token by token, is for decoding. Between documents decays are exactly
+0.
 
 Axes: K heads of q and k, G heads of v for each, H and P their widths.
 """
@@ -54,7 +52,6 @@ def chunked(
   """The outputs of whole rows and the state after them, in float32.
 
   Args:
-    q, k, v: see above.
     g: logarithm of the decay, at most 0.
     beta: of the delta rule; None: nothing is subtracted.
     starts: the first token of each document.
@@ -102,8 +99,7 @@ def chunked(
     return state, jnp.moveaxis(y, 3, 1)
 
   wide = (x.astype(jnp.float32) for x in (q, k, v, g))
-  parts = (*wide, beta, starts)
-  parts = jax.tree.map(cut, parts)
+  parts = jax.tree.map(cut, (*wide, beta, starts))
   state, y = jax.lax.scan(jax.checkpoint(chunk), state, parts)
   y = jnp.moveaxis(y, 0, 1).reshape(B, -1, K, G, P)
   return y[:, :T], state
@@ -117,8 +113,8 @@ def _decay(own: Bool[Array, "..."], total: Float32[Array, "..."]) -> Array:
 def _inverse(system: Float32[Array, "... C C"]) -> Float32[Array, "... C C"]:
   """(I + L)^-1 of a strictly lower triangular L.
 
-  Of two neighboring blocks whose inverses X are known, that of both is
-  X - X L X: substitution by blocks, all of one size at once.
+  Of two neighboring blocks with inverses X, that of both is X - X L X:
+  substitution by blocks, all of one size at once.
   """
   C = system.shape[-1]
   row, column = np.indices((C, C))
@@ -135,13 +131,7 @@ def _inverse(system: Float32[Array, "... C C"]) -> Float32[Array, "... C C"]:
 
 
 def stepped(
-  q: Float[Array, "B T K H"],
-  k: Float[Array, "B T K H"],
-  v: Float[Array, "B T K G P"],
-  g: Float32[Array, "B T K G"],
-  beta: Float32[Array, "B T K G"] | None,
-  starts: Bool[Array, "B T"],
-  state: State,
+  q, k, v, g, beta, starts, state: State
 ) -> tuple[Float32[Array, "B T K G P"], State]:
   """The same as `chunked`, token by token."""
 
@@ -162,10 +152,8 @@ def stepped(
 
 
 def recur(q, k, v, g, beta, context, kv, slot, mesh):
-  """`chunked` of whole rows, or more tokens of those whose state is in `kv`.
-
-  Returns y, and `kv` with the states after them.
-  """
+  """`chunked` of whole rows, or more tokens of those whose state is in `kv`;
+  returns y, and `kv` with the states after them."""
   if kv is None:
     parts = (q, k, v, g, beta)
     q, k, v, g, beta = jax.tree.map(lambda x: whole_rows(x, mesh), parts)
@@ -182,10 +170,8 @@ def recur(q, k, v, g, beta, context, kv, slot, mesh):
 
 
 class GatedNorm(nn.Module):
-  """RMSNorm(y) * silu(z), or RMSNorm(y * silu(z)) if the gate is `first`.
-
-  The mean is over the last axis; the scale is over the last ones, `shape`.
-  """
+  """RMSNorm(y) * silu(z), or RMSNorm(y * silu(z)) if the gate is `first`. The
+  mean is over the last axis; the scale over the last ones, `shape`."""
 
   eps: float
   shape: tuple[int, ...]

@@ -2,12 +2,10 @@
 
     y[t] = w[W - 1] x[t] + w[W - 2] x[t - 1] + ... + w[0] x[t - W + 1] + b
 
-It never reaches over the start of a document: what is before it counts as 0,
-as it does before the first token of a row. While decoding, a cache holds the
-last W - 1 inputs of each row.
+What is before the start of a document counts as 0. While decoding, a cache
+holds the last W - 1 inputs of each row.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +14,6 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from sft_jax.models.attention.parallel import whole_rows
-from sft_jax.models.config import ModelConfig
 
 Dtype = Any
 
@@ -27,14 +24,8 @@ def short_conv(
   bias: Float[Array, " C"] | None,
   starts: Bool[Array, "B T"],
 ) -> Float[Array, "B T C"]:
-  """The convolution of whole rows, in float32 inside.
-
-  Args:
-    x: inputs.
-    taps: w above, one number per channel.
-    bias: b, or None.
-    starts: the first token of each document.
-  """
+  """The convolution of whole rows by taps w and bias b, in float32 inside.
+  `starts`: the first token of each document."""
   before = jnp.zeros((len(x), len(taps) - 1, x.shape[2]), x.dtype)
   document = jnp.cumsum(starts, axis=1)
   return _windows(x, before, document, taps, bias)
@@ -51,7 +42,6 @@ def short_conv_step(
   """The convolution of T more tokens per row, and the last inputs after them.
 
   Args:
-    x, taps, bias, starts: as above.
     valid: False of padding, which may be anywhere and is passed over.
     before: the last inputs so far; a document that starts does not see them.
   """
@@ -111,38 +101,3 @@ class ShortConv(nn.Module):
       x, taps, bias, context.starts, context.valid, kv["conv"][slot]
     )
     return y, kv | {"conv": kv["conv"].at[slot].set(after)}
-
-
-class Mixer(nn.Module):
-  """What mixes tokens in the place of attention.
-
-  Attributes:
-    linear: makes a projection: (features, use_bias, name=).
-    mesh: rows may be divided over its devices.
-  """
-
-  config: ModelConfig
-  linear: Callable[..., Any]
-  mesh: Any
-  dtype: Dtype
-  param_dtype: Dtype
-
-  def convolve(self, x: Float[Array, "B T C"], context, kv, slot):
-    """The layer's short convolution of x, and the cache after it."""
-    c = self.config
-    pd = self.param_dtype
-    conv = ShortConv(c.conv_width, c.conv_bias, self.mesh, pd, name="conv")
-    return conv(x, context, kv, slot)
-
-
-class GatedConv(Mixer):
-  """out(c * conv(b * x)) with b, c, x = in(input): the mixer of LFM2."""
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "B T D"], context, kv, slot):
-    c = self.config
-    wide = self.linear(3 * c.d_model, c.mixer_bias, name="in")(x)
-    before, after, x = jnp.split(wide, 3, axis=-1)
-    y, kv = self.convolve(before * x, context, kv, slot)
-    out = self.linear(c.d_model, c.mixer_bias, c.out_std, name="out")
-    return out(after * y), kv

@@ -1,10 +1,7 @@
 """LoRA: adapters beside frozen kernels, and the base model below them.
 
-In: a base model's parameters, or their shapes. Out: the tree that trains, and
-merged parameters for export.
-
 Reading order: `lora` (which kernels are adapted, fresh adapters), `quantize`
 (the frozen base in int8 or nf4), `merge` (adapters folded into kernels),
 `base_model` (the base's own parameters, for KL and forgetting), `token_rows`
-(rows of the embedding that train while the rest is frozen).
+(rows of the embedding that train alone).
 """

@@ -1,9 +1,7 @@
 """The base model, among the parameters that train from it.
 
-What does not train is the base's as it stands, and adapters leave their
-kernels alone: of these a model and its base share every byte. Whatever else
-trains (all parameters in full fine-tuning; with LoRA those of `also_train`)
-is the base's only as a copy, under COPIES:
+What does not train is the base's as it stands, and adapters leave their kernels
+alone. Whatever else trains is the base's as a copy, under COPIES:
 
     embed/embedding  layers/...         trained
     base/embed/embedding  base/layers/...    what they were, never trained
@@ -47,13 +45,9 @@ def with_copies(params: Tree, copies: Tree) -> Tree:
 
 
 def base_of(params: Tree, trains: Callable[[str], bool]) -> Tree | None:
-  """The base's parameters; no array is made, all are leaves of `params`.
-
-  With PiSSA the kernels hold what the adapters' start A0 B0 left of the
-  base's: A0 and B0 stand as its adapters then.
-
-  Returns a tree for the same model, or None where a copy is missing.
-  """
+  """The base's parameters, all leaves of `params`; None where a copy is
+  missing. With PiSSA the kernels hold what the adapters' start A0 B0 left of
+  the base's: A0 and B0 stand as its adapters then."""
   copies = trees.flatten(params.get(COPIES, {}))
   base: dict[str, Any] = {}
   for path, leaf in trees.flatten(own(params)).items():

@@ -1,7 +1,7 @@
 """LoRA: which kernels are adapted, how strongly, and fresh adapters.
 
-Leaves beside a kernel [..., in, out], float32 whatever the base's dtype (a
-small update of a bfloat16 would be rounded away), frozen but what `trains`:
+Leaves beside a kernel [..., in, out], float32 whatever the base's dtype
+(bfloat16 would round a small update away), frozen but what `trains`:
 
     lora_a [..., in, R]   lora_b [..., R, out]   the update s A B
     lora_m [..., out]     DoRA's magnitudes
@@ -40,38 +40,28 @@ BY_TOKEN = (*TABLES, "per_layer/embed/embedding")
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-  """What to adapt, and how strongly.
+  """What to adapt, and how strongly."""
 
-  Attributes:
-    rank: R.
-    alpha: the update is multiplied by alpha / rank.
-    targets: 'all-linear', 'attention', or patterns over kernel paths such as
-      (r'attn/(q|v)/',). Every pattern must match a kernel.
-    rank_pattern: ((pattern, rank), ...) over modules such as 'attn/q'; the
-      first that matches decides, else `rank`.
-    alpha_pattern: the same for alpha.
-    rslora: multiply by alpha / sqrt(rank) (Kalajdzievski 2023, 2312.03732).
-    dora: train the length of every column apart from its direction.
-    init: 'zero' starts as the base model with B = 0; 'pissa' also starts as
-      the base model, with A B its first R singular directions and the frozen
-      kernel the rest (Meng et al. 2024, arXiv 2404.02948).
-    dropout: chance that an input of an adapter is 0 in training; 0 = off.
-    also_train: patterns over other parameters that train whole, such as
-      ('norm', 'embed/').
-    token_rows: ids, ascending, whose rows of the embedding and of an untied
-      head train, alone: tokens that the base model never learned.
-  """
-
-  rank: int
-  alpha: float
+  rank: int  # R.
+  alpha: float  # The update is multiplied by alpha / rank.
+  # 'all-linear', 'attention', or patterns over kernel paths such as
+  # (r'attn/(q|v)/',). Every pattern must match a kernel.
   targets: str | tuple[str, ...] = "all-linear"
+  # ((pattern, rank), ...) over modules such as 'attn/q'; the first that matches
+  # decides, else `rank`.
   rank_pattern: tuple[tuple[str, int], ...] = ()
-  alpha_pattern: tuple[tuple[str, float], ...] = ()
-  rslora: bool = False
-  dora: bool = False
+  alpha_pattern: tuple[tuple[str, float], ...] = ()  # The same for alpha.
+  rslora: bool = False  # By alpha / sqrt(rank) (Kalajdzievski, 2312.03732).
+  dora: bool = False  # The lengths of columns train apart from directions.
+  # 'zero' starts as the base model with B = 0; 'pissa' also starts as the base
+  # model, with A B its first R singular directions and the frozen kernel the
+  # rest (Meng et al. 2024, arXiv 2404.02948).
   init: str = "zero"
-  dropout: float = 0.0
+  dropout: float = 0.0  # Share of an adapter's inputs that are 0; 0 = off.
+  # Patterns over other parameters that train whole, such as ('norm', 'embed/').
   also_train: tuple[str, ...] = ()
+  # Ids, ascending, whose rows of the embedding and of an untied head train,
+  # alone: tokens that the base model never learned.
   token_rows: tuple[int, ...] = ()
 
   def __post_init__(self):
@@ -93,17 +83,15 @@ class LoraConfig:
       )
 
   def rank_of(self, module: str) -> int:
-    """R in a module such as 'attn/q'."""
     rules = (*self.rank_pattern, ("", self.rank))
     return trees.first_match(rules, module, "lora.rank_pattern")
 
   def alpha_of(self, module: str) -> float:
-    """Alpha in a module such as 'attn/q'."""
     rules = (*self.alpha_pattern, ("", self.alpha))
     return trees.first_match(rules, module, "lora.alpha_pattern")
 
   def scale(self, module: str) -> float:
-    """The factor of the adapter's product in a module such as 'attn/q'."""
+    """The factor of the adapter's product."""
     rank = self.rank_of(module)
     return self.alpha_of(module) / (math.sqrt(rank) if self.rslora else rank)
 
@@ -125,15 +113,14 @@ def module_of(path: str) -> str:
 
 
 def is_constant(path: str) -> bool:
-  """True for leaves of a checkpoint that no training changes: what is fixed
-  of an activation or a layer, and a router's correction, which no gradient
-  reaches."""
+  """True for leaves of a checkpoint that no training changes: constants of an
+  activation or a layer, and a router's correction, which no gradient reaches.
+  """
   ends = ("/act/beta", "/act/eps", "/correction", "/layer_scalar")
   return path.endswith(ends)
 
 
 def trained(lora: LoraConfig | None) -> Callable[[str], bool]:
-  """Which leaves train: those of the adapters, or without them all."""
   return lora.trains if lora else lambda path: not is_constant(path)
 
 
@@ -150,10 +137,8 @@ def is_adapter(path: str) -> bool:
 
 
 def target_paths(params: Tree, targets: str | tuple[str, ...]) -> list[str]:
-  """Paths of the kernels that the targets choose.
-
-  Raises ValueError: a pattern that matches no kernel of a layer.
-  """
+  """Paths of the kernels that the targets choose. Raises ValueError: a pattern
+  that matches no kernel of a layer."""
   if isinstance(targets, str):
     patterns = PRESETS.get(targets, (targets,))
   else:
@@ -172,11 +157,9 @@ def target_paths(params: Tree, targets: str | tuple[str, ...]) -> list[str]:
 
 
 def check(params: Tree, lora: LoraConfig) -> list[str]:
-  """The paths to adapt, once every pattern is known to choose something.
-
-  Raises ValueError: a pattern that matches nothing; a parameter to train whole
-  in a module that is adapted.
-  """
+  """The paths to adapt, once every pattern is known to choose something. Raises
+  ValueError: a pattern that matches nothing; a parameter to train whole in a
+  module that is adapted."""
   paths = target_paths(params, lora.targets)
   modules = [module_of(path) for path in paths]
   for name in ("rank_pattern", "alpha_pattern"):
@@ -219,20 +202,14 @@ def _check_patterns(name, patterns, choices, before: str = "") -> None:
 
 
 def fresh(
-  key: jax.Array,
-  path: str,
-  kernel: Float[Array, "... I O"],
-  lora: LoraConfig,
+  key: jax.Array, path: str, kernel: Float[Array, "... I O"], lora: LoraConfig
 ) -> dict[str, jax.Array]:
   """The leaves of one adapted module: its kernel and fresh adapters.
 
-  A is uniform within +-1/sqrt(in) (kaiming_uniform with a = sqrt(5), as
-  PEFT) and B zero, or both are PiSSA's. Either way the adapted model starts
-  as the base model.
-
-  Args:
-    key: randomness of all adapters; each path draws its own.
-    kernel: the base model's; with PiSSA the residual is returned for it.
+  A is uniform within +-1/sqrt(in) (kaiming_uniform with a = sqrt(5), as PEFT)
+  and B zero, or both are PiSSA's, whose residual is then the kernel. Either way
+  the adapted model starts as the base model. Each path draws its own from the
+  key.
   """
   *stack, fan_in, fan_out = kernel.shape
   module = module_of(path)
@@ -244,9 +221,8 @@ def fresh(
   if lora.init == "pissa":
     split = lambda w: principal(w, rank, lora.scale(module))
     stacked = kernel.reshape(-1, fan_in, fan_out)
-    a, b, rest = (
-      x.reshape(*stack, *x.shape[1:]) for x in jax.lax.map(split, stacked)
-    )
+    halves = jax.lax.map(split, stacked)
+    a, b, rest = (x.reshape(*stack, *x.shape[1:]) for x in halves)
     leaves |= {"lora_a": a, "lora_b": b, "lora_a0": a, "lora_b0": b}
     kernel = rest.astype(kernel.dtype)
   else:
@@ -263,9 +239,7 @@ def principal(
   kernel: Float[Array, "I O"], rank: int, scale: float
 ) -> tuple[Float32[Array, "I R"], Float32[Array, "R O"], Float32[Array, "I O"]]:
   """(A, B, rest): W = rest + scale * A B, A B of W's first singular values.
-
-  With W = U diag(S) V', A = U_R diag(S_R / scale)^1/2 and B likewise.
-  """
+  With W = U diag(S) V', A = U_R diag(S_R / scale)^1/2 and B likewise."""
   kernel = kernel.astype(jnp.float32)
   u, s, vh = jnp.linalg.svd(kernel, full_matrices=False)
   root = jnp.sqrt(s[:rank] / scale)
@@ -274,10 +248,7 @@ def principal(
 
 
 def init(key: jax.Array, params: Tree, lora: LoraConfig) -> Tree:
-  """Returns `params` with fresh adapters beside the chosen kernels.
-
-  Raises ValueError: see `check`.
-  """
+  """`params` with fresh adapters beside the chosen kernels; see `check`."""
   one, flat = prepare(key, params, lora), {}
   for path, x in trees.flatten(params).items():
     flat |= one(path, x)
@@ -285,19 +256,14 @@ def init(key: jax.Array, params: Tree, lora: LoraConfig) -> Tree:
 
 
 def prepare(
-  key: jax.Array,
-  base: Tree,
-  lora: LoraConfig | None,
-  codec: str = "",
+  key: jax.Array, base: Tree, lora: LoraConfig | None, codec: str = ""
 ) -> Callable[[str, jax.Array], dict[str, jax.Array]]:
-  """Returns what each leaf of the base model becomes on its way to training.
+  """What each leaf of the base model becomes on its way to training: the
+  function takes (path, array) and gives {path: array}.
 
-  The function takes (path, array) and gives {path: array}: the kernel and its
-  adapters, codes and scale, all of these, or the leaf itself, in float32 where
-  it trains. Leaf by leaf, so that a model larger than memory is quantized while
-  it is read.
-
-  `codec`: of what does not train, see `quantize.CODECS`; '' = none.
+  That is the kernel and its adapters, codes and scale, all of these, or the
+  leaf itself, in float32 where it trains. Leaf by leaf, so that a model larger
+  than memory is quantized while it is read. `codec`: of what does not train.
 
   Raises ValueError: see `check`; an unknown codec.
   """

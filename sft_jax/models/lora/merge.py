@@ -1,7 +1,7 @@
 """Adapters folded into their kernels and tables, for export only.
 
-The sum is made in float32. What a narrower dtype then loses of the adapters
-is measured, since it may be much: an update is small beside its kernel.
+The sum is made in float32. What a narrower dtype then loses is measured: an
+update is small beside its kernel.
 """
 
 from typing import Any, NamedTuple
@@ -16,17 +16,13 @@ from sft_jax.models.lora.lora import LoraConfig, is_adapter, product
 
 
 class Merged(NamedTuple):
-  """A model without adapters, and what rounding lost of them.
-
-  Attributes:
-    lost: the largest of the kernels' |stored - exact| / |exact - base|, in
-      Frobenius norms; 0.35 is a third of the training thrown away.
-    path: the kernel of `lost`.
-  """
+  """A model without adapters, and what rounding lost of them."""
 
   params: Tree
+  # The largest of the kernels' |stored - exact| / |exact - base|, in Frobenius
+  # norms; 0.35 is a third of the training thrown away.
   lost: float
-  path: str
+  path: str  # The kernel of `lost`.
 
 
 def merge(
@@ -34,11 +30,9 @@ def merge(
 ) -> Merged:
   """Folds every adapter into its kernel and decodes what is quantized.
 
-  A quantized base is decoded, not replaced by what its codes were made of:
-  the adapters were trained beside the codes.
-
-  `dtype`: of the merged kernels; by default each kernel's own, float32 for one
-  that was quantized.
+  A quantized base is decoded, not replaced by what its codes were made of: the
+  adapters were trained beside the codes. `dtype` is of the merged kernels; by
+  default each one's own, float32 where it was quantized.
 
   Raises ValueError: adapters without a LoraConfig.
   """

@@ -9,13 +9,10 @@ A quantized array `kernel` [..., in, out] is kept as two leaves in its place:
     kernel[i, o] ~= value(code[i, o]) * scale[i // block, o]
 
 Blocks run along the axis that the product sums over, 64 long or as long as
-divides it. The dtype of the codes says what they are, so nothing but the tree
-needs to know. Absmax int8 is the format of LLM.int8() cut into blocks; nf4 and
-its 16 values are those of QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
-
-Embeddings [V, D] are int8 under both codecs, blocks along D: a table is read
-row by row and an error in it is not averaged out by a product. They are a
-quarter of some models; kept in bfloat16 they would outweigh the nf4 kernels.
+divides it. Absmax int8 is the format of LLM.int8() cut into blocks; nf4 and its
+16 values are those of QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
+Embeddings [V, D] are int8 under both codecs, blocks along D: an error in a row
+is not averaged out by a product, and bfloat16 would outweigh the nf4 kernels.
 """
 
 import functools
@@ -98,7 +95,6 @@ def decode(
   *,
   axis: int = -2,
 ) -> Float[Array, "..."]:
-  """The array that `encode` made codes of, up to its rounding."""
   axis %= codes.ndim
   if codes.dtype == jnp.uint8:
     halves = jnp.stack((codes & 15, codes >> 4), axis + 1)
@@ -120,11 +116,9 @@ def _axis(path: str) -> int:
 
 
 def pack(path: str, x: jax.Array, codec: str) -> dict[str, jax.Array]:
-  """The leaves that stand in for one: codes and scale, or itself.
-
-  Kernels take the codec, embeddings int8; norms, biases and adapters stay,
-  and routers, where near ties decide which experts a token sees.
-  """
+  """The leaves that stand in for one: codes and scale, or itself. Kernels take
+  the codec, embeddings int8; norms, biases and adapters stay, and routers,
+  where near ties decide which experts a token sees."""
   if not path.endswith(("/kernel", "/embedding")) or "/router/" in path:
     return {path: x}
   codec = "int8" if path.endswith("/embedding") else codec
