@@ -2,8 +2,7 @@
 
 Four programs: `start` makes a batch of empty rows, `admit` reads a group of
 prompts into some of them (a prefill), `advance` decodes all rows together,
-`lengthen` gives them a longer cache.
-The model arrives as functions, so this file knows no model.
+`lengthen` gives them a longer cache. The model arrives as functions.
 """
 
 import functools
@@ -34,7 +33,6 @@ class How(NamedTuple):
   mesh: Mesh | None
 
   def empty(self, batch: int, length: int) -> Any:
-    """An empty cache."""
     # Only models know of int8.
     choice = {"int8": True} if self.int8_cache else {}
     return self.init_cache(batch, length, **choice)
@@ -51,31 +49,23 @@ class How(NamedTuple):
 
   @property
   def shards(self) -> int:
-    """Devices that divide the rows among them."""
     return 1 if self.mesh is None else sharding.size(self.mesh)
+
+  def place(self, x: Array, *spec: Any) -> Array:
+    """The array, so divided over the mesh; without a `spec` on every device,
+    for each process to read."""
+    if self.mesh is None:
+      return x
+    at = NamedSharding(self.mesh, PartitionSpec(*spec))
+    return jax.lax.with_sharding_constraint(x, at)
 
   def over_rows(self, tree: Any, axes: Any) -> Any:
     """The tree with each array's axis of rows divided over the mesh."""
-
-    def put(x: Array, axis: int) -> Array:
-      if self.mesh is None:
-        return x
-      spec = PartitionSpec(*[None] * axis, sharding.ROWS)
-      at = NamedSharding(self.mesh, spec)
-      return jax.lax.with_sharding_constraint(x, at)
-
+    put = lambda x, axis: self.place(x, *[None] * axis, sharding.ROWS)
     return jax.tree.map(put, tree, axes)
-
-  def whole(self, x: Array) -> Array:
-    """The array on every device, for each process to read."""
-    if self.mesh is None:
-      return x
-    return jax.lax.with_sharding_constraint(x, sharding.replicated(self.mesh))
 
 
 class Rows(NamedTuple):
-  """The rows of a batch, on the device."""
-
   token: Int32[Array, "B"]  # The newest; not in the cache yet.
   position: Int32[Array, "B"]  # Of `token`.
   left: Int32[Array, "B"]  # Tokens it may still emit.
@@ -113,16 +103,11 @@ def admit(
   model: How,
   S: int,
 ) -> tuple[Rows, tuple[Int32[Array, "R"], Bool[Array, "R"]]]:
-  """Reads R prompts into rows of the batch.
+  """Reads R prompts, each at the left of its row, into rows of the batch.
 
-  Args:
-    tokens: prompts, each at the left of its row.
-    lengths: tokens of each prompt, at least 1.
-    rows: where each goes; B for a filler.
-    seeds: (seed uint32 [R], number int32 [R]) of each prompt's randomness.
-
-  Returns:
-    The rows; each prompt's first token, EMPTY if it is a stop token; if so.
+  `rows` is where each goes, B for a filler; `seeds` (uint32 [R], number int32
+  [R]) are the randomness. Returns the rows; each prompt's first token, EMPTY if
+  it is a stop token; if so.
   """
   T = tokens.shape[1]
   slots = jnp.arange(T, dtype=jnp.int32)
@@ -155,11 +140,11 @@ def admit(
   state = jax.tree.map(first, state._replace(cache=None), new)
   state = state._replace(cache=model.over_rows(cache, by_row))
   seen = (jnp.where(stopped, EMPTY, token), stopped)
-  return state, jax.tree.map(model.whole, seen)
+  return state, jax.tree.map(model.place, seen)
 
 
 def _in_corner(large: Any, small: Any) -> Any:
-  """Trees of arrays: the first ones in the corner of the large ones."""
+  """Trees of arrays: the small ones in the corner of the large ones."""
 
   def put(large: Array, small: Array) -> Array:
     return jax.lax.dynamic_update_slice(large, small, (0,) * small.ndim)
@@ -187,13 +172,9 @@ def advance(
   *,
   model: How,
 ) -> tuple[Rows, tuple[Array, Array, Array]]:
-  """Decodes until `enough` rows are done, at most `steps` tokens each.
-
-  `halt`: rows that the host has found done.
-
-  Returns the rows; what they emitted [B, STEPS], EMPTY where nothing; who is
-  done; who stopped.
-  """
+  """Decodes until `enough` rows are done, at most `steps` tokens each. `halt`:
+  rows that the host has found done. Returns the rows; what they emitted [B,
+  STEPS], EMPTY where nothing; who is done; who stopped."""
   state = state._replace(done=state.done | halt)
 
   def more(carry: tuple[Array, Rows, Array]) -> Array:
@@ -220,4 +201,4 @@ def advance(
   _, state, out = jax.lax.while_loop(more, step, (jnp.int32(0), state, out))
   cache = model.over_rows(state.cache, model.row_axes())
   seen = (out, state.done, state.stopped)
-  return state._replace(cache=cache), jax.tree.map(model.whole, seen)
+  return state._replace(cache=cache), jax.tree.map(model.place, seen)

@@ -1,9 +1,4 @@
-"""Replies: conversations in, the model's next turns out, as Messages.
-
-The prompt is rendered by the function that training renders with
-(`encode.prompt_ids`), and what the model emits is parsed back into the noun
-that training rows are made of.
-"""
+"""Replies: conversations in, the model's next turns out, as Messages."""
 
 import bisect
 import json
@@ -43,19 +38,14 @@ class Reply(NamedTuple):
 
 
 class Piece(NamedTuple):
-  """What has come of a reply since the last piece of it.
+  """What has come of a reply since the last piece of it."""
 
-  Attributes:
-    index: of its conversation.
-    text: all it says so far, markers of thinking and tool calls included;
-      until it is done without a character of which bytes are missing, and
-      without what may become a stop string.
-    reply: the whole, once it is done; else None.
-  """
-
-  index: int
+  index: int  # Of its conversation.
+  # All it says so far, markers of thinking and tool calls included; until it is
+  # done without a character of which bytes are missing, and without what may
+  # become a stop string.
   text: str
-  reply: Reply | None
+  reply: Reply | None  # The whole, once it is done; else None.
 
 
 def generate(
@@ -70,13 +60,12 @@ def generate(
 ) -> list[Reply]:
   """Answers each conversation, in order; the arguments are those of `stream`.
 
-  Args:
-    progress: called with how many replies are done, as they grow.
+  `progress` is called with how many replies are done, as they grow.
 
   Raises:
     RowError: a conversation that cannot be a prompt.
-    ValueError: no chat template; an argument out of range; more tokens than
-      the model has positions.
+    ValueError: no chat template; an argument out of range; more tokens than the
+      model has positions.
   """
   choices["max_new_tokens"] = max_new_tokens
   pieces = stream(model, params, tokenizer, conversations, **choices)
@@ -115,8 +104,7 @@ def stream(
     options: as in training.
     batch_size: most conversations at once.
     every: tokens of a reply before it is yielded; at most 64.
-    **choices: temperature (0, which is greedy, by default), top_k, top_p,
-      min_p, seed, seeds, int8_cache and mesh; see `sampler.stream`.
+    **choices: those of `sampler.stream`, such as temperature (0, greedy).
   """
   prompts = [
     encode.prompt_ids(one, tokenizer, options) for one in conversations
@@ -175,7 +163,6 @@ def sample(
 
 
 def _stop_at(text: str, strings: Sequence[str]) -> int | None:
-  """Where the first of the strings begins in a text."""
   places = [text.find(one) for one in strings if one in text]
   return min(places, default=None)
 
@@ -199,8 +186,8 @@ def parse(text: str, *, thinking: bool = False) -> Message:
         -> content 'Let me see.', tool_calls (ToolCall('f', {}),)
 
   Thinking that never ends is all reasoning. If any tool call is malformed, all
-  of them stay in the content and `tool_calls` is empty: half of what the model
-  meant to call is not what it meant.
+  stay in the content: half of what the model meant to call is not what it
+  meant.
 
   `thinking`: the prompt has opened the thinking already.
   """
@@ -241,18 +228,10 @@ def answer_rows(
   max_new_tokens: int,
   mesh: Mesh | None = None,
 ) -> list[dict[str, Any]]:
-  """Greedy replies to the first prompts of a store.
+  """Greedy replies to the first prompts of a store, at most `number`.
 
-  A prompt is what stands before the first trained token, which is what
-  inference would see there; raw text has none and is passed over, and so is
-  what leaves the model no position to answer in.
-
-  Args:
-    model, params, tokenizer: as `stream` takes them.
-    store: the rows.
-    number: how many to answer, at most.
-    max_new_tokens: most tokens of a reply.
-    mesh: see `sampler.stream`.
+  A prompt is what stands before the first trained token; raw text has none and
+  is passed over, and so is what leaves the model no position to answer in.
 
   Returns {'where', 'prompt', 'row', 'reply', 'stopped'} of each: the text of
   the prompt, of the row's own reply and of the model's, special tokens shown.

@@ -34,24 +34,21 @@ def logprobs(
         ...
 
   Args:
-    model: with `hidden`, `head` and `config`, as `load_pretrained` gives it.
-    params: its parameters.
+    model, params: as `load_pretrained` gives them.
     tokenizer: with its chat template.
     conversations: Conversations, or rows of any format.
-    batch_size: token sequences at once. They are padded to the longest of
-      their batch, and a few logits of them exist at a time.
+    batch_size: token sequences at once, padded to the longest of their batch.
     max_length: tokens that a sequence may have; see `data.over_long`.
     **options: fields of `options.RenderOptions`, such as history='split'.
 
-  Returns:
-    A table for each token sequence, in order: most conversations are one;
-    under a split history, each trained turn is one. Its columns, lists of one
-    length:
-      row: index of the conversation.
-      id, text: of the token.
-      role: of `token_roles.TOKEN_ROLES`.
-      weight: in the loss, as training has it.
-      logprob: in nats, of the id given those before it; None for the first.
+  Returns a table for each token sequence, in order: of each conversation one,
+  or under a split history of each trained turn. Its columns, of one length:
+
+      row       index of the conversation
+      id, text  of the token
+      role      of `token_roles.TOKEN_ROLES`
+      weight    in the loss, as training has it
+      logprob   in nats, of the id given those before it; None for the first
 
   Raises RowError, NothingToTrain: see `encode.encode_row`.
   """

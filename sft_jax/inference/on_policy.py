@@ -7,10 +7,10 @@ of that moment (GKD, arXiv 2306.13649):
     replies      of w_0  |   of w_4   |
 
 A batch is that of the data, with replies in the places of answers: of each
-document the last trained run, which is cut where the row would overflow. Raw
-text has no prompt and stays. A reply is a function of the seed, the step, the
-row, its document and the weights; those of a round are kept in a file, so that
-a run that stopped within a round goes on with the same ones.
+document the last trained run, cut where the row would overflow. Raw text stays.
+A reply is a function of the seed, the step, the row, its document and the
+weights; those of a round are kept in a file, so that a run that stopped within
+a round goes on with the same ones.
 """
 
 from collections.abc import Iterable, Sequence
@@ -51,7 +51,6 @@ class OnPolicy:
 
     Args:
       stream: the prompts.
-      model, tokenizer, mesh: see `generate.stream`.
       every: steps of a round, k.
       seed: of the sampling, at temperature 1.
       folder: of the rounds' files, replies_STEP.json.
@@ -63,15 +62,9 @@ class OnPolicy:
     self._replies: dict[str, tuple[list[int], bool]] = {}
 
   def batch(self, step: int, params: Tree, rows: Iterable[int]) -> Batch:
-    """These rows of the batch of a step.
-
-    Args:
-      step: counted from 0, the steps taken before.
-      params: after these; read where a round begins.
-      rows: as `Stream.batches` takes them.
-
-    Raises ValueError: within a round whose replies are lost.
-    """
+    """These rows of the batch of a step, counted from 0. `params`, after the
+    steps before, are read where a round begins; `rows` are as `Stream.batches`
+    takes them. Raises ValueError: within a round whose replies are lost."""
     begin = step - step % self._every
     if begin != self._begin:
       self._replies = self._round(begin, params if begin == step else None)
@@ -96,14 +89,11 @@ class OnPolicy:
     found = []
     for number, one in enumerate(examples):
       sides = _sides(one)
-      starts = [_last_run(side) for side in sides]
       spare = free // len(examples) // len(sides)
-      length = min(
-        len(side.tokens) - start
-        for side, start in zip(sides, starts, strict=True)
-      )
+      length = min(len(side.tokens) - _last_run(side) for side in sides)
       # What is predicted from the first token on is raw text.
-      prompt = sides[0].tokens[: starts[0]].tolist() if starts[0] > 1 else []
+      start = _last_run(sides[0])
+      prompt = sides[0].tokens[:start].tolist() if start > 1 else []
       found.append((f"{step} {row} {number}", one, prompt, length + spare))
     return found
 
@@ -128,9 +118,8 @@ class OnPolicy:
       for name, _, prompt, limit in self._documents(step, row, ids)
       if prompt
     ]
-    drawn = lambda name: np.random.SeedSequence(
-      [self._seed, *map(int, name.split())]
-    ).generate_state(1)
+    words = lambda name: [self._seed, *map(int, name.split())]
+    drawn = lambda name: np.random.SeedSequence(words(name)).generate_state(1)
     replies = {}
     for piece in sample(
       self._model, params, self._tokenizer, [prompt for _, prompt, _ in asked],
@@ -146,7 +135,6 @@ class OnPolicy:
   def _with_reply(
     self, example: Example, reply: list[int], stopped: bool, limit: int
   ) -> Example:
-    """The example with a reply after each of its prompts."""
     made = []
     for side in _sides(example):
       start = _last_run(side)
@@ -163,24 +151,21 @@ class OnPolicy:
           np.concatenate((side.roles[:start], roles)),
         )
       )
-    fields = ("tokens", "loss_weights", "roles")
-    joined = [
-      np.concatenate([getattr(x, name) for x in made]) for name in fields
-    ]
-    tokens, weights, roles = joined
-    return Example(
-      tokens, weights, roles, rejected=len(made[-1].tokens) * (len(made) > 1)
+    tokens, weights, roles = (
+      np.concatenate([getattr(side, name) for side in made])
+      for name in ("tokens", "loss_weights", "roles")
     )
+    rejected = len(made[-1].tokens) * (len(made) > 1)
+    return Example(tokens, weights, roles, rejected=rejected)
 
 
 def _sides(example: Example) -> list[Example]:
   """The documents of an example: of a pair two."""
   better = len(example.tokens) - example.rejected
-  cut = lambda own: Example(
-    example.tokens[own], example.loss_weights[own], example.roles[own]
-  )
+  arrays = (example.tokens, example.loss_weights, example.roles)
   parts = (slice(better), slice(better, None))
-  return [cut(own) for own in parts if len(example.tokens[own])]
+  cut = [Example(*(x[own] for x in arrays)) for own in parts]
+  return [side for side in cut if len(side.tokens)]
 
 
 def _last_run(side: Example) -> int:

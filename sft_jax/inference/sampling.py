@@ -14,17 +14,13 @@ from jaxtyping import Array, Float, Float32, Int32, Key
 class Rule(NamedTuple):
   """How the next token is chosen; hashable, so it is compiled in."""
 
-  # 0 takes the likeliest token and ignores the three others.
-  temperature: float = 0.0
-  # Keeps the k likeliest tokens (ties with the k-th too); 0 keeps all.
-  top_k: int = 0
-  # Of those, keeps the fewest whose share is at least p; 1 keeps all.
-  top_p: float = 1.0
+  temperature: float = 0.0  # 0 takes the likeliest and ignores the others.
+  top_k: int = 0  # Keeps the k likeliest tokens, ties too; 0 keeps all.
+  top_p: float = 1.0  # Of those, the fewest with a share of p; 1 keeps all.
   # Of those, keeps tokens of at least this times the share of the likeliest
   # (arXiv:2407.01082); 0 keeps all.
   min_p: float = 0.0
-  # Ids from here on are padding and never chosen; None: no such.
-  vocab_size: int | None = None
+  vocab_size: int | None = None  # Ids from here on are padding; None: none.
 
 
 def truncate(
@@ -34,8 +30,8 @@ def truncate(
 
   With shares 0.5, 0.3, 0.2 and `top_p=0.6`, the first two remain: a token is
   kept while the tokens before it hold less than p (Holtzman et al. 2020,
-  arXiv:1904.09751). Tokens that tie with the last one kept are kept. With
-  `min_p=0.5` too, the same two remain, as 0.3 is at least half of 0.5.
+  arXiv:1904.09751). Ties with the last one kept are kept. With `min_p=0.5` the
+  same two remain, as 0.3 is at least half of 0.5.
   """
   if 0 < top_k < logits.shape[-1]:
     least = jax.lax.top_k(logits, top_k)[0][..., -1:]
@@ -79,11 +75,9 @@ _BLOCK = 128
 
 
 def _draw(key: Key[Array, ""], logits: Float[Array, " V"]) -> Int32[Array, ""]:
-  """One draw from softmax(logits): a block of tokens, then a token of it.
-
-  The same distribution as a draw from all at once, for a hundredth of the
-  random numbers, which would take as long as a small model.
-  """
+  """One draw from softmax(logits): a block of tokens, then a token of it. The
+  same distribution as a draw from all at once, for a hundredth of the random
+  numbers."""
   short = -logits.shape[0] % _BLOCK
   logits = jnp.pad(logits, (0, short), constant_values=-jnp.inf)
   blocks = logits.reshape(-1, _BLOCK)

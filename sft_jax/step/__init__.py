@@ -4,7 +4,7 @@ In: functions (hidden states, head) and a `Batch`. Out: the next `TrainState`
 and metrics as (sum, weight) pairs.
 
 Reading order: `train_step` (one step, accumulation, what is skipped), `loss`
-(the formula, its gradient, chunks), `loss_groups` (losses by token role and
-source), `optimizer` (schedules, optimizers, rounding); then other objectives:
-`distillation` (a teacher) and `preferences` (pairs of answers).
+(formula, gradient, chunks), `loss_groups` (by token role and source),
+`optimizer` (schedules, rounding), `distillation` (a teacher), `preferences`
+(pairs of answers).
 """

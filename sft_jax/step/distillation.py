@@ -1,8 +1,8 @@
 """What a student may learn of a teacher's predictions, and its slope.
 
-Of logits z of the student and y of the teacher, with p = softmax(z / T) and
-q = softmax(y / T) (T the temperature, by whose square the values are
-multiplied, so that slopes keep their size: Hinton et al., arXiv 1503.02531),
+Of logits z of the student and y of the teacher, with p = softmax(z / T) and q =
+softmax(y / T) (values are multiplied by the square of the temperature T, so
+that slopes keep their size: Hinton et al., arXiv 1503.02531),
 
     forward  KL(q || p)                              slope of z: T (p - q)
     reverse  KL(p || q)                     T p (log p - log q - KL(p || q))
@@ -13,8 +13,8 @@ The last is the generalized divergence of GKD (arXiv 2306.13649). Forward makes
 likely what the teacher holds likely; reverse makes unlikely what it does not.
 
 A teacher that was asked before (`sft-jax teach`) left its K most likely tokens:
-`TopK` compares these, and what is left over as one more event. Joining events
-never raises a divergence, so it is at most the whole one, and equal at K = V.
+`TopK` compares these, and what is left over as one more event, which is at most
+the whole divergence, and equal at K = V.
 """
 
 from typing import NamedTuple
@@ -27,17 +27,11 @@ KINDS = ("forward", "reverse", "jsd")
 
 
 class Divergence(NamedTuple):
-  """Which divergence from a teacher.
+  """Which divergence from a teacher."""
 
-  Attributes:
-    kind: one of KINDS.
-    mix: b above, of jsd.
-    temperature: T above.
-  """
-
-  kind: str = "forward"
-  mix: float = 0.5
-  temperature: float = 1.0
+  kind: str = "forward"  # One of KINDS.
+  mix: float = 0.5  # B above, of jsd.
+  temperature: float = 1.0  # T above.
 
   def __call__(
     self, teacher: Float[Array, "W V"], student: Float[Array, "W V"]
@@ -63,10 +57,8 @@ class Divergence(NamedTuple):
 
 
 class TopK:
-  """A loss (`step.loss.Loss`): cross-entropy and a kept teacher's top K.
-
-  The step gives `teacher_ids` and `teacher_logps` [W, K] of the tokens.
-  """
+  """A loss (`step.loss.Loss`): cross-entropy and a kept teacher's top K. The
+  step gives `teacher_ids` and `teacher_logps` [W, K] of the tokens."""
 
   def __init__(self, weight: float, ce: float):
     self.weight, self.ce = weight, ce

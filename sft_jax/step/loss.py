@@ -1,13 +1,11 @@
 """Masked next-token cross-entropy, as sums, without a batch's logits.
 
-One file to change the loss: `Objective` is the formula of a token and its
-gradient, `linear_cross_entropy` works off the trained tokens in chunks, and
-`_logits` to `_gradient` are the arithmetic of one chunk. With the base
-model's hidden states beside the tuned model's, the divergence of the two.
+`Objective` is the formula of a token and its gradient, `linear_cross_entropy`
+works off the trained tokens in chunks, and `_logits` to `_gradient` are the
+arithmetic of one chunk.
 
-Axes: B batch, T position, D model, V vocabulary (legend:
-`models/transformer.py`); W the tokens of one chunk; w a token's weight, y its
-target.
+Axes: B batch, T position, D model, V vocabulary; W the tokens of one chunk; w a
+token's weight, y its target.
 """
 
 import inspect
@@ -30,22 +28,22 @@ class Objective(NamedTuple):
       f * ((1 - e) nll(y) + e mean_v nll(v)) + c log_z^2 + k KL(p_0 || p),
       nll(v) = log_z - z[v],  log_z = logsumexp(z),  p = softmax(z)
 
-  with p_0 the prediction of the base or a teacher, and its gradient, f taken
-  as a constant,
+  with p_0 the prediction of the base or a teacher, and its gradient, f taken as
+  a constant,
 
       (f + 2 c log_z) p - f (1 - e) onehot(y) - f e / V + k (p - p_0).
 
-  By default all are off, and it is nll(y). The divergence is in `_compare`; any
-  other term of a token is one more summand in `loss` and in `slopes`.
+  By default it is nll(y). The divergence is in `_compare`; any other term of a
+  token is one more summand in `loss` and in `slopes`.
 
   Attributes:
     z_loss: c; keeps log_z near 0 (PaLM, arXiv 2204.02311, section 5).
-    label_smoothing: e; share of the target spread over the vocabulary
-      (Szegedy et al., arXiv 1512.00567, section 7).
+    label_smoothing: e; share of the target spread over the vocabulary (Szegedy
+      et al., arXiv 1512.00567, section 7).
     dft: f is p[y] and not 1: dynamic fine-tuning, in which unlikely targets
       pull less (Wu et al., arXiv 2508.05629).
-    kl: k; what the base held likely must stay likely, which forgetting loses;
-      KL(p || p_0) would let the model drop all but one of its answers.
+    kl: k; what the base held likely must stay likely; KL(p || p_0) would let
+      the model drop all but one of its answers.
     ce: f is multiplied by it: 0 leaves what the teacher says alone.
     divergence: what stands for KL(p_0 || p) beside a teacher.
   """
@@ -78,10 +76,10 @@ NATS = Objective()
 
 # A loss of one's own: (hidden [W, D], head [V, D], targets [W], weights [W],
 # segment_ids [W]) -> (objective, {name: sum}), scalars over the W tokens of a
-# chunk. Every summand must be multiplied by the token's weight, which is 0
-# where a chunk is filled up. The step divides the sums by the weight of the
-# whole batch. Keyword-only parameters are given more arrays of the same
-# tokens, see `extra_names`, and `softcap`.
+# chunk, which the step divides by the weight of the whole batch. Every summand
+# must be multiplied by the token's weight, which is 0 where a chunk is filled
+# up. Keyword-only parameters are given more arrays of the same tokens, see
+# `extra_names`, and `softcap`.
 Loss = Callable[..., tuple[Array, dict[str, Array]]]
 
 
@@ -110,9 +108,9 @@ class BaseSums(NamedTuple):
 
   Attributes:
     kl: sum of w * KL(base || tuned), in nats.
-    top1_agreement: sum of w where both have the same most likely token.
-    base_correct: sum of w where the base's most likely token is the target.
-    both_correct: sum of w where that of both models is the target.
+    top1_agreement: of w where both have the same most likely token.
+    base_correct: of w where the base's most likely token is the target.
+    both_correct: of w where that of both models is.
   """
 
   kl: Float32[Array, ""]
@@ -125,8 +123,7 @@ class LossSums(NamedTuple):
   """Sums over the trained tokens of a batch, not yet divided.
 
   Attributes:
-    objective: what is minimized, the only one that carries a gradient; equal
-      to `nats` unless an `Objective` says otherwise.
+    objective: what is minimized, the only one that carries a gradient.
     nats: sum of w * nll, in nats, whatever the objective.
     weight: sum of w, the one denominator of every mean.
     correct: sum of w over tokens whose most likely prediction is right.
@@ -149,8 +146,8 @@ class LossSums(NamedTuple):
 
 
 class HeadRows(NamedTuple):
-  """A frozen head of which some rows train: the table with these rows in their
-  places, their ids, and the rows alone, float32, which receive the gradient."""
+  """A frozen head of which some rows train: the table with these rows in it,
+  their ids, and the rows alone, float32, which receive the gradient."""
 
   table: Float[AnyArray, "V D"]
   ids: Int32[AnyArray, " N"]
@@ -162,8 +159,6 @@ Base = tuple[Float[AnyArray, "B T C"], Any]
 
 
 class _Static(NamedTuple):
-  """The arguments that are constants of the compiled program."""
-
   objective: Objective | Loss
   softcap: float | int | None
   width: int
@@ -190,29 +185,27 @@ def linear_cross_entropy(
 
       nll = logsumexp(z) - z[target],  z = hidden @ head.T  (float32)
 
-  Only trained tokens, those with a weight, meet the head. They are listed,
-  and the list is worked off in chunks until its end; here with chunks of 2:
+  Only trained tokens, those with a weight, meet the head. They are listed, and
+  the list is worked off in chunks until its end; here with chunks of 2:
 
       weights [B T]    0 1 1 0 | 0 0 0 1
       listed           1 2 | 7 -        two chunks, and not four
 
   Each chunk's gradient is formed while its logits exist, so that the backward
-  pass only scales (the idea of Liger Kernel, arXiv 2410.10989). The head's own
-  gradient, a third of the work, is formed only where the head trains
-  (`symbolic_zeros`). Metrics are sums of the same chunks.
+  pass only scales (the idea of Liger Kernel, arXiv 2410.10989); the head's own,
+  a third of the work, only where the head trains (`symbolic_zeros`).
 
   Args:
     hidden: the model's last hidden states, any float dtype.
     head: the unembedding, or a frozen one with some rows that train.
     targets: ids in [0, V), also where the weight is 0.
-    weights: weight of each prediction; 0 where nothing is trained, and what
-      stands there changes nothing, not even NaN.
-    groups: the groups that each token belongs to, ids in [0, num_groups);
-      -1 is none.
+    weights: of each prediction; what stands where it is 0 changes nothing, not
+      even NaN.
+    groups: the groups of each token, ids in [0, num_groups); -1 is none.
     base: the base's hidden states of the same tokens, and its head: constants.
-    objective: what is minimized; its `kl` needs a base. A `Loss` of one's own
-      is given each chunk, and its gradient taken there; what is measured stays
-      the same, at the price of the chunk's logits once more.
+    objective: what is minimized; its `kl` needs a base. Of a `Loss` of one's
+      own the gradient is taken chunk by chunk, at the price of the chunk's
+      logits once more.
     extras: {name: array [B, T, ...]} for a `Loss`, its segment_ids among them.
     chunk_tokens: tokens of a chunk; changes memory, not results.
     softcap: bends logits to softcap * tanh(z / softcap) (Gemma 2).
@@ -257,10 +250,8 @@ def linear_cross_entropy(
 def _local_sums(
   *arrays: Any, static: _Static, to_hidden: bool, to_head: bool
 ) -> tuple[Array, Array, Array | None, dict, Array | None, Array | None]:
-  """(objective, table, base's, named, d hidden, d head) of a device's tokens.
-
-  Gradients that are not requested are None.
-  """
+  """(objective, table, base's, named, d hidden, d head) of a device's tokens;
+  gradients that are not requested are None."""
   hidden, head, targets, weights, groups, base, extras = arrays
   shape, n, axes = hidden.shape, targets.size, _axes(static.rows)
   objective: Any = static.objective
@@ -309,9 +300,8 @@ def _local_sums(
         value += objective.kl * (w_ * known.value).sum()
       if to_hidden or to_head:
         # In the compute dtype: these products are as large as the forward's.
-        d_z = _gradient(found, y_, w_, objective, static.softcap, known).astype(
-          h.dtype
-        )
+        d_z = _gradient(found, y_, w_, objective, static.softcap, known)
+        d_z = d_z.astype(h.dtype)
       if to_hidden:
         d_h = jnp.einsum("wv,vd->wd", d_z, head)
       if to_head:

@@ -1,8 +1,7 @@
 """Groups of tokens with a loss of their own: by role, by source, by place.
 
-Every token belongs to its role, to its source, and some to 'first_token': the
-first trained one after one that is not, so the first of a reply. The ids of R
-roles and S sources:
+A token belongs to its role, to its source, and perhaps to 'first_token', the
+first trained one after one that is not. The ids of R roles and S sources:
 
     0 .. R - 1        roles
     R                 first tokens
@@ -48,10 +47,8 @@ def of(batch: Batch, num_roles: int) -> Int32[Array, "B T K"]:
 def documents(
   batch: Batch, per_row: int, first: int = 0
 ) -> Int32[Array, "B T 1"]:
-  """The document of each token: first + row * per_row + its place there.
-
-  -1 is none.
-  """
+  """The document of each token, first + row * per_row + its place there; -1 is
+  none."""
   number = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32)[:, None]
   segments = jnp.asarray(batch.segment_ids)
   number = first + number * per_row
@@ -62,10 +59,8 @@ def documents(
 def pairs(
   groups: GroupSums, names: Sequence[str]
 ) -> dict[str, tuple[Any, Any]]:
-  """{'loss/<group>' and 'acc/<group>': (sum, weight)}, as metrics are.
-
-  Groups beyond the names are not shown: a step may make room for more.
-  """
+  """{'loss/<group>' and 'acc/<group>': (sum, weight)}, as metrics are. Groups
+  beyond the names are not shown: a step may make room for more."""
   return {
     f"{kind}/{name}": (sums[i], groups.weight[i])
     for i, name in enumerate(names)

@@ -2,10 +2,9 @@
 
     clip -> direction (OPTIMIZERS) -> weight decay -> rates -> learning rate
 
-Layers are stacked: a kernel [L, in, out] holds L matrices, experts
-[L, E, in, out] L * E of them, a norm's scale [L, D] L vectors. An optimizer
-that looks at matrices is given each by itself (`per_matrix`), as if no layer
-were stacked.
+Layers are stacked: a kernel [L, in, out] holds L matrices, experts [L, E, in,
+out] L * E of them, a norm's scale [L, D] L vectors. An optimizer that looks at
+matrices is given each by itself (`per_matrix`).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, BFloat16, Float32
+from optax import GradientTransformation
 
 from sft_jax.common import trees
 
@@ -34,9 +34,8 @@ def schedule(
 
   Step s < warmup_steps has peak * (s + 1) / warmup_steps, so that the first
   step moves. After it the rate falls to peak * final_fraction at num_steps
-  ('cosine', 'linear'), stays ('constant'), or stays and falls linearly over
-  the last `decay_fraction` of the steps ('wsd': warm-up, stable, decay; Hu et
-  al. 2024, arXiv 2404.06395).
+  ('cosine', 'linear'), stays ('constant'), or stays and falls linearly over the
+  last `decay_fraction` of the steps ('wsd'; Hu et al. 2024, arXiv 2404.06395).
 
   Raises ValueError: a warm-up longer than the run or running into the decay.
   """
@@ -104,16 +103,16 @@ def make(
   ema: float = 0.0,
   anchor: float = 0.0,
   **moments: Any,
-) -> optax.GradientTransformation:
+) -> GradientTransformation:
   """The chain of this module's first lines around one of `OPTIMIZERS`.
 
   Args:
-    weight_decay: decoupled decay, multiplied by the learning rate; 0 = off.
+    weight_decay: decoupled, multiplied by the learning rate; 0 = off.
     decay_patterns: parameter paths that decay; norms and biases should not.
     clip_norm: largest global norm of the gradients; 0 = no clipping.
-    rates: ((pattern, factor), ...) over parameter paths: the first that
-      matches multiplies the learning rate, of the decay too. LoRA+ is
-      (('lora_b$', 16.0),) (Hayou et al. 2024, arXiv 2402.12354).
+    rates: ((pattern, factor), ...) over parameter paths: the first that matches
+      multiplies the learning rate, of the decay too. LoRA+ is (('lora_b$',
+      16.0),) (Hayou et al. 2024, arXiv 2402.12354).
     ema: decay of an average of the weights, see `Average`; 0 = none.
     anchor: decay of the change w - w0, as weight_decay is of w (L2-SP, Li et
       al. 2018, arXiv 1802.01483), of all that trains; 0 = none.
@@ -132,12 +131,15 @@ def make(
   decays = lambda params: trees.map_paths(
     lambda path, _: trees.matches_any(decay_patterns, path), params
   )
+  rules = (*rates, ("", 1.0))
+  scaled = lambda path, u: u * trees.first_match(rules, path, "optim.rates")
+  by_path: Any = lambda updates, _: trees.map_paths(scaled, updates)
   return optax.chain(
     optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
     OPTIMIZERS[name](settings),
     optax.add_decayed_weights(weight_decay, mask=decays),
     *([_anchored(anchor)] if anchor else []),
-    *([_scale_by_path(rates)] if rates else []),
+    *([optax.stateless(by_path)] if rates else []),
     optax.scale_by_learning_rate(learning_rate),
     *([_average(ema)] if ema else []),
   )
@@ -149,42 +151,38 @@ class Anchor(NamedTuple):
   weights: Any
 
 
-def _anchored(strength: float) -> optax.GradientTransformation:
+def _anchored(strength: float) -> GradientTransformation:
   def update(updates, state, params=None):
     pull = lambda u, w, w0: u + strength * (w.astype(jnp.float32) - w0)
     return jax.tree.map(pull, updates, params, state.weights), state
 
   # Copies: a step gives its old arrays away.
-  return optax.GradientTransformation(
+  return GradientTransformation(
     lambda params: Anchor(jax.tree.map(jnp.copy, params)), update
   )
 
 
 class Average(NamedTuple):
-  """a <- decay a + (1 - decay) w after each step, from the first weights on.
-
-  `weights`: a, float32, in the tree of the trained parameters.
-  """
+  """`weights`: a <- decay a + (1 - decay) w after each step, from the first
+  weights on; float32, in the tree of the trained parameters."""
 
   weights: Any
 
 
-def _average(decay: float) -> optax.GradientTransformation:
+def _average(decay: float) -> GradientTransformation:
   def update(updates, state, params=None):
     mix = lambda a, w, u: decay * a + (1 - decay) * (w.astype(jnp.float32) + u)
     return updates, Average(jax.tree.map(mix, state.weights, params, updates))
 
-  return optax.GradientTransformation(
+  return GradientTransformation(
     lambda params: Average(jax.tree.map(jnp.copy, params)), update
   )
 
 
-def _adam(moments: Moments) -> optax.GradientTransformation:
-  """`optax.scale_by_adam` in float32, with moments kept in given dtypes.
-
-  Raises ValueError: a second moment in bfloat16, rounded to nearest, that would
-  never decay: a bfloat16 has 8 bits, so a change below 1 in 256 is none.
-  """
+def _adam(moments: Moments) -> GradientTransformation:
+  """`optax.scale_by_adam` in float32, with moments kept in given dtypes. Raises
+  ValueError: a bfloat16 moment, rounded to nearest, that would never decay: it
+  has 8 bits, so a change below 1 in 256 is none."""
   b1, b2, eps, mu_dtype, nu_dtype, seed = moments
   mu_dtype, nu_dtype = jnp.dtype(mu_dtype), jnp.dtype(nu_dtype)
   for name, dtype, decay in (("mu", mu_dtype, b1), ("nu", nu_dtype, b2)):
@@ -217,7 +215,7 @@ def _adam(moments: Moments) -> optax.GradientTransformation:
     nu = round_tree(nu, state.nu, seed, count, 2)
     return found, optax.ScaleByAdamState(count, mu, nu)
 
-  return optax.GradientTransformation(init, update)
+  return GradientTransformation(init, update)
 
 
 def is_matrix(path: str) -> bool:
@@ -229,14 +227,11 @@ def is_matrix(path: str) -> bool:
   return path.endswith(("/kernel", "/lora_a", "/lora_b"))
 
 
-def per_matrix(
-  tx: optax.GradientTransformation,
-) -> optax.GradientTransformation:
+def per_matrix(tx: GradientTransformation) -> GradientTransformation:
   """Applies `tx` to each matrix or vector of the stacked layers by itself.
 
-  As if the tree held [in, out] a layer and an expert, and each leaf had an
-  optimizer of its own: for factored moments, orthogonalization, or norms of
-  one tensor; not for what looks at the whole tree (global norms, masks).
+  For factored moments, orthogonalization, or norms of one tensor; not for what
+  looks at the whole tree (global norms, masks).
 
   Returns a transformation whose state is a tree like the parameters', in the
   place of each the state of `tx` with the leading axes of its stack.
@@ -263,26 +258,24 @@ def per_matrix(
       moved[path], states[path] = one(g, own, values[path])
     return trees.unflatten(moved), trees.unflatten(states)
 
-  return optax.GradientTransformation(init, update)
+  return GradientTransformation(init, update)
 
 
-def _adafactor(moments: Moments) -> optax.GradientTransformation:
+def _adafactor(moments: Moments) -> GradientTransformation:
   """Second moments as rows and columns (Shazeer & Stern, arXiv 1804.04235).
-
-  Without momentum and without scaling by the parameters' size, as Hugging
-  Face's Trainer runs it: learning rates are those of AdamW.
-  """
+  Without momentum and scaling by the parameters' size, as Hugging Face's
+  Trainer runs it: learning rates are those of AdamW."""
   del moments
   clip = optax.clip_by_block_rms(1.0)
   return per_matrix(optax.chain(optax.scale_by_factored_rms(), clip))
 
 
-def _muon(moments: Moments) -> optax.GradientTransformation:
+def _muon(moments: Moments) -> GradientTransformation:
   """Matrices by Muon (Jordan 2024), scaled to AdamW's size; others by AdamW.
 
-  An orthogonalized update times 0.2 sqrt(max(in, out)) has the root mean
-  square of AdamW's, so that its learning rates stay right (Liu et al. 2025,
-  arXiv 2502.16982).
+  An orthogonalized update times 0.2 sqrt(max(in, out)) has the root mean square
+  of AdamW's, whose learning rates so stay right (Liu et al. 2025, arXiv
+  2502.16982).
   """
   scale = lambda update: 0.2 * max(jnp.shape(update)) ** 0.5 * update
   resize = optax.stateless(lambda updates, _: jax.tree.map(scale, updates))
@@ -302,28 +295,17 @@ def _muon(moments: Moments) -> optax.GradientTransformation:
     rest, adam = others.update(rest, state["adam"])
     return trees.merge(mine, rest), {"muon": muon, "adam": adam}
 
-  return optax.GradientTransformation(init, update)
+  return GradientTransformation(init, update)
 
 
 # The direction of a step by name, from its settings; one more is one line.
-OPTIMIZERS: dict[str, Callable[[Moments], optax.GradientTransformation]] = {
+OPTIMIZERS: dict[str, Callable[[Moments], GradientTransformation]] = {
   "adamw": _adam,  # Loshchilov & Hutter, arXiv 1711.05101.
   "adafactor": _adafactor,
   "lion": lambda m: optax.scale_by_lion(m.b1, m.b2, jnp.float32),
   "sgd": lambda m: optax.trace(m.b1, accumulator_dtype=jnp.float32),
   "muon": _muon,
 }
-
-
-def _scale_by_path(
-  rules: Sequence[tuple[str, float]],
-) -> optax.GradientTransformation:
-  """Multiplies updates by the factor of the first pattern that matches."""
-  rules = (*rules, ("", 1.0))
-
-  one = lambda path, u: u * trees.first_match(rules, path, "optim.rates")
-  scale: Any = lambda updates, _: trees.map_paths(one, updates)
-  return optax.stateless(scale)
 
 
 # -- Rounding to bfloat16 -----------------------------------------------------
@@ -340,16 +322,15 @@ def stochastic_round(
 ) -> BFloat16[Array, "..."]:
   """One of the two bfloat16 around x, with E[result] = x.
 
-  A bfloat16 has 8 significant bits, so a step below 1/512 of a weight, as most
-  steps of fine-tuning are, is lost when rounded to nearest: the weight never
-  moves. Rounded up as often as it is near the upper neighbor,
+  A bfloat16 has 8 significant bits: rounded to nearest, a step below 1/512 of a
+  weight, as most of fine-tuning are, is lost and the weight never moves.
+  Rounded up as often as it is near the upper neighbor, it is right on average:
 
-      1 + 0.001:  1.0078125 in 12.8 % of the draws, 1 in the others,
+      1 + 0.001:  1.0078125 in 12.8 % of the draws, 1 in the others
 
-  it is right on average, and so is the sum of many steps. The lower 16 bits of
-  x are its distance to the lower neighbor: a random number of 16 bits is
-  added, which carries over in that share of the draws, and they are cut off.
-  Values that are not finite stay as they are.
+  The lower 16 bits of x are its distance to the lower neighbor: 16 random bits
+  are added, which carry over in that share of the draws, and they are cut off.
+  Values that are not finite stay.
   """
   noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
@@ -367,14 +348,8 @@ def round_tree(
   what: int,
 ) -> trees.Tree:
   """Float32 leaves in the dtypes of `like`; stochastic where there is a seed.
-
-  Draws are a function of (seed, step, what, index of the leaf): the same on
-  any mesh and after a resume, with nothing to store.
-
-  Args:
-    seed: None rounds to nearest.
-    what: distinguishes trees that are rounded at the same step.
-  """
+  Draws are a function of (seed, step, what, index of the leaf): the same on any
+  mesh and after a resume. `what` distinguishes trees of one step."""
   leaves, structure = jax.tree.flatten(tree)
   rounded = []
   for i, (x, y) in enumerate(zip(leaves, jax.tree.leaves(like), strict=True)):

@@ -1,10 +1,9 @@
 """Preferences: a better and a worse answer to one prompt, as an objective.
 
-A pair is in one row of the batch as two documents, segments 2k - 1 (chosen)
-and 2k (rejected), so packing, accumulation and sharding never part it. Of each
-document the sum of log p over its trained tokens is formed, for the policy and
-for the reference; with their difference r (log-ratio), n its trained tokens,
-s = log sigmoid, and + and - the sides, the losses of a pair are
+A pair is in one row of the batch as two documents, segments 2k - 1 (chosen) and
+2k (rejected), so packing, accumulation and sharding never part it. With p the
+likelihood of a document's n trained tokens, r the difference of log p of policy
+and reference, s = log sigmoid, and + and - the sides, the losses of a pair are
 
     dpo     -(1 - e) s(z) - e s(-z),  z = b (r+ - r-)     arXiv 2305.18290;
                                                   e > 0 is conservative DPO
@@ -23,8 +22,8 @@ the micro-batch, at least 0 and a constant: the paper draws it from prompts and
 answers that do not belong together, which costs a third forward pass.
 
 The gradient needs one number per document, d loss / d log p: the second pass
-over the head weighs each token's nll by it. So no more than a chunk's logits
-exist, and nothing else in the step knows of pairs.
+over the head weighs each token's nll by it, so no more than a chunk's logits
+exist.
 """
 
 from typing import Any, NamedTuple
@@ -42,21 +41,13 @@ WITHOUT_REFERENCE = ("simpo", "orpo")
 
 
 class Preference(NamedTuple):
-  """Which loss of a pair, and its numbers.
+  """Which loss of a pair, and its numbers."""
 
-  Attributes:
-    loss: one of LOSSES.
-    beta: b above; 1 / (2 b) is what IPO wants the margin to be.
-    label_smoothing: e, the share of pairs that are believed to be swapped.
-    margin: of SimPO, in rewards.
-    sft: weight of the chosen side's mean nll beside the loss.
-  """
-
-  loss: str
-  beta: float = 0.1
-  label_smoothing: float = 0.0
-  margin: float = 0.0
-  sft: float = 0.0
+  loss: str  # One of LOSSES.
+  beta: float = 0.1  # B above; 1 / (2 b) is what IPO wants the margin to be.
+  label_smoothing: float = 0.0  # e, share of pairs believed to be swapped.
+  margin: float = 0.0  # Of SimPO, in rewards.
+  sft: float = 0.0  # Weight of the chosen side's mean nll beside the loss.
 
   def losses(
     self,
@@ -95,12 +86,7 @@ class Preference(NamedTuple):
         losses = (right - swapped) / (1 - 2 * e)
     return losses - self.sft * mean[:, 0]
 
-  def rewards(
-    self,
-    logps: Float32[Array, "N 2"],
-    reference: Float32[Array, "N 2"],
-    tokens: Float32[Array, "N 2"],
-  ) -> Float32[Array, "N 2"]:
+  def rewards(self, logps, reference, tokens) -> Float32[Array, "N 2"]:
     """b times the log-ratio; without a reference, times the mean log p."""
     if self.loss in WITHOUT_REFERENCE:
       return self.beta * logps / jnp.maximum(tokens, 1)
@@ -110,12 +96,8 @@ class Preference(NamedTuple):
 def _log1mexp(x: Array) -> Array:
   """log(1 - exp(x)) for x < 0, without cancellation near 0."""
   near = x > -0.693
-  safe = jnp.where(near, -1.0, x)
-  return jnp.where(
-    near,
-    jnp.log(-jnp.expm1(jnp.where(near, x, -1.0))),
-    jnp.log1p(-jnp.exp(safe)),
-  )
+  above = jnp.log(-jnp.expm1(jnp.where(near, x, -1.0)))
+  return jnp.where(near, above, jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x))))
 
 
 def chosen_only(batch: Batch) -> Batch:
@@ -130,9 +112,9 @@ def of_the_other_side(
 ) -> Float[Array, "B T D"]:
   """At the trained tokens of chosen sides, what stands at the others'.
 
-  Where both sides of every pair train the same tokens, as those of an answer
-  without and with itself in the prompt: the n-th of a row is the n-th. Tokens
-  that are `alone`, of a document without another side, keep their own.
+  Where both sides of every pair train the same tokens, as an answer without and
+  with itself in the prompt: the n-th of a row is the n-th. Tokens that are
+  `alone`, of a document without another side, keep their own.
   """
   trained = (jnp.asarray(batch.loss_weights) != 0) & ~alone
   chosen = jnp.asarray(batch.segment_ids) % 2 > 0
@@ -146,15 +128,12 @@ def of_the_other_side(
 def document_logps(
   predicted: tuple[Any, Any], batch: Batch, most: int, **choices: Any
 ) -> Float32[Array, "N 2"]:
-  """log p of the trained tokens of every document, weights aside.
+  """log p of the trained tokens of every document, weights aside; constants.
 
   Args:
     predicted: hidden states [B, T, D] and the head.
-    batch: of at most `most` pairs a row.
-    most: pairs; N = B * most.
+    batch: of at most `most` pairs a row; N = B * most.
     choices: further arguments of `linear_cross_entropy`.
-
-  Returns constants: no gradient passes.
   """
   sums = linear_cross_entropy(
     *jax.lax.stop_gradient(predicted),
@@ -190,21 +169,14 @@ def objective(
   most: int,
   **choices: Any,
 ) -> LossSums:
-  """The loss of a batch of pairs, in place of the objective of `measured`.
+  """The loss of a batch of pairs, in place of the objective of `measured`, the
+  cross-entropy of the chosen sides.
 
-  Args:
-    choice: the loss.
-    predicted: hidden states [B, T, D] of the policy and its head.
-    batch: of at most `most` pairs a row. A pair weighs as its trained tokens
-      do on average.
-    reference: log p of each document; None where the loss needs none.
-    measured: the cross-entropy of the chosen sides, for the metrics.
-    most: pairs in a row; N = B * most.
-    choices: further arguments of `linear_cross_entropy`.
-
-  Returns `measured` with the objective, its denominator `count`, the weight of
-  the pairs, and the sums preference, reward_chosen, reward_rejected,
-  reward_margin and reward_accuracy over them.
+  `reference` is log p of each document, None where the loss needs none; for the
+  rest see `document_logps`. A pair weighs as its trained tokens do on average.
+  Returns `measured` with the objective, its denominator `count`, and the sums
+  preference, reward_chosen, reward_rejected, reward_margin and reward_accuracy
+  over the pairs.
   """
   weights = jnp.asarray(batch.loss_weights)
   logps = document_logps(predicted, batch, most, **choices)
@@ -222,10 +194,7 @@ def objective(
   ids = loss_groups.documents(batch, 2 * most)[..., 0]
   slope = jnp.where(ids >= 0, slopes.ravel()[jnp.maximum(ids, 0)], 0)
   surrogate = linear_cross_entropy(
-    *predicted,
-    batch.targets,
-    -slope * (weights != 0),
-    **choices,
+    *predicted, batch.targets, -slope * (weights != 0), **choices
   ).objective
   rewards = choice.rewards(logps, against, tokens)
   margin = rewards[:, 0] - rewards[:, 1]

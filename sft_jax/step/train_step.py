@@ -1,7 +1,7 @@
 """One optimizer step, as a pure function of state and batch.
 
-Pretraining, full fine-tuning and LoRA are this same step: they differ in the
-batch's weights and in which leaves are in `state.params`.
+Pretraining, full fine-tuning and LoRA differ in the batch's weights and in
+which leaves are in `state.params`.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,9 +44,8 @@ def model_params(state: TrainState) -> trees.Tree:
   leaves = jax.tree.leaves(state.opt_state, is_leaf=is_average)
   trained = state.params
   for kept in filter(is_average, leaves):
-    trained = jax.tree.map(
-      lambda a, w: a.astype(w.dtype), kept.weights, trained
-    )
+    narrow = lambda a, w: a.astype(w.dtype)
+    trained = jax.tree.map(narrow, kept.weights, trained)
   return trees.merge(trained, state.frozen)
 
 
@@ -72,38 +71,37 @@ def make_train_step(
   rounding_seed: int | None = None,
   average: str = "",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-  """Returns `train_step(state, batch, loss_limit=inf) -> (state, metrics)`.
+  """`train_step(state, batch, loss_limit=inf) -> (state, metrics)`.
 
-  The batch has a leading axis of micro-batches, [A, B / A, T]. Gradients of
-  the *sums* are added over micro-batches (float32) and divided once by the
-  weight of the whole batch,
+  The batch has a leading axis of micro-batches, [A, B / A, T]. Gradients of the
+  *sums* are added over micro-batches (float32) and divided once by the weight
+  of the whole batch, so the result does not depend on how it was cut:
 
-      g = sum_a grad(sum_{bt} w * nll) / sum_{abt} w,
+      g = sum_a grad(sum_{bt} w * nll) / sum_{abt} w
 
-  where another objective may stand for nll (`loss.Objective`), and another
-  weight for the sum of w (`LossSums.count`: of pairs, not tokens), so the
-  result does not depend on how the batch was cut. A step whose gradients are
-  not finite changes nothing but the step count and says so in
+  Another objective may stand for nll (`loss.Objective`), and another weight for
+  the sum of w (`LossSums.count`: of pairs, not tokens). A step whose gradients
+  are not finite changes nothing but the step count and says so in
   `optim/nonfinite`, and one whose loss is above `loss_limit` nats per token in
   `optim/spike`: the caller decides what to do about it.
 
-  With a `seed` the loss is given a key, fold_in(fold_in(key(seed), step), a):
-  a function of the state, so a resumed run draws what it would have drawn, and
-  another for every micro-batch a. So with dropout, and only then, the cut
-  matters. Gradients and updates are float32 whatever the parameters are; with a
-  `rounding_seed` parameters in bfloat16 are rounded stochastically. With
-  `average` the loss finds under that name `model_params` of the state before
-  the step, a teacher that follows the weights (arXiv 1703.01780).
+  With a `seed` the loss is given a key, fold_in(fold_in(key(seed), step), a),
+  of each micro-batch a: a resumed run draws what it would have drawn, and with
+  dropout, and only then, the cut matters. Gradients and updates are float32
+  whatever the parameters are; with a `rounding_seed` parameters in bfloat16 are
+  rounded stochastically. With `average` the loss finds under that name
+  `model_params` of the state before the step, a teacher that follows the
+  weights (arXiv 1703.01780).
 
   Metrics are (sum, weight) pairs, to be added over steps and divided last:
   loss/nats_per_token (of plain nll, whatever the objective), acc/token,
   entropy/nats, of each group named loss/<group> and acc/<group>, loss/kl
   (KL(base || tuned), nats per token) where the loss compares with a base,
-  loss/<name> of each named sum of a loss of one's own,
-  data/trained_fraction (trained tokens over tokens), data/fill (tokens over
-  slots), optim/grad_norm (before clipping), optim/update_ratio (norm of the
-  change over norm of the parameters), optim/learning_rate (unless it is None:
-  an optimizer whose rate is its own), optim/nonfinite, optim/spike.
+  loss/<name> of each named sum of a loss of one's own, data/trained_fraction
+  (trained tokens over tokens), data/fill (tokens over slots), optim/grad_norm
+  (before clipping), optim/update_ratio (norm of the change over norm of the
+  parameters), optim/learning_rate (unless it is None: an optimizer whose rate
+  is its own), optim/nonfinite, optim/spike.
   """
 
   def micro_gradient(state: TrainState, batch: Batch, index: Any):
@@ -123,9 +121,7 @@ def make_train_step(
     (_, sums), gradient = differentiate(state.params)
     return sums, gradient
 
-  def train_step(
-    state: TrainState, batch: Batch, loss_limit: Any = float("inf")
-  ):
+  def train_step(state: TrainState, batch: Batch, loss_limit: Any = jnp.inf):
     number = batch.tokens.shape[0]
     first = (state, jax.tree.map(lambda x: x[0], batch), 0)
 
@@ -154,9 +150,8 @@ def make_train_step(
       updates, opt_state = tx.update(gradient, state.opt_state, state.params)
       add = lambda p, u: p.astype(jnp.float32) + u
       params = jax.tree.map(add, state.params, updates)
-      params = optimizer.round_tree(
-        params, state.params, rounding_seed, state.step, 0
-      )
+      draw = (rounding_seed, state.step, 0)
+      params = optimizer.round_tree(params, state.params, *draw)
       keep = lambda new, old: jnp.where(finite & ~spike, new, old)
       new_state = TrainState(
         step=state.step + 1,
@@ -195,10 +190,8 @@ def make_train_step(
 
 
 def split_micro_batches(batch: Batch, accum_steps: int) -> Batch:
-  """[B, T] -> [A, B / A, T], on the host, before rows meet devices.
-
-  Cutting a batch that is already spread over devices would move its rows.
-  """
+  """[B, T] -> [A, B / A, T], on the host: cutting a batch that is already
+  spread over devices would move its rows."""
   num_rows = batch.tokens.shape[0]
   if num_rows % accum_steps:
     raise ValueError(
