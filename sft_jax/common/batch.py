@@ -25,27 +25,20 @@ class Batch(NamedTuple):
 
   A slot's target is the next token *of the same document*; the last slot of
   a document has none (target 0, weight 0). Segment 0 is padding.
-
-  Attributes:
-    tokens: what the model reads.
-    targets: what it must predict from each slot; always a valid id.
-    loss_weights: weight of predicting `targets`; 0 means not trained.
-    segment_ids: 1, 2, ... per document of a row; 0 for padding.
-    positions: index of a slot within its document, from 0.
-    roles: of the targets, indices of `token_roles.TOKEN_ROLES`; 0 where there
-      is no target. Here a user says 11, an answer is 12 and 21, 22 ends it.
-    sources: the source that a slot's document is from; 0 also for padding.
-      Of made-up batches neither need be known: they only tell losses apart.
-    teacher_ids, teacher_logps: of the targets, the K tokens that a teacher held
-      most likely, and their log-probabilities; None where none was asked.
   """
 
-  tokens: Int32[AnyArray, "B T"]
-  targets: Int32[AnyArray, "B T"]
-  loss_weights: Float32[AnyArray, "B T"]
-  segment_ids: Int32[AnyArray, "B T"]
-  positions: Int32[AnyArray, "B T"]
+  tokens: Int32[AnyArray, "B T"]  # What the model reads.
+  targets: Int32[AnyArray, "B T"]  # What comes next; always a valid id.
+  loss_weights: Float32[AnyArray, "B T"]  # Of `targets`; 0 means not trained.
+  segment_ids: Int32[AnyArray, "B T"]  # 1, 2, ... per document; 0 for padding.
+  positions: Int32[AnyArray, "B T"]  # Of a slot within its document, from 0.
+  # Of the targets, indices of `token_roles.TOKEN_ROLES`; 0 where there is no
+  # target. Here a user says 11, an answer is 12 and 21, 22 ends it.
   roles: UInt8[AnyArray, "B T"] | None = None
+  # The source that a slot's document is from; 0 also for padding. Of made-up
+  # batches neither need be known: they only tell losses apart.
   sources: Int32[AnyArray, "B T"] | None = None
+  # The K tokens that a teacher held most likely for the target.
   teacher_ids: Int32[AnyArray, "B T K"] | None = None
+  # Their log-probabilities; None where none was asked.
   teacher_logps: Float32[AnyArray, "B T K"] | None = None

@@ -1,8 +1,7 @@
 """Compiled programs kept on disk, so that the second start does not compile.
 
 JAX does the keeping. Here is where: a folder of one user, for one kind of
-processor, since a program compiled for the CPU may hold instructions that
-another CPU lacks and JAX's key does not tell them apart.
+processor, as JAX's key does not tell CPUs apart.
 """
 
 import ctypes
@@ -30,7 +29,7 @@ _HIT = "/jax/compilation_cache/cache_hits"
 # each gathered product into permuted slices ("collective matmul"), and products
 # fall to 30 % of the peak: never below a size that no product has.
 _OPTIONS: dict[str, dict[str, Any]] = {
-  "TPU v6": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
+  "TPU v6": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 }
 
 
@@ -43,13 +42,9 @@ def compiler_options(device_kind: str) -> dict[str, Any]:
 def opened(path: str, log: Callable[[str], None]) -> Iterator[None]:
   """Keeps what is compiled inside in a folder, and looks there first.
 
-  JAX's own settings are as they were afterwards.
-
-  Args:
-    path: the folder, perhaps of gs://; 'auto' is one under the user's cache;
-      '' is no cache: JAX's settings, such as JAX_COMPILATION_CACHE_DIR, are
-      left alone.
-    log: called if others may write there: what is read there is executed.
+  `path` may be of gs://; 'auto' is a folder under the user's cache; '' leaves
+  JAX's settings, such as JAX_COMPILATION_CACHE_DIR, alone. `log` is called if
+  others may write there: what is read there is executed.
 
   Raises OSError: the folder cannot be made.
   """
@@ -72,12 +67,12 @@ def opened(path: str, log: Callable[[str], None]) -> Iterator[None]:
         f"compile_cache: got {str(folder)!r}, which cannot be made "
         f"({error.strerror}); expected a folder, or '' for none. Correct it."
       ) from error
-  if isinstance(folder, Path) and (place := writable_by_others(folder)):
-    log(
-      f"compile_cache: other users can write in {place}. Programs found there "
-      "are run as they are: name a folder that only you can write to, or '' "
-      "for none."
-    )
+    if place := writable_by_others(folder):
+      log(
+        f"compile_cache: other users can write in {place}. Programs found "
+        "there are run as they are: name a folder that only you can write to, "
+        "or '' for none."
+      )
   settings = {
     "jax_compilation_cache_dir": str(folder),
     "jax_persistent_cache_min_compile_time_secs": _MIN_SECONDS,
@@ -97,11 +92,8 @@ def opened(path: str, log: Callable[[str], None]) -> Iterator[None]:
 
 
 def _put_whole(log: Callable[[str], None]) -> Callable[[Any, str, bytes], None]:
-  """Keeps a program whole or not at all.
-
-  JAX's own way leaves what a kill or a full disk has cut short: it is found
-  damaged at every start, and never replaced.
-  """
+  """Keeps a program whole or not at all; what JAX's own way leaves of a program
+  that a kill or a full disk has cut short is never replaced."""
   failed: list[OSError] = []
 
   def put(cache: Any, key: str, value: bytes) -> None:
@@ -134,12 +126,9 @@ def _apply(settings: dict[str, Any]) -> None:
 def compiled(
   lowered: jax.stages.Lowered, options: dict[str, Any] | None = None
 ) -> tuple[jax.stages.Compiled, bool]:
-  """The program, and whether it was found on disk rather than compiled.
-
-  What the compiler took and no longer needs is the system's again, where the
-  C library can give it back (glibc): a third of a gigabyte for the step of a
-  six-layer model, which would stay allocated for the whole run.
-  """
+  """The program, and whether it was found on disk rather than compiled. What
+  the compiler took goes back to the system, where the C library can give it
+  back (glibc): a third of a gigabyte for the step of a six-layer model."""
   heard: list[str] = []
   listen = lambda event, **_: heard.append(event)
   jax.monitoring.register_event_listener(listen)
@@ -167,10 +156,10 @@ def _own_folder() -> Path:
 def writable_by_others(path: str | Path) -> Path | None:
   """The folder through which other users could change what is in `path`.
 
-  That is `path` itself where others may write, or a folder above in which
-  they may replace it; none with the sticky bit. What does not exist yet is
-  judged by the folders that do. Root and a group with the user's own number
-  are no others; access-control lists, and Windows, are not read.
+  That is `path` itself where others may write, or a folder above in which they
+  may replace it; none with the sticky bit. What does not exist is judged by the
+  folders that do. Root and a group with the user's own number are no others;
+  access-control lists, and Windows, are not read.
   """
   if not hasattr(os, "getuid"):
     return None

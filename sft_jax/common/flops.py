@@ -1,8 +1,8 @@
 """Will it fit, and how fast can it be: memory, FLOPs and time of a step.
 
 Memory is what the compiler reserves, exact before the first step. FLOPs are
-counted by formula, since XLA's own count takes the body of a loop (scanned
-layers, chunks of the loss) once, however often it runs.
+counted by formula: XLA's own count takes the body of a loop (scanned layers,
+chunks of the loss) once.
 """
 
 import re
@@ -17,28 +17,18 @@ from sft_jax.common import trees
 
 
 class Chip(NamedTuple):
-  """One device as JAX sees it: published peaks, dense bfloat16.
-
-  Attributes:
-    flops: multiply and add counted apart, per second.
-    memory: bytes of device memory, of which a TPU's compiler keeps a little.
-    bandwidth: bytes per second between memory and cores; None: not known.
-    links: bytes per second that a device receives from others of its slice
-      or host, over all links; None: not known.
-    fp8: the peak of float8 products; None: it has none.
-    network: bytes per second that it receives from other slices; None: not
-      known.
-    source: where the figures were published; '' = they were not.
-  """
+  """One device as JAX sees it: published peaks, dense bfloat16."""
 
   name: str
-  flops: float
-  memory: float
-  bandwidth: float | None = None
+  flops: float  # Multiply and add counted apart, per second.
+  memory: float  # Bytes, of which a TPU's compiler keeps a little.
+  bandwidth: float | None = None  # Bytes per second of memory; None: unknown.
+  # Bytes per second that a device receives from others of its slice or host,
+  # over all links; None: not known.
   links: float | None = None
-  fp8: float | None = None
-  network: float | None = None
-  source: str = ""
+  fp8: float | None = None  # The peak of float8 products; None: it has none.
+  network: float | None = None  # Likewise from other slices.
+  source: str = ""  # Where the figures were published; '' = they were not.
 
 
 _GiB = 2**30
@@ -151,11 +141,8 @@ def chip(device_kind: str) -> Chip | None:
 
 
 def flops_per_second(device: Any) -> float:
-  """The chip's published peak; where none is known, what it does just now.
-
-  That is the best of five float32 products of 1024 x 1024 matrices, a tenth
-  of a second on one CPU core.
-  """
+  """The chip's published peak; where none is known, what it does just now: the
+  best of five float32 products of 1024 x 1024 matrices."""
   known = chip(device.device_kind)
   if known is not None:
     return known.flops
@@ -172,46 +159,30 @@ def flops_per_second(device: Any) -> float:
 
 
 class Program(NamedTuple):
-  """What the compiler says of one program, per device.
-
-  Attributes:
-    arguments, outputs, temporaries, aliased: bytes; `aliased` of the outputs
-      reuse donated arguments.
-    memory: bytes needed at once: arguments + outputs + temporaries - aliased.
-    xla_flops, xla_bytes: XLA's counts, a loop's body taken once.
-  """
+  """What the compiler says of one program, per device, in bytes."""
 
   arguments: int
   outputs: int
   temporaries: int
-  aliased: int
-  memory: int
-  xla_flops: float | None
-  xla_bytes: float | None
+  aliased: int  # Of the outputs, in donated arguments.
+  memory: int  # At once: arguments + outputs + temporaries - aliased.
 
 
 def program(compiled: jax.stages.Compiled) -> Program:
-  """Reads memory and cost of `jax.jit(step).lower(...).compile()`.
-
-  Nothing runs and no array is made: lower with `jax.ShapeDtypeStruct`s.
-
-  Raises ValueError: this backend reports no memory.
-  """
+  """Memory of `jax.jit(step).lower(...).compile()`; nothing runs.
+  Raises ValueError: this backend reports no memory."""
   memory = compiled.memory_analysis()
   if memory is None:
     raise ValueError(
       "flops.program: got no memory analysis; expected a backend that reports "
       "it. Compile for CPU, GPU or TPU."
     )
-  cost = compiled.cost_analysis() or {}
-  sizes = (
-    memory.argument_size_in_bytes,
-    memory.output_size_in_bytes,
-    memory.temp_size_in_bytes,
-    memory.alias_size_in_bytes,
+  arguments, outputs, temporaries, aliased = (
+    getattr(memory, f"{kind}_size_in_bytes")
+    for kind in ("argument", "output", "temp", "alias")
   )
-  needed = sum(sizes[:3]) - sizes[3]
-  return Program(*sizes, needed, cost.get("flops"), cost.get("bytes accessed"))
+  needed = arguments + outputs + temporaries - aliased
+  return Program(arguments, outputs, temporaries, aliased, needed)
 
 
 def matmul_params(
@@ -222,11 +193,9 @@ def matmul_params(
 ) -> tuple[int, int]:
   """Counts the parameters that multiply every token: (trained, frozen).
 
-  These are all kernels, quantized or not, LoRA factors and the head, be it
-  tied to the embedding or not; of experts those that a token goes through, and
-  the whole router. Looking an embedding up, norms and biases are no matmul.
-
-  `experts_per_token`: how many of the experts [L, E, in, out] multiply a token.
+  All kernels, quantized or not, LoRA factors, the router and the head, be it
+  tied to the embedding or not; of the experts [L, E, in, out] the
+  `experts_per_token`. Looking an embedding up, norms and biases are no matmul.
   """
   flat = trees.flatten(params)
   tied = not any(path.startswith("head/") for path in flat)
@@ -248,9 +217,8 @@ def mean_context(
 ) -> float:
   """Average number of tokens a token attends to, itself included.
 
-  Attention is causal and stays within a document, so a document of n tokens
-  holds n (n + 1) / 2 pairs, and not the T^2 of a pack of T. With a
-  sliding window of w, a token attends to at most w.
+  Attention stays within a document: of n tokens it has n (n + 1) / 2 pairs.
+  With a sliding window of w, a token attends to at most w.
 
   >>> mean_context([3, 1])  # (1 + 2 + 3) + 1 pairs of 4 tokens
   1.75
@@ -282,16 +250,12 @@ def model_flops_per_token(
   against values take 2 H each per head and pair; the backward pass is twice
   that. This is PaLM's 6N + 12LHQT (Chowdhery et al. 2022, arXiv:2204.02311,
   appendix B) with T replaced by what is attended to (T there, (T + 1) / 2 in a
-  causal row). Recomputation (remat) is not counted, and the head is counted for
-  every token, trained on or not, as others count it.
+  causal row). Recomputation is not counted, and the head is counted for every
+  token, as others count it.
 
-  Args:
-    trained_matmul_params, frozen_matmul_params: see `matmul_params`.
-    num_layers: of attention.
-    num_heads: query heads. With grouped keys the count is the same.
-    context: see `mean_context`.
-    state_params: numbers of the states of recurrent layers, once for each
-      product with a token's vectors; what chunks of tokens add is not counted.
+  `num_layers` are those of attention; `context`: see `mean_context`;
+  `state_params`: numbers of the states of recurrent layers, once for each
+  product with a token's vectors.
   """
   matmul = 6 * trained_matmul_params + 4 * frozen_matmul_params
   attention = 12 * num_layers * num_heads * head_dim * context
@@ -305,13 +269,9 @@ def mfu(
   num_devices: int,
   chip: Chip | None,
 ) -> float | None:
-  """Model FLOPs utilisation: the share of the chips' peak that is put to use.
-
-  Args:
-    tokens_per_second: of all devices together, padding left out.
-    flops_per_token: see `model_flops_per_token`.
-    chip: None where no peak is known (a CPU); then the result is None too.
-  """
+  """Model FLOPs utilisation: the share of the chips' peak that is put to use,
+  by the tokens of all devices, padding left out; None where no peak is known (a
+  CPU)."""
   if chip is None:
     return None
   return tokens_per_second * flops_per_token / (num_devices * chip.flops)

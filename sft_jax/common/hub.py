@@ -4,8 +4,8 @@
     push: folders -> the repository 'org/name' of a model
 
 Only files that a caller's patterns name are downloaded, and never pickles nor
-code. Everything else (cache, resuming, tokens, offline mode) is the business
-of `huggingface_hub`, which the [hub] extra installs.
+code; the rest is the business of `huggingface_hub`, which the [hub] extra
+installs.
 """
 
 import contextlib
@@ -39,16 +39,11 @@ _ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w][\w./-]*))?")
 
 
 class Snapshot(NamedTuple):
-  """A folder and where it came from.
-
-  Attributes:
-    repo_id: 'org/name', or '' for a folder that was here already.
-    commit: the 40 digits that the revision stood for, or ''.
-  """
+  """A folder and where it came from."""
 
   folder: Path
-  repo_id: str = ""
-  commit: str = ""
+  repo_id: str = ""  # 'org/name', or '' for a folder that was here already.
+  commit: str = ""  # The 40 digits that the revision stood for, or ''.
 
   def __str__(self) -> str:
     """What to print and to record: 'org/name@commit', or the folder."""
@@ -89,10 +84,7 @@ def find_model(path: str | Path) -> Snapshot:
 
 
 def fetch(
-  repo_id: str,
-  *,
-  kind: Literal["model", "dataset"],
-  patterns: Sequence[str],
+  repo_id: str, *, kind: Literal["model", "dataset"], patterns: Sequence[str]
 ) -> Snapshot:
   """Downloads the files of a repository that match, or finds them in the cache.
 
@@ -102,8 +94,7 @@ def fetch(
     patterns: of file paths as `fnmatch` reads them, such as '*.jsonl'.
 
   Raises ValueError: not an id; the [hub] extra is not installed; no such
-  repository or revision, no access to it or no network; none of its files
-  match.
+  repository or revision, no access or no network; none of its files match.
   """
   match = _ID.fullmatch(repo_id)
   if match is None:
@@ -160,9 +151,7 @@ def push(repo_id: str, files: Sequence[Path], message: str) -> str:
   """Uploads files to the top of a model's repository; a new one is private.
 
   Weights there that are not among the files are removed, since some tools load
-  every *.safetensors that they find.
-
-  Returns the address of the repository.
+  every *.safetensors that they find. Returns the repository's address.
 
   Raises ValueError: not an id, no huggingface_hub, no token, no right to write
   or no network.

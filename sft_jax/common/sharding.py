@@ -72,15 +72,11 @@ def make_mesh(
 ) -> Mesh:
   """A mesh over all devices; one of the sizes may be -1: the rest.
 
-  Args:
-    data: copies of the model; each takes a part of the rows of a batch.
-    fsdp: devices that share a copy, and take a part of its rows each.
-    tensor: devices that share each matrix product: heads, and widths of MLPs.
-    context: devices that share each row: a part of its slots each.
-    expert: devices that share a copy's experts; in all else they do what those
-      of `fsdp` do.
-
-  Over several slices of TPUs `data` goes across, all else stays within one.
+  Copies of the model (`data`) take a part of the rows of a batch each, and so
+  do the devices that share a copy (`fsdp`). Those of `tensor` share each matrix
+  product, heads and widths of MLPs; those of `context` the slots of each row;
+  those of `expert` a copy's experts, and are as `fsdp` in all else. Over
+  several slices of TPUs `data` goes across.
 
   Raises ValueError: the sizes do not multiply to the number of devices, or
   slices do not divide `data`.
@@ -112,26 +108,20 @@ def make_mesh(
       f"mesh.data to {slices}, or to -1 and the others to divide a slice."
     )
   grid = mesh_utils.create_hybrid_device_mesh(
-    (sizes[0] // slices, *sizes[1:]),
-    (slices, 1, 1, 1, 1),
-    devices,
-    **cut,
+    (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1, 1), devices, **cut
   )
   return Mesh(grid, AXES, axis_types=auto)
 
 
 def size(mesh: Mesh, axes: str | Iterable[str] = ROWS) -> int:
   """Of these axes together; of those that divide the rows of a batch."""
-  return math.prod(
-    mesh.shape[a] for a in ([axes] if isinstance(axes, str) else axes)
-  )
+  names = [axes] if isinstance(axes, str) else axes
+  return math.prod(mesh.shape[axis] for axis in names)
 
 
 def place_parameter(path: str, shape: Sequence[int], mesh: Mesh) -> Placement:
-  """The placement of one parameter: the first rule, where sizes divide.
-
-  Raises ValueError: no rule matches the path.
-  """
+  """The placement of one parameter: the first rule, where sizes divide. Raises
+  ValueError: no rule matches the path."""
   # LoRA's [.., in, R] and [.., R, out] are divided where their kernel is.
   kernel, factors = re.subn(r"lora_[ab]0?$", "kernel", path)
   spec = trees.first_match(RULES, kernel, "sharding")
@@ -149,14 +139,11 @@ def place_parameter(path: str, shape: Sequence[int], mesh: Mesh) -> Placement:
 
 
 def placements(params: trees.Tree, mesh: Mesh) -> list[Placement]:
-  """Placements of all parameters, in order of paths."""
-  return [
-    place_parameter(p, x.shape, mesh) for p, x in trees.flatten(params).items()
-  ]
+  shapes = trees.flatten(params).items()
+  return [place_parameter(path, x.shape, mesh) for path, x in shapes]
 
 
 def param_shardings(params: trees.Tree, mesh: Mesh) -> trees.Tree:
-  """The tree of shardings of a parameter tree (arrays or shapes)."""
   spec = lambda path, x: place_parameter(path, x.shape, mesh).spec
   return trees.map_paths(lambda p, x: NamedSharding(mesh, spec(p, x)), params)
 
@@ -166,8 +153,7 @@ def state_shardings(state: Any, params: trees.Tree, mesh: Mesh) -> Any:
 
   An array belongs to the parameter whose path ends its own and whose axes, or
   some of them in their order, are its axes: a moment [L, in, out], a factored
-  one [L, in]. Each axis is divided as the parameter's; what belongs to none,
-  such as a counter, is whole on every device.
+  one [L, in]. What belongs to none, such as a counter, is whole.
   """
   flat = trees.flatten(params)
 
@@ -194,12 +180,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def row_sharding(mesh: Mesh, *, leading_axes: int = 0) -> NamedSharding:
-  """Of arrays [B, T, ...], after `leading_axes` others.
-
-  Rows are divided over `ROWS`, their slots over `context`.
-  """
-  spec = PartitionSpec(*[None] * leading_axes, *SLOTS)
-  return NamedSharding(mesh, spec)
+  """Of arrays [B, T, ...], after `leading_axes` others. Rows are divided over
+  `ROWS`, their slots over `context`."""
+  return NamedSharding(mesh, PartitionSpec(*[None] * leading_axes, *SLOTS))
 
 
 def check_rows(mesh: Mesh, num_rows: int, parts: int) -> None:
@@ -217,10 +200,9 @@ def own_rows(
 ) -> Int64[np.ndarray, " rows"]:
   """Numbers of the rows of a global batch that this process must read.
 
-  The batch is cut into `parts` micro-batches, each of which is divided over
-  the mesh. Of 8 rows in 2 parts over 4 devices, the third and fourth of which
-  are this process's, they are [2, 3, 6, 7]. Processes whose devices hold the
-  same rows (other heads of them, other slots) read the same ones.
+  Each of `parts` micro-batches is divided over the mesh. Of 8 rows in 2 parts
+  over 4 devices, the third and fourth of which are this process's, they are [2,
+  3, 6, 7]. Processes whose devices hold the same rows read the same ones.
 
   Raises ValueError: the mesh does not divide the rows.
   """

@@ -1,10 +1,10 @@
 """Parameter trees as flat {path: leaf}: matching, splitting and counting.
 
-A tree is a nested dict of arrays; a path is its keys joined by '/', such as
-'layers/attn/q/kernel'. Everything that speaks of parameters by name (weight
-decay, freezing, sharding, LoRA, Hugging Face keys) is a list of
-`(pattern, value)` rules over these paths: the first pattern that matches
-*anywhere* in the path (`re.search`) decides.
+A path is the keys of a nested dict joined by '/', such as
+'layers/attn/q/kernel'. Whatever speaks of parameters by name (weight decay,
+freezing, sharding, LoRA, Hugging Face keys) is a list of `(pattern, value)`
+rules over these paths: the first pattern that matches *anywhere* in the path
+(`re.search`) decides.
 """
 
 import re
@@ -54,15 +54,12 @@ def unflatten(flat: dict[str, Any]) -> Tree:
 
 
 def map_paths(fn: Callable[[str, Any], Any], tree: Tree) -> Tree:
-  """Returns the tree of `fn(path, leaf)`."""
   return unflatten({path: fn(path, x) for path, x in flatten(tree).items()})
 
 
 def first_match(rules: Sequence[tuple[str, V]], path: str, what: str) -> V:
-  """Returns the value of the first rule whose pattern occurs in `path`.
-
-  Raises ValueError: no rule matches; `what` names the table in the message.
-  """
+  """The value of the first rule whose pattern occurs in `path`. Raises
+  ValueError: no rule matches; `what` names the table in the message."""
   for pattern, value in rules:
     if re.search(pattern, path):
       return value
@@ -73,7 +70,6 @@ def first_match(rules: Sequence[tuple[str, V]], path: str, what: str) -> V:
 
 
 def matches_any(patterns: Iterable[str], path: str) -> bool:
-  """True if any of the patterns occurs in the path."""
   return any(re.search(pattern, path) for pattern in patterns)
 
 
@@ -101,7 +97,6 @@ def merge(*trees: Tree) -> Tree:
 
 
 def count(tree: Any) -> int:
-  """Number of scalars in all leaves."""
   return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
 
 

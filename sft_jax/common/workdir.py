@@ -121,7 +121,6 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def digest(path: Path) -> str:
-  """SHA-256 of a file."""
   with path.open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -131,8 +130,8 @@ def replace_folder(
 ) -> None:
   """Fills a folder beside `path`, then puts it in its place: all or nothing.
 
-  Of several processes the first one makes and moves the folder; every one
-  calls `write`, which may gather arrays, and only the first may write.
+  Of several processes every one calls `write`, which may gather arrays, and
+  only the first may write.
 
   Raises ValueError: `path` holds something else than a folder with a `marker`.
   """
@@ -194,14 +193,12 @@ def sync_tree(folder: Path) -> None:
 class Incidents:
   """incidents.jsonl: what happened to a run that is not in its plan.
 
-  One object per line: 'time' (of the clock on the wall, for people), 'kind',
-  'step' and 'message'. Kinds are resumed, rejected (a checkpoint), halted and
-  skipped (bad steps), records lost, forced (another config or data), and
-  stopped.
+  One object per line: 'time' (of the clock on the wall), 'kind', 'step' and
+  'message'. Kinds are resumed, rejected (a checkpoint), halted and skipped (bad
+  steps), records lost, forced (another config or data), and stopped.
   """
 
   def __init__(self, workdir: Path):
-    """Opens the record of a run; the first process alone writes to it."""
     self._path = workdir / "incidents.jsonl"
 
   def add(self, kind: str, step: int | None, message: str) -> None:

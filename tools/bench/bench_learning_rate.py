@@ -39,7 +39,7 @@ def main() -> None:
   arguments = (config, built, mesh, params, stream, held_out)
   found = suggest.find_rate(*arguments, steps, log)
   print(json.dumps(found._asdict()), flush=True)
-  run = suggest.Trials(
+  run = suggest.make_trial(
     *arguments, steps=steps, measured=held_out.num_steps or 1
   )
   losses = {}

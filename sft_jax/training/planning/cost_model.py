@@ -1,10 +1,9 @@
 """What a step costs, from its trace and from its compiled program.
 
-The trace that JAX makes holds every product, recomputed ones too, and says how
-often a loop runs, on any machine and before any compiler: FLOPs, and the bytes
-kept for the backward pass. How devices share the work is in the text of the
-compiled program: what they send each other, which XLA's own cost analysis
-leaves out:
+JAX's trace holds every product, recomputed ones too, and how often a loop runs:
+FLOPs, and the bytes kept for the backward pass. What devices send each other,
+which XLA's own cost analysis leaves out, is in the text of the compiled
+program:
 
     %all-gather = f32[64,64]{1,0} all-gather(%p), replica_groups=[2,4]<=[8], ...
     -> 'all-gather', 16,384 bytes gathered by groups of 4 devices
@@ -28,10 +27,9 @@ ACROSS = "across slices"
 def matmul_flops(function: Callable[..., Any], *arguments: Any) -> int:
   """FLOPs of all matrix products that a call executes, loops multiplied out.
 
-  Unlike `flops.model_flops_per_token`, recomputation (remat) and padding count.
-  It is a lower bound: kernels (Pallas) skip what they please and count as 0,
-  of the branches of a condition the cheapest counts, of a loop of unknown
-  length one round.
+  Unlike in `flops.model_flops_per_token`, recomputation (remat) and padding
+  count. A lower bound: kernels (Pallas) count as 0, of the branches of a
+  condition the cheapest counts, of a loop of unknown length one round.
   """
   return _flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
@@ -82,21 +80,13 @@ def kept_bytes(
   *others: Any,
 ) -> int:
   """Bytes kept for the backward pass that grow with the batch: activations.
+  `function`: (params, batch, *others) -> scalar, differentiated in `params`.
+  Shapes will do; those of `doubled` are a batch twice as large."""
 
-  Weights that the backward pass reads again do not grow, and are left out.
+  def kept(batch: Any) -> int:
+    pull = lambda p, *rest: jax.vjp(lambda p: function(p, *rest), p)[1]
+    return trees.num_bytes(jax.eval_shape(pull, params, batch, *others))
 
-  Args:
-    function: (params, batch, *others) -> scalar.
-    params: what it is differentiated in; shapes will do, here and below.
-    doubled: the shapes of one twice as large.
-  """
-
-  def residuals(p: Any, *rest: Any) -> Any:
-    return jax.vjp(lambda p: function(p, *rest), p)[1]
-
-  kept = lambda x: trees.num_bytes(
-    jax.eval_shape(residuals, params, x, *others)
-  )
   return kept(doubled) - kept(batch)
 
 
@@ -104,28 +94,22 @@ def kept_bytes(
 
 
 class Traffic(NamedTuple):
-  """All collectives of one kind in one run of a program.
+  """All collectives of one kind in one run of a program."""
 
-  Attributes:
-    count: how often one runs, loops multiplied out.
-    bytes: what one device receives in all of them, if each runs on a ring
-      (Thakur, Rabenseifner, Gropp 2005): of n bytes gathered, scattered or
-      exchanged among g devices n (g - 1) / g, reduced to all twice that, and
-      permuted n. From other slices what their runtime brings counts.
-    exact: False if some are in a loop of unknown length, counted once.
-  """
-
-  count: int
+  count: int  # How often one runs, loops multiplied out.
+  # What one device receives in all of them, if each runs on a ring (Thakur,
+  # Rabenseifner, Gropp 2005): of n bytes gathered, scattered or exchanged among
+  # g devices n (g - 1) / g, reduced to all twice that, and permuted n. From
+  # other slices what their runtime brings counts.
   bytes: int
-  exact: bool
+  exact: bool  # False if some are in a loop of unknown length, counted once.
 
 
 def collectives(compiled_text: str) -> dict[str, Traffic]:
   """{kind: Traffic} of `jax.jit(f).lower(...).compile().as_text()`.
 
-  A sum over 8 devices that runs in each of 4 iterations of a loop, of
-  f32[1000] each, is {'all-reduce': Traffic(4, 28000, True)}. A kind that does
-  not occur is not in it.
+  A sum over 8 devices that runs in each of 4 iterations of a loop, of f32[1000]
+  each, is {'all-reduce': Traffic(4, 28000, True)}.
 
   Raises ValueError: the text is no compiled program.
   """
@@ -173,11 +157,9 @@ def computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def trips(line: str, computations: dict[str, list[str]]) -> int | None:
-  """How often a loop runs, None where that is not known.
-
-  XLA notes it for CPU and GPU. For a TPU it is what the condition compares
-  with: the loops that scans become count from 0 up to a constant.
-  """
+  """How often a loop runs, None where that is not known. XLA notes it for CPU
+  and GPU. For a TPU it is what the condition compares with: scans count from 0
+  up to a constant."""
   if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
     return int(known.group(1))
   name = re.search(r"condition=%?([\w.\-]+)", line)
@@ -192,10 +174,7 @@ def trips(line: str, computations: dict[str, list[str]]) -> int | None:
 
 
 def callees(line: str) -> list[str]:
-  """Computations that an instruction runs; the end of an async one runs none.
-
-  Reducers (`to_apply`) of a reduction come along; they hold no collective.
-  """
+  """Computations that an instruction runs; the end of an async one has none."""
   if re.search(r" async-(done|update)\(", line):
     return []
   one = re.findall(

@@ -28,7 +28,7 @@ class Memory(NamedTuple):
   `gradients` are those of the trained parameters, and their sum over
   micro-batches; `activations` what the backward pass of a micro-batch keeps, if
   devices divide it as they divide the rows; `temporary` the rest of what the
-  compiler reserves in all, 0 if it reserves less than the sum of the others.
+  compiler reserves, at least 0.
   """
 
   trained: int
@@ -41,20 +41,14 @@ class Memory(NamedTuple):
 
 
 class Times(NamedTuple):
-  """Seconds that a step takes at least, by what bounds it; None: not known.
+  """Seconds that a step takes at least, by what bounds it; None: not known."""
 
-  Attributes:
-    compute: executed matrix products, recomputed ones too, at the peak.
-    memory: the state read and written, the weights read for each pass over
-      the layers, gradients and activations written and read.
-    network: what a device receives from others of its slice or host.
-    slices: what it receives from other slices, through the data center.
-  """
-
-  compute: float
+  compute: float  # Executed matrix products, recomputed ones too, at the peak.
+  # The state read and written, the weights read for each pass over the layers,
+  # gradients and activations written and read.
   memory: float | None
-  network: float | None
-  slices: float | None = 0.0
+  network: float | None  # Received from others of its slice or host.
+  slices: float | None = 0.0  # From other slices, by the data center.
 
   @property
   def step(self) -> float:
@@ -63,32 +57,22 @@ class Times(NamedTuple):
 
   @property
   def bound(self) -> str:
-    """The name of the largest."""
     return max(self._fields, key=lambda name: getattr(self, name) or 0.0)
 
 
 class Plan(NamedTuple):
-  """What a compiled step says.
-
-  Attributes:
-    fits: whether the total is within the chip's memory.
-    flops: that a step executes at least, on all devices.
-    model_flops: those that the model asks for.
-    traffic: collectives of a step by kind; empty if it did not compile.
-    times: lower bounds of a step; None if it did not compile.
-    text: the compiled program, '' if it did not compile.
-    predicted: the step's time by operations, for TPUs whose compiler gives
-      cycles, compiled with full effort; None otherwise.
-  """
+  """What a compiled step says."""
 
   machine: Machine
   memory: Memory
-  fits: bool
-  flops: float
-  model_flops: float
-  traffic: Mapping[str, Traffic] = {}
-  times: Times | None = None
-  text: str = ""
+  fits: bool  # Whether the total is within the chip's memory.
+  flops: float  # That a step executes at least, on all devices.
+  model_flops: float  # Those that the model asks for.
+  traffic: Mapping[str, Traffic] = {}  # By kind; empty if not compiled.
+  times: Times | None = None  # Lower bounds; None if not compiled.
+  text: str = ""  # The compiled program, '' if it did not compile.
+  # The step's time by operations, for TPUs whose compiler gives cycles,
+  # compiled with full effort; None otherwise.
   predicted: step_time.Prediction | None = None
 
 
@@ -103,15 +87,9 @@ def plan(
   """Compiles the step for the machine; runs nothing.
 
   A TPU's compiler refuses what does not fit, and says how much it would need:
-  the plan then has that total, and no program.
-
-  Args:
-    machine: whose devices the outline's mesh is made of.
-    model_flops: that the model asks for per step, see `common.flops`: they
-      bound what is executed where kernels hide theirs.
-    loss_chunks: see `step_time.predict`.
-    quick: have a TPU's compiler optimize less, in a fifth of the time: figures
-      for a first look, temporaries some 10 % off.
+  the plan then has that total, and no program. `model_flops` of a step bound
+  what is executed where kernels hide theirs; `quick` has a TPU's compiler
+  optimize less, in a fifth of the time: temporaries are some 10 % off.
   """
   step = outline.step.train_step
   executed = cost_model.matmul_flops(step, outline.state, outline.batch)
@@ -125,31 +103,19 @@ def plan(
     total = needed(str(error))
     if total is None:
       raise
-    held = sum(parts[:3])
-    memory = _memory(parts, held + total)
+    memory = _memory(parts, sum(parts[:3]) + total)
     return Plan(machine, memory, False, flops, model_flops)
-  program, text = fit.program(compiled), compiled.as_text()
+  text = compiled.as_text()
   assert text is not None  # Every backend prints its programs.
-  memory = _memory(parts, program.memory)
+  memory = _memory(parts, fit.program(compiled).memory)
   traffic = collectives(text)
   times = bounds(outline, machine, memory, flops, traffic)
   fits = memory.total <= machine.chip.memory
   predicted = None
   if machine.chip.name in step_time.CLOCKS and not quick:
     predicted = step_time.predict(text, machine.chip, loss_chunks=loss_chunks)
-  return Plan(
-    *(
-      machine,
-      memory,
-      fits,
-      flops,
-      model_flops,
-      traffic,
-      times,
-      text,
-      predicted,
-    )
-  )
+  known = (traffic, times, text, predicted)
+  return Plan(machine, memory, fits, flops, model_flops, *known)
 
 
 # JAX passes it on to XLA; a CPU's compiler does not look at it.
@@ -171,10 +137,8 @@ def needed(message: str) -> int | None:
 def known_bytes(
   loss_fn: Callable[..., Any], state: Any, batch: Any
 ) -> tuple[int, int, int, int, int]:
-  """(trained, frozen, optimizer, gradients, activations) of `Memory`.
-
-  `batch`: shapes with shardings, [A, B / A, T]: A micro-batches.
-  """
+  """(trained, frozen, optimizer, gradients, activations) of `Memory`. `batch`:
+  shapes with shardings, [A, B / A, T]: A micro-batches."""
   parts = batch.tokens.shape[0]
   gradients = _shard_bytes(state.params)
   if parts > 1:  # A micro-batch's own, and the float32 sums.
@@ -189,13 +153,9 @@ def known_bytes(
     *(state.params, resized(1), resized(2), state.frozen),
   )
   share = _shard_bytes(batch.tokens) / (batch.tokens.size * 4)
-  return (
-    _shard_bytes(state.params),
-    _shard_bytes(state.frozen),
-    _shard_bytes(state.opt_state),
-    gradients,
-    int(kept * share),
-  )
+  held = (state.params, state.frozen, state.opt_state)
+  trained, frozen, optimizer = map(_shard_bytes, held)
+  return trained, frozen, optimizer, gradients, int(kept * share)
 
 
 def _memory(parts: tuple[int, int, int, int, int], total: int) -> Memory:
@@ -241,42 +201,36 @@ def bounds(
 
 
 class Change(NamedTuple):
-  """A change of the config: its name, and the keys that it sets."""
+  """A change of the config: the keys that it sets."""
 
-  name: str
   keys: Mapping[str, Any]
+
+  @property
+  def name(self) -> str:
+    return ", ".join(f"{key}={value}" for key, value in self.keys.items())
 
 
 def alternatives(config: Config, mesh: Mapping[str, int]) -> Iterator[Change]:
-  """What to try where a run does not fit, the cheapest first.
-
-  Recompute more (a step takes up to a third longer), cut the batch in more
-  parts (each is less work for the device), divide the state over copies of
-  the model (more is sent), and then all of these.
-  """
+  """What to try where a run does not fit, the cheapest first. Recompute more (a
+  step takes up to a third longer), cut the batch in more parts, divide the
+  state over copies of the model (more is sent), and then all of these."""
   ladder = remat_ladder.LEVELS
   stronger = ladder[ladder.index(config.model.remat) + 1 :]
-  for remat in stronger:
-    yield Change(f"model.remat={remat}", {"model.remat": remat})
   copies = config.accum_steps * math.prod(mesh[a] for a in sharding.ROWS)
   rows = config.batch_size // copies
   divisors = [n for n in range(2, rows + 1) if rows % n == 0]
   parts = [config.accum_steps * n for n in divisors]
-  for number in parts[:1] + parts[-1:] if len(parts) > 1 else parts:
-    yield Change(f"accum_steps={number}", {"accum_steps": number})
-  spread = {"mesh.data": 1, "mesh.fsdp": -1}
-  if mesh["data"] > 1:
-    yield Change("mesh.data=1, mesh.fsdp=-1", spread)
+  ways = (
+    [{"model.remat": remat} for remat in stronger],
+    [{"accum_steps": n} for n in dict.fromkeys(parts[:1] + parts[-1:])],
+    [{"mesh.data": 1, "mesh.fsdp": -1}] if mesh["data"] > 1 else [],
+  )
   everything: dict[str, Any] = {}
-  if stronger:
-    everything["model.remat"] = stronger[-1]
-  if parts:
-    everything["accum_steps"] = parts[-1]
-  if mesh["data"] > 1:
-    everything |= spread
+  for way in ways:
+    yield from map(Change, way)
+    everything |= way[-1] if way else {}
   if len(everything) > 1:
-    name = ", ".join(f"{k}={v}" for k, v in everything.items())
-    yield Change(name, everything)
+    yield Change(everything)
 
 
 def changed(config: Config, keys: Mapping[str, Any]) -> Config:
@@ -291,13 +245,9 @@ def largest_batch(
 ) -> int:
   """The largest n in [1, most] with total(n) <= limit; 0 if there is none.
 
-  Memory grows nearly as a straight line, so a line through what was tried
-  guesses what to try next: four trials as a rule. Every third halves what is
-  left, whatever the line says.
-
-  Args:
-    total: bytes that a batch of n needs; never less for a larger n.
-    limit: bytes that there are.
+  `total` is the bytes that a batch of n needs, nearly a straight line, so a
+  line through what was tried guesses what to try next: four trials as a rule.
+  Every third halves what is left, whatever the line says.
   """
   tried = {n: total(n) for n in (1, 2)}
   while True:

@@ -1,8 +1,7 @@
 """The time of a step on a TPU, predicted from its compiler's own estimates.
 
-The optimized program that libtpu returns is scheduled, and most of its
-instructions carry the compiler's `estimated_cycles`. Loops are multiplied out
-and fusions counted once:
+Most instructions of libtpu's optimized, scheduled program carry the compiler's
+`estimated_cycles`. Loops are multiplied out and fusions counted once:
 
     %fusion.7 = bf16[8192,4096] fusion(...), "estimated_cycles":"1200000"
     in a loop of 32 trips, at 1.75 GHz -> 21.9 ms of products
@@ -16,10 +15,7 @@ What carries no estimate is filled in, and marked as such:
     asynchronous copies   the same, at the memory's bandwidth
     gathers, scatters...  bytes read and written at the memory's bandwidth
 
-The estimates know no contention between links, memory and products, and none
-has been compared with a TPU here: docs/planning.md says how far to trust them.
-A program compiled with less effort (`--quick`) has products at a tenth of
-their speed: its cycles say nothing about time.
+The estimates know no contention; how far to trust them: docs/planning.md.
 """
 
 import math
@@ -72,42 +68,24 @@ _PRODUCTS = ("convolution", "dot")
 
 
 class Operation(NamedTuple):
-  """One instruction of the program, all its runs in a step.
+  """One instruction of the program, all its runs in a step."""
 
-  Attributes:
-    name: the compiler's.
-    seconds: of a step.
-    times: how often it runs.
-    kind: 'products', 'kernels', 'collectives', 'copies' (what the schedule
-      does not hide of the latter two), 'moves' (guessed by bytes) or 'others'.
-    part: of the model, such as 'MLP'.
-    phase: 'forward', 'recompute', 'backward' or 'outside'.
-    source: 'file.py:line' of ours, '' where the program does not say.
-    flops: of its matrix products, or of a kernel's blocks.
-  """
-
-  name: str
-  seconds: float
-  times: int
+  name: str  # The compiler's.
+  seconds: float  # Of a step.
+  times: int  # How often it runs.
+  # 'products', 'kernels', 'collectives', 'copies' (what the schedule does not
+  # hide of the latter two), 'moves' (guessed by bytes) or 'others'.
   kind: str
-  part: str
-  phase: str
-  source: str
-  flops: float
+  part: str  # Of the model, such as 'MLP'.
+  phase: str  # 'forward', 'recompute', 'backward' or 'outside'.
+  source: str  # 'file.py:line' of ours, '' where the program does not say.
+  flops: float  # Of its matrix products, or of a kernel's blocks.
 
 
 class Prediction(NamedTuple):
-  """A step's time by operations.
-
-  Attributes:
-    operations: the dearest first.
-    links: seconds that the links are busy, hidden or not.
-    notes: what was assumed, a sentence each.
-  """
-
-  operations: tuple[Operation, ...]
-  links: float
-  notes: tuple[str, ...]
+  operations: tuple[Operation, ...]  # The dearest first.
+  links: float  # Seconds that the links are busy, hidden or not.
+  notes: tuple[str, ...]  # What was assumed, a sentence each.
 
   @property
   def seconds(self) -> float:
@@ -122,14 +100,10 @@ class Prediction(NamedTuple):
 
 
 def predict(text: str, chip: Chip, *, loss_chunks: int = 1) -> Prediction:
-  """Reads `compiled.as_text()` of a TPU's optimized program.
+  """Reads `compiled.as_text()` of a TPU's program, optimized with full effort.
 
-  Args:
-    text: of the program, compiled with full effort.
-    chip: its peaks.
-    loss_chunks: of the loss head's loop, whose length is the data's and not
-      the program's: trained tokens of a device and micro-batch over
-      `loss.chunk_tokens`.
+  `loss_chunks`: rounds of the loss head's loop, which the data decide: trained
+  tokens of a device and micro-batch over `loss.chunk_tokens`.
 
   Raises ValueError: the chip's clock is not known, or the text is no program.
   """
@@ -300,11 +274,9 @@ class _Reader:
     return sum((_product_flops(*x) for x in found), 0.0)
 
   def kernel_flops(self, one: _Instruction) -> float:
-    """Of the causal blocks of splash attention; 0, noted, of other kernels.
-
-    Its forward pass multiplies twice (4 T S H), the pass for keys and values
-    four times, that for queries thrice; blocks are of 512 tokens.
-    """
+    """Of the causal blocks of splash attention; 0, noted, of other kernels. Its
+    forward pass multiplies twice (4 T S H), the pass for keys and values four
+    times, that for queries thrice; blocks are of 512 tokens."""
     found = re.search(r"operand_layout_constraints=\{(.*?\})\}", one.line)
     arrays = _arrays(found[1]) if found else []
     large = [dims for kind, dims in arrays if kind[0] in "bf" and len(dims) > 2]

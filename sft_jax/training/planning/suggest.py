@@ -3,7 +3,7 @@
     prior   5e-5 (2000 / width)^p, 10 times that under LoRA    (`prior_rate`)
     trials  the run's first k steps, cut into updates of fewer packs, at rates
             around it, from the same start, each followed by the held-out loss
-                                                               (`Trials`)
+                                                               (`make_trial`)
     rate    the lowest point of a parabola through loss and log rate
                                                                (`find_rate`)
 
@@ -41,30 +41,19 @@ _UPDATES = 8
 
 
 class Suggestion(NamedTuple):
-  """A learning rate and where it comes from.
-
-  Attributes:
-    rate: the peak to train with.
-    prior: what the published sweeps say.
-    steps: of a trial; 0 where the run is too short for any.
-    trials: (rate, held-out nats per token) of each, by rate.
-  """
-
-  rate: float
-  prior: float
-  steps: int = 0
+  rate: float  # The peak to train with.
+  prior: float  # What the published sweeps say.
+  steps: int = 0  # Of a trial; 0 where the run is too short for any.
+  # (rate, held-out nats per token) of each, by rate.
   trials: tuple[tuple[float, float], ...] = ()
 
   def __str__(self) -> str:
-    """One line for people."""
-    line = (
-      f"learning rate {self.rate:.2g}. Published sweeps say {self.prior:.2g}"
-    )
+    line = f"learning rate {self.rate:.2g}. Published sweeps say "
+    line += f"{self.prior:.2g}"
     if not self.trials:
       return f"{line}; the run is too short for trials within {COST:.0%} of it."
-    losses = ", ".join(
-      f"{loss:.4g} at {rate:.2g}" for rate, loss in self.trials
-    )
+    each = (f"{loss:.4g} at {rate:.2g}" for rate, loss in self.trials)
+    losses = ", ".join(each)
     return f"{line}; held-out loss after {self.steps} steps: {losses}."
 
 
@@ -78,11 +67,10 @@ def prior_rate(config: Config, shape: ModelConfig) -> float:
   known, 0.781 too (Schulman et al. 2025, LoRA Without Regret, and its
   cookbook's `hyperparam_utils`). Other families count as Llama. Early in
   training a step moves the weights by alpha times the rate, so a smaller alpha
-  takes a larger rate. Lion takes a tenth (Chen et al. 2023, arXiv 2302.06675:
-  3 to 10 times less than AdamW).
+  takes a larger rate. Lion takes a tenth (Chen et al. 2023, arXiv 2302.06675: 3
+  to 10 times less than AdamW).
 
-  Raises:
-    ValueError: an optimizer or objective without published sweeps.
+  Raises ValueError: an optimizer or objective without published sweeps.
   """
   for key in ("preference.loss", "distill.teacher"):
     section, _, name = key.partition(".")
@@ -122,89 +110,75 @@ def _times_rate() -> optax.GradientTransformation:
   )
 
 
-class Trials:
-  """Runs on the packs of a few steps, at any rate, from the same parameters."""
+def make_trial(
+  config: Config,
+  model: Model,
+  mesh: Mesh,
+  params: trees.Tree,
+  stream: Stream,
+  held_out: Stream | None,
+  *,
+  steps: int,
+  measured: int,
+  own: Own = NOTHING,
+  updates: int = 1,
+) -> Callable[[float], float]:
+  """rate -> held-out nats per token after a trial; inf where not finite.
 
-  def __init__(
-    self,
-    config: Config,
-    model: Model,
-    mesh: Mesh,
-    params: trees.Tree,
-    stream: Stream,
-    held_out: Stream | None,
-    *,
-    steps: int,
-    measured: int,
-    own: Own = NOTHING,
-    updates: int = 1,
-  ):
-    """Compiles nothing yet.
+  A trial is `steps` of the run (its rate 'auto', its schedule cut to so many)
+  from `params`, which are left as they are, judged by `measured` batches held
+  out, or the next ones for training. `updates`: of each micro-batch's packs; 1
+  = steps as the run takes them.
+  """
+  parts = config.accum_steps * updates
+  accum = 1 if updates > 1 else config.accum_steps
+  taken = steps * (parts // accum)
+  made = config
+  if config.optim.warmup_steps >= taken:  # Longer than a trial.
+    made = config.copy_and_resolve_references()
+    made.optim.warmup_steps = -1
+  tx = optax.chain(setup_step.make_optimizer(made, model, taken), _times_rate())
+  step = setup_step.make_step(
+    *(made, model, mesh, taken, (stream, held_out)), loss=own.loss, tx=tx
+  )
+  params = setup_state.hold_base(made, step, params, jnp.copy)
+  start, frozen = trees.partition(params, step.trained)
+  placed = setup_state.state_shardings(step, params, mesh)._replace(frozen={})
+  init = jax.jit(
+    lambda chosen: init_state(chosen, lambda path: True, tx),
+    out_shardings=placed,
+  )
 
-    Args:
-      config: of the run, its learning rate 'auto'.
-      model, mesh, stream, own: of the run.
-      params: where every trial starts; they are left as they are.
-      held_out: what a trial is judged by; None is the next training batches.
-      steps: of a trial, under the run's schedule cut to so many.
-      measured: batches that a trial is judged by.
-      updates: of each micro-batch's packs; 1 = steps as the run takes them.
-    """
-    self._config, self._mesh, self._steps = config, mesh, steps
-    self._parts = config.accum_steps * updates
-    self._accum = 1 if updates > 1 else config.accum_steps
-    steps *= self._parts // self._accum
-    if config.optim.warmup_steps >= steps:  # Longer than a trial.
-      config = config.copy_and_resolve_references()
-      config.optim.warmup_steps = -1
-    self._stream, self._held_out = stream, held_out
-    self._measured = measured
-    tx = optax.chain(
-      setup_step.make_optimizer(config, model, steps), _times_rate()
-    )
-    step = setup_step.make_step(
-      *(config, model, mesh, steps, (stream, held_out)), loss=own.loss, tx=tx
-    )
-    params = setup_state.hold_base(config, step, params, jnp.copy)
-    self._start, self._frozen = trees.partition(params, step.trained)
-    placed = setup_state.state_shardings(step, params, mesh)._replace(frozen={})
-    self._init = jax.jit(
-      lambda chosen: init_state(chosen, lambda path: True, tx),
-      out_shardings=placed,
-    )
+  def train(state: Any, frozen: Any, batch: Any) -> Any:
+    state, _ = step.train_step(state._replace(frozen=frozen), batch)
+    return state._replace(frozen={})
 
-    def train(state: Any, frozen: Any, batch: Any) -> Any:
-      state, _ = step.train_step(state._replace(frozen=frozen), batch)
-      return state._replace(frozen={})
+  train = jax.jit(train, donate_argnums=0)
+  loss = jax.jit(step.loss_fn)
+  put = lambda batch, axes: sharding.put_rows(
+    batch, sharding.row_sharding(mesh, leading_axes=axes)
+  )
 
-    self._train = jax.jit(train, donate_argnums=0)
-    self._loss = jax.jit(step.loss_fn)
-
-  def __call__(self, rate: float) -> float:
-    """Held-out nats per token after a trial; inf where it is not finite."""
-    config, mesh = self._config, self._mesh
-    state = self._init(self._start)
+  def trial(rate: float) -> float:
+    state = init(start)
     inner, _ = state.opt_state
     state = state._replace(opt_state=(inner, _Rate(np.float32(rate))))
-    mine = sharding.own_rows(mesh, config.batch_size, parts=self._parts)
-    rows = sharding.row_sharding(mesh, leading_axes=1)
-    for batch in itertools.islice(self._stream.batches(0, mine), self._steps):
-      cut = split_micro_batches(batch, self._parts)
-      for i in range(0, self._parts, self._accum):
-        micro = jax.tree.map(lambda x, i=i: x[i : i + self._accum], cut)
-        placed = sharding.put_rows(micro, rows)
-        state = self._train(state, self._frozen, placed)
-    params = trees.merge(state.params, self._frozen)
-    own = sharding.own_rows(mesh, config.batch_size)
-    judged = (self._held_out or self._stream).batches(
-      0 if self._held_out else self._steps, own
-    )
+    mine = sharding.own_rows(mesh, config.batch_size, parts=parts)
+    for batch in itertools.islice(stream.batches(0, mine), steps):
+      cut = split_micro_batches(batch, parts)
+      for i in range(0, parts, accum):
+        micro = jax.tree.map(lambda x, i=i: x[i : i + accum], cut)
+        state = train(state, frozen, put(micro, 1))
+    trained = trees.merge(state.params, frozen)
+    mine = sharding.own_rows(mesh, config.batch_size)
+    judged = (held_out or stream).batches(0 if held_out else steps, mine)
     nats = weight = 0.0
-    for batch in itertools.islice(judged, self._measured):
-      rows = sharding.row_sharding(mesh)
-      sums = self._loss(params, sharding.put_rows(batch, rows))
+    for batch in itertools.islice(judged, measured):
+      sums = loss(trained, put(batch, 0))
       nats, weight = nats + float(sums.nats), weight + float(sums.weight)
     return nats / weight if math.isfinite(nats) and weight else math.inf
+
+  return trial
 
 
 def _updates(config: Config, mesh: Mesh) -> int:
@@ -234,13 +208,9 @@ def search(
 ) -> tuple[float, tuple[tuple[float, float], ...]]:
   """(the best rate, (rate, loss) of every trial by rate).
 
-  Three rates around a center, then further out while the lowest loss is at an
-  edge. A parabola through the lowest and its neighbors gives the rate.
-
-  Args:
-    trial: rate -> loss; may be inf.
-    center: where to begin.
-    trials: how often it may be called, 3 or more.
+  Three rates around a center, then further out while the lowest loss, which may
+  be inf, is at an edge; at most `trials`. A parabola through the lowest and its
+  neighbors gives the rate.
   """
   losses: dict[int, float] = {}
   for number in (0, -1, 1):
@@ -270,11 +240,8 @@ def find_rate(
   log: Log,
   own: Own = NOTHING,
 ) -> Suggestion:
-  """The rate of a run whose optim.learning_rate is 'auto'.
-
-  Raises:
-    ValueError: an optimizer without published sweeps.
-  """
+  """The rate of a run whose optim.learning_rate is 'auto'. Raises ValueError:
+  an optimizer without published sweeps."""
   prior = prior_rate(config, model.config)
   few = num_steps < 500  # What measuring costs would be missing for trials.
   measured = min((held_out and held_out.num_steps) or 1, 1 if few else 4)
@@ -282,7 +249,7 @@ def find_rate(
   if not trials:
     return Suggestion(prior, prior)
   log(f"Finding the learning rate: {trials} trials of {steps} steps ...")
-  trial = Trials(
+  trial = make_trial(
     *(config, model, mesh, params, stream, held_out),
     steps=steps,
     measured=measured,
@@ -296,11 +263,10 @@ def find_rate(
 def batch_and_epochs(config: Config, stream: Stream) -> tuple[int, int]:
   """(packs per step, passes) that published recipes give a number of rows.
 
-  Rows per step: 32 of LIMA's 1,000 rows (Zhou et al. 2023, arXiv 2305.11206)
-  to 128 of the 939,000 of Tulu 3 (Lambert et al. 2024, arXiv 2411.15124), a
-  line between them in the logarithms; half of it under LoRA, which larger
-  batches cost more (LoRA Without Regret). Passes: 15 for LIMA, 2 for Tulu 3,
-  likewise.
+  Rows per step: 32 of LIMA's 1,000 rows (Zhou et al. 2023, arXiv 2305.11206) to
+  128 of the 939,000 of Tulu 3 (Lambert et al. 2024, arXiv 2411.15124), a line
+  between them in the logarithms; half of it under LoRA, which larger batches
+  cost more (LoRA Without Regret). Passes: 15 to 2, likewise.
   """
   epoch = stream.stats.epoch
   assert epoch is not None  # A Stream has planned its first epoch.

@@ -122,7 +122,7 @@ def test_a_step_in_updates_is_steps_of_fewer_packs(tmp_path):
     tokenizer = data.load_tokenizer(config, config.model.path)
     stream = data.load_data(config, tokenizer, print).stream
     made, params = model.load_model(config, mesh, print)
-    return suggest.Trials(
+    return suggest.make_trial(
       *(config, made, mesh, params, stream, None),
       **{"steps": steps, "measured": steps, "updates": updates},
     )(1e-2)
