@@ -64,6 +64,10 @@ def test_a_student_comes_near_its_teacher_and_a_kept_one_is_the_same(
     float(online.base.kl / online.weight), rel=1e-4
   )
   assert records[-1]["loss/kl"] < 0.6 * records[0]["loss/kl"]
+  # Its checkpoint can be asked without the teacher that it trained beside.
+  asked = load_run.load(tmp_path / "run", log=lambda line: None)
+  exported = load_save.load_pretrained(tmp_path / "run" / "export")[1]
+  chex.assert_trees_all_equal(asked.params, exported)
   kept = config(tmp_path, student, distill__teacher="kept", distill__top=400)
   kept.workdir = str(tmp_path / "kept")
   with pytest.raises(ValueError, match="Run sft-jax teach"):

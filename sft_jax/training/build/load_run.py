@@ -16,6 +16,7 @@ from sft_jax.common.buckets import remote_workdir, storage
 from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.tokenizers import tokenizer as tokenizers
 from sft_jax.models.hf import load_save
+from sft_jax.models.lora import base_model
 from sft_jax.models.transformer import Model
 from sft_jax.step import optimizer
 from sft_jax.step.train_step import TrainState, model_params
@@ -113,7 +114,14 @@ def _read_parameters(
 
   Raises ValueError: the base is another one, or a digest is wrong.
   """
-  if changed := digests.damaged(manifest["beside"], base):
+  # Copies of the base's parameters, and a teacher's, are no part of the model.
+  others = tuple(f"['{x}']" for x in (base_model.COPIES, base_model.TEACHER))
+  beside = {
+    name: x
+    for name, x in manifest["beside"].items()
+    if not name.startswith(others)
+  }
+  if changed := digests.damaged(beside, base):
     raise ValueError(manager.other_base(str(path), changed))
   metadata = ocp.checkpointables_metadata(manager.address(path))
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
