@@ -1,6 +1,9 @@
 """A tiny pretrained model folder and rows, made where they are needed."""
 
+import functools
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -57,11 +60,20 @@ ROWS = [
 
 def model_folder(folder: Path, shape=SHAPE) -> Path:
   """Writes random weights, a tokenizer and a chat template."""
-  tokens = tiny_tokenizers.byte_level(folder.with_name(folder.name + "_tok"))
-  model = transformer.build(parse_config(shape))
+  made = Path(_made(json.dumps(shape)).name) / "model"
+  return Path(shutil.copytree(made, folder, dirs_exist_ok=True))
+
+
+@functools.cache  # To compile and write it is a second, to copy it is none.
+def _made(shape: str) -> tempfile.TemporaryDirectory:
+  made = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+  tokens = tiny_tokenizers.byte_level(Path(made.name) / "tokenizer")
+  model = transformer.build(parse_config(json.loads(shape)))
   params = jax.jit(model.init)(jax.random.key(0))
-  load_save.save_pretrained(folder, model, params, load_tokenizer(tokens))
-  return folder
+  load_save.save_pretrained(
+    Path(made.name) / "model", model, params, load_tokenizer(tokens)
+  )
+  return made
 
 
 def rows_file(path: Path, rows=None) -> Path:
