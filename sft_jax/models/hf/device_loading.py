@@ -11,7 +11,8 @@ parameter and nothing is copied.
 
 Of several processes each reads what its own devices hold, and no more than
 that. Where this is columns of a file, which are far apart there, processes read
-as many rows instead, and the devices exchange them.
+as many rows instead, and the devices exchange them, all to all: then a group,
+or a table without layers, is there twice.
 """
 
 import math
