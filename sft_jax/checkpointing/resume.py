@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from sft_jax.checkpointing.manager import Checkpoints
-from sft_jax.common import trees
+from sft_jax.common import sharding, trees
 from sft_jax.common.workdir import find_json
 from sft_jax.data.store.fingerprint import differences
 from sft_jax.step.train_step import TrainState
@@ -131,10 +131,12 @@ def _with_base(state: TrainState, base: trees.Tree) -> TrainState:
   return state._replace(frozen=trees.merge(state.frozen, base))
 
 
-# Where a run is and who watches it, which changes nothing that it computes.
+# Where a run is, on which devices, who watches it: this changes nothing that
+# it computes, but for the order of sums.
 _WITHOUT_EFFECT = (
   *("workdir", "compile_cache", "log/writers", "log/project"),
   *("profile/start", "profile/steps"),
+  *(f"mesh/{axis}" for axis in sharding.AXES),
 )
 
 

@@ -190,6 +190,17 @@ def sync_tree(folder: Path) -> None:
     sync_folder(Path(place))
 
 
+def wall_clock() -> str:
+  """The time of day, which may jump: for people, and for time between runs."""
+  return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def seconds_between(first: str, second: str) -> float:
+  """Of two of `wall_clock`; 0 where it jumped back."""
+  begin, end = map(datetime.datetime.fromisoformat, (first, second))
+  return max(0.0, (end - begin).total_seconds())
+
+
 class Incidents:
   """incidents.jsonl: what happened to a run that is not in its plan.
 
@@ -201,12 +212,14 @@ class Incidents:
   def __init__(self, workdir: Path):
     self._path = workdir / "incidents.jsonl"
 
-  def add(self, kind: str, step: int | None, message: str) -> None:
-    """Appends a line, down to the disk."""
+  def add(
+    self, kind: str, step: int | None, message: str, **figures: float
+  ) -> None:
+    """Appends a line, down to the disk; `figures` are further keys of it."""
     if jax.process_index():
       return
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    line = {"time": now, "kind": kind, "step": step, "message": message}
+    line = {"time": wall_clock(), "kind": kind, "step": step, **figures}
+    line["message"] = message
     with self._path.open("a+b") as file:
       # A line that a crash cut short ends here.
       if file.tell():

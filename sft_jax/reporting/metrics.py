@@ -89,12 +89,16 @@ class JsonlWriter:
     self._file = path.open("a")
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
-    """Appends {"step": step, **values}; non-finite numbers become null."""
+    """Appends {"step": step, **values}, and the time of day as "time/at".
+
+    Non-finite numbers become null.
+    """
     if self._file is None:
       return
     lost = lambda x: isinstance(x, float) and not math.isfinite(x)
     clean = {key: None if lost(x) else x for key, x in values.items()}
-    self._file.write(json.dumps({"step": step, **clean}) + "\n")
+    line = {"step": step, **clean, "time/at": workdir.wall_clock()}
+    self._file.write(json.dumps(line) + "\n")
     self._file.flush()
 
   def close(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sft_jax.common import flops
+from sft_jax.common import flops, workdir
 
 # What the seconds of a run go into; the rest is 'other'.
 KINDS = (
@@ -62,6 +62,65 @@ def previous_runtime(
   every = [last, *(r for r in forgotten if "time/run_s" in r)]
   useful = last["speed/goodput"] * last["time/run_s"]
   return PreviousRuntime(every[-1]["time/run_s"], useful)
+
+
+class Interruptions(NamedTuple):
+  """What a run lost when it was interrupted and started again.
+
+  Attributes:
+    times: how often.
+    steps: of those that were recorded, how many are taken again.
+    again_s: seconds in which they were taken.
+    start_s: to be ready for the next step, compiling included.
+    away_s: between the last record and the new start, by the clock on the
+      wall; steps that no record tells of are in it, and 0 is "not known".
+  """
+
+  times: int
+  steps: int
+  again_s: float
+  start_s: float
+  away_s: float
+
+  def __str__(self) -> str:
+    return (
+      f"{self.steps} steps taken again ({self.again_s:.0f} s), starting and "
+      f"compiling {self.start_s:.0f} s, away {self.away_s:.0f} s"
+    )
+
+
+def interruption(
+  kept: Sequence[Mapping[str, Any]],
+  forgotten: Sequence[Mapping[str, Any]],
+  start_s: float,
+) -> Interruptions:
+  """Reads it from the records that stand, those of steps to be redone, and
+  the seconds since this process started; called as it is ready."""
+  timed = lambda records: [r for r in records if "time/run_s" in r]
+  stand, again = timed(kept), timed(forgotten)
+  first = stand[-1] if stand else {"step": 0, "time/run_s": 0.0}
+  last = (stand + again or [first])[-1]
+  at = [r["time/at"] for r in (*kept, *forgotten) if "time/at" in r]
+  gone = workdir.seconds_between(at[-1], workdir.wall_clock()) if at else 0.0
+  return Interruptions(
+    1,
+    last["step"] - first["step"],
+    last["time/run_s"] - first["time/run_s"],
+    start_s,
+    max(0.0, gone - start_s),
+  )
+
+
+def lost_to_interruptions(
+  incidents: Sequence[Mapping[str, Any]],
+) -> Interruptions | None:
+  """The sums of what was noted of each; None where there was none."""
+  found = [
+    [x[name] for name in Interruptions._fields]
+    for x in incidents
+    if x["kind"] == "resumed" and "times" in x
+  ]
+  return Interruptions(*map(sum, zip(*found, strict=True))) if found else None
 
 
 class Throughput:

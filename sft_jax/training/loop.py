@@ -101,6 +101,8 @@ def train_steps(
     Stopped: after the step during which a signal came; it is saved.
   """
   if is_finished(session.config, built, resumed):
+    if step := int(resumed.state.step):
+      session.incidents.add("resumed", step, f"at step {step}")
     return resumed.state
   loop = _Loop(session, built, resumed, checkpoints, suite)
   with loop.opened():
@@ -183,6 +185,8 @@ class _Loop:
     self._records = Records(session, built, resume_step=self._start)
     self._records.check_chain(state.chain)
     self.runner = self._compile(resumed.state, state.chain)
+    if self._start:
+      self._records.note_resumed()
     self._agreement = distributed.Agreement(
       built.mesh, behind=step_runner.IN_FLIGHT
     )

@@ -41,6 +41,14 @@ class Records:
       published=built.machine.published,
     )
 
+  def note_resumed(self) -> None:
+    """Records what the interruption cost; all is ready for the next step."""
+    cost = throughput.interruption(
+      self._file.kept, self._file.forgotten, self._clock.seconds
+    )
+    message = f"at step {self.last}; {cost}"
+    self._incidents.add("resumed", self.last, message, **cost._asdict())
+
   def check_chain(self, chain: str) -> None:
     """Compares the records with the checkpoint that a run resumes from.
 

@@ -161,8 +161,7 @@ def run(session: Session, force: bool, extend: str, command: str) -> Result:
     done = loop.is_finished(config, built, resumed) and not resumed.changes
     if done and result is not None:
       return _report_finished(session, result, resumed.state, checkpoints)
-    if step := int(resumed.state.step):
-      session.incidents.add("resumed", step, f"at step {step}")
+    step = int(resumed.state.step)
     params = model_params(resumed.state)
     selfcheck.check_at_start(config, built, params, session.log)
     suite = evals.make_suite(config, built, terminal.TaskProgress(session.out))
@@ -189,6 +188,9 @@ def run(session: Session, force: bool, extend: str, command: str) -> Result:
       result["served"] = [verdict._asdict() for verdict in verdicts]
       for verdict in verdicts:
         session.log(str(verdict))
+  if lost := throughput.lost_to_interruptions(session.incidents.read()):
+    result["interruptions"] = lost._asdict()
+    session.log(f"Lost to interruptions: {lost}.")
   result["time"] = session.clock.account()
   session.log(final_summary.time_line(result["time"]))
   path = workdir / "metrics.jsonl"  # Without a common disk the first has it.

@@ -181,6 +181,48 @@ def test_what_two_processes_began_one_finishes(tmp_path, inputs):
   assert not (workdir / "checkpoints_rejected").exists()
 
 
+@pytest.mark.slow
+def test_the_same_command_continues_on_other_machines(tmp_path, inputs):
+  """A process killed while it saves; then fewer devices, more, and all."""
+  choices = CHOICES | _keys(inputs) | {"steps": 40, "checkpoint__every": 1}
+  choices |= {"eval__behaviors": "", "export": False, "checkpoint__keep": 2}
+  choices |= {"mesh__data": 1, "mesh__fsdp": -1}
+  cache = {"compile_cache": str(tmp_path / "cache")}
+  workdir = tmp_path / "moved"
+  stays, ends = {"mesh__fsdp": 2}, {"mesh__fsdp": -1}
+  kills = (((4, 4), 4, 1, {}), ((4,), 12, 0, stays), ((8,), 20, 0, ends))
+  for devices, step, victim, mesh in kills:
+    processes = start(workdir, choices | cache | mesh, devices=devices)
+    wait_for_step(workdir, processes, step)
+    processes[victim].kill()
+    ended = finish(processes, workdir, 60)
+    assert ended[victim][0] == -signal.SIGKILL
+    assert all(code == 1 for code, _ in ended[:victim] + ended[victim + 1 :])
+  # A mesh that does not fit what is left is a line with its cure.
+  processes = start(workdir, choices | stays, devices=(2,))
+  ((code, said),) = finish(processes, workdir, 100)
+  assert code == 2
+  assert re.search(
+    r"error: mesh: got .*fsdp=2.* for 2 devices, .*to -1\.", said
+  )
+  for code, said in finish(start(workdir, choices | cache), workdir, 300):
+    assert code == 0, said
+  one = tiny.config(tmp_path, "", "", **choices)
+  one.workdir = str(tmp_path / "alone")
+  sft_jax.train(one)
+  found, wanted = records(workdir), records(tmp_path / "alone")
+  assert [r["step"] for r in found] == list(range(1, 41))
+  for record, other in zip(found, wanted, strict=True):
+    for name in ("step", "data/chain", "data/rows_seen", "data/tokens"):
+      assert record[name] == other[name]
+    for name in ("loss/nats_per_token", "optim/grad_norm"):
+      np.testing.assert_allclose(record[name], other[name], rtol=1e-4)
+  lost = json.loads((workdir / "result.json").read_text())["interruptions"]
+  assert lost["times"] == 3
+  assert lost["start_s"] > 0
+  assert lost["away_s"] > 0
+
+
 def test_the_lifeline_speaks_before_jax():
   """JAX asks twice in its time, and ends without a name at the first."""
   assert distributed._HEARTBEAT / 2 > lifeline.SILENCE + 2 * lifeline.BEAT

@@ -5,7 +5,7 @@ import resource
 import jax.numpy as jnp
 import pytest
 
-from sft_jax.common import flops
+from sft_jax.common import flops, workdir
 from sft_jax.reporting import terminal, throughput
 
 CHIP = flops.Chip("any", flops=100.0, memory=1.0)
@@ -66,6 +66,34 @@ def test_an_account_adds_up(time):
   assert (account["export_s"], account["other_s"]) == (16, 1)
   run = account.pop("run_s")
   assert run == sum(account.values()) == 31
+
+
+def test_what_interruptions_cost(monkeypatch):
+  """Killed after step 5 of which 3 is saved; back an hour later."""
+  clock = "2026-01-01T0{}:00:{:02}+00:00".format
+  made = lambda step, run: {
+    "step": step,
+    "time/run_s": run,
+    "time/at": clock(1, int(run)),
+  }
+  kept = [made(2, 20.0), made(3, 30.0), {"step": 3, "time/at": clock(1, 35)}]
+  again = [made(4, 40.0), made(5, 55.0)]
+  monkeypatch.setattr(workdir, "wall_clock", lambda: clock(2, 55))
+  lost = throughput.interruption(kept, again, start_s=100.0)
+  assert lost == (1, 2, 25.0, 100.0, 3500.0)
+  # Saved at the last step, by a clock that has since been put back.
+  monkeypatch.setattr(workdir, "wall_clock", lambda: clock(0, 0))
+  other = throughput.interruption(kept, [], start_s=9.0)
+  assert other == (1, 0, 0.0, 9.0, 0.0)
+  # Before any step was recorded; and by an older version.
+  assert throughput.interruption([], [], 9.0) == (1, 0, 0.0, 9.0, 0.0)
+  assert throughput.interruption([{"step": 1}], [], 9.0)[1:3] == (0, 0.0)
+  incidents = [
+    {"kind": "resumed", **one._asdict()} for one in (lost, other)
+  ] + [{"kind": "resumed"}, {"kind": "halted"}]
+  total = throughput.lost_to_interruptions(incidents)
+  assert total == (2, 2, 25.0, 109.0, 3500.0)
+  assert throughput.lost_to_interruptions(incidents[2:]) is None
 
 
 def test_the_figures_of_a_window(time):

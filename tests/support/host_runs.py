@@ -1,4 +1,4 @@
-"""Runs of two processes that share a workdir, started and ended by tests."""
+"""Runs of processes that share a workdir, started and ended by tests."""
 
 import json
 import os
@@ -30,8 +30,9 @@ def start(
   folders: Sequence[Path] = (ROOT, ROOT),
   between: Callable[[subprocess.Popen], Any] = lambda first: None,
   homes: Sequence[Path] = (),
+  devices: Sequence[int] = (4, 4),
 ) -> list[subprocess.Popen]:
-  """Two processes of the door, which share a workdir.
+  """Processes of the door, one for each of `devices`, which share a workdir.
 
   Args:
     workdir: of both.
@@ -39,15 +40,17 @@ def start(
     folders: where each of them runs.
     between: called with the first before the second is started.
     homes: where each keeps what it fetches: machines that share no disk.
+    devices: how many each of them has; one process alone is told of no others.
   """
   folder = workdir.parent
   arguments = _arguments(workdir, choices)
-  flags = re.sub(r"count=\d+", "count=4", os.environ["XLA_FLAGS"])
-  environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-  environment["PYTHONPATH"] = str(ROOT)
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
   address = f"localhost:{free_port()}"
   processes = []
-  for i in range(2):
+  for i, count in enumerate(devices):
+    flags = re.sub(r"count=\d+", f"count={count}", os.environ["XLA_FLAGS"])
+    who = f"--coordinator={address}", f"--processes={len(devices)}"
+    who = (*who, f"--process={i}") if len(devices) > 1 else ()
     with (folder / f"{workdir.name}.{i}.out").open("w") as out:
       processes.append(
         subprocess.Popen(
@@ -55,10 +58,11 @@ def start(
             *(sys.executable, "-m", "sft_jax.main"),
             f"--config={ROOT / 'configs' / 'base.py'}",
             *arguments,
-            *(f"--coordinator={address}", "--processes=2", f"--process={i}"),
+            *who,
           ],
           cwd=folders[i],
           env=environment
+          | {"XLA_FLAGS": flags}
           | ({"XDG_CACHE_HOME": str(homes[i])} if homes else {}),
           stdout=out,
           stderr=subprocess.STDOUT,
@@ -92,7 +96,8 @@ def finish(processes: list[subprocess.Popen], workdir: Path, limit: float):
       process.kill()
       process.wait()
   said = [
-    (workdir.parent / f"{workdir.name}.{i}.out").read_text() for i in range(2)
+    (workdir.parent / f"{workdir.name}.{i}.out").read_text()
+    for i in range(len(processes))
   ]
   return list(zip([p.returncode for p in processes], said, strict=True))
 

@@ -278,6 +278,13 @@ def test_a_resumed_run_is_the_run(tmp_path, model, rows):
   # Both lives count, and the steps that were taken twice are no good.
   last = read_jsonl(workdir / "metrics.jsonl")[-1]
   assert last["time/run_s"] > lived
+  (note,) = read_jsonl(workdir / "incidents.jsonl")
+  lost = json.loads((workdir / "result.json").read_text())["interruptions"]
+  assert lost == {name: note[name] for name in lost}
+  assert (lost["times"], lost["steps"]) == (1, 2)
+  assert lost["again_s"] > 0
+  assert lost["start_s"] > 0
+  assert "2 steps taken again" in (workdir / "report.html").read_text()
   assert 0 < last["speed/goodput"] < 1
 
 

@@ -39,6 +39,7 @@ MACHINES = {
   "v6e-256": "v6e:16x16",
   "2 x v6e-256": "v6e:16x16*2",
   "TPU7x-64": "tpu7x:4x4x4",
+  "2 x TPU7x-64": "tpu7x:4x4x4*2",
   "8 x H200": "gpu-141GB:8",
 }
 LENGTHS = [2**n for n in range(9, 18)]
