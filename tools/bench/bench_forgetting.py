@@ -1,4 +1,4 @@
-"""Ten ways to forget less, beside plain fine-tuning: behavior and what is left.
+"""Ways to forget less, beside plain fine-tuning: behavior and what is left.
 
     python tools/bench/bench_forgetting.py --workdir=runs/forgetting
     python tools/bench/bench_forgetting.py --small --seeds 0 1 2
@@ -29,7 +29,8 @@ TEXT = "sft_jax/demo/general_text.jsonl"
 SMALL = ("context", "json", "refusal", "style", "replay")
 Changes = dict[str, Any]
 
-# What each way is called, and the keys it changes; train lacks a file there.
+# What each way is called, and the keys it changes. `without`: train lacks this
+# file. `mixed`: a point between the base and the way `of`, or plain.
 WAYS: dict[str, Changes] = {
   "plain": {},
   "without raw text": {"without": REPLAY},
@@ -52,6 +53,7 @@ WAYS: dict[str, Changes] = {
   },
   "3/4 model, 1/4 base": {"mixed": 0.75},
   "1/2 model, 1/2 base": {"mixed": 0.5},
+  "3/4 raw text by the base": {"mixed": 0.75, "of": "raw text by the base"},
 }
 HEAD = ("way", "runs", "behavior", "general text, perplexity", "KL")
 # Share of prompts passed, perplexity, its change, KL(base || tuned).
@@ -186,14 +188,14 @@ def main() -> None:
   for name in args.ways:
     for seed in args.seeds:
       share = WAYS[name].get("mixed")
-      way = name if share is None else "plain"
+      way = name if share is None else WAYS[name].get("of", "plain")
       folder = args.workdir / str(seed) / way.replace(" ", "_")
       config = configured(WAYS[way], folder, seed, args.small)
       config.steps = args.steps or config.steps
       found = trained(config)
       length = 128 if args.small else 256
       if share is not None or config.data.seq_len > length:
-        found = mixed(config, share or 1.0, length)
+        found = mixed(config, 1.0 if share is None else share, length)
       results.setdefault(name, []).append(found)
       print(table({name: results[name]}).splitlines()[-1], flush=True)
   print(table(results))
