@@ -31,13 +31,6 @@ os.environ["XLA_FLAGS"] = (
     if Version(importlib.metadata.version("jaxlib")) < Version("0.12")
     else ""
   )
-  # A program is compiled whole, not in 32 parts for as many cores: a quarter
-  # to a third less. Only where it was tried, for the same reason.
-  + (
-    " --xla_cpu_parallel_codegen_split_count=1"
-    if Version(importlib.metadata.version("jaxlib")) < Version("0.11")
-    else ""
-  )
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
