@@ -104,7 +104,6 @@ def side_by_side(
 
 
 def parser() -> argparse.ArgumentParser:
-  """The flags."""
   parser = argparse.ArgumentParser(description=__doc__)
   add = parser.add_argument
   add("--model", required=True, help="a model's folder, a run, a checkpoint")

@@ -18,7 +18,6 @@ from sft_jax.reporting.html import compare_page, run_page
 
 
 def main() -> None:
-  """Writes the page of several runs."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("runs", nargs="+", help="workdirs")
   parser.add_argument("--out", default="compare.html", help="the page")
@@ -32,7 +31,6 @@ def main() -> None:
 
 
 def report() -> None:
-  """Writes the page of one run."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("run", help="the workdir of a run")
   parser.add_argument("--out", help="default: report.html in the workdir")

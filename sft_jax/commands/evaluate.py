@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from sft_jax.commands import command
+from sft_jax.data.chat.options import RenderOptions
 from sft_jax.data.conversation import Conversation
 from sft_jax.data.encoding import encode
 from sft_jax.data.formats import formats
@@ -59,10 +60,9 @@ def scores(
 
 
 def texts(
-  path: str, asked: load_run.Asked, args: argparse.Namespace
+  path: str, asked: load_run.Asked, options: RenderOptions, max_length: int
 ) -> list[encode.Example]:
   """The rows of a file, raw text or conversations, as training has them."""
-  options = command.render_options(args, asked.options)
   return [
     example
     for where, row in files.read_rows(path)
@@ -70,7 +70,7 @@ def texts(
       formats.to_conversation(row, source=where),
       asked.tokenizer,
       options,
-      max_length=args.max_length,
+      max_length=max_length,
     ).examples
   ]
 
@@ -136,8 +136,10 @@ def main() -> None:
     terminal.console().print(f"IFEval: {shares}")
   if baseline and any(one.loss_weights.any() for one in replied):
     show_text("its replies", replied, asked, baseline, args)
+  options = command.render_options(args, asked.options)
   for path in args.text or ():
-    show_text(path, texts(path, asked, args), asked, baseline, args)
+    rows = texts(path, asked, options, args.max_length)
+    show_text(path, rows, asked, baseline, args)
   if args.out:
     out = Path(args.out)
     after.write(out)

@@ -31,12 +31,10 @@ import ml_collections
 
 from sft_jax.checkpointing import gguf, serving
 from sft_jax.checkpointing.resume import restore
+from sft_jax.commands import evaluate
 from sft_jax.common import hub
 from sft_jax.common.buckets import remote_workdir, storage
 from sft_jax.common.workdir import read_json
-from sft_jax.data.encoding import encode
-from sft_jax.data.formats import formats
-from sft_jax.data.readers import files
 from sft_jax.evals import forgetting
 from sft_jax.models.hf import merging
 from sft_jax.reporting import final_summary, run_files, terminal
@@ -46,31 +44,18 @@ from sft_jax.training.build.data import make_render_options
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--workdir", required=True, help="the folder of a run")
-  parser.add_argument("--out", required=True, help="the folder to write")
-  parser.add_argument("--dtype", help="of the weights; as trained by default")
-  parser.add_argument(
-    "--gguf",
-    choices=gguf.DTYPES,
-    help="write OUT-gguf too: a file for llama.cpp and Ollama's Modelfile",
-  )
-  parser.add_argument(
-    "--check",
-    action="store_true",
-    help="compare greedy replies in transformers and llama.cpp with the "
-    "model's, and the folder with what vLLM and SGLang load it by",
-  )
-  parser.add_argument(
-    "--into",
-    help="a folder, perhaps multimodal: written is a copy of it in "
-    "which only the text model's weights change",
-  )
-  parser.add_argument(
-    "--push", metavar="OWNER/NAME", help="a repository of the hub to upload to"
-  )
-  parser.add_argument(
-    "--dry-run", action="store_true", help="show what --push would upload"
-  )
+  add = parser.add_argument
+  add("--workdir", required=True, help="the folder of a run")
+  add("--out", required=True, help="the folder to write")
+  add("--dtype", help="of the weights; as trained by default")
+  add("--gguf", choices=gguf.DTYPES, help="write OUT-gguf too, for llama.cpp")
+  check = "compare replies of transformers and llama.cpp with the model's, and"
+  check += " the folder with what vLLM and SGLang load it by"
+  add("--check", action="store_true", help=check)
+  into = "a folder to copy, perhaps multimodal, with the text model's weights"
+  add("--into", help=into)
+  add("--push", metavar="OWNER/NAME", help="a repository of the hub")
+  add("--dry-run", action="store_true", help="show what --push would upload")
   args = parser.parse_args()
   out = terminal.console()
   log = out.print
@@ -176,16 +161,7 @@ def main() -> None:
 def held_out_nats(model: Path, rows: str, max_length: int) -> float:
   """Nats per trained token of a model's folder over the rows of a file."""
   asked = load_run.load(str(model))
-  examples = [
-    example
-    for where, row in files.read_rows(rows)
-    for example in encode.encode_row(
-      formats.to_conversation(row, source=where),
-      asked.tokenizer,
-      asked.options,
-      max_length=max_length,
-    ).examples
-  ]
+  examples = evaluate.texts(rows, asked, asked.options, max_length)
   found = forgetting.compare_models(
     asked.model, asked.params, None, examples, batch_size=8
   )
@@ -236,8 +212,7 @@ def merge(argv: Sequence[str] | None = None) -> None:
         f"{args.weights}; expected the plain average. Leave them out."
       )
     models = greedy(models, args.greedy, args.max_length)
-  choice = merging.Merge(
-    args.method, tuple(args.weights), args.density, args.seed
-  )
+  weights = tuple(args.weights)
+  choice = merging.Merge(args.method, weights, args.density, args.seed)
   merging.merge_folders(choice, models, args.out, base=args.base)
   terminal.console().print(f"{args.out}: {args.method} of {len(models)} models")

@@ -82,12 +82,10 @@ def show(out: Console, found: dict[str, Any]) -> None:
       "steps per epoch": f"{epoch['steps']:g} of {epoch['batch_size']} packs x "
       f"{epoch['seq_len']} tokens, {epoch['fill']:.1%} full",
     }
-    for kind, spread in found["lengths"].items():
-      facts[f"{kind} per example"] = ", ".join(
-        f"{name} {value:,.0f}"
-        for name, value in spread.items()
-        if name not in ("total", "histogram")
-      )
+    for kind, of in found["lengths"].items():
+      shown = of.keys() - {"total", "histogram"}
+      values = (f"{name} {x:,.0f}" for name, x in of.items() if name in shown)
+      facts[f"{kind} per example"] = ", ".join(values)
     terminal.facts(out, "\nEpoch", facts)
   if scored := found["scores"]:
     out.print()
@@ -101,28 +99,23 @@ def show(out: Console, found: dict[str, Any]) -> None:
     terminal.lines(out, title, [warning["message"]])
     for example in warning["examples"]:
       terminal.lines(out, f"  {example['note']}", map(_row, example["rows"]))
-  passed: dict[str, list[str]] = {}
-  for finding in found["findings"]:
-    if finding["passed"]:
-      passed.setdefault(finding["of"], []).append(finding["name"])
   out.print()
-  for of, names in passed.items():
-    out.print(f"passed  {of}: {', '.join(names)}", style="green")
-  for finding in found["findings"]:
-    if not finding["passed"]:
-      word, style = "FAILED ", "bold red"
-      if finding["allowed"]:
-        word, style = "allowed", "yellow"
-      out.print(f"{word} {finding['name']} ({finding['of']})", style=style)
-      out.print(f"        {finding['message']}")
+  passed = [one for one in found["findings"] if one["passed"]]
+  for of in dict.fromkeys(one["of"] for one in passed):
+    names = ", ".join(one["name"] for one in passed if one["of"] == of)
+    out.print(f"passed  {of}: {names}", style="green")
+  for one in found["findings"]:
+    if not one["passed"]:
+      allowed = one["allowed"]
+      title = (
+        f"{'allowed' if allowed else 'FAILED '} {one['name']} ({one['of']})"
+      )
+      out.print(title, style="yellow" if allowed else "bold red")
+      out.print(f"        {one['message']}")
 
 
 def show_sample(
-  out: Console,
-  sample: dict[str, Any],
-  where: str = "",
-  *,
-  brackets: bool = False,
+  out: Console, sample: dict[str, Any], where: str = "", *, brackets=False
 ) -> None:
   """Prints an example; what is trained in [[brackets]] if so asked."""
   trained = sum(weight > 0 for weight in sample["loss_weights"])

@@ -68,12 +68,8 @@ def main() -> None:
     )
     tokens = one.batch.tokens.size // one.batch.tokens.shape[0]
     chunks = -(-tokens // sharding.size(one.mesh) // config.loss.chunk_tokens)
-    return plan.plan(
-      *(one, machine),
-      model_flops=useful,
-      loss_chunks=chunks,
-      quick=QUICK.value,
-    )
+    how = {"loss_chunks": chunks, "quick": QUICK.value}
+    return plan.plan(one, machine, model_flops=useful, **how)
 
   first = outline(config)
   trained, frozen = (
@@ -143,42 +139,33 @@ def show(out, config, outline, found: plan.Plan, fill: float) -> None:
   gigabytes = lambda n: f"{n / 1e9:.3f} GB"
   kinds = {f"  {k}": gigabytes(v) for k, v in memory._asdict().items()}
   kinds.pop("  total")
-  terminal.facts(
-    out,
-    "Memory per device",
-    {
-      "total": f"{gigabytes(memory.total)} of {gigabytes(chip.memory)}, "
-      f"{memory.total / chip.memory:.0%}: "
-      + ("fits" if found.fits else "DOES NOT FIT"),
-      **kinds,
-    },
-  )
+  total = f"{gigabytes(memory.total)} of {gigabytes(chip.memory)}, "
+  total += f"{memory.total / chip.memory:.0%}: "
+  total += "fits" if found.fits else "DOES NOT FIT"
+  terminal.facts(out, "Memory per device", {"total": total, **kinds})
   if times is None:
     return
   tokens = tokens_of(config, fill)
   peak = chip.flops * outline.mesh.size
-  terminal.facts(
-    out,
-    "Step",
-    {
-      "FLOPs": f"{found.flops:.4g} or more, for {tokens:,.0f} tokens; the "
-      f"model's own are {found.model_flops:.4g}",
-      **{
-        kind: f"{one.count} x, {gigabytes(one.bytes)} received per device"
-        + ("" if one.exact else ", or more")
-        for kind, one in found.traffic.items()
-      },
-      "kernels": f"{found.text.count(_KERNEL)} of Pallas (splash attention)",
-      **{
-        name: "not known" if time is None else f"at least {time:.4g} s"
-        for name, time in times._asdict().items()
-        if time != 0.0
-      },
-      "step": f"at least {times.step:.4g} s, by {times.bound}",
-      "speed": f"at most {tokens / times.step:,.0f} tokens/s, an MFU of "
-      f"{found.model_flops / times.step / peak:.0%}",
+  facts = {
+    "FLOPs": f"{found.flops:.4g} or more, for {tokens:,.0f} tokens; the "
+    f"model's own are {found.model_flops:.4g}",
+    **{
+      kind: f"{one.count} x, {gigabytes(one.bytes)} received per device"
+      + ("" if one.exact else ", or more")
+      for kind, one in found.traffic.items()
     },
-  )
+    "kernels": f"{found.text.count(_KERNEL)} of Pallas (splash attention)",
+    **{
+      name: "not known" if time is None else f"at least {time:.4g} s"
+      for name, time in times._asdict().items()
+      if time != 0.0
+    },
+    "step": f"at least {times.step:.4g} s, by {times.bound}",
+    "speed": f"at most {tokens / times.step:,.0f} tokens/s, an MFU of "
+    f"{found.model_flops / times.step / peak:.0%}",
+  }
+  terminal.facts(out, "Step", facts)
 
 
 def predicted(
@@ -211,33 +198,25 @@ def show_predicted(out, figures: dict[str, Any]) -> None:
   """The compiler's own estimate of the step, and where its time goes."""
   seconds = figures["step_seconds"]
   share = lambda time: f"{time * 1e3:,.1f} ms, {time / seconds:.1%}"
-  terminal.facts(
-    out,
-    "Predicted by the compiler's cycles",
-    {
-      "step": f"{seconds * 1e3:,.0f} ms, "
-      f"{figures['tokens_per_second_per_chip']:,.0f} tokens/s per chip, an "
-      f"MFU of {figures['mfu']:.1%}",
-      **{
-        part: share(sum(phases.values()))
-        + " ("
-        + ", ".join(f"{k} {v * 1e3:,.1f}" for k, v in phases.items())
-        + ")"
-        for part, phases in figures["parts"].items()
-      },
-      **{f"  {kind}": share(time) for kind, time in figures["kinds"].items()},
-      **{f"note {i}": note for i, note in enumerate(figures["notes"], 1)},
+  listed = lambda of: ", ".join(f"{k} {v * 1e3:,.1f}" for k, v in of.items())
+  facts = {
+    "step": f"{seconds * 1e3:,.0f} ms, "
+    f"{figures['tokens_per_second_per_chip']:,.0f} tokens/s per chip, an "
+    f"MFU of {figures['mfu']:.1%}",
+    **{
+      part: f"{share(sum(phases.values()))} ({listed(phases)})"
+      for part, phases in figures["parts"].items()
     },
-  )
-  terminal.facts(
-    out,
-    "The ten dearest operations",
-    {
-      f"{i:2d}": f"{share(one['seconds'])}, {one['times']} x {one['kind']}, "
-      f"{one['part']}, {one['phase']}, {one['source'] or one['name']}"
-      for i, one in enumerate(figures["dearest"], 1)
-    },
-  )
+    **{f"  {kind}": share(time) for kind, time in figures["kinds"].items()},
+    **{f"note {i}": note for i, note in enumerate(figures["notes"], 1)},
+  }
+  terminal.facts(out, "Predicted by the compiler's cycles", facts)
+  dearest = {
+    f"{i:2d}": f"{share(one['seconds'])}, {one['times']} x {one['kind']}, "
+    f"{one['part']}, {one['phase']}, {one['source'] or one['name']}"
+    for i, one in enumerate(figures["dearest"], 1)
+  }
+  terminal.facts(out, "The ten dearest operations", dearest)
 
 
 def recommend(out, config, outline, tried) -> None:
@@ -288,23 +267,19 @@ def suggest() -> None:
   found = run.suggestion
   assert found is not None  # The rate is 'auto'.
   packs, epochs = rates.batch_and_epochs(config, run.stream)
-  steps = run.num_steps
-  terminal.facts(
-    out,
-    "Suggestion",
-    {
-      "learning rate": f"{found.rate:.2g}, for {steps} steps of "
-      f"{config.batch_size} packs",
-      "published": f"{found.prior:.2g} for width {run.model.config.d_model}"
-      + (" under LoRA" if config.lora.rank else "")
-      + " (LoRA Without Regret, 2025)",
-      "trials": f"{found.steps} steps each" if found.trials else "none",
-      **{f"  {rate:.2g}": f"{loss:.4f} nats" for rate, loss in found.trials},
-      "batch": f"{packs} packs of {config.data.seq_len} tokens (32 rows of "
-      "LIMA's 1,000 to 128 of Tulu 3's 939,000; under LoRA half)",
-      "epochs": f"{epochs} (LIMA 15, Tulu 3 2; watch the held-out loss)",
-    },
-  )
+  facts = {
+    "learning rate": f"{found.rate:.2g}, for {run.num_steps} steps of "
+    f"{config.batch_size} packs",
+    "published": f"{found.prior:.2g} for width {run.model.config.d_model}"
+    + (" under LoRA" if config.lora.rank else "")
+    + " (LoRA Without Regret, 2025)",
+    "trials": f"{found.steps} steps each" if found.trials else "none",
+    **{f"  {rate:.2g}": f"{loss:.4f} nats" for rate, loss in found.trials},
+    "batch": f"{packs} packs of {config.data.seq_len} tokens (32 rows of "
+    "LIMA's 1,000 to 128 of Tulu 3's 939,000; under LoRA half)",
+    "epochs": f"{epochs} (LIMA 15, Tulu 3 2; watch the held-out loss)",
+  }
+  terminal.facts(out, "Suggestion", facts)
   out.print(
     f"--config.optim.learning_rate={found.rate} --config.batch_size={packs} "
     f"--config.epochs={epochs}"

@@ -5,11 +5,9 @@
 
 Of each row: nats per trained token, the answer's nats without its prompt, and
 their ratio, IFD; see sft_jax/evals/row_scores.py. They are written to
-NAME.scores.jsonl beside each file NAME, or into FOLDER, and data.filter and
-data.weight_by read them there. The summary shows percentiles, the hardest and
-easiest rows, those whose prompt makes the answer harder (IFD above 1), and
-those whose prompt says it (the lowest IFD); sft-jax inspect shows it
-again. See docs/selection.md.
+NAME.scores.jsonl beside each file NAME, or into FOLDER, where data.filter and
+data.weight_by read them. Percentiles and the rows at the ends are shown, and
+again by sft-jax inspect. See docs/selection.md.
 
     sft-jax select --config=... --keep=10%
 
@@ -70,11 +68,9 @@ Config = data.Config
 def score(
   config: Config, log: data.Log, keep: float = 0.0
 ) -> dict[str, list[RowScore]]:
-  """Scores the rows of data.train and writes a file beside each of theirs.
+  """Scores the rows of data.train, in a file beside each of theirs, by file.
 
   With `keep`, a share of the rows is chosen, and their ranks are scores, too.
-
-  Returns {file: its scores}, as in data.train.
 
   Raises ValueError: a file that two sources read in two ways, or two files
   whose scores would have one name.
@@ -159,10 +155,7 @@ def _coverage_path(first: str | Path, folder: str) -> Path:
 def find_coverage(
   config: Config, store: Store, scored: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
-  """What `select` left of rows, by what `score_summary.of_store` says of these.
-
-  None: nothing, or some rows have no score of what they are now.
-  """
+  """What `select` left of rows of which each has a score; else None."""
   if not scored or scored["changed"] + scored["unscored"]:
     return None
   first = store.sources[0].files()[0]
@@ -254,13 +247,10 @@ def show_figures(out: Console, found: dict[str, Any]) -> None:
   """Prints what `score_figures` made."""
   percentiles = score_summary.PERCENTILES
   head = ("score", "rows", *(f"{p} %" for p in percentiles))
+  figures = lambda of: (f"{of[f'p{p}']:.3g}" for p in percentiles)
   lines = [
-    (
-      name,
-      f"{of_name['rows']:,}",
-      *(f"{of_name[f'p{p}']:.3g}" for p in percentiles),
-    )
-    for name, of_name in found["spread"].items()
+    (name, f"{of['rows']:,}", *figures(of))
+    for name, of in found["spread"].items()
   ]
   terminal.print_table(out, "Scores, by percentile", head, lines)
   for end in found["ends"]:
@@ -279,7 +269,6 @@ KEEP = flags.DEFINE_string("keep", "10%", "Of select: a share of the rows.")
 
 
 def select() -> None:
-  """The command `select`."""
   text = KEEP.value
   try:
     keep = float(text.removesuffix("%")) / (100 if "%" in text else 1)
@@ -294,10 +283,7 @@ TEACHER = flags.DEFINE_string("teacher", "", "Of teach: a model's folder.")
 
 
 def keep_predictions(config: Config, path: str, log: data.Log) -> Path:
-  """Keeps a teacher's predictions of the rows of data.train; their folder.
-
-  Raises ValueError: no teacher, or one of another vocabulary.
-  """
+  """Keeps a teacher's predictions of the rows of data.train; their folder."""
   config = config.copy_and_resolve_references()
   folder = setup_model.find_model(config).folder
   config.distill.teacher = path
@@ -361,10 +347,7 @@ def _predictions(
 
 
 def keep_reference(config: Config, log: data.Log) -> None:
-  """Keeps the base's log p of both sides of every pair, held-out ones too.
-
-  Asked by the functions, and in batches of the shape, that the run has.
-  """
+  """Keeps the base's log p of both sides of every pair, as the run would."""
   config = config.copy_and_resolve_references()
   config.model.path = str(setup_model.find_model(config).folder)
   config.preference.reference = "base"
@@ -403,7 +386,6 @@ def keep_reference(config: Config, log: data.Log) -> None:
 
 
 def teach() -> None:
-  """The command `teach`."""
   config, log = CONFIG.value, terminal.console().print
   if config.preference.loss and not TEACHER.value:
     keep_reference(config, log)

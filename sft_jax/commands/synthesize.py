@@ -28,7 +28,6 @@ from sft_jax.training.build import load_run
 
 
 def make(args: argparse.Namespace) -> synthesis.Synthesis:
-  """Asks the teacher as the arguments say."""
   out = terminal.console()
   log = out.print
   items, against = (
@@ -77,7 +76,6 @@ def make(args: argparse.Namespace) -> synthesis.Synthesis:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Runs the tool, on the command line's arguments where none are given."""
   parser = argparse.ArgumentParser(description=__doc__)
   add = parser.add_argument
   add("--teacher", required=True, help="a model's folder, a run, a checkpoint")

@@ -20,22 +20,17 @@ CONFIG = command.config_flag()
 FORCE = flags.DEFINE_bool(
   "force",
   False,
-  "Continue with another config or other data; incidents.jsonl says so.",
+  "Continue with another config or other data; incidents say so.",
 )
 EXTEND = flags.DEFINE_enum(
-  "extend",
-  "",
-  ["", *EXTENSIONS],
-  "Train the run in the workdir for more epochs or steps, and how its learning "
-  "rate continues.",
+  *("extend", "", ["", *EXTENSIONS]),
+  "Train for more epochs or steps, and how the learning rate continues.",
 )
 DRY_RUN = flags.DEFINE_bool(
   "dry-run", False, "Show the start page, and stop before the first step."
 )
 COORDINATOR = flags.DEFINE_string(
-  "coordinator",
-  "",
-  "host:port of the first of several processes; TPU pods and SLURM need none.",
+  "coordinator", "", "host:port of the first process; pods and SLURM need none."
 )
 PROCESSES = flags.DEFINE_integer("processes", 0, "How many there are.")
 PROCESS = flags.DEFINE_integer("process", -1, "Which of them this is, from 0.")
@@ -71,7 +66,6 @@ def _refuse(what: object) -> NoReturn:
 
 
 def main(argv: Sequence[str]) -> None:
-  """Trains as the config says."""
   if len(argv) > 1:
     _refuse(f"command line: unexpected argument {argv[1]!r}")
   logging.set_verbosity(logging.WARNING)  # Orbax and JAX narrate at INFO.
@@ -134,5 +128,4 @@ def _run() -> None:
 
 
 def cli() -> None:
-  """The command as a program."""
   app.run(main, flags_parser=_parse)
