@@ -112,11 +112,8 @@ def parser() -> argparse.ArgumentParser:
   add("--temperature", type=float, default=0.0, help="0: likeliest token")
   add("--top_p", type=float, default=1.0, help="1: off")
   add("--min_p", type=float, default=0.0, help="0: off")
-  add("--max_new_tokens", type=int, default=256, help="per reply")
-  add("--stop", action="append", help="ends a reply where this text begins")
   add("--every", type=int, default=4, help="tokens shown at a time")
-  command.add_render_options(parser)
-  add("--dtype", default="float32", help="float32 or bfloat16")
+  command.add_reply_options(parser, max_new_tokens=256)
   return parser
 
 

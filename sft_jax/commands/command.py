@@ -77,10 +77,16 @@ def run_with_flags(main: Callable[[], None]) -> None:
 _OF_PROMPTS = ("generation_prompt", "reasoning", "control_tokens", "merge")
 
 
-def add_render_options(parser: argparse.ArgumentParser) -> None:
-  """Adds what training may have chosen for prompts; exports need none of it,
-  but for the date and reasoning=strip, and runs remember it."""
+def add_reply_options(
+  parser: argparse.ArgumentParser, max_new_tokens: int
+) -> None:
+  """Adds how a model is loaded and replies are made, and what training may have
+  chosen for prompts; exports need none of this, but for the date and
+  reasoning=strip, and runs remember it."""
   add = parser.add_argument
+  add("--dtype", default="float32", help="float32 or bfloat16")
+  add("--max_new_tokens", type=int, default=max_new_tokens, help="per reply")
+  add("--stop", action="append", help="ends a reply where this text begins")
   add("--template_kwargs", type=json.loads, help="as in training")
   for name in _OF_PROMPTS:
     add(f"--{name}", choices=CHOICES[name], help="as in training")
@@ -89,7 +95,7 @@ def add_render_options(parser: argparse.ArgumentParser) -> None:
 def render_options(
   args: argparse.Namespace, ours: RenderOptions = DEFAULT
 ) -> RenderOptions:
-  """A model's own options, with what `add_render_options`'s arguments tell."""
+  """A model's own options, with what `add_reply_options`'s arguments tell."""
   names = ("template_kwargs", *_OF_PROMPTS)
   given = {name: getattr(args, name) for name in names}
   given = {name: x for name, x in given.items() if x is not None}

@@ -115,12 +115,9 @@ def main() -> None:
   add("--text", nargs="+", help="rows to predict: raw text, conversations")
   add("--text_batch", type=int, default=8, help="of these, rows at once")
   add("--max_length", type=int, default=1024, help="tokens of these rows")
-  add("--max_new_tokens", type=int, default=80, help="per reply")
-  add("--stop", action="append", help="ends a reply where this text begins")
   add("--batch_size", type=int, default=64, help="prompts at once")
   add("--int8_cache", action="store_true", help="keys and values in 8 bits")
-  command.add_render_options(parser)
-  add("--dtype", default="float32", help="float32 or bfloat16")
+  command.add_reply_options(parser, max_new_tokens=80)
   add("--out", help="write every reply here, jsonl; the baseline's beside it")
   args = parser.parse_args()
   items = [item for one in args.data for item in behaviors.load_sets(one)]

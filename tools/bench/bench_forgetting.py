@@ -114,13 +114,12 @@ def trained(config: Any) -> Figures:
   return passed / number, text["after"], text["change"], kl
 
 
-def arguments(config: Any, length: int) -> argparse.Namespace:
+def arguments(config: Any) -> argparse.Namespace:
   """Those of `sft-jax evaluate` that measure as a run of this config does."""
   parser = argparse.ArgumentParser()
-  command.add_render_options(parser)
+  command.add_reply_options(parser, config.eval.max_new_tokens)
   args = parser.parse_args([])
-  args.max_new_tokens, args.batch_size = config.eval.max_new_tokens, 64
-  args.stop, args.int8_cache, args.max_length = (), False, length
+  args.batch_size, args.int8_cache = 64, False
   return args
 
 
@@ -136,11 +135,11 @@ def mixed(config: Any, share: float, length: int) -> Figures:
   tuned, start = load_run.load(config.workdir), load_run.load(path)
   between = lambda a, b: share * a + (1 - share) * b
   asked = tuned._replace(params=jax.tree.map(between, *(tuned[1], start[1])))
-  args = arguments(config, length)
+  args = arguments(config)
   sets = config.eval.behaviors
   sets = "sft_jax/demo/behaviors.jsonl" if sets == "auto" else sets
   replies, _ = evaluate.scores(asked, behaviors.load_sets(sets), args)
-  rows = evaluate.texts(str(TEXT), asked, args)
+  rows = evaluate.texts(str(TEXT), asked, asked.options, length)
   pair = (start.model, start.params)
   found = forgetting.compare_models(*asked[:2], pair, rows, batch_size=16)
   was = forgetting.compare_models(*pair, None, rows, batch_size=16)
