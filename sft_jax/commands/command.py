@@ -19,7 +19,6 @@ from sft_jax.training import config_check
 # As in train.py: anything else is our mistake and keeps its trace.
 USER_ERRORS = (ValueError, OSError)
 
-
 # Read where a command is given no --config: the demo.
 DEFAULT_CONFIG = str(Path(__file__).parents[1] / "training" / "config.py")
 

@@ -155,9 +155,6 @@ def main() -> None:
   log(f"{args.out}: written.")
 
 
-# -- One model of several -----------------------------------------------------
-
-
 def held_out_nats(model: Path, rows: str, max_length: int) -> float:
   """Nats per trained token of a model's folder over the rows of a file."""
   asked = load_run.load(str(model))

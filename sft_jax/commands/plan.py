@@ -255,9 +255,6 @@ def search(out, config, outline, tried, limit) -> None:
   out.print(f"Largest batch_size that fits: {best}" if best else none)
 
 
-# -- Which learning rate ------------------------------------------------------
-
-
 def suggest() -> None:
   """Prints a learning rate, batch and passes for a model and rows."""
   out = terminal.console()

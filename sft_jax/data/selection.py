@@ -244,9 +244,6 @@ def _numbers(
   return np.array([values[i] for i in which], np.float64)
 
 
-# -- Files of scores ----------------------------------------------------------
-
-
 class RowScore(NamedTuple):
   place: str  # 'rows.jsonl:12'.
   content: int  # Hash of the row, `shards.content_of`.

@@ -144,7 +144,6 @@ _MLFLOW_NAME = re.compile(r"[^\w\-. /:]|\.\.|(?<=/)/|(?<=/)\.(?=/)")
 _MLFLOW_VALUE = 500
 _MLFLOW_PARAMS = 100
 
-
 WRITERS: dict[str, Callable[[About, str], Writer]] = {
   "tensorboard": TensorBoard,
   "wandb": Wandb,

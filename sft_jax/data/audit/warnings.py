@@ -307,9 +307,6 @@ def _by_answer(texts: Texts) -> list[DataWarning]:
   ]
 
 
-# -- One answer by itself ------------------------------------------------------
-
-
 def is_empty(answer: str) -> bool:
   """Whether a placeholder stands where an answer should: '<nooutput>'."""
   return len(answer) < 40 and _PLACEHOLDER.fullmatch(answer) is not None

@@ -35,7 +35,6 @@ _CALL = Conversation(
   ({"type": "function", "function": _LOOK_UP},),
 )
 
-
 _T = TypeVar("_T")
 
 

@@ -273,9 +273,6 @@ def spans(item: Row, where: str) -> tuple[tuple[int, int], ...] | None:
   return tuple(sorted(made))
 
 
-# -- A data set's own names ---------------------------------------------------
-
-
 class Names(NamedTuple):
   """Each maps names of a data set to ours."""
 

@@ -111,7 +111,6 @@ _ANSWERS, _QUESTIONS = {*instruction.ANSWERS}, {*instruction.QUESTIONS}
 _TURNS, _SHAREGPT = ("messages", "contents"), ("conversations", "conversation")
 _has_chosen = lambda row: isinstance(row.get("chosen"), str | list | Mapping)
 
-
 FORMATS = {
   "alpaca": Format(
     "instruction, input?, output | response",

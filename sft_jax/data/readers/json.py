@@ -46,9 +46,6 @@ MAX_ARRAY_BYTES = 2**30
 MAX_DEPTH = 100
 
 
-# -- Files --------------------------------------------------------------------
-
-
 def read_jsonl(file: Path, on_bad_row: OnBadRow) -> Rows:
   """An object on each line; places are 'rows.jsonl:12', counted from 1."""
   with open_bytes(file) as stream:
@@ -249,9 +246,6 @@ def too_long(where: str) -> RowError:
   got = f"a row of more than {MAX_ROW_BYTES // 2**20} MiB"
   expected = f"rows of at most {MAX_ROW_BYTES // 2**20} MiB"
   return RowError(where, got, expected, "Cut it into several rows.")
-
-
-# -- Values -------------------------------------------------------------------
 
 
 class _Fault(Exception):

@@ -301,9 +301,6 @@ def _seal(
   files.write_meta(folder, meta | made_of)
 
 
-# -- One builds, others wait --------------------------------------------------
-
-
 @contextlib.contextmanager
 def _turn(directory: Path, name: str, log: Log) -> Iterator[None]:
   """Holds the lock of a store; waits while another run builds it."""

@@ -136,14 +136,13 @@ def _stalled(pids: list[int], patience: float) -> WorkerDied:
   )
 
 
-# -- In a worker --------------------------------------------------------------
-
 _STALLED = 1  # The exit code of faulthandler's timer.
 _function: Callable[[Any], Any]
 _patience: float
 
 
 def _begin(function: bytes, patience: float) -> None:
+  """In a worker: gets it ready."""
   global _function, _patience
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent ends its workers.
   # Each is one of many: threads of its own would only get in the way.

@@ -191,7 +191,6 @@ CHECKS: dict[str, Check] = {
   **{name: _instruction(name) for name in ifeval.INSTRUCTIONS},
 }
 
-
 # Checks of the form alone: what a model may learn to imitate without being any
 # the wiser. The others ask whether what is said is right.
 FORMAT = {
@@ -199,7 +198,6 @@ FORMAT = {
   *("min_words", "has_reasoning"),
   *ifeval.INSTRUCTIONS,
 }
-
 
 KINDS = ("format", "content")
 
