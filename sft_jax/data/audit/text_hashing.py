@@ -158,7 +158,9 @@ def whole(words: Words) -> UInt64[np.ndarray, " texts"]:
     # Words may be mixed token ids: a place must not look like any of them, or
     # it and the token of its number would cancel.
     place = _place(here).astype(np.uint64) + np.uint64(1 << 40)
-    found.append(sums(mix(here.hashes ^ mix(place)), here.starts))
+    sums = np.zeros(len(place) + 1, np.uint64)  # Modulo 2**64.
+    np.cumsum(mix(here.hashes ^ mix(place)), out=sums[1:])
+    found.append(np.diff(sums[here.starts]))
   return np.concatenate(found)
 
 
@@ -171,15 +173,6 @@ def edge(words: Words, n: int, end: bool) -> UInt64[np.ndarray, " texts"]:
   for i in range(n):
     found[long] = mix(found[long] * np.uint64(3) + words.hashes[at + i])
   return found
-
-
-def sums(
-  values: UInt64[np.ndarray, " n"], starts: Int64[np.ndarray, " edges"]
-) -> UInt64[np.ndarray, " edges-1"]:
-  """The sum of each text's values, modulo 2**64."""
-  total = np.zeros(len(values) + 1, np.uint64)
-  np.cumsum(values, out=total[1:])
-  return total[starts[1:]] - total[starts[:-1]]
 
 
 def mix(values: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
