@@ -50,7 +50,7 @@ def specialist(folder: Path, seed: int, kinds: tuple[str, ...]) -> Any:
 def measured(config: Any, path: Path) -> Figures:
   """What a folder can do."""
   asked = load_run.load(path)
-  args = bench_forgetting.arguments(config, config.data.seq_len)
+  args = bench_forgetting.arguments(config)
   items = behaviors.load_sets(config.eval.behaviors)
   replies, _ = evaluate.scores(asked, items, args)
   pairs = zip(items, replies.replies, strict=True)
@@ -58,11 +58,12 @@ def measured(config: Any, path: Path) -> Figures:
   for item, one in pairs:
     (kinds,) = (x for x in KINDS if item.group in x)
     passed[kinds].append(one["passed"])
-  rows = evaluate.texts(bench_forgetting.TEXT, asked, args)
+  length, text = config.data.seq_len, bench_forgetting.TEXT
+  rows = evaluate.texts(text, asked, asked.options, length)
   found = forgetting.compare_models(*asked[:2], None, rows, batch_size=16)
   first, second = (float(np.mean(passed[kinds])) for kinds in KINDS)
-  text = forgetting.perplexity(found.nats, found.weight).value
-  return first, second, text
+  value = forgetting.perplexity(found.nats, found.weight).value
+  return first, second, value
 
 
 def run(folder: Path, seed: int) -> dict[str, Figures]:
