@@ -162,9 +162,9 @@ class OnPolicy:
 def _sides(example: Example) -> list[Example]:
   """The documents of an example: of a pair two."""
   better = len(example.tokens) - example.rejected
-  arrays = (example.tokens, example.loss_weights, example.roles)
+  tokens, weights, roles = example.tokens, example.loss_weights, example.roles
   parts = (slice(better), slice(better, None))
-  cut = [Example(*(x[own] for x in arrays)) for own in parts]
+  cut = [Example(tokens[own], weights[own], roles[own]) for own in parts]
   return [side for side in cut if len(side.tokens)]
 
 

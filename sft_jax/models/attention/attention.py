@@ -89,11 +89,12 @@ def attention_mask(
 ) -> Float32[Array, "B 1 1 T S"] | Int[Array, "B T"]:
   """The mask in the form that a backend (not 'auto') reads; see `mask_bias`.
   Layers of one kind share it: compute it once."""
+  q_positions, kv_positions, q_segments, kv_segments = ids
   if backend == "xla":
-    return mask_bias(*ids, window)
+    return mask_bias(q_positions, kv_positions, q_segments, kv_segments, window)
   # These take a window, or refuse it, by themselves.
   own = backend in ("splash", "triton")
-  return first_visible(ids[2], None if own else window)
+  return first_visible(q_segments, None if own else window)
 
 
 def first_visible(
