@@ -89,7 +89,7 @@ def run_orders(folder: Path, seed: int) -> list[float]:
   write_rows(make(""), folder / "rows", seed, 0.0)
   for path in (folder / "rows" / "all").iterdir():
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:300]))
-  nats, found = np.empty(0), []
+  nats, found, usual = np.empty(0), [], packing.assign_rows
   for way in ORDERS:
     config = make(way.replace(" ", "_"))
     config.data.train = f"{folder}/rows/all/*.jsonl"
@@ -111,6 +111,8 @@ def run_orders(folder: Path, seed: int) -> list[float]:
       nats: np.ndarray = nats,
       order: np.ndarray = shuffled,
     ) -> packing.Plan:
+      if len(lengths) != len(nats):  # Of general text.
+        return usual(lengths, patterns, seed=seed)
       by = {"short first": lengths, "likely first": nats, "shuffled": 0 * nats}
       order = order[np.argsort(by[key][order], kind="stable")]
       return packing.Plan(order, np.arange(len(order) + 1))
