@@ -17,7 +17,7 @@ import functools
 import json
 import os
 import threading
-import time
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -227,7 +227,7 @@ def _boot() -> str:
   try:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
   except OSError:  # Not Linux: nothing is trusted after this process.
-    return f"{os.getpid()} {time.time()}"
+    return uuid.uuid4().hex
 
 
 def _make(url: str, path: Path, info: dict[str, Any]) -> None:
