@@ -15,7 +15,7 @@ from sft_jax.training.build import build
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(
   path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
-  for folder in ("configs", "examples")
+  for folder in ("configs", "examples/lessons")
   for path in (ROOT / folder).rglob("*.py")
 )
 
