@@ -155,11 +155,20 @@ def _coverage_path(first: str | Path, folder: str) -> Path:
 def find_coverage(
   config: Config, store: Store, scored: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
-  """What `select` left of rows of which each has a score; else None."""
+  """What `select` left of rows of which each has a score; else None.
+
+  Raises ValueError: an earlier version of `select` left it.
+  """
   if not scored or scored["changed"] + scored["unscored"]:
     return None
-  first = store.sources[0].files()[0]
-  return workdir.find_json(_coverage_path(first, config.data.scores))
+  path = _coverage_path(store.sources[0].files()[0], config.data.scores)
+  found = workdir.find_json(path)
+  if found and any(isinstance(x, int) for x in found["kinds"].values()):
+    raise ValueError(
+      f"{path}: got kinds without how many are kept, of an earlier version; "
+      "expected both. Run sft-jax select again."
+    )
+  return found
 
 
 def _cover(

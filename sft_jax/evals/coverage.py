@@ -118,10 +118,11 @@ def kinds(
   refused = np.array(sorted(found["refusal"]), np.int64)
   others = found["refusal"] | found["raw text"]
   answered = np.setdiff1d(row[order], list(others))
-  prompts = vectors[:, vectors.shape[1] // 2 :] * np.sqrt(2)
-  gap = nearest(prompts[answered], prompts[refused])
-  usual = nearest(prompts[answered], prompts[answered], own=True)
-  near = np.quantile(usual, _USUAL) if len(usual) else 0
+  half, scale = vectors.shape[1] // 2, np.float32(np.sqrt(2))
+  asked, declined = (vectors[x, half:] * scale for x in (answered, refused))
+  gap, usual = nearest(asked, declined), nearest(asked, asked, own=True)
+  # Without a refusal nothing looks like one.
+  near = np.quantile(usual, _USUAL) if len(usual) and len(refused) else -1
   found["look-alike"] = set(answered[(gap <= usual) & (gap <= near)])
   hardest = nats >= np.quantile(nats, _HARD)
   found["hard"] = set(row[order][hardest[row[order]]])

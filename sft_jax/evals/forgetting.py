@@ -47,7 +47,8 @@ def base_agreement(base: BaseSums, weight: Any) -> dict[str, float]:
   Returns kl: mean KL(base || tuned) of a prediction, nats per token;
   top1_agreement: share of the tokens whose most likely one is the base's;
   base_correct: share that the base, given what is before, predicts;
-  both_correct: of these, the share that the tuned model predicts, too.
+  both_correct: of these, the share that the tuned model predicts, too; absent
+  where the base predicts none.
   """
   found = {name: float(getattr(base, name) / weight) for name in FIGURES[:3]}
   if base.base_correct:

@@ -200,7 +200,8 @@ def choose(
   good = np.flatnonzero([not one.reason for one in found])
   order = np.random.default_rng(seed).permutation(good)
   budget, end = min(budget, len(order)), 0
-  for rows in np.array_split(order, -(-len(order) // _BLOCK) or 1):
+  blocks = -(-len(order) // _BLOCK)
+  for rows in np.array_split(order, blocks) if blocks else ():
     start, end = end, end + len(rows)
     # Rounded so that the blocks' shares add up to the budget.
     count = budget * end // len(order) - budget * start // len(order)
@@ -215,5 +216,6 @@ def choose(
         found[i] = Choice(rank, f"kept: turn {turn[k] + 1} of {count}, {about}")
       else:
         near = f"{nearest[k]:.3f} from a row that is kept"
-        found[i] = Choice(1.0, f"left: {near}, {about}")
+        why = near if count else "its block keeps none"
+        found[i] = Choice(1.0, f"left: {why}, {about}")
   return found

@@ -93,15 +93,18 @@ def interruption(
   kept: Sequence[Mapping[str, Any]],
   forgotten: Sequence[Mapping[str, Any]],
   start_s: float,
+  incidents: Sequence[Mapping[str, Any]] = (),
 ) -> Interruptions:
-  """Reads it from the records that stand, those of steps to be redone, and
-  the seconds since this process started; called as it is ready."""
+  """Reads it from the records that stand, those of steps to be redone, the
+  seconds since this process started, and the incidents before; called as it is
+  ready. What was away before an earlier start is counted there."""
   timed = lambda records: [r for r in records if "time/run_s" in r]
   stand, again = timed(kept), timed(forgotten)
   first = stand[-1] if stand else {"step": 0, "time/run_s": 0.0}
   last = (stand + again or [first])[-1]
   at = [r["time/at"] for r in (*kept, *forgotten) if "time/at" in r]
-  gone = workdir.seconds_between(at[-1], workdir.wall_clock()) if at else 0.0
+  at += [x["time"] for x in incidents if x["kind"] == "resumed"]
+  gone = workdir.seconds_between(max(at), workdir.wall_clock()) if at else 0.0
   return Interruptions(
     1,
     last["step"] - first["step"],

@@ -185,8 +185,10 @@ class _Loop:
     self._records = Records(session, built, resume_step=self._start)
     self._records.check_chain(state.chain)
     self.runner = self._compile(resumed.state, state.chain)
-    if self._start:
-      self._records.note_resumed()
+    extended = self._config.optim.extended
+    self._records.note_start(
+      extended=bool(extended) and extended[-1][0] == self._start
+    )
     self._agreement = distributed.Agreement(
       built.mesh, behind=step_runner.IN_FLIGHT
     )

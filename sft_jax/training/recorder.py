@@ -41,13 +41,18 @@ class Records:
       published=built.machine.published,
     )
 
-  def note_resumed(self) -> None:
-    """Records what the interruption cost; all is ready for the next step."""
-    cost = throughput.interruption(
-      self._file.kept, self._file.forgotten, self._clock.seconds
-    )
-    message = f"at step {self.last}; {cost}"
-    self._incidents.add("resumed", self.last, message, **cost._asdict())
+  def note_start(self, *, extended: bool) -> None:
+    """Records what it cost, if the run was interrupted before; all is ready
+    for the next step. A run that had ended and is extended was not."""
+    kept, forgotten = self._file.kept, self._file.forgotten
+    if extended:
+      self._incidents.add("resumed", self.last, f"at step {self.last}")
+    elif self.last or forgotten:
+      cost = throughput.interruption(
+        kept, forgotten, self._clock.seconds, self._incidents.read()
+      )
+      message = f"at step {self.last}; {cost}"
+      self._incidents.add("resumed", self.last, message, **cost._asdict())
 
   def check_chain(self, chain: str) -> None:
     """Compares the records with the checkpoint that a run resumes from.

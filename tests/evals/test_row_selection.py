@@ -67,6 +67,12 @@ def scored(number, nats=lambda i: 1.0):
   ]
 
 
+def test_where_the_audit_leaves_every_row_none_is_kept():
+  vectors = np.eye(3, dtype=np.float32)
+  found = row_selection.choose(scored(3), vectors, 0.5, bad=["x"] * 3)
+  assert [(x.rank, x.reason) for x in found] == [(1.0, "left: x")] * 3
+
+
 def test_copies_are_left_and_every_row_says_why():
   scores = scored(8, lambda i: 0.1 * i)
   scores[5] = scores[5]._replace(content=scores[1].content)

@@ -81,6 +81,9 @@ def test_what_interruptions_cost(monkeypatch):
   monkeypatch.setattr(workdir, "wall_clock", lambda: clock(2, 55))
   lost = throughput.interruption(kept, again, start_s=100.0)
   assert lost == (1, 2, 25.0, 100.0, 3500.0)
+  # Killed again before a record: what was away before is counted already.
+  back = [{"kind": "resumed", "time": clock(2, 40)}]
+  assert throughput.interruption(kept, [], 5.0, back).away_s == 10.0
   # Saved at the last step, by a clock that has since been put back.
   monkeypatch.setattr(workdir, "wall_clock", lambda: clock(0, 0))
   other = throughput.interruption(kept, [], start_s=9.0)

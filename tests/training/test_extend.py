@@ -78,6 +78,8 @@ def test_the_rate_continues_as_asked(made, tmp_path):
       if line["kind"] == "extended"
     ]
     assert f"Extended at step {OLD} to {NEW}" in json.dumps(note)
+    # Nothing was interrupted.
+    assert "interruptions" not in sft_jax.read_run(result.workdir)["result"]
 
 
 def test_constant_is_the_uninterrupted_run(made, tmp_path):

@@ -98,8 +98,8 @@ def find_near_duplicates(
   Texts that others link already are not compared again: not every pair is
   listed, but `group` joins them all. A text without words, or of nothing but
   `ignored` ones (see `boilerplate`), has no pair. `among` are the texts to look
-  at. A word changed in the middle of m words leaves a Jaccard of
-  (m - 2n + 1) / (m + 1).
+  at. `n` words are a shingle, and `threshold` is above 0 and at most 1. A word
+  changed in the middle of m words leaves a Jaccard of (m - 2n + 1) / (m + 1).
   """
   sets = _Shingles(words, n, ignored, among)
   group = np.arange(len(words.counts))

@@ -37,8 +37,8 @@ class Store:
   places: UInt8[np.ndarray, " bytes"]  # All places on disk, as bytes.
   index: Shaped[np.ndarray, " rows"]  # One INDEX record per example.
   sources: tuple[Source, ...]  # What was read, and how much an epoch sees.
-  fingerprint: str  # Hash of the examples and of what they were made from:
-  # by name, digests of files, options; see `fingerprint.differences`.
+  fingerprint: str  # Hash of the examples and of what they were made from.
+  # Digests of files and options, by name; see `fingerprint.differences`.
   fingerprint_inputs: dict[str, Any]
   stats: DatasetStats  # What became of every row read.
   # What scales each example's loss; None is 1. See `selection`.
