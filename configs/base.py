@@ -200,6 +200,9 @@ def get_config() -> ml_collections.ConfigDict:
   checkpoint.every = 100  # Steps; 0 = only at the end.
   checkpoint.keep = 2  # Newest to keep.
   checkpoint.keep_every = 0  # And every so many steps; 0 = none.
+  # Between them, a copy in each host's memory every so many steps; 0 = none.
+  checkpoint.local_every = 0
+  checkpoint.local_dir = "/dev/shm/sft_jax"
   # And the best by this figure of an evaluation, such as
   # held_out/nats_per_token; '' = none. See eval.every.
   checkpoint.keep_best = ""

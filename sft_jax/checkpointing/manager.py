@@ -8,7 +8,9 @@ is set aside for an older one, never loaded and never deleted.
 
 import concurrent.futures
 import contextlib
+import functools
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from sft_jax.checkpointing import digests
+from sft_jax.checkpointing import digests, local_copies
 from sft_jax.common import distributed
 from sft_jax.common.buckets import storage
 from sft_jax.common.workdir import sync_folder, sync_tree
@@ -51,6 +53,7 @@ class Checkpoints:
     keep_every: int = 0,
     keep_best: str = "",
     before_save: Callable[[], None] = lambda: None,
+    local: local_copies.LocalCopies | None = None,
   ):
     """Opens (or creates) the folder.
 
@@ -60,6 +63,7 @@ class Checkpoints:
       keep_every: and those of steps that this divides; 0 = none.
       keep_best: and the one of the 'lowest' or 'highest' score; '' = none.
       before_save: called before each save: records must not be older.
+      local: copies between the checkpoints; the newest of both is restored.
     """
     self._directory = directory
     self._rejected = directory.with_name(f"{directory.name}_rejected")
@@ -67,7 +71,7 @@ class Checkpoints:
     self._scored = bool(keep_best)
     self._sign = -1 if keep_best == "highest" else 1
     self._scores: dict[int, float] = {}
-    self._before_save = before_save
+    self._before_save, self._local = before_save, local
     self._saving = 0  # The step being written.
     self._syncing: concurrent.futures.Future | None = None
     self._open()
@@ -149,16 +153,8 @@ class Checkpoints:
     """
     self.wait()
     self._synced()  # Before this save removes an older one.
-    sealed: Any = digests.seal(
-      {
-        "step": step,
-        "arrays": digests.describe(state),
-        "beside": digests.describe(beside),
-        "meta": meta,
-        "score": score,
-        "code": digests.code(),
-      }
-    )
+    manifest = _new_manifest(step, state, meta, beside)
+    sealed: Any = digests.seal(manifest | {"score": score})
     if score is not None and self._scored:
       self._scores[step] = score
     self._saving = step
@@ -167,6 +163,13 @@ class Checkpoints:
       self._orbax.save_checkpointables_async(
         step, {"state": state}, custom_metadata=sealed
       )
+
+  def copy(
+    self, step: int, state: Any, meta: dict[str, Any], *, beside: Any
+  ) -> None:
+    """Starts a copy to this machine's memory, in place of a save."""
+    assert self._local
+    self._local.save(step, state, _new_manifest(step, state, meta, beside))
 
   def check(self) -> None:
     """Raises OSError if the save under way has failed; does not wait."""
@@ -204,6 +207,9 @@ class Checkpoints:
     """Waits for the save under way and lets go of the folder."""
     self.wait()
     self._synced()
+    if self._local:
+      self._local.wait()
+      self._local.remove(range(max(self.steps(), default=0) + 1))
     with self._explained():
       self._orbax.close()
 
@@ -227,11 +233,24 @@ class Checkpoints:
 
   # -- Restoring ------------------------------------------------------------
 
+  def forget_copies(self, step: int) -> None:
+    """Removes local ones of later steps, which are taken again."""
+    if self._local:
+      self._local.remove(range(step + 1, sys.maxsize))
+
+  def find_copies(
+    self, abstract: Any, log: Callable[[str], None]
+  ) -> list[local_copies.Copy]:
+    """Local ones newer than all checkpoints; for `restore`."""
+    newest = max(self.steps(), default=0)
+    return self._local.find(abstract, newest, log) if self._local else []
+
   def restore(
     self,
     abstract: Any,
     log: Callable[[str], None],
     *,
+    copies: Sequence[local_copies.Copy] = (),
     beside: Any = None,
     cast: bool = False,
     best: bool = False,
@@ -240,6 +259,7 @@ class Checkpoints:
 
     Args:
       abstract: tree of jax.ShapeDtypeStruct with shardings.
+      copies: what is tried first.
       log: called with a line for every checkpoint that is rejected.
       beside: the arrays that were beside the state when it was saved.
       cast: True gives arrays of another dtype the one asked for; else they
@@ -253,6 +273,18 @@ class Checkpoints:
     """
     self.wait()
     steps = self.steps()
+    for copy in copies:
+      assert self._local
+      name, read = f"local copy {copy.step}", self._local.load
+      try:
+        return load(
+          *(name, copy.manifest, abstract, beside, cast),
+          functools.partial(read, copy),
+        )
+      except Mismatch:
+        raise
+      except ValueError as error:
+        log(f"{name} rejected ({_line(error)})")
     for step in self._ranked(steps) if best else reversed(steps):
       try:
         return self._load(step, abstract, beside, cast)
@@ -268,7 +300,7 @@ class Checkpoints:
           f"checkpoint {step} rejected ({type(error).__name__}: "
           f"{_line(error)}); set aside as {aside}"
         )
-    if steps:
+    if steps or copies:
       raise ValueError(
         f"{self._directory}: none of the checkpoints {steps} could be "
         "restored, expected one that verifies. They are in "
@@ -294,33 +326,11 @@ class Checkpoints:
   def _load(
     self, step: int, abstract: Any, beside: Any, cast: bool
   ) -> Restored:
+    def read(asked: Any) -> Any:
+      return self._orbax.load_checkpointables(step, {"state": asked})["state"]
+
     held = self._manifest(step)
-    other = digests.differences(held["arrays"], abstract)
-    if cast:
-      other = [line for line in other if ": dtype " not in line]
-    other += digests.differences(held["beside"], beside)
-    if other:
-      raise Mismatch(
-        f"checkpoint {step}: is whole, but not of what the config now gives:\n"
-        "  " + "\n  ".join(other[:20]) + f"\n({len(other)} in all, saved -> "
-        "asked for); expected the same. Undo the change of config, or start "
-        "in a new workdir."
-      )
-    if changed := digests.damaged(held["beside"], beside):
-      raise Mismatch(other_base(f"checkpoint {step}", changed))
-
-    def as_saved(path: Any, x: Any) -> jax.ShapeDtypeStruct:
-      saved = held["arrays"][jax.tree_util.keystr(path)]["dtype"]
-      dtype = saved if cast else x.dtype
-      return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
-
-    asked = {"state": jax.tree_util.tree_map_with_path(as_saved, abstract)}
-    state = self._orbax.load_checkpointables(step, asked)["state"]
-    if wrong := digests.damaged(held["arrays"], state):
-      raise ValueError(f"digest mismatch in {wrong[:3]} ({len(wrong)} arrays)")
-    if cast:
-      state = jax.tree.map(lambda x, y: x.astype(y.dtype), state, abstract)
-    return Restored(step, state, held["meta"])
+    return load(f"checkpoint {step}", held, abstract, beside, cast, read)
 
   def _set_aside(self, step: int) -> Path:
     self._orbax.close()
@@ -352,6 +362,59 @@ class Checkpoints:
         for step in (s for s in steps if f"{s}/{_COMMITTED}" not in names):
           storage.remove(str(self._directory / step))
     distributed.barrier("unfinished checkpoints are removed")
+
+
+def _new_manifest(
+  step: int, state: Any, meta: dict[str, Any], beside: Any
+) -> dict[str, Any]:
+  """What is sealed beside a state."""
+  return {
+    "step": step,
+    "arrays": digests.describe(state),
+    "beside": digests.describe(beside),
+    "meta": meta,
+    "code": digests.code(),
+  }
+
+
+def load(
+  name: str,
+  held: dict[str, Any],
+  abstract: Any,
+  beside: Any,
+  cast: bool,
+  read: Callable[[Any], Any],
+) -> Restored:
+  """What a manifest says that it holds, read and verified.
+
+  `read` is given what is asked for, as it was saved. The others and errors:
+  see `Checkpoints.restore`; ValueError: a digest differs.
+  """
+  other = digests.differences(held["arrays"], abstract)
+  if cast:
+    other = [line for line in other if ": dtype " not in line]
+  other += digests.differences(held["beside"], beside)
+  if other:
+    raise Mismatch(
+      f"{name}: is whole, but not of what the config now gives:\n"
+      "  " + "\n  ".join(other[:20]) + f"\n({len(other)} in all, saved -> "
+      "asked for); expected the same. Undo the change of config, or start "
+      "in a new workdir."
+    )
+  if changed := digests.damaged(held["beside"], beside):
+    raise Mismatch(other_base(name, changed))
+
+  def as_saved(path: Any, x: Any) -> jax.ShapeDtypeStruct:
+    saved = held["arrays"][jax.tree_util.keystr(path)]["dtype"]
+    dtype = saved if cast else x.dtype
+    return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+
+  state = read(jax.tree_util.tree_map_with_path(as_saved, abstract))
+  if wrong := digests.damaged(held["arrays"], state):
+    raise ValueError(f"digest mismatch in {wrong[:3]} ({len(wrong)} arrays)")
+  if cast:
+    state = jax.tree.map(lambda x, y: x.astype(y.dtype), state, abstract)
+  return Restored(held["step"], state, held["meta"])
 
 
 def address(path: Path) -> str:

@@ -79,9 +79,13 @@ def restore(
   """
   own, base = split_stored(fresh)
   abstract = _abstract(own)
-  if checkpoints.steps():  # Makes room for what is about to be read.
+  copies = checkpoints.find_copies(abstract, log)
+  if copies or checkpoints.steps():  # Makes room for what is about to be read.
     jax.tree.map(lambda x: x.delete(), own)
-  restored = checkpoints.restore(abstract, log, beside=base, cast=force)
+  restored = checkpoints.restore(
+    abstract, log, copies=copies, beside=base, cast=force
+  )
+  checkpoints.forget_copies(restored.step if restored else 0)
   if restored is None:
     return Resumed(fresh, {}, [])
   meta, step = restored.meta, restored.step

@@ -121,15 +121,15 @@ def start_pathways() -> bool:
 
   Raises ValueError: pathwaysutils, which JAX needs for it, is not installed.
   """
-  if "proxy" not in (jax.config.jax_platforms or "").split(","):
+  platforms = jax.config.values["jax_platforms"] or ""
+  if "proxy" not in platforms.split(","):
     return False
   try:
     import pathwaysutils  # pyright: ignore
   except ImportError as error:
     raise ValueError(
-      f"JAX_PLATFORMS: got {jax.config.jax_platforms!r}, expected the package "
-      f"pathwaysutils beside it ({error}). pip install pathwaysutils, or unset "
-      "JAX_PLATFORMS."
+      f"JAX_PLATFORMS: got {platforms!r}, expected the package pathwaysutils "
+      f"beside it ({error}). pip install pathwaysutils, or unset JAX_PLATFORMS."
     ) from error
   pathwaysutils.initialize()
   return True
@@ -275,21 +275,33 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-def first_says(value: Any) -> Any:
+def first_says(value: Any, process: int = 0) -> Any:
   """What the first process gives here, as JSON has it; every process calls it.
 
-  It goes by way of the coordinator, and waits for the first process alone.
+  It goes by way of the coordinator, and waits for that process alone; perhaps
+  another one.
   """
   text, name = json.dumps(value), f"sft_jax first_says {next(_turns)}"
-  if jax.process_index():
+  if jax.process_index() != process:
     text = _first_has(name)
   elif jax.process_count() > 1:
     _client().key_value_set(name, text)
   return json.loads(text)
 
 
+def all_say(value: Any) -> list[Any]:
+  """What each process gives here, as JSON has it; every process calls it."""
+  turn, me, text = next(_turns), jax.process_index(), json.dumps(value)
+  if jax.process_count() > 1:
+    _client().key_value_set(f"sft_jax all_say {turn} {me}", text)
+  return [
+    json.loads(text if i == me else _first_has(f"sft_jax all_say {turn} {i}"))
+    for i in range(jax.process_count())
+  ]
+
+
 def _first_has(name: str) -> str:
-  """What the first process sets, which may encode the data before.
+  """What a process sets, the first of which may encode the data before.
 
   Each second Python hears of signals.
   """

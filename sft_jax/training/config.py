@@ -212,6 +212,9 @@ class CheckpointConfig:
   every: int = 100  # Steps; 0 = only at the end.
   keep: int = 2  # Newest to keep.
   keep_every: int = 0  # And every so many steps; 0 = none.
+  # Between them, a copy in each host's memory every so many steps; 0 = none.
+  local_every: int = 0
+  local_dir: str = "/dev/shm/sft_jax"
   # And the best by this figure of an evaluation, such as
   # held_out/nats_per_token; '' = none. See eval.every.
   keep_best: str = ""

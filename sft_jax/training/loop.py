@@ -139,6 +139,7 @@ class _Due(NamedTuple):
   evaluation: bool
   gap: bool
   save: bool
+  copy: bool
 
 
 class _Loop:
@@ -295,10 +296,13 @@ class _Loop:
     scored = evaluation and bool(followed_metric(config))
     saves = _divides(config.checkpoint.every, step) or scored
     save = self._last or self._stopping or saves
+    # Not in older workdirs.
+    copies = _divides(config.checkpoint.get("local_every", 0), step)
     # A record ends where a checkpoint is made: a resumed run then writes the
     # very records that the uninterrupted run would have written.
-    record = save or evaluation or gap or _divides(config.log.every, step)
-    return _Due(record, evaluation, gap, save)
+    often = copies or _divides(config.log.every, step)
+    record = save or evaluation or gap or often
+    return _Due(record, evaluation, gap, save, copies and not save)
 
   def _ends_epoch(self, step: int) -> bool:
     """True at the first step that completes a pass over the data."""
@@ -338,13 +342,14 @@ class _Loop:
     self._stopping = asked or self._stopping
 
   def save_if_due(self) -> None:
-    """Starts a checkpoint, where one is due."""
-    if not self.runner.halted and (self._due.save or self._stopping):
-      self._save()
+    """Starts a checkpoint, or a copy, where one is due."""
+    save = self._due.save or self._stopping
+    if not self.runner.halted and (save or self._due.copy):
+      self._save(copy=not save)
       self._watchdog.reset()
     self._records.flush()
 
-  def _save(self) -> None:
+  def _save(self, *, copy: bool = False) -> None:
     own, beside = split_stored(self.runner.state)
     state = LoopState(
       losses=list(self._detector.losses),
@@ -355,11 +360,13 @@ class _Loop:
     )
     origin = find_origin(self._config, self._built, self._session.own)
     meta = {**origin._asdict(), "loop": state._asdict()}
-    self._saved = self.runner.number
+    step = self.runner.number
     with self._session.clock.on("save"):
-      self._checkpoints.save(
-        self._saved, own, meta, beside=beside, score=self._score
-      )
+      if copy:
+        self._checkpoints.copy(step, own, meta, beside=beside)
+        return
+      self._saved = step
+      self._checkpoints.save(step, own, meta, beside=beside, score=self._score)
 
   def finish(self) -> None:
     """Records and saves what a halted run reached; waits for the disk."""

@@ -1,15 +1,19 @@
 """What a run leaves behind: checkpoints and their origin, export, adapters."""
 
+import secrets
 from pathlib import Path
 from typing import Any
 
+import jax
 from etils import epath
 
 from sft_jax.checkpointing import export, serving
+from sft_jax.checkpointing.local_copies import LocalCopies
 from sft_jax.checkpointing.manager import Checkpoints
 from sft_jax.checkpointing.resume import Origin
-from sft_jax.common import sharding, trees
+from sft_jax.common import distributed, sharding, trees
 from sft_jax.common.buckets import remote_workdir, storage
+from sft_jax.common.workdir import find_json, write_json
 from sft_jax.models.hf import peft_save
 from sft_jax.models.lora import base_model, merge
 from sft_jax.step.train_step import TrainState, model_params
@@ -56,7 +60,20 @@ def open_checkpoints(config: Config, workdir: Path) -> Checkpoints:
     keep_every=keep.keep_every,
     keep_best=keep.best_is if followed_metric(config) else "",
     before_save=lambda: remote_workdir.push(workdir),
+    local=_local_copies(keep, workdir) if keep.get("local_every") else None,
   )
+
+
+def _local_copies(config: Config, workdir: Path) -> LocalCopies:
+  """In a folder of the run that is in the workdir, and of no other."""
+  path = workdir / "run.json"
+  mine = find_json(path) if jax.process_index() == 0 else None
+  if mine is None and jax.process_index() == 0:
+    mine = {"id": secrets.token_hex(8)}
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(path, mine)
+  folder = Path(config.local_dir) / distributed.first_says(mine)["id"]
+  return LocalCopies(folder)
 
 
 def save_adapters(
