@@ -149,7 +149,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def run(session: Session, force: bool, extend: str, command: str) -> Result:
   """The phases of a run, one after the other."""
   config, workdir = session.config, session.workdir
-  checkpoints = outputs.open_checkpoints(config, workdir)
+  checkpoints = outputs.open_checkpoints(config, workdir, runs=True)
   with closing(checkpoints):
     early_changes = _check(session, checkpoints, force, extend)
     built = _build(session)

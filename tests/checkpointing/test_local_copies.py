@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,9 @@ from host_runs import ROOT, finish, free_port, records, start, wait_for_step
 from sft_jax.checkpointing.local_copies import LocalCopies
 from sft_jax.checkpointing.manager import Checkpoints, Mismatch
 from sft_jax.common import sharding
+from sft_jax.training.build import outputs
 
+LIMIT = 120  # Seconds: a hang fails.
 SPECS = {
   "w": PartitionSpec(None, "fsdp"),
   "half": PartitionSpec("tensor", "fsdp"),
@@ -171,6 +174,7 @@ def test_shards_that_are_sent_keep_every_bit(opened):
 
 
 _HOST = """
+import json
 import sys
 from pathlib import Path
 import jax
@@ -192,8 +196,9 @@ with distributed.joined(f"localhost:{port}", 2, int(process)):
   else:
     said = []
     found = local.find(tests.abstract(state), 0, said.append)
-    print([copy.step for copy in found], [len(copy.lacking) for copy in found])
-    print(*said)
+    held = [[copy.step, len(copy.lacking)] for copy in found]
+    # Gloo writes to stdout, and into lines.
+    Path(f"{folder}/{process}.said").write_text(json.dumps([held, said]))
     for copy in found:
       got = local.load(copy, tests.abstract(state))
       assert not digests.damaged(copy.manifest["arrays"], got)
@@ -203,10 +208,12 @@ with distributed.joined(f"localhost:{port}", 2, int(process)):
 """
 
 
-def pair(folder, what) -> list[list[str]]:
-  """What two processes of four devices said."""
+def pair(folder, what) -> list:
+  """Two processes of four devices save or restore; [[step, arrays lacking]]
+  of what each found, and what it said."""
   flags = "--xla_force_host_platform_device_count=4"
-  paths = os.pathsep.join(map(str, (ROOT, *sys.path)))
+  here = Path(__file__).parent
+  paths = os.pathsep.join(map(str, (ROOT, here, *sys.path)))
   port = str(free_port())
   processes = [
     subprocess.Popen(
@@ -221,10 +228,13 @@ def pair(folder, what) -> list[list[str]]:
     )
     for i in range(2)
   ]
-  ended = [process.communicate(timeout=120) for process in processes]
+  try:
+    ended = [process.communicate(timeout=LIMIT) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
   assert [p.returncode for p in processes] == [0, 0], ended
-  said = [out.splitlines() for out, _ in ended]
-  return [[x for x in one if not x.startswith("[Gloo]")] for one in said]
+  return [json.loads(x.read_text()) for x in sorted(folder.glob("*.said"))]
 
 
 @pytest.mark.slow
@@ -233,79 +243,96 @@ def test_a_host_that_is_new_gets_its_shards_from_another(tmp_path):
   older one of the other's copies is all there is, then nothing."""
   pair(tmp_path, "save")
   shutil.rmtree(tmp_path / "1")
-  for out in pair(tmp_path, "restore"):
-    assert out == ["[7, 6] [4, 4]", ""]
+  assert pair(tmp_path, "restore") == [[[[7, 4], [6, 4]], []]] * 2
   shutil.rmtree(tmp_path / "0" / "process_0" / "7")
   manifest = tmp_path / "0" / "process_0" / "6" / "manifest.json"
-  assert pair(tmp_path, "restore") == [["[6] [4]", ""]] * 2
+  assert pair(tmp_path, "restore") == [[[[6, 4]], []]] * 2
   manifest.unlink()
-  assert pair(tmp_path, "restore") == [["[] []", ""]] * 2
+  assert pair(tmp_path, "restore") == [[[], []]] * 2
 
 
-@pytest.fixture
-def hosts(tmp_path):
-  """(choices of a run whose copies are in each host's own folder, folders)."""
-  folders = [tmp_path / name for name in ("host0", "host1")]
-  for folder in folders:
-    folder.mkdir()
-  choices = {
-    "model__path": str(tiny.model_folder(tmp_path / "model")),
-    "data__train": str(tiny.rows_file(tmp_path / "rows.jsonl")),
-    "compile_cache": str(tmp_path / "compiled"),
-    **{"steps": 30, "batch_size": 16, "eval__behaviors": ""},
-    **{"mesh__data": 2, "mesh__fsdp": 4, "checkpoint__every": 20},
-    **{"checkpoint__local_every": 2, "checkpoint__local_dir": "memory"},
-  }
-  return choices, folders
+SHAPE = tiny.SHAPE | {
+  **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1},
+  **{"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8},
+}
+
+
+def timeless(folder) -> list[dict]:
+  """Its records, without what says how fast they came."""
+  timed = ("time/", "speed/", "mem")
+  return [
+    {key: value for key, value in one.items() if not key.startswith(timed)}
+    for one in records(folder)
+  ]
 
 
 @pytest.mark.slow
-def test_killed_runs_continue_from_memory(tmp_path, hosts):
-  """Both killed; then one machine lost, whose copies the other one has; then
-  both lost: the end is that of an undisturbed pair, byte for byte."""
-  choices, folders = hosts
+@pytest.mark.parametrize(
+  ("devices", "kills"),
+  [((1, 1), ((26, (0, 1), 1), (46, (0,), None))), ((4,), ((26, (0,), None),))],
+  ids=["whole on each of two", "parts on one"],
+)
+def test_killed_runs_continue_from_memory(tmp_path, devices, kills):
+  """Killed between checkpoints: both of two processes, and the machine of one
+  is lost, whose shards the other has; then one of them, which ends the other;
+  and a process whose devices hold a part each. The end is that of an
+  undisturbed run, byte for byte.
+
+  Each kill: after which step, which processes, whose memory is lost.
+  """
+  hosts = [tmp_path / f"host{i}" for i in range(len(devices))]
+  for host in hosts:
+    host.mkdir()
+  choices = {
+    "model__path": str(tiny.model_folder(tmp_path / "model", SHAPE)),
+    "data__train": str(tiny.rows_file(tmp_path / "rows.jsonl")),
+    "compile_cache": str(tmp_path / "compiled"),
+    **{"steps": 60, "checkpoint__every": 20, "mesh__fsdp": max(devices)},
+    **{"checkpoint__local_every": 2, "checkpoint__local_dir": "memory"},
+  }
+  begin = lambda workdir: start(
+    workdir, choices, folders=hosts, devices=devices
+  )
+
+  def complete(workdir):
+    for code, said in finish(begin(workdir), workdir, LIMIT):
+      assert code == 0, said
+
   whole, killed = tmp_path / "whole", tmp_path / "killed"
-  for code, said in finish(start(whole, choices, folders=folders), whole, 300):
-    assert code == 0, said
-  begun = [0]
-  for step, victim, lost in ((5, 0, ()), (11, 1, (1,)), (15, 0, (0, 1))):
-    processes = start(killed, choices, folders=folders)
-    wait_for_step(killed, processes, step)
-    processes[victim].kill()
-    ended = finish(processes, killed, 60)
-    assert ended[victim][0] == -signal.SIGKILL
-    begun.append(records(killed)[-1]["step"])
-    for i in lost:  # Its memory is gone.
-      shutil.rmtree(folders[i] / "memory")
-  ended = finish(start(killed, choices, folders=folders), killed, 300)
-  for code, said in ended:
-    assert code == 0, said
+  complete(whole)
+  copied = []
+  for step, victims, lost in kills:
+    processes = begin(killed)
+    wait_for_step(killed, processes, step, LIMIT)
+    for i in victims:
+      processes[i].kill()
+    ended = finish(processes, killed, LIMIT)
+    assert all(ended[i][0] == -signal.SIGKILL for i in victims), ended
+    if lost is not None:
+      shutil.rmtree(hosts[lost] / "memory")
+    folders = tmp_path.glob("host*/memory/*/process_*/*")
+    copied.append(max(int(p.name) for p in folders if p.name.isdigit()))
+    folders = (killed / "checkpoints").iterdir()
+    saved = max(int(p.name) for p in folders if p.name.isdigit())
+    last = records(killed)[-1]["step"]
+    assert saved < copied[-1] <= last < 60
+    # The step being copied, and the one before it, are lost at most.
+    assert last - 4 <= copied[-1]
+  complete(killed)
   lines = (killed / "incidents.jsonl").read_text().splitlines()
-  steps = [one["step"] for one in map(json.loads, lines)]
-  # At most the step being copied, and the one before it, are lost; of two
-  # machines without their memory, all since the checkpoint.
-  assert len(steps) == 2
-  assert begun[1] - 4 <= steps[0] <= begun[1]
-  assert begun[2] - 4 <= steps[1] <= begun[2]
-  assert begun[3] < 20
-  timeless = lambda folder: [
-    {
-      k: v
-      for k, v in one.items()
-      if not k.startswith(("time/", "speed/", "mem"))
-    }
-    for one in records(folder)
-  ]
+  assert [json.loads(line)["step"] for line in lines] == copied
   assert timeless(killed) == timeless(whole)
   one, other = (x / "export" / "model.safetensors" for x in (whole, killed))
   assert one.read_bytes() == other.read_bytes()
-  for folder in folders:  # Nothing stays in memory.
-    assert not list(folder.glob("memory/*/process_*/*"))
+  assert not list(tmp_path.glob("host*/memory/*/process_*/*"))
 
 
 @pytest.mark.slow
 def test_a_run_of_one_process_continues_from_memory(tmp_path, monkeypatch):
-  """Its checkpoints taken away; a new run in the workdir finds no copies."""
+  """Its checkpoints taken away; a new run in the workdir finds no copies.
+
+  Who opens the checkpoints and does not run them leaves the copies alone.
+  """
   model = tiny.model_folder(tmp_path / "model")
   rows = tiny.rows_file(tmp_path / "rows.jsonl")
   choices = {"export": False, "steps": 5, "checkpoint__every": 0}
@@ -315,6 +342,7 @@ def test_a_run_of_one_process_continues_from_memory(tmp_path, monkeypatch):
   with monkeypatch.context() as patched:
     patched.setattr(LocalCopies, "remove", lambda *_: None)
     whole = sft_jax.train(config)
+  outputs.open_checkpoints(config, whole.workdir).close()
   for name in ("checkpoints/5", "result.json"):
     path = whole.workdir / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()

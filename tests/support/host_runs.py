@@ -102,10 +102,14 @@ def finish(processes: list[subprocess.Popen], workdir: Path, limit: float):
   return list(zip([p.returncode for p in processes], said, strict=True))
 
 
-def wait_for(true: Callable[[], bool], processes: list[subprocess.Popen]):
-  """Returns when it is; where the processes end before, or never, they are
-  killed and it fails."""
-  deadline = time.monotonic() + 300
+def wait_for(
+  true: Callable[[], bool],
+  processes: list[subprocess.Popen],
+  limit: float = 300,
+):
+  """Returns when it is; where the processes end before, or it is not in time,
+  they are killed and it fails."""
+  deadline = time.monotonic() + limit
   while not true():
     if time.monotonic() > deadline or any(
       p.poll() is not None for p in processes
@@ -117,12 +121,18 @@ def wait_for(true: Callable[[], bool], processes: list[subprocess.Popen]):
     time.sleep(0.05)
 
 
-def wait_for_step(workdir: Path, processes: list[subprocess.Popen], step: int):
+def wait_for_step(
+  workdir: Path,
+  processes: list[subprocess.Popen],
+  step: int,
+  limit: float = 300,
+):
   """Returns when a record of the step is written."""
   path = workdir / "metrics.jsonl"
   wait_for(
     lambda: path.exists() and len(path.read_text().splitlines()) >= step,
     processes,
+    limit,
   )
 
 

@@ -48,9 +48,15 @@ def find_origin(config: Config, built: BuiltRun, own: Own = NOTHING) -> Origin:
   )
 
 
-def open_checkpoints(config: Config, workdir: Path) -> Checkpoints:
-  """The checkpoints of a run, kept as its config says."""
+def open_checkpoints(
+  config: Config, workdir: Path, *, runs: bool = False
+) -> Checkpoints:
+  """The checkpoints of a run, kept as its config says.
+
+  The copies in memory are of whom `runs` it alone, who removes them.
+  """
   keep = config.checkpoint
+  copies = runs and keep.get("local_every")  # Not in older workdirs.
   folder = workdir / "checkpoints"
   if str(config.workdir).startswith("gs://"):  # Orbax writes there itself.
     folder: Any = epath.Path(storage.join(config.workdir, "checkpoints"))
@@ -60,7 +66,7 @@ def open_checkpoints(config: Config, workdir: Path) -> Checkpoints:
     keep_every=keep.keep_every,
     keep_best=keep.best_is if followed_metric(config) else "",
     before_save=lambda: remote_workdir.push(workdir),
-    local=_local_copies(keep, workdir) if keep.get("local_every") else None,
+    local=_local_copies(keep, workdir) if copies else None,
   )
 
 
