@@ -73,14 +73,16 @@ def without(spans: Spans, gone: Spans) -> Spans:
 def _requests(spans: Spans) -> Spans:
   """What to ask for: small gaps are fetched, and long spans in parts."""
   asked: Spans = []
-  wanted = 0
+  wanted = wasted = 0
   for start, stop in spans:
     wanted += stop - start
-    if asked and (start - asked[-1][1]) * _WASTE <= wanted:
+    gap = start - asked[-1][1] if asked else 0
+    if asked and (wasted + gap) * _WASTE <= wanted:
       asked[-1] = asked[-1][0], stop
+      wasted += gap
     else:
       asked.append((start, stop))
-      wanted = stop - start
+      wanted, wasted = stop - start, 0
   return [
     (at, min(at + _REQUEST, stop))
     for start, stop in asked

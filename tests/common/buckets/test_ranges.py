@@ -50,6 +50,13 @@ def test_spans_are_sets_of_bytes(some, others):
   assert len(as_set(asked)) <= len(as_set(one)) * (1 + 1 / ranges._WASTE)
 
 
+def test_requests_waste_little_in_all():
+  wanted = [(0, 1000), *((n, n + 1) for n in range(1015, 1500, 16))]
+  size = sum(stop - start for start, stop in ranges._requests(wanted))
+  assert size <= (1000 + len(wanted) - 1) * (1 + 1 / ranges._WASTE)
+  assert ranges._requests(wanted)[0] == (0, 1016)
+
+
 @pytest.fixture
 def counted(monkeypatch):
   """The lengths of all ranges that came."""
