@@ -253,7 +253,8 @@ def write_into(folder: Path, source: Path, model: Model, params: Tree) -> None:
       )
   if jax.process_index() == 0:
     for file in [*source.iterdir()]:
-      if file.is_file() and file.name != files.CHECKSUMS:
+      kept = file.name != files.CHECKSUMS and file.suffix != ranges.ENDING
+      if kept and file.is_file():
         ranges.need_all(file)
         shutil.copyfile(file, folder / file.name)
   for new in tensors:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sft_jax.common.buckets import ranges
 from sft_jax.common.workdir import digest, replace_folder
 from sft_jax.models.hf import safetensors_files as files
 from sft_jax.models.hf.safetensors_files import Pending, Tensor
@@ -104,7 +105,7 @@ def merge_folders(
     return Pending(name, first.dtype, first.shape, make)
 
   def write(folder: Path) -> None:
-    weights = (".safetensors", ".safetensors.index.json")
+    weights = (".safetensors", ".safetensors.index.json", ranges.ENDING)
     for file in models[0].iterdir():
       copied = not file.name.endswith(weights) and file.name != files.CHECKSUMS
       if file.is_file() and copied:
@@ -121,7 +122,10 @@ def _write_lineage(
   folder: Path, merge: Merge, models: Sequence[Path], base: Path | None
 ) -> None:
   def digests(path: Path) -> dict[str, str]:
-    return {x.name: digest(x) for x in sorted(path.glob("*.safetensors"))}
+    found = sorted(path.glob("*.safetensors"))
+    for file in found:
+      ranges.need_all(file)
+    return {file.name: digest(file) for file in found}
 
   lineage = {
     **merge._asdict(),

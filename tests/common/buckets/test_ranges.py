@@ -23,7 +23,7 @@ import tiny
 from buckets import every, gs
 from host_runs import ROOT, free_port
 from sft_jax.common.buckets import ranges, storage
-from sft_jax.models.hf import load_save
+from sft_jax.models.hf import load_save, merging
 from sft_jax.models.hf.safetensors_files import read_header, save_tensors
 
 GOLDENS = Path(__file__).parents[2] / "models" / "goldens"
@@ -152,6 +152,42 @@ def test_an_object_that_changes_meanwhile_is_an_error(url, tmp_path):
   assert not file.exists()
   _, found = load_save.load_pretrained(f"{url}/model")
   assert float(np.max(found["embed"]["embedding"])) > 0.9
+
+
+memory = pytest.mark.parametrize("scheme", ["memory"])
+
+
+@memory
+def test_copies_of_a_folder_have_whole_weights(url, tmp_path, monkeypatch):
+  """And no journal, by which what is written there would be overwritten."""
+  local = tiny.model_folder(tmp_path / "model")
+  put(f"{url}/model", local)
+  model, params = load_save.load_pretrained(local)
+  names = Path.iterdir
+  # The journal comes before its file.
+  monkeypatch.setattr(
+    Path, "iterdir", lambda x: iter(sorted(names(x), reverse=True))
+  )
+
+  def into(folder, source):
+    changed = jax.tree.map(lambda x: x + 1, params)
+    folder.mkdir()
+    load_save.write_into(folder, source, model, changed)
+    same(load_save.load_pretrained(folder)[1], changed)
+
+  def merge(folder, source):
+    merging.merge_folders(merging.Merge("average"), [source, local], folder)
+    made = json.loads((folder / merging.LINEAGE).read_text())["models"]
+    assert made[str(source)] == made[str(local)]
+
+  for number, write in enumerate((into, merge)):
+    source = ranges.fetch(f"{url}/model")
+    first, *_ = read_header(source / "model.safetensors").values()
+    first.read(0, 1)
+    assert ranges.is_partial(first.path)
+    write(tmp_path / f"out {number}", source)
+    assert not list((tmp_path / f"out {number}").glob("*" + ranges.ENDING))
+    shutil.rmtree(storage.cache_folder())
 
 
 @pytest.mark.parametrize("scheme", [gs])
