@@ -2,13 +2,15 @@
 
     gs://bucket/llama/model.safetensors
       -> .../llama/model.safetensors        of its size, with holes
-         .../llama/model.safetensors.held   JSON: which object; then, a line
-                                            each, 'first end' of what is here
+         .../llama/model.safetensors.held   JSON: which object, and which start
+                                            of the machine; then, a line each,
+                                            'first end' of what is here
 
 Readers call `need` before they read. The object's generation is asked for with
 every range where a store knows it (gs://), and compared at the end: a file is
 of one object, or an error. A file that is whole is compared with the store's
-digest; then it is a copy like any other, and its `.held` goes.
+digest; then it is a copy like any other, and its `.held` goes. Until then a
+machine that starts again may have lost bytes of it: it is fetched again.
 """
 
 import bisect
@@ -16,6 +18,7 @@ import contextlib
 import functools
 import json
 import os
+import platform
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -32,6 +35,7 @@ ENDING = ".held"
 _REQUEST, _REQUESTS = 16 << 20, 16
 # One request brings neighbors, too, if of 64 bytes at most one is not wanted.
 _WASTE = 64
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _files: dict[Path, "_File"] = {}
 _opening = threading.Lock()
 
@@ -104,6 +108,8 @@ class _File:
     self.read = self._journal.stat()  # It grows, while it is the same.
     about, *lines = self._journal.read_text().splitlines()
     self._about = json.loads(about)
+    del self._about["boot"]
+    self.size = self._about["size"]
     pairs = (line.split() for line in lines)
     self._held = merged((int(x[0]), int(x[1])) for x in pairs if len(x) == 2)
     self._claimed: Spans = []  # What some thread is fetching.
@@ -111,7 +117,7 @@ class _File:
 
   def need(self, spans: Spans) -> None:
     """Returns when the spans are here."""
-    spans = merged((a, min(b, self._about["size"])) for a, b in spans)
+    spans = merged((a, min(b, self.size)) for a, b in spans)
     while True:
       with self._changed:
         left = without(spans, self._held)
@@ -134,16 +140,22 @@ class _File:
 
   def _fetch(self, start: int, stop: int) -> None:
     data = self._ask(start, stop)
-    with self._path.open("r+b") as file:
-      file.seek(start)
-      file.write(data)
-    # After the bytes: of a process that is killed they are there.
-    # Where another process has found the file whole there is none.
-    with contextlib.suppress(FileNotFoundError):
-      journal = os.open(self._journal, os.O_WRONLY | os.O_APPEND)
-      # A line that was cut ends before.
-      os.write(journal, f"\n{start} {stop}\n".encode())
-      os.close(journal)
+    try:
+      with self._path.open("r+b") as file:
+        file.seek(start)
+        file.write(data)
+      # After the bytes: of a process that is killed they are there.
+      # Where another process has found the file whole there is none.
+      with contextlib.suppress(FileNotFoundError):
+        journal = os.open(self._journal, os.O_WRONLY | os.O_APPEND)
+        try:  # A line that was cut ends before.
+          os.write(journal, f"\n{start} {stop}\n".encode())
+        finally:
+          os.close(journal)
+    except FileNotFoundError:  # Another process has forgotten it.
+      raise self._other() from None
+    except OSError as error:  # Of a full disk it has no name.
+      raise OSError(error.errno, error.strerror, str(self._path)) from error
     with self._changed:
       self._held = merged([*self._held, (start, stop)])
 
@@ -176,8 +188,14 @@ class _File:
       raise self._other() from None
     if _about(about["url"], info) != about:
       raise self._other()
-    if self._held == [(0, about["size"])]:
-      if not storage.is_copy(self._path, info):
+    if self._held == [(0, self.size)]:
+      try:
+        whole = storage.is_copy(self._path, info)
+        with self._path.open("r+b") as file:
+          os.fsync(file.fileno())  # From now on no start is asked for.
+      except FileNotFoundError:
+        raise self._other() from None
+      if not whole:
         self.forget()
         raise OSError(
           f"{about['url']}: came with other bytes than the store's digest "
@@ -194,9 +212,14 @@ class _File:
     )
 
   def forget(self) -> None:
-    """The file goes first: without its journal it would be a whole one."""
-    self._path.unlink(missing_ok=True)
-    self._journal.unlink(missing_ok=True)
+    """The file goes first: without its journal it would be a whole one.
+
+    What another process has made there meanwhile stays.
+    """
+    with storage.locked(self._path), contextlib.suppress(FileNotFoundError):
+      if self._journal.stat().st_ino == self.read.st_ino:
+        self._path.unlink(missing_ok=True)
+        self._journal.unlink()
     _files.pop(self._path, None)
 
 
@@ -218,18 +241,23 @@ def _about(url: str, info: dict[str, Any]) -> dict[str, Any]:
 def fetch(url: str, without: Sequence[str] = ()) -> Path:
   """`storage.fetch`, with holes in the place of weights.
 
-  What was fetched is trusted until the machine starts again, which may lose
-  bytes of files whose names it has.
+  Machines that share a disk have a copy each: none trusts, or makes again, what
+  another is fetching.
   """
-  return storage.fetch(url, without=without, make=_make, key=_boot())
+  key = platform.node() if _BOOT_ID.exists() else _boot()
+  return storage.fetch(url, without=without, make=_make, key=key)
 
 
 @functools.cache
 def _boot() -> str:
-  try:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-  except OSError:  # Not Linux: nothing is trusted after this process.
-    return uuid.uuid4().hex
+  """Since when bytes that were written are there: this start of the machine.
+
+  It may lose bytes of files whose names it has. Where it has no name (not
+  Linux), this process.
+  """
+  if _BOOT_ID.exists():
+    return _BOOT_ID.read_text().strip()
+  return uuid.uuid4().hex
 
 
 def _make(url: str, path: Path, info: dict[str, Any]) -> None:
@@ -237,9 +265,44 @@ def _make(url: str, path: Path, info: dict[str, Any]) -> None:
     storage.download(url, path, info)
     return
   path.parent.mkdir(parents=True, exist_ok=True)
-  _journal(path).write_text(json.dumps(_about(url, info)) + "\n")
+  _empty(path, _about(url, info))
+
+
+def _empty(path: Path, about: dict[str, Any]) -> None:
+  """Makes a file of nothing but holes, its journal first and for good."""
+  new = _journal(path).with_suffix(".new")
+  with new.open("w") as journal:
+    journal.write(json.dumps(about | {"boot": _boot()}) + "\n")
+    journal.flush()
+    os.fsync(journal.fileno())
+  new.replace(_journal(path))
   with path.open("wb") as file:
-    file.truncate(info["size"])
+    file.truncate(about["size"])
+
+
+def _renew(path: Path) -> None:
+  """Makes a file with holes again if it is of another start of the machine.
+
+  Raises OSError: it is not in the cache, whose files alone are written and
+  removed here.
+  """
+  home = storage.cache_folder().resolve() / "remote"
+  if not path.resolve().is_relative_to(home):
+    raise OSError(
+      f"{_journal(path)}: says that bytes of {path.name} are missing, which is "
+      "no file of the cache; expected a whole one. Copy the folder from where "
+      "it came, or delete the file of this name if the weights are whole."
+    )
+  with storage.locked(path), _journal(path).open("rb") as journal:
+    about = json.loads(journal.readline())
+    if about.get("boot") != _boot():
+      if path in _files:
+        raise OSError(
+          f"{path}: was made again by another machine while it was read; "
+          "expected a cache of this machine alone. Set XDG_CACHE_HOME to a "
+          "folder on its own disk."
+        )
+      _empty(path, about)
 
 
 def is_partial(path: Path) -> bool:
@@ -249,18 +312,21 @@ def is_partial(path: Path) -> bool:
 
 def _open(path: Path) -> "_File | None":
   with _opening:
-    if not is_partial(path):  # Whole, or none.
+    try:
+      now, old = _journal(path).stat(), _files.get(path)
+      if (
+        old is None
+        or now.st_ino != old.read.st_ino
+        or now.st_size < old.read.st_size
+      ):
+        _renew(path)
+        _files[path] = old = _File(path)
+      else:
+        old.read = now
+      return old
+    except FileNotFoundError:  # Whole, maybe since now, or none.
       _files.pop(path, None)
       return None
-    now, old = _journal(path).stat(), _files.get(path)
-    if (
-      old is None
-      or now.st_ino != old.read.st_ino
-      or now.st_size < old.read.st_size
-    ):
-      _files[path] = old = _File(path)
-    old.read = now
-    return old
 
 
 def need(
@@ -279,7 +345,7 @@ def need(
 def need_all(path: Path) -> None:
   """All of a file, compared with the store's digest."""
   if file := _open(path):
-    file.need([(0, path.stat().st_size)])
+    file.need([(0, file.size)])
     file.check()
 
 

@@ -321,9 +321,7 @@ def fetch(
   home = cache_folder() / "remote" / key
   copy = home / (start.rpartition("/")[2] or "bucket")
   home.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-  with (home.parent / f"{key}.lock").open("w") as lock:
-    if fcntl is not None:
-      fcntl.flock(lock, fcntl.LOCK_EX)
+  with locked(copy):
     if not all(
       (copy / name).is_file() and (copy / name).stat().st_size == size
       for name, size, _ in stamps
@@ -331,6 +329,17 @@ def fetch(
       shutil.rmtree(home, ignore_errors=True)
       _fetch_all(url, start, names, copy, make)
   return copy / next(iter(names)) if path in found else copy
+
+
+@contextlib.contextmanager
+def locked(copy: Path) -> Iterator[None]:
+  """No other process makes or removes a file of a copy's folder meanwhile."""
+  remote = cache_folder().resolve() / "remote"
+  key = copy.resolve().relative_to(remote).parts[0]
+  with (remote / f"{key}.lock").open("w") as lock:
+    if fcntl is not None:
+      fcntl.flock(lock, fcntl.LOCK_EX)
+    yield
 
 
 def _fetch_all(

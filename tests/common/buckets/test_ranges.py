@@ -1,5 +1,6 @@
 """Weights by ranges: what is asked for, of one object, bit by bit the same."""
 
+import errno
 import itertools
 import json
 import os
@@ -188,6 +189,96 @@ def test_copies_of_a_folder_have_whole_weights(url, tmp_path, monkeypatch):
     write(tmp_path / f"out {number}", source)
     assert not list((tmp_path / f"out {number}").glob("*" + ranges.ENDING))
     shutil.rmtree(storage.cache_folder())
+
+
+@memory
+def test_a_file_outside_the_cache_is_never_written(url, tmp_path):
+  put(f"{url}/model", tiny.model_folder(tmp_path / "model"))
+  copy = shutil.copytree(ranges.fetch(f"{url}/model"), tmp_path / "copy")
+  held = {file: file.read_bytes() for file in copy.iterdir()}
+  with pytest.raises(OSError, match="no file of the cache; expected a whole"):
+    load_save.load_pretrained(copy)
+  assert held == {file: file.read_bytes() for file in copy.iterdir()}
+
+
+@memory
+def test_a_machine_that_starts_again(url, tmp_path, counted, monkeypatch):
+  """What was whole stays; what was not may have lost bytes."""
+  put(f"{url}/model", GOLDENS / "qwen2_sharded")
+  folder = ranges.fetch(f"{url}/model")
+  whole, part, *_ = sorted(folder.glob("*.safetensors"))
+  ranges.need_all(whole)
+  first, *_ = read_header(part).values()
+  want = first.read()
+  monkeypatch.setattr(ranges, "_boot", lambda: "the next start")
+  ranges._files.clear()
+  with part.open("r+b") as file:
+    file.seek(first.offset)
+    file.write(bytes(first.num_bytes))
+  counted.clear()
+  assert ranges.fetch(f"{url}/model") == folder
+  ranges.need_all(whole)
+  assert not counted
+  np.testing.assert_array_equal(first.read(), want)
+  assert sum(counted) == first.num_bytes
+  ranges.need_all(part)
+  ranges.check(folder)
+  assert not ranges.is_partial(part)
+  # One that shares the disk under one name has made it again meanwhile.
+  other = next(x for x in folder.glob("*.safetensors") if ranges.is_partial(x))
+  read_header(other)
+  about = json.loads(ranges._journal(other).read_text().splitlines()[0])
+  with monkeypatch.context() as patch:
+    patch.setattr(ranges, "_boot", lambda: "another machine's")
+    ranges._empty(other, about)
+  with pytest.raises(OSError, match="again by another machine"):
+    ranges.check(folder)
+
+
+@memory
+def test_another_process_is_faster(url, tmp_path, monkeypatch):
+  """It finds a file whole, forgets it or makes it again between two steps."""
+  put(f"{url}/model", tiny.model_folder(tmp_path / "model"))
+  file = ranges.fetch(f"{url}/model") / "model.safetensors"
+  journal = ranges._journal(file)
+  line = journal.read_bytes()
+  with monkeypatch.context() as patch:
+    plain = ranges._File.__init__
+
+    def late(self, path):
+      journal.unlink()
+      plain(self, path)
+
+    patch.setattr(ranges._File, "__init__", late)
+    ranges.need(file, [(0, 8)])  # Whole: nothing to fetch.
+  assert file not in ranges._files
+  journal.write_bytes(line)
+  ranges.need(file, [(0, 8)])
+  mine = ranges._files[file]
+  ranges._empty(file, json.loads(line))
+  mine.forget()
+  assert file.exists()
+  assert journal.exists()
+  ranges.need(file, [(0, 8)])
+  mine = ranges._files[file]
+  file.unlink()
+  for step in (lambda: mine.need([(8, 16)]), mine.check):
+    mine._held = [(0, mine.size)] if step == mine.check else mine._held
+    with pytest.raises(OSError, match="has changed while it was read"):
+      step()
+
+
+@memory
+def test_a_full_disk_is_named(url, tmp_path, monkeypatch):
+  put(f"{url}/model", tiny.model_folder(tmp_path / "model"))
+  file = ranges.fetch(f"{url}/model") / "model.safetensors"
+
+  def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(ranges.os, "write", full)
+  with pytest.raises(OSError, match=r"No space left.*model\.safetensors"):
+    ranges.need(file, [(0, 8)])
 
 
 @pytest.mark.parametrize("scheme", [gs])
