@@ -13,9 +13,10 @@ Nothing here knows of models. A checkpoint is untrusted: it names only files
 of its own folder, and only safetensors are opened; nothing is unpickled.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -118,16 +119,14 @@ def read_header(path: Path) -> dict[str, Tensor]:
     ValueError: the library refuses the file, or a dtype that is unknown here.
   """
   ranges.need(path, [(0, 8)])
-  with path.open("rb") as file:
+  with _refused(path), path.open("rb") as file:
     length = int.from_bytes(file.read(8), "little")
   ranges.need(path, [(8, 8 + min(length, _LONGEST_HEADER))])
-  try:
-    with safe_open(path, framework="numpy"), path.open("rb") as file:
+  with _refused(path), safe_open(path, framework="numpy"):
+    with path.open("rb") as file:
       file.seek(8)
       # Of two tensors of one name the library takes the last.
       header = json.loads(file.read(length), object_pairs_hook=_without_twins)
-  except (SafetensorError, OSError, ValueError) as error:
-    raise _refuse(path, str(error), "a whole file") from error
   header.pop("__metadata__", None)
   tensors = {}
   for name, entry in header.items():
@@ -145,6 +144,14 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   if len(found) < len(pairs):
     raise ValueError("a name twice in one object")
   return found
+
+
+@contextlib.contextmanager
+def _refused(path: Path) -> Iterator[None]:
+  try:
+    yield
+  except (SafetensorError, OSError, ValueError) as error:
+    raise _refuse(path, str(error), "a whole file") from error
 
 
 def _refuse(path: Path, got: str, expected: str) -> ValueError:

@@ -188,6 +188,11 @@ def test_a_malformed_file_is_refused_by_name(name, tmp_path):
     read_header(path)
 
 
+def test_a_file_that_cannot_be_opened_is_refused_in_one_line(tmp_path):
+  with pytest.raises(ValueError, match=r"gone: not a whole .*No such file"):
+    read_header(tmp_path / "gone")
+
+
 def test_a_file_that_shrinks_meanwhile_is_refused(tmp_path):
   path = tmp_path / "model.safetensors"
   path.write_bytes(raw(TWO, b"\0" * 12))
