@@ -54,11 +54,17 @@ def load(
   """
   if storage.is_remote(path):
     storage.check_scheme(path, "model", ("gs", "s3", "hf"))
-    run, *step = str(path).rstrip("/").split("/checkpoints/")
-    if run.startswith("s3://") and remote_workdir.is_run(run):
+    run, step = str(path).rstrip("/"), ""
+    if run.startswith("s3://") and not remote_workdir.is_run(run):
+      run, _, step = run.rpartition("/checkpoints/")
+    if run.startswith("s3://") and (not step or remote_workdir.is_run(run)):
       with remote_workdir.copied(run, checkpoints=True) as copy:
-        there = copy.joinpath("checkpoints", *step) if step else copy
-        return load(there, dtype=dtype, log=log)
+        there = copy / "checkpoints" / step if step else copy
+        address: Any = lambda text: str(text).replace(str(copy), run)
+        try:
+          return load(there, dtype=dtype, log=lambda x: log(address(x)))
+        except ValueError as error:
+          raise ValueError(address(error)) from error
   # Of gs:// Orbax reads the checkpoints where they are.
   where: Any = (epath.Path if storage.is_remote(path) else Path)(path)
   is_step = where.parent.name == "checkpoints"
