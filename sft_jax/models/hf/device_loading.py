@@ -20,7 +20,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from itertools import chain, pairwise, product
 from typing import Any, NamedTuple
 
@@ -290,14 +290,20 @@ def _put(group: _Group, array: jax.Array | None) -> jax.Array:
     )
   layers = _to_devices(group.host, shape, read)
   if read is not sharding and read != sharding:
-    cut = tuple(slice(0, n) for n in leaf.shape[1:])
-    cut = (slice(None), *cut) if part else (slice(0, leaf.shape[0]), *cut)
-    layers = jax.jit(lambda x: x[cut], out_shardings=sharding)(layers)
+    sizes = (group.stop - group.start if part else leaf.shape[0],)
+    layers = _exchange((*sizes, *leaf.shape[1:]), sharding)(layers)
   if not part:
     return layers
   if array is None:
     array = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
   return _write_layers(array, layers, group.start)
+
+
+@cache
+def _exchange(sizes: tuple[int, ...], sharding: Any) -> Any:
+  """What cuts an array to its sizes, sharded so: groups share a program."""
+  cut = tuple(slice(0, n) for n in sizes)
+  return jax.jit(lambda x: x[cut], out_shardings=sharding)
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -163,6 +163,20 @@ def test_a_process_reads_the_rows_of_its_own_devices(tmp_path, monkeypatch):
   assert sum(read) == want["up"].nbytes // 2
 
 
+def test_groups_are_exchanged_by_one_program(tmp_path, monkeypatch):
+  """Rows are read, columns are wanted: as where another process has some."""
+  made, want = leaves(tmp_path, SHARDINGS["both sides"])
+  rows = NamedSharding(mesh(), PartitionSpec(None, ("a", "b")))
+  plan = lambda leaf: device_loading._Plan(rows, leaf.shape)
+  monkeypatch.setattr(device_loading, "_plan", plan)
+  monkeypatch.setattr(device_loading, "_group_bytes", lambda _: 8 * 12 * 4)
+  device_loading._exchange.cache_clear()
+  for path, array in device_loading.load_leaves(made[:2]):  # Of one shape.
+    np.testing.assert_array_equal(array, want[path])
+  found = device_loading._exchange.cache_info()
+  assert (found.misses, found.hits) == (1, 2 * 5 - 1)
+
+
 def test_an_error_while_reading_is_raised_at_once(tmp_path):
   made, _ = leaves(tmp_path, None)
   os.truncate(tmp_path / "x.safetensors", 2_000)
