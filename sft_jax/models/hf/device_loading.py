@@ -183,8 +183,7 @@ def _groups(
     boxes = _local_boxes(plan.sharding, plan.shape)
     step = leaf.shape[0]
     if n:
-      layer = sum(math.prod(_sizes(box[1:])) for box in boxes)
-      size = layer * np.dtype(leaf.dtype).itemsize
+      size = _layer_size(plan) * np.dtype(leaf.dtype).itemsize
       step = max(1, _group_bytes(leaf.sharding) // max(size, 1))
     for start in range(0, leaf.shape[0], step):
       stop = min(start + step, leaf.shape[0])
@@ -220,10 +219,8 @@ def _plan(leaf: Leaf) -> _Plan:
   # Of what is decoded rows come whole.
   decoded = isinstance(source.tensor, Decoded)
   to, whole = (axes[0], axes[1:]) if decoded else (axes[-2], axes[-1:])
-  held: dict[int, list[Slices]] = {}
-  for device, box in where.devices_indices_map(leaf.shape).items():
-    held.setdefault(device.process_index, []).append(_ends(box, leaf.shape))
-  parts = ((boxes, i) for boxes in held.values() for i in whole)
+  held = _held(where, leaf.shape)
+  parts = ((boxes, i) for boxes in held for i in whole)
   if all(_cover(boxes, i) == [(0, leaf.shape[i])] for boxes, i in parts):
     return plain
   spec: list[Any] = [*where.spec] + [None] * (len(leaf.shape) - len(where.spec))
@@ -237,6 +234,27 @@ def _plan(leaf: Leaf) -> _Plan:
   shape[to] = -(-shape[to] // count) * count
   spread = NamedSharding(where.mesh, PartitionSpec(*spec))
   return _Plan(spread, tuple(shape))
+
+
+def _held(sharding: Any, shape: tuple[int, ...]) -> list[list[Slices]]:
+  """What the devices of each process hold."""
+  held: dict[int, list[Slices]] = {}
+  for device, box in sharding.devices_indices_map(shape).items():
+    held.setdefault(device.process_index, []).append(_ends(box, shape))
+  return [*held.values()]
+
+
+def _layer_size(plan: _Plan) -> int:
+  """The most elements of a layer that a process reads.
+
+  All find the same, whatever they read themselves: groups are put together.
+  """
+  sharding, shape = plan.sharding, plan.shape
+  whole = [tuple(slice(0, n) for n in shape)]
+  alike = sharding is None or not all(shape)
+  held = [whole] if alike else _held(sharding, shape)
+  every = (_joined(boxes, shape) for boxes in held)
+  return max(sum(math.prod(_sizes(x[1:])) for x in boxes) for boxes in every)
 
 
 def _group_bytes(sharding: Any) -> int:
@@ -270,7 +288,10 @@ def _local_boxes(sharding: Any, shape: tuple[int, ...]) -> list[Slices]:
   if sharding is None or not all(shape):
     return [tuple(slice(0, n) for n in shape)]
   found = sharding.addressable_devices_indices_map(shape).values()
-  boxes = [_ends(box, shape) for box in found]
+  return _joined([_ends(box, shape) for box in found], shape)
+
+
+def _joined(boxes: list[Slices], shape: tuple[int, ...]) -> list[Slices]:
   axes = ([slice(*x) for x in _cover(boxes, i)] for i in range(len(shape)))
   return [*product(*axes)]
 

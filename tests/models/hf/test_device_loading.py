@@ -1,6 +1,7 @@
 """Parameters from files: any grouping, sharding and dtype, the same numbers."""
 
 import os
+from collections import namedtuple
 
 import jax
 import ml_dtypes
@@ -175,6 +176,31 @@ def test_groups_are_exchanged_by_one_program(tmp_path, monkeypatch):
     np.testing.assert_array_equal(array, want[path])
   found = device_loading._exchange.cache_info()
   assert (found.misses, found.hits) == (1, 2 * 5 - 1)
+
+
+def test_all_processes_put_the_same_layers_together(tmp_path, monkeypatch):
+  """The groups of one that reads less are those of the one that reads most."""
+  made, _ = leaves(tmp_path, SHARDINGS["both sides"])
+  monkeypatch.setattr(device_loading, "_group_bytes", lambda _: 2 * 8 * 12 * 4)
+  box = (slice(0, 5), slice(0, 2), slice(0, 12))
+  monkeypatch.setattr(device_loading, "_local_boxes", lambda *_: [box])
+  with device_loading.ThreadPoolExecutor(1) as pool:
+    groups = [*device_loading._groups(pool, made[:1])]
+  assert [(x.start, x.stop) for x in groups] == [(0, 2), (2, 4), (4, 5)]
+
+  Device = namedtuple("Device", "process_index number")
+
+  class Uneven:
+    def devices_indices_map(self, shape):
+      ends = {(0, 0): (0, 2), (1, 0): (2, 3), (1, 1): (3, 8)}
+      return {
+        Device(*device): (slice(None), slice(*rows))
+        for device, rows in ends.items()
+      }
+
+  plan = device_loading._Plan(Uneven(), (5, 8))
+  assert device_loading._layer_size(plan) == 6
+  assert device_loading._layer_size(plan._replace(sharding=None)) == 8
 
 
 def test_an_error_while_reading_is_raised_at_once(tmp_path):
