@@ -56,6 +56,9 @@ ELSEWHERE = {
   f"{_MAIN} --config.workdir=runs/gemma": (
     "hours, and a real model; docs/real_models.md"
   ),
+  f"{_MAIN} --config.workdir=runs/tools": (
+    "an hour, and a real model; docs/real_models.md"
+  ),
   "python tools/bench/": "minutes, rivals; tests/tools runs the parts",
   "python tools/convert_oasst.py": "tests/tools/test_convert_oasst.py",
   "python tools/convert_sgd.py": "tests/tools/test_convert_sgd.py",
