@@ -449,7 +449,8 @@ def left(folder) -> tuple:
     {k: v for k, v in row.items() if not k.startswith(clocks)}
     for row in found["metrics"]
   ]
-  result = {k: v for k, v in found["result"].items() if k != "time"}
+  clocks = ("time", "interruptions")
+  result = {k: v for k, v in found["result"].items() if k not in clocks}
   result["export"].pop("path")
   return rows, result, found["held_out"]
 
